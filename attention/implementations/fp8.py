@@ -9,7 +9,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from attention.core.bounded_dict import BoundedDict
-from attention.core.errors import UnsupportedError
+from attention.core.errors import KernelUnavailable, UnsupportedError
 from attention.core.route import NO_NEEDS, Needs, Route, unsupported
 from attention.core.workload import Workload
 from attention.implementations.calls import call_signature, current_backend, needs_with_mask, record_path
@@ -58,7 +58,7 @@ class PocFp8:
         """Compute attention; shapes as in `Implementation.__call__`, `max_error` as in `attention()`.
 
         Raises:
-            UnsupportedError: the route refuses the call, or its error is above the budget.
+            UnsupportedError: the route refuses the call, a kernel failed its check, or the error is above the budget.
         """
         own = (mask.causal, mask.window, mask.array is None, mask.pattern is None, mask.alibi is None, softcap is None)
         key = (q.shape, k.shape, v.shape, q.dtype, *own, current_backend())
@@ -68,7 +68,11 @@ class PocFp8:
             route = self._routes[key] = _route(workload, current_backend(), needs)
         if not route.supported:
             raise UnsupportedError(f"{self.name}: {route.reason}")
-        out = fp8.attend(q, k, v, scale=scale, mask=mask)
+        try:
+            out = fp8.attend(q, k, v, scale=scale, mask=mask)
+        except KernelUnavailable as unavailable:
+            self._routes.clear()
+            raise UnsupportedError(f"{self.name}: {unavailable}") from unavailable
         budget = self._max_error if max_error is None else max_error
         if budget is not None:
             if budget not in self._budgets:

@@ -7,11 +7,13 @@ import pytest
 from msgspec import structs
 
 from attention import UnsupportedError, attention
-from attention.core.route import Needs
+from attention.core.errors import KernelUnavailable
+from attention.core.route import Needs, Route
 from attention.core.workload import Workload
-from attention.implementations import load_implementation
+from attention.implementations import fp8, load_implementation
 from attention.implementations.baseline import Baseline
 from attention.implementations.error_budget import BudgetExceededError, ErrorBudget, relative_error
+from attention.implementations.fp8 import PocFp8
 from attention.masks import Mask
 from tests.support.attention_examples import CPU
 
@@ -44,6 +46,18 @@ def test_a_call_that_the_route_refuses_raises_its_reason() -> None:
     q = mx.zeros((1, 2, 256, 128), mx.float32)
     with pytest.raises(UnsupportedError, match="poc-fp8: fp8 arithmetic takes bfloat16"):
         attention(q, q, q, implementation="poc-fp8")
+
+
+def test_a_kernel_that_failed_its_check_is_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(*_: object, **__: object) -> None:
+        raise KernelUnavailable("flash_forward_fp8: its output is wrong")
+
+    poc = PocFp8()
+    monkeypatch.setattr(fp8, "_route", lambda *_: Route(path="fp8", fused=True, reason="here"))
+    monkeypatch.setattr(fp8.fp8, "attend", attend)
+    q = mx.zeros((1, 2, 256, 128), mx.bfloat16)
+    with pytest.raises(UnsupportedError, match="poc-fp8: flash_forward_fp8: its output is wrong"):
+        attention(q, q, q, implementation=poc)
 
 
 WORKLOAD = Workload(seq=64, heads=1, head_dim=32)
