@@ -69,13 +69,21 @@ class QuantizedArray(Struct, frozen=True, eq=False):
         numbers, scales, *biases = arrays
         return QuantizedArray(numbers, scales, biases[0] if biases else None, self.format, self.dtype)
 
+    def constant_integers(self) -> "QuantizedArray":
+        """Return the array with integers of which every gradient is 0; MLX raises errors for some, or returns nonsense.
+
+        A scale that is a small float, one byte, counts as an integer.
+        """
+        kept = (part if part.dtype in FLOATS else mx.stop_gradient(part) for part in self.arrays)
+        return self.with_arrays(list(kept))
+
     def dequantized(self, dtype: mx.Dtype | None = None) -> mx.array:
         """Return the array in a dtype, by default its own; each value is computed in float32, and rounded once."""
-        form = self.format
-        scales, biases = self.scales, self.biases
+        form, fixed = self.format, self.constant_integers()
+        scales, biases = fixed.scales, fixed.biases
         if biases is not None:  # otherwise MLX computes in the dtype of the scales, and rounds twice
             scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-        made = mx.dequantize(self.numbers, scales, biases, form.group_size, form.bits, form.mode, dtype=mx.float32)
+        made = mx.dequantize(fixed.numbers, scales, biases, form.group_size, form.bits, form.mode, dtype=mx.float32)
         return made.astype(dtype or self.dtype)
 
     def exact(self) -> "NDArray[np.float64]":

@@ -5,7 +5,6 @@
 The whole score matrix is between the two products; K and V are never dequantized in memory.
 """
 
-from collections.abc import Sequence
 from typing import Final
 
 import mlx.core as mx
@@ -35,15 +34,6 @@ def reads_packed(workload: Workload, backend: Backend) -> bool:
     return backend != "cuda" and workload.seq * workload.heads // workload.kv_heads < MAX_PACKED_ROWS
 
 
-def part_of(x: QuantizedArray, arrays: Sequence[mx.array]) -> QuantizedArray:
-    """Return a part of keys or values whose arrays are computed after other parts.
-
-    Integers have no gradient; without this MLX would look for one, since every array of a `Chain` depends on the query.
-    """
-    integers = (mx.uint32, mx.uint8)
-    return x.with_arrays([mx.stop_gradient(array) if array.dtype in integers else array for array in arrays])
-
-
 def packed_product(x: mx.array, packed: QuantizedArray, transpose: bool) -> mx.array:
     """Return the product of x and quantized values, or their transpose, in x's dtype.
 
@@ -52,9 +42,9 @@ def packed_product(x: mx.array, packed: QuantizedArray, transpose: bool) -> mx.a
     """
     if current_backend() == "cuda":
         packed = packed.with_arrays([mx.contiguous(part) for part in packed.arrays])
-    form = packed.format
+    form, fixed = packed.format, packed.constant_integers()
     made = mx.quantized_matmul(
-        x, packed.numbers, packed.scales, packed.biases, transpose, form.group_size, form.bits, form.mode
+        x, fixed.numbers, fixed.scales, fixed.biases, transpose, form.group_size, form.bits, form.mode
     )
     return made.astype(x.dtype)
 

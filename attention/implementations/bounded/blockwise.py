@@ -27,7 +27,7 @@ from attention.implementations.baseline import in_tf32
 from attention.implementations.bounded.blocks import Blocks
 from attention.implementations.bounded.listed import TileMap
 from attention.implementations.bounded.memory import Chain, Fence, TileWriter, no_fence
-from attention.implementations.quantized_kv import packed_product, part_of
+from attention.implementations.quantized_kv import packed_product
 from attention.masks import Mask
 from attention.measure.device import Backend
 from attention.quantized_kv import KeyOrValue, QuantizedArray, arrays_of
@@ -316,7 +316,7 @@ def _operand_of_tile(x: KeyOrValue, arrays: list[mx.array], query: mx.array, cal
     """Reassemble a slice of keys or values; dequantize it unless the call reads it packed."""
     if not isinstance(x, QuantizedArray):
         return arrays[0]
-    tile = part_of(x, arrays)
+    tile = x.with_arrays(arrays)
     if call.packed:
         return tile
     in_half = call.arithmetic == "native" and query.dtype != mx.float16

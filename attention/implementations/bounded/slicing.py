@@ -22,7 +22,6 @@ from attention.implementations.bounded.blockwise_gradient import Arrays, Attend,
 from attention.implementations.bounded.memory import Chain, TileOrder, TileWriter
 from attention.implementations.bounded.policy import KEY_MULTIPLE, ROW_MULTIPLE
 from attention.implementations.mlx_sdpa import attend_whole, is_call_widened
-from attention.implementations.quantized_kv import part_of
 from attention.masks import Mask
 from attention.quantized_kv import KeyOrValue, QuantizedArray, arrays_of
 
@@ -84,7 +83,7 @@ def forward(q: mx.array, k: KeyOrValue, v: KeyOrValue, call: SlicedParams) -> mx
 
 def _dense(x: KeyOrValue, arrays: list[mx.array], dtype: mx.Dtype) -> mx.array:
     """Return a slice of keys or values, dequantized."""
-    return part_of(x, arrays).dequantized(dtype) if isinstance(x, QuantizedArray) else arrays[0]
+    return x.with_arrays(arrays).dequantized(dtype) if isinstance(x, QuantizedArray) else arrays[0]
 
 
 def gradients(

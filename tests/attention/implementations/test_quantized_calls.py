@@ -175,6 +175,19 @@ def test_gradients_of_scales_and_biases_are_right(name):
     assert near(d_scales, (by_value * mx.array(codes.astype(np.float32))).sum(-1))
 
 
+@pytest.mark.parametrize("name", ["baseline", "practical", "in tiles", "mlx"])
+@pytest.mark.parametrize(("seq", "form"), [(1, "mxfp8"), (40, "nvfp4"), (40, "int4")])
+def test_integers_have_gradients_of_0(name, seq, form):
+    q, k, v = arrays(seq, form=form)
+    integers = [part for part in k.arrays if part.dtype in (mx.uint32, mx.uint8)]
+
+    def loss(*given):
+        return attention(q, k.with_arrays([*given, *k.arrays[len(given) :]]), v, implementation=BY[name]).sum()
+
+    for found in mx.grad(lambda given: loss(*given))(integers):
+        assert found.max() == 0
+
+
 def test_a_kernel_has_no_gradient_and_says_so():
     q, k, v = arrays()
     with pytest.raises((ValueError, RuntimeError), match="no gradient for quantized keys and values") as error:
