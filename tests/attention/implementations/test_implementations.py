@@ -1,6 +1,7 @@
 """Every implementation against float64: either a correct result, or a route that declines."""
 
 import importlib.util
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -73,8 +74,11 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "slices, blocks behind": InSlices(Method.SLICES, Method.BLOCKS),
 }
 DIFFERENTIABLE = [name for name in IMPLEMENTATIONS if name != "torch"]
-LARGE_GRAPHS = ("blocks of all keys", "blocks of few keys", "blocks of few keys, seen once", "slices, blocks behind")
-"""Blocks make a large graph, which takes the C++ compiler seconds."""
+LARGE_GRAPHS = (
+    *("blocks of all keys", "blocks of few keys", "blocks of few keys, seen once", "slices, blocks behind"),
+    "baseline",
+)
+"""Implementations whose graphs take the C++ compiler seconds: blocks, and the unfused baseline."""
 
 
 COMPILED = ("causal, more keys", "additive array", "half")
@@ -85,8 +89,22 @@ def labels(example: object) -> str:
     return example.label if isinstance(example, Example) else str(example)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=labels)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+SHARED = (
+    ("blocks of all keys", "blocks of few keys, seen once"),
+    ("slices that wait", "slices behind", "slices, blocks behind"),
+)
+"""Forms of `practical` that share the examples among them; "blocks of few keys" and "slices" take all."""
+
+
+def calls_of(names: Iterable[str]) -> Iterator[Any]:
+    """Return each implementation with its examples."""
+    for name in names:
+        forms = next((forms for forms in SHARED if name in forms), (name,))
+        for example in EXAMPLES[forms.index(name) :: len(forms)]:
+            yield pytest.param(name, example, id=f"{name}-{example.label}")
+
+
+@pytest.mark.parametrize(("name", "example"), calls_of(IMPLEMENTATIONS))
 def test_the_output_is_float64s_or_the_route_refuses(name: str, example: Example) -> None:
     check_output(name, example)
 
@@ -109,8 +127,7 @@ def check_output(name: str, example: Example) -> None:
     np.testing.assert_allclose(to_numpy(out), example.exact()[0], atol=TOLERANCE[example.dtype])
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=labels)
-@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize(("name", "example"), calls_of(DIFFERENTIABLE))
 def test_gradients_are_float64s(name: str, example: Example) -> None:
     check_gradients(name, example)
 
@@ -164,8 +181,7 @@ def test_a_hugely_negative_additive_mask_hides_without_blinding(name: str) -> No
 @pytest.mark.compiles
 def test_works_under_grad_value_and_grad_and_compile(name: str) -> None:
     implementation = IMPLEMENTATIONS[name]
-    causal = name != "baseline"  # whose own mask would be three more kernels to compile; few tiles, for the same reason
-    example = Example(batch=1, heads=2, kv_heads=1, seq=9, kv_seq=13, causal=causal)
+    example = Example(batch=1, heads=2, kv_heads=1, seq=9, kv_seq=13, causal=True)  # few tiles: each is C++ to compile
     q, k, v, _ = example.inputs()
     mask = example.mask()
 
