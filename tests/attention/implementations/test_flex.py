@@ -18,6 +18,7 @@ from attention.measure.reference import visible
 from tests.support.attention_examples import CPU
 
 torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit:DeprecationWarning")  # its compiler's own
 MASKS = ("prefix:40+documents:70", "strided:30,3", "blocks:0.4", "causal", "window:50+blocks:0.2")
 
 
@@ -96,6 +97,21 @@ def test_an_uncompiled_flex_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     made = Compiled(call_of(Workload(seq=16, heads=1, head_dim=16, dtype="float32")))
     assert "torch.compile is switched off" in (made.failure or "")
+
+
+@pytest.mark.slow
+def test_masks_of_the_same_graph_are_compiled_one_after_another() -> None:
+    """torch finds the second one's graph in its cache, and compiles nothing."""
+    for mask in ("blocks:0.5", "blocks:0.25", "blocks:0.75"):
+        made = Compiled(call_of(Workload(mask=mask, seq=512, heads=1, head_dim=16, dtype="float32")))
+        assert made.failure is None, mask
+
+
+@pytest.mark.slow
+def test_whether_torch_compiles_is_found_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert all(flex._compiles() for _ in range(20))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    assert not flex._compiles()
 
 
 def test_a_call_with_an_array_mask_is_refused() -> None:
