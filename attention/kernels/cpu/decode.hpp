@@ -185,10 +185,10 @@ struct FewRows {
         const int64_t first = last ? after.begin : key + count, end = last ? after.end : run.end;
         const QuantizedRows k = quantized(p.key, p.key_packing, key, count, p.head_dim);
         const QuantizedRows v = quantized(p.value, p.value_packing, key, count, p.value_dim);
-        Ahead values(packed_lines(v)), keys(packed_lines(quantized(p.key, p.key_packing, first, std::min(tile, end - first), p.head_dim)));
-        if (in_integers) {
-          integers.scores(k, scores, score_line, values);
-        } else {
+        const QuantizedRows next = quantized(p.key, p.key_packing, first, std::min(tile, end - first), p.head_dim);
+        Ahead values(packed_lines(v)), keys(packed_lines(next));
+        if (in_integers) integers.scores(k, scores, score_line, values);
+        if (!in_integers || !finite_scores(count)) {  // sums of integers may overflow before they get their unit
           dequantize(k, key_copy, key_length);
           const Lines<float> copied{key_copy, key_length, key_length, count};
           in_groups(rows, [&](int64_t row, auto group) {
@@ -201,6 +201,14 @@ struct FewRows {
       }
     }
     for (int64_t r = 0; r < rows && sums_in_integers; r++) IntegerSums::order(p.value_packing, p.value_dim, output + r * dv);
+  }
+
+  bool finite_scores(int64_t keys) const {
+    Integers beyond{};
+    for (int64_t r = 0; r < rows; r++)
+      for (int64_t j = 0; j < keys; j += lanes)
+        beyond |= as<Integers>(magnitude(load(scores + r * score_line + j))) >= 0x7f800000;
+    return max_of(as<Vector>(beyond & 0x3f800000)) == 0;
   }
 
   QuantizedRows quantized(const Tensor& t, const Packing& packing, int64_t key, int64_t count, int64_t dims) const {

@@ -1,16 +1,18 @@
 // Products of few query rows with packed numbers in integers.
 //
-//   scores   A vector has four bytes of 16 dims for each of 4 rows, so that a key's bytes, repeated for each row, give the sums of
-//            all rows at once:
+//   scores   A vector has the bytes of 16 dims for each of 4 rows, so that a key's bytes, repeated for each row, give the sums
+//            of all rows at once:
 //
-//              q   row 0, dims 0..15 | row 1, dims 0..15 | row 2 | row 3       S += scale (256 q_high n + q_low n) + bias sum(q)
+//              q   row 0, dims 0..15 | row 1, dims 0..15 | row 2 | row 3    S += scale (256 q_high n + q_low n) + bias sum(q)
 //              n   dims 0..15        | dims 0..15        | ...   | ...
 //
 //   output   Words of two adjacent keys, as 16-bit numbers: lane i of vector v is dim v of word i. The weights p * scale of a
-//            tile's keys are integers of 16 bits, too, of a unit of their own for each row and group:
+//            tile's keys are integers of 16 bits, too, in a unit of their own for each row and group:
 //
-//              n   dim v of word 0, keys j and j + 1 | of word 1 | ...         O[row] += unit (w n) + sum of p * bias
+//              n   dim v of word 0, keys j and j + 1 | of word 1 | ...      O[row] += unit (w n) + sum of p * bias
 //              w   keys j and j + 1                  | the same  | ...
+//
+// On AVX-512 without VNNI and on AVX2, scores are sums of 16-bit numbers as well: 8 words of a key, for 4 rows or for 2.
 #include "decode_products.hpp"
 #include "packed.hpp"
 
@@ -63,8 +65,9 @@ FATUI_INLINE void unit_of(const uint8_t* p, __m512i (&x)[2]) {
     const __m512i low = _mm512_set1_epi8(15);
     x[0] = _mm512_and_si512(first, low), x[1] = _mm512_and_si512(_mm512_srli_epi16(first, 4), low);
     if constexpr (number == Number::e2m1) {  // twice the number, plus 12
-      const __m512i shifted = _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-      x[0] = _mm512_shuffle_epi8(shifted, x[0]), x[1] = _mm512_shuffle_epi8(shifted, x[1]);
+      const __m128i shifted = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+      const __m512i values = _mm512_broadcast_i32x4(shifted);
+      x[0] = _mm512_shuffle_epi8(values, x[0]), x[1] = _mm512_shuffle_epi8(values, x[1]);
     }
   }
 }
@@ -116,6 +119,7 @@ struct Scores4 {
     ahead = next;
   }
 };
+
 // Integers of a row as high and low bytes.
 void place(const int32_t* integers, int64_t row, int64_t columns, int bits, uint8_t* query) {
   uint8_t* to = query + row * 16;
@@ -137,7 +141,8 @@ FATUI_INLINE Words repeated(const uint8_t* p) {
 }
 FATUI_INLINE Words load_words(const uint8_t* p) { return as<Words>(load(reinterpret_cast<const float*>(p))); }
 
-// Four rows against all keys, four at a time. 16 bytes of a key are 8 words for each row: as many vectors as a word has numbers.
+// Four rows against all keys, four at a time. 16 bytes of a key are 8 words for each row, and as many vectors as a word has
+// numbers.
 template <int bits, Number>
 struct Scores4 {
   static constexpr int together = 4, at_once = 2, fields = 16 / bits;
@@ -156,8 +161,9 @@ struct Scores4 {
           Integers sum[at_once][row_vectors] = {};
           for (int64_t d = 0; d < keys.group; d += 128 / bits, q += fields * 64) {
             if (d % 32 == 0) next.ask<bits / 4>();
-            FATUI_UNROLL for (int i = 0; i < at_once; i++, p[i - 1] += 16) {
+            FATUI_UNROLL for (int i = 0; i < at_once; i++) {
               const Words x = repeated(p[i]);
+              p[i] += 16;
               FATUI_UNROLL for (int f = 0; f < fields; f++)
                 FATUI_UNROLL for (int v = 0; v < row_vectors; v++)
                   sum[i][v] = dot_pairs(sum[i][v], field_of<bits>(x, f), load_words(q + (f * row_vectors + v) * lanes * 4));
@@ -165,9 +171,10 @@ struct Scores4 {
           }
           FATUI_UNROLL for (int i = 0; i < at_once; i++)
             FATUI_UNROLL for (int v = 0; v < row_vectors; v++) {
+              const int64_t at = key[i] * keys.groups + g;
               const Vector product = __builtin_convertvector(sum[i][v], Vector);
-              t[i][v] = fused(t[i][v], product, broadcast(keys.scales[key[i] * keys.groups + g]));
-              t[i][v] = fused(t[i][v], load(sums + (g * row_vectors + v) * lanes), broadcast(keys.biases[key[i] * keys.groups + g]));
+              t[i][v] = fused(t[i][v], product, broadcast(keys.scales[at]));
+              t[i][v] = fused(t[i][v], load(sums + (g * row_vectors + v) * lanes), broadcast(keys.biases[at]));
             }
         }
         FATUI_UNROLL for (int i = 0; i < at_once; i++)
@@ -219,7 +226,7 @@ bool IntegerQueries::read(const float* query, int64_t line, int64_t rows, int64_
     for (int64_t d = 0; d < columns; d++) largest = std::max(largest, std::abs(q[d])), mean += std::sqrt(std::abs(q[d]));
     mean /= float(columns);
     if (!(largest <= largest_share * mean * mean) || largest > 0x1p100f) return false;
-    if (largest < 0x1p-100f) {
+    if (largest < 0x1p-110f) {
       if (largest > 0) return false;
       continue;
     }
@@ -254,11 +261,12 @@ FATUI_INLINE Vector every_second(Vector a, Vector b, int64_t first, std::integer
   return first == 0 ? __builtin_shufflevector(a, b, (2 * I)...) : __builtin_shufflevector(a, b, (2 * I + 1)...);
 }
 
+constexpr auto all_lanes = std::make_integer_sequence<int, lanes>{};
 constexpr int64_t most_value_groups = 512 / 32;
 constexpr float largest_weight = 32767;
 
-// The weights p * scale of a tile: 4 rows, groups, keys; their units; and the sums of p * bias. Numbers are read as signed, from
-// -centre on, which leaves less to the rounding of the weights; the biases are those of the number at the centre.
+// The weights p * scale of a tile: 4 rows, groups, keys; their units; and the sums of p * bias. Numbers are read as signed,
+// from -centre on, which leaves less to the rounding of the weights; the biases are those of the number at the centre.
 struct Weights {
   alignas(64) int16_t number[rows_together][most_value_groups][most_quantized_rows];
   float unit[rows_together][most_value_groups], offset[rows_together][most_value_groups];
@@ -279,7 +287,7 @@ struct Weights {
     std::fill(out + keys, out + end, 0.0f);
     int64_t j = 0;
     for (; groups == 2 && j + lanes <= keys; j += lanes)
-      store(out + j, every_second(load(x + 2 * j), load(x + 2 * j + lanes), g, std::make_integer_sequence<int, lanes>{}));
+      store(out + j, every_second(load(x + 2 * j), load(x + 2 * j + lanes), g, all_lanes));
     for (; j < keys; j++) out[j] = x[j * groups + g];
   }
 
@@ -331,7 +339,8 @@ struct Block {
   static constexpr int count = registers == 32 ? 4 : 2, fields = 16 / bits;
   static constexpr bool low = first < fields, high = first + count > fields;
 
-  static void run(const Packed& values, const Weights& weights, int64_t block, float* output, int64_t line, Ahead& ahead) {
+  static void run(const Packed& values, const Weights& weights, int64_t block, float* output, int64_t line,
+                  Ahead& ahead) {
     Ahead next = ahead;
     const uint8_t* p = values.data + block * lanes * 4;
     const int64_t group = block * lanes * (32 / bits) / values.group;
@@ -363,7 +372,8 @@ struct Block {
     ahead = next;
   }
 
-  static void all(const Packed& values, const Weights& weights, int64_t block, float* output, int64_t line, Ahead& next) {
+  static void all(const Packed& values, const Weights& weights, int64_t block, float* output, int64_t line,
+                  Ahead& next) {
     run(values, weights, block, output, line, next);
     if constexpr (first + count < 32 / bits)
       Block<bits, first + count, groups>::all(values, weights, block, output, line, next);

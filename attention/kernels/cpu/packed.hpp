@@ -19,7 +19,8 @@ struct Packed {
 // Reads scales or biases from an index on, of some rows, one row after another. Writes whole vectors.
 void read_groups(const Tensor& t, Mode mode, int64_t at, int64_t rows, int64_t groups, float* out);
 
-// Reads the scales and biases of up to most_quantized_rows rows and calls f(packed rows). Rows whose words are not side by side are copied.
+// Reads the scales and biases of up to most_quantized_rows rows and calls f(packed rows). Rows whose words are not side by side
+// are copied.
 template <class F>
 void with_packed(const QuantizedRows& q, const F& f) {
   const Packing& packing = q.packing;

@@ -1,5 +1,5 @@
-// Dequantization of tiles of keys and values, 16 values at a time: the group size of every format is a multiple of that, and 16
-// numbers of any size take whole bytes.
+// Dequantization of keys and values, 16 at a time: the group size of every format is a multiple of that, and 16 numbers of any
+// size take whole bytes.
 //
 //   numbers of up to 4 bits   looked up in a table of the group's values, scale and bias included, where a register holds it
 //   other integers            bytes, shifts and a mask; scale * number + bias
@@ -68,7 +68,7 @@ FATUI_INLINE Vector table(std::integer_sequence<int, I...>) {
   else return Vector{float(I & ((1 << bits) - 1))...};
 }
 
-// Some bytes, up to eight, as the lowest ones of a word; in pieces that are loads, as a copy through memory would be waited for.
+// Some bytes, up to eight, as the lowest ones of a word; in pieces that are loads, as a copy through memory would stall.
 template <int bytes>
 FATUI_INLINE uint64_t low_bytes(const uint8_t* p) {
   uint64_t eight = 0;

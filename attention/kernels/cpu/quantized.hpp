@@ -1,9 +1,9 @@
-// Quantized keys and values. With many query rows a tile is dequantized on its way to the products, into the tiles that rows of
-// other types are converted into: formats differ in this step only. With few rows, which read each number once:
+// Quantized keys and values. With many query rows a tile is dequantized on its way to the products, into the tiles that rows
+// of other types are converted into: formats differ in this step only. With few rows, which read each number once:
 //
-//   scores   dot products of bytes with queries of 16 bits, as two bytes, where the CPU has them (AVX-512 VNNI) and the format is
-//            one of 4 or 8 bits; elsewhere a tile is dequantized
-//   output   values are dequantized in registers
+//   scores   products of integers, if queries are of a half type, numbers have 4 or 8 bits, and the CPU is one with AVX2 or
+//            AVX-512; elsewhere a tile is dequantized
+//   output   products of integers, too; elsewhere values are dequantized in registers
 #pragma once
 #include "tile.hpp"
 
@@ -37,7 +37,7 @@ Floats floats_of(const Tensor& t, const Packing& packing, int64_t batch, int64_t
 
 class Ahead;  // asks for what is read next
 
-constexpr int64_t rows_together = 4;       // query rows of the products with few rows, which are padded to a multiple
+constexpr int64_t rows_together = 4;         // query rows of the products with few rows, which are padded to a multiple
 constexpr int64_t most_quantized_rows = 64;  // keys or values of a tile
 
 // O[row][d] += P[row][key] V[key][d] of `count` rows, their lines padded to a multiple of rows_together (1 stays 1).
@@ -46,7 +46,7 @@ void add_quantized(const QuantizedRows& values, const float* p, int64_t p_line, 
 
 // Query rows as integers, q = unit * (256 high + low), with high and low bytes in the order of the packed numbers:
 //
-//   a vector: 4 rows x 16 dims; 32 dims are two vectors of high bytes and two of low ones
+//   a vector: 4 rows x 16 dims; 32 dims are two vectors of high bytes and two of low ones; or numbers of 16 bits
 class IntegerQueries {
  public:
   // Whether scores over such keys can be computed in integers.
@@ -64,8 +64,9 @@ class IntegerQueries {
 
  private:
   int64_t row_groups_ = 0;
-  const uint8_t* bytes_ = nullptr;  // [4 rows][32 dims][vector][high, low][64]
-  const float *sums_ = nullptr, *units_ = nullptr;  // [4 rows][group of dims][16]: in the first of a row's four lanes; [4 rows][16]
+  const uint8_t* bytes_ = nullptr;  // [4 rows][dims], of 16 bits
+  const float* sums_ = nullptr;   // [4 rows][group of dims][16]: in the first of a row's four lanes
+  const float* units_ = nullptr;  // [4 rows][16]
 };
 
 // O[row][d] += P[row][key] V[key][d], with the products p * scale as integers of 16 bits, whose unit is 2^-15 of the tile's

@@ -169,6 +169,14 @@ def test_large_scores_are_computed_in_double():
     assert_right(q[:, :, :1] * 3000, k, v, {}, {})
 
 
+@pytest.mark.parametrize("form", ["int8", "int4", "mxfp4"])
+def test_large_keys_and_small_queries_have_scores_in_between(form):
+    """Sums of integers overflow with the scale of the keys before they are multiplied by the unit of the query."""
+    q = (normal(0, 1, 4, 1, 64) * 1e-30).astype(mx.bfloat16)
+    k = quantized(normal(1, 1, 1, 200, 64) * 1e32, form)
+    assert_right(q, k, quantized_values.normal(2, (1, 1, 200, 64), mx.float16, "int8"), {}, {})
+
+
 @pytest.mark.parametrize("largest", [3.0, 50.0, 3000.0])
 @pytest.mark.parametrize("form", ["int8:32", "int4:32", "mxfp4"])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
