@@ -142,7 +142,7 @@ def _line(row: QuantizedRow) -> str:
     held = f"{row.target}: {'yes' if row.holds else 'NO'}" if row.target else ""
     shape = (PREFILL if row.case == "prefill" else DECODE).name
     return (
-        f"{row.dtype:9} {row.case:8}{shape:25} {row.kv_format:10} {row.seconds * 1e3:8.2f} ms "
+        f"{row.dtype:9} {row.case:8}{shape:28} {row.kv_format:10} {row.seconds * 1e3:8.2f} ms "
         f"{row.kv_bytes / 2**20:6.1f} MiB  {row.over_dense:5.2f}x of {dense:9} {mlx:18} {held}"
     )
 
