@@ -32,6 +32,8 @@ GENERAL: Final[tuple[tuple[tuple[int, int], MaskKind | None, tuple[int, int]], .
     ((256, 256), None, SIZES[0]),
 )
 """Cases of the general kernels: key and value width, mask dtype, and size."""
+QUANTIZED: Final = ((64, "int4:32", "int8"), (128, "mxfp4", "int4"), (128, "int5", "mxfp8"), (96, "nvfp4", "int3:32"))
+"""Cases of the kernels for quantized keys and values: width, and formats of keys and of values."""
 
 
 def calls(dim: int) -> None:
@@ -122,6 +124,25 @@ def fp8_calls() -> None:
             mx.eval(fp8.attend(*inputs, scale=0.1, mask=mask))
 
 
+def quantized_calls() -> None:
+    """Run calls with quantized keys and values: formats, head dims, masks, several queries, split keys."""
+    import mlx.core as mx
+
+    from attention.kernels.cuda.runtime import selfcheck
+    from attention.kernels.cuda.runtime.call import CallShape
+    from attention.quantized_kv import quantized
+
+    for dim, key, value in QUANTIZED:
+        for queries, keys in ((1, 900), (5, 170)):
+            q, k, v = selfcheck.inputs(CallShape(1, 4, 2, queries, keys, dim, "bf16"))[:3]
+            for causal, window in ((False, None), (True, 70)):
+                mx.eval(
+                    cuda.flash_attention_quantized(
+                        q, quantized(k, key), quantized(v, value), scale=0.1, causal=causal, window=window
+                    )
+                )
+
+
 def main() -> int:
     """Run every tool on the general kernels and, on Hopper, on the Hopper kernels at every head dimension."""
     usable, reason = cuda.availability()
@@ -131,7 +152,7 @@ def main() -> int:
             reason if not usable else "compute-sanitizer is not on the PATH; the CUDA toolkit has it", file=sys.stderr
         )
         return 3
-    parts = (*((*map(str, DIMS), "fp8") if cuda.variant() == "hopper" else ()), "general")
+    parts = (*((*map(str, DIMS), "fp8") if cuda.variant() == "hopper" else ()), "general", "quantized")
     with ThreadPoolExecutor(len(parts)) as pool:  # under a sanitizer a process leaves most of the GPU idle
         return max(pool.map(functools.partial(sanitized, sanitizer), parts))
 
@@ -153,7 +174,7 @@ def sanitized(sanitizer: str, part: str) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        named = {"general": general_calls, "fp8": fp8_calls}
+        named = {"general": general_calls, "quantized": quantized_calls, "fp8": fp8_calls}
         named[sys.argv[1]]() if sys.argv[1] in named else calls(int(sys.argv[1]))
     else:
         sys.exit(main())

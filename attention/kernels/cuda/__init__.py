@@ -174,7 +174,7 @@ def flash_attention_quantized(
         call = normalize(scale, causal, window, softcap, k.shape[2])
         known = repeated_packed_call(q.shape, k.shape[1], k.shape[2], dtype, call, PackedKV.of(k, v), logsumexp)
         _known[key] = known
-    return known([q, *k.arrays, *v.arrays])
+    return known([q, *k.arrays, *v.arrays])[: 2 if logsumexp else 1]
 
 
 def _attend(

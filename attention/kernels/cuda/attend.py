@@ -156,7 +156,7 @@ def _batched(label: str, inputs: list[mx.array], axes: list[int]) -> list[mx.arr
         run = plan_of(shape)
         return one_by_one(lambda arrays: run(arrays)[:3], inputs, axes)
     count = vmapped_length(inputs, axes)
-    outputs = 1 if kind == "fp8" else len(OUTPUTS)
+    outputs = {"fp8": 1, "packed": 1 + with_logsumexp}.get(kind, len(OUTPUTS))
     made = plan_of(replace(shape, batch=count * shape.batch))(folded_inputs(inputs, axes, shape, call))[:outputs]
     return [x.reshape(count, shape.batch, *x.shape[1:]) for x in made]
 

@@ -4,7 +4,8 @@ import functools
 from dataclasses import dataclass
 from typing import Final
 
-from attention.core.kv_format import Format, KVFormat
+from attention.core.kv_format import Format
+from attention.kernels.cuda.quantized.formats import PackedKV
 from attention.kernels.cuda.runtime.program import Element, Program
 
 STEP: Final = 16
@@ -38,16 +39,11 @@ class QuantizedDecode:
     window: bool
     softcap: bool
     architecture: str
-    format: KVFormat
-    key_scale: str
-    """Dtype of the scales of the keys, if their mode leaves a choice."""
-    value_scale: str
+    packed: PackedKV
     whole: bool = True
     """Whether the inputs are as wide as `head_dim`."""
     warps: int = 8
     resident_blocks: int = 1
-    buffers: int = 1
-    """Tiles of a warp in registers: with two, one is loaded while the other is used."""
     prefetch: int = 3
     """Tiles ahead that a warp asks for in the L2 cache; 0 for none."""
 
@@ -98,16 +94,15 @@ class QuantizedDecode:
             "QUERY_TILES": self.query_tiles,
             "ROWS": self.rows,
             "WARPS": self.warps,
-            "BUFFERS": self.buffers,
             "PREFETCH": self.prefetch,
             "WHOLE": self.whole,
             "BLOCKS_AT_ONCE": self.resident_blocks,
             "CAUSAL": self.causal,
             "WINDOW": self.window,
             "SOFTCAP": self.softcap,
+            "ALIBI": False,
             "BFLOAT16": self.element == "bf16",
-            **_numbers_of("KEY", self.format.key, self.key_scale),
-            **_numbers_of("VALUE", self.format.value, self.value_scale),
+            **constants_of(self.packed),
         }
         return Program(
             name="flash_decode_quantized",
@@ -123,6 +118,12 @@ class QuantizedDecode:
             threads=32 * self.warps,
             shared_memory=self.shared_memory,
         )
+
+
+def constants_of(packed: PackedKV) -> dict[str, int]:
+    """Return the constants of numbers.cuh for the formats of keys and values."""
+    form = packed.format
+    return _numbers_of("KEY", form.key, packed.key_scale) | _numbers_of("VALUE", form.value, packed.value_scale)
 
 
 def _numbers_of(name: str, form: Format, scale: str) -> dict[str, int]:

@@ -53,10 +53,10 @@ class PackedKV:
         without = {"k_biases": self.format.key, "v_biases": self.format.value}
         return frozenset(name for name, form in without.items() if not form.has_biases)
 
-    @property
-    def alignments(self) -> dict[str, int]:
-        """Bytes to which the rows of each input are aligned: those of a lane's numbers, or of a scale."""
-        keys, values = SCALE_BYTES[self.key_scale], SCALE_BYTES[self.value_scale]
+    def alignments(self, head_dim: int) -> dict[str, int]:
+        """Return the bytes to which the rows of each input are aligned: a lane's numbers, and a row of scales."""
+        keys = _scale_alignment(self.format.key, self.key_scale, head_dim)
+        values = _scale_alignment(self.format.value, self.value_scale, head_dim)
         return {
             "k": _alignment(self.format.key),
             "v": _alignment(self.format.value),
@@ -103,6 +103,12 @@ def _alignment(form: Format) -> int:
     """Return the largest power of two that divides the bytes of 16 numbers, from the 4 of a word to 16."""
     row = 2 * form.bits
     return max(4, min(16, row & -row))
+
+
+def _scale_alignment(form: Format, scale: str, head_dim: int) -> int:
+    """Return the largest power of two that divides the bytes of a row of scales, at most 16."""
+    row = head_dim // form.group_size * SCALE_BYTES[scale]
+    return min(16, row & -row)
 
 
 def _name(dtype: mx.Dtype) -> str:

@@ -16,8 +16,8 @@ from attention.kernels.cuda.runtime.launch import OUTPUTS, Launch, Stage, dtype_
 PARTS: Final = ("parts", "marks")
 READS: Final = ("q", "k", "k_scales", "k_biases", "v", "v_scales", "v_biases")
 TOO_MANY_ROWS: Final = (
-    f"the CUDA kernel for quantized keys and values takes up to {MAX_ROWS} rows: queries, times the heads that share a "
-    "key head"
+    f"the CUDA kernel for quantized keys and values takes up to {MAX_ROWS} rows (queries times the heads that share a "
+    "key head)"
 )
 
 
@@ -70,9 +70,7 @@ def make_key_split(
         window=call.window is not None and not alone,
         softcap=call.softcap is not None,
         architecture=found.architecture,
-        format=packed.format,
-        key_scale=packed.key_scale,
-        value_scale=packed.value_scale,
+        packed=packed,
         whole=shape.head_dim == width,
         warps=12 if width <= 128 and query_tiles == 1 else 8,
     )
@@ -123,7 +121,7 @@ def stages(
             READS,
             (*OUTPUTS, *PARTS),
             strided=READS,
-            alignments=packed.alignments,
+            alignments=packed.alignments(shape.head_dim),
             omitted=frozenset(omitted),
             serial=True,
         )

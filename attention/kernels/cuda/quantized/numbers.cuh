@@ -1,21 +1,26 @@
-// Formats of quantized keys and values, as `mx.quantize` packs them, and their conversion to float16 in registers.
+// Formats of quantized keys and values, as `mx.quantize` packs them, and their conversion in registers.
 //
-// A lane works on 16 consecutive values of a row: they share a scale, because groups have 16 values or more. A word of packed
-// numbers, seen as two halves of 16 bits, has F = 16 / BITS fields in each; field f of both halves becomes one pair of float16:
+// A word of packed numbers, seen as two halves of 16 bits, has F = 16 / BITS fields in each; field f of both halves becomes one
+// pair of float16:
 //
 //   4 bits    | h3 h2 h1 h0 | l3 l2 l1 l0 |        pair f = (l_f, h_f), f = 0 .. 3
 //                  |             |   & 0x000f000f  pair 0: as float16 these are n * 2^-24, subnormal and exact
-//                  |             |   & 0x00f000f0  pair 1: n * 2^-20, whose scale is divided by 16
+//                  |             |   & 0x00f000f0  pair 1: n * 2^-20
 //                                    >> 8          pairs 2 and 3 likewise
 //
-// so that an integer costs half an instruction to unpack, and half of one to scale: pair * (s, s) + (b, b), rounded once. The
-// halves are those of one word (keys: two columns of a key), or the same halves of two words (values: a column of two keys).
-// Small floats become float16 by moving their bits, times a power of two.
-//
-// Scales and biases are multiplied by a power of two, the factor of a lane, which keeps them in the range of float16.
+// so that an integer costs half an instruction to unpack, and no offset has to be subtracted: tensor cores take subnormal
+// numbers. The halves are those of one word (keys: two columns of a key), or the same halves of two words (values: a column of
+// two keys). Small floats become float16 by moving their bits, times a power of two.
 
 enum Kind { INTEGER, E2M1, E4M3 };               // of the numbers
 enum Scale { FLOAT32, FLOAT16, BFLOAT, E8M0, SCALE_E4M3 };  // of the scales
+
+// Bytes of two words, chosen by the digits of a selector: bytes 0 to 3 of `a`, and 4 to 7 of `b`.
+DEVICE u32 join_halves(u32 a, u32 b, u32 selector) {
+  u32 word;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(selector));
+  return word;
+}
 
 template <int BITS_, int KIND, int GROUP_, int SCALE>
 struct Format {
@@ -36,6 +41,13 @@ struct Format {
     return from_half((raw & 0x80) << 8 | (raw & 0x7f) << 7) * 256;
   }
 
+  // Converts the i-th scale of a word.
+  static DEVICE float scale_of(u32 word, int i) {
+    if constexpr (SCALE == BFLOAT) return __uint_as_float(i == 0 ? word << 16 : word & 0xffff0000u);
+    if constexpr (SCALE == E8M0) return __uint_as_float((i == 3 ? word >> 1 : word << (23 - 8 * i)) & 0x7f800000u);
+    return scale(word >> i * 8 * SCALE_BYTES & (SCALE_BYTES == 1 ? 255u : 65535u));
+  }
+
   // Converts the fields of both halves of a word, in order, times 2^-UNIT and, for field f, times 2^(BITS * (f % SHIFTS)).
   static DEVICE void expand(u32 (&pairs)[FIELDS], u32 word) {
     if constexpr (KIND == E4M3) {
@@ -50,15 +62,23 @@ struct Format {
       constexpr u32 MASK = (1u << BITS) - 1;
 #pragma unroll
       for (int f = 0; f < FIELDS; ++f) {
-        const u32 from = f < SHIFTS ? word : word >> 8;
+        const u32 from = f < SHIFTS ? word : BITS == 8 ? join_halves(word, 0, 0x4341) : word >> 8;
         pairs[f] = from & (MASK | MASK << 16) << BITS * (f % SHIFTS);
       }
     }
   }
   static constexpr DEVICE int field_shift(int f) { return KIND == INTEGER ? BITS * (f % SHIFTS) : 0; }
 
-  // Column, of the 16 of a lane, of the first or second half of pair i of a key.
-  static constexpr DEVICE int key_column(int i, int half) { return i / FIELDS * 2 * FIELDS + i % FIELDS + half * FIELDS; }
+  // Of COUNT numbers of a key, that of the first or second half of pair i, and the field that it was.
+  template <int COUNT>
+  static constexpr DEVICE int key_field(int i) {
+    return i % (COUNT < 2 * FIELDS ? COUNT / 2 : FIELDS);
+  }
+  template <int COUNT>
+  static constexpr DEVICE int key_column(int i, int half) {
+    constexpr int N = COUNT < 2 * FIELDS ? COUNT / 2 : FIELDS;
+    return i / N * 2 * N + i % N + half * N;
+  }
 };
 
 // ---- packed numbers of a lane ------------------------------------------------------------------------------------
@@ -107,23 +127,90 @@ struct Packed {
   }
 };
 
-// Scale and bias of a lane's 16 values, as loaded; zero for values that do not exist.
+template <int BYTES>
+DEVICE u32 load_scale(const char* place) {
+  u32 x;
+  if constexpr (BYTES == 4) asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(x) : "l"(place));
+  if constexpr (BYTES == 2) asm volatile("{.reg .u16 h; ld.global.nc.u16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(x) : "l"(place));
+  if constexpr (BYTES == 1) asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(x) : "l"(place));
+  return x;
+}
+
+// Scale and bias of numbers that share them, as loaded; zero for numbers that do not exist.
 template <typename F>
 struct RawScale {
   u32 scale, bias;
 
-  static DEVICE u32 one(const char* place) {
-    u32 x;
-    if constexpr (F::SCALE_BYTES == 4) asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(x) : "l"(place));
-    if constexpr (F::SCALE_BYTES == 2) asm volatile("{.reg .u16 h; ld.global.nc.u16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(x) : "l"(place));
-    if constexpr (F::SCALE_BYTES == 1) asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(x) : "l"(place));
-    return x;
-  }
   DEVICE void load(const char* scales, const char* biases, i64 offset) {
-    scale = one(scales + offset);
-    if constexpr (F::BIASED) bias = one(biases + offset);
+    scale = load_scale<F::SCALE_BYTES>(scales + offset);
+    if constexpr (F::BIASED) bias = load_scale<F::SCALE_BYTES>(biases + offset);
   }
   DEVICE void clear() { scale = bias = 0; }
+};
+
+// The N scales or biases of a row, as loaded.
+template <typename F, int N>
+struct RowScales {
+  static constexpr int BYTES = N * F::SCALE_BYTES;
+  static constexpr bool WHOLE_ROW = WHOLE && BYTES <= 16 && (BYTES & BYTES - 1) == 0;  // one load
+  static constexpr int WORDS = WHOLE_ROW ? (BYTES + 3) / 4 : N;
+  u32 words[WORDS];
+
+  // `count` scales exist; the others are zero.
+  DEVICE void load(const char* place, int count) {
+    if constexpr (WHOLE_ROW && BYTES >= 8) {
+      Packed<8, BYTES> row;
+      row.load(place);
+#pragma unroll
+      for (int i = 0; i < WORDS; ++i) words[i] = row.words[i];
+    } else if constexpr (WHOLE_ROW) {
+      words[0] = load_scale<BYTES>(place);
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; ++i) words[i] = WHOLE || i < count ? load_scale<F::SCALE_BYTES>(place + i * F::SCALE_BYTES) : 0;
+    }
+  }
+  DEVICE float operator[](int i) const {
+    if constexpr (!WHOLE_ROW || F::SCALE_BYTES == 4) return F::scale(words[i]);
+    constexpr int EACH = 4 / F::SCALE_BYTES;
+    return F::scale_of(words[i / EACH], i % EACH);
+  }
+};
+
+// Numbers, scales and biases of a plane's keys or values; strides of rows in bytes.
+struct Plane {
+  const char *numbers, *scales, *biases;
+  int number_row, scale_row, bias_row;
+};
+
+// The plane from a column on.
+template <typename F>
+DEVICE Plane from_column(const Plane& plane, int column) {
+  const int scale = column / F::GROUP * F::SCALE_BYTES;
+  return {plane.numbers + column * F::BITS / 8, plane.scales + scale, plane.biases + scale, plane.number_row,
+          plane.scale_row, plane.bias_row};
+}
+
+struct PlaneRow {
+  const char *numbers, *scales, *biases;
+
+  DEVICE PlaneRow(const Plane& plane, int row)
+      : numbers(plane.numbers + static_cast<i64>(row) * plane.number_row),
+        scales(plane.scales + static_cast<i64>(row) * plane.scale_row),
+        biases(plane.biases + static_cast<i64>(row) * plane.bias_row) {}
+  DEVICE PlaneRow(const PlaneRow& row, int number_bytes, int scale_bytes)
+      : numbers(row.numbers + number_bytes), scales(row.scales + scale_bytes), biases(row.biases + scale_bytes) {}
+
+  // Loads consecutive numbers from a column on, and their scale; zeros unless `valid`.
+  template <typename F, int COUNT>
+  DEVICE void load(Packed<F::BITS, COUNT>& packed, RawScale<F>& scale, int column, bool valid) const {
+    if (valid) {
+      packed.load(numbers + column * F::BITS / 8);
+      scale.load(scales, biases, column / F::GROUP * F::SCALE_BYTES);
+    } else {
+      packed.clear(), scale.clear();
+    }
+  }
 };
 
 // ---- scaling -----------------------------------------------------------------------------------------------------
@@ -143,26 +230,24 @@ DEVICE u32 multiply_add_half(u32 a, u32 b, u32 c) {
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(c));
   return word;
 }
-DEVICE u32 join_halves(u32 a, u32 b, u32 selector) {
-  u32 word;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(selector));
-  return word;
-}
 constexpr u32 LOWER = 0x5410, UPPER = 0x7632;  // selectors: lower halves of both words, upper halves
 
 DEVICE int exponent_of(float x) { return static_cast<int>(__float_as_uint(x) >> 23 & 255) - 127; }
 DEVICE float power_of_two(int exponent) { return __uint_as_float(static_cast<u32>(exponent + 127) << 23); }
 
-// Power of two by which scales are multiplied, so that the largest so far, or bias * 2^-UNIT, is below 2^15.
+// Power of two by which scales are multiplied, so that the largest so far is below 2^LIMIT.
+template <int LIMIT>
 struct Factor {
-  static constexpr float NONE = 0x1p100f, LIMIT = 32768;
+  static constexpr float NONE = 0x1p100f;
   float value = NONE;
+
+  DEVICE bool fits(float largest) const { return !(largest * value > power_of_two(LIMIT)); }
 
   // Returns the ratio of the new factor to the old one; `largest` is the largest magnitude among the lanes that share it.
   DEVICE float fit(float largest) {
-    if (!(largest * value > LIMIT)) return 1;
+    if (fits(largest)) return 1;
     const float old = inverse();
-    value = power_of_two(14 - exponent_of(largest));
+    value = power_of_two(LIMIT - 3 - exponent_of(largest));  // with room for scales four times as large
     return value * old;
   }
   DEVICE float inverse() const { return __uint_as_float((254u << 23) - __float_as_uint(value)); }
@@ -171,12 +256,12 @@ struct Factor {
 // Scales and biases of two values in float16, and scales for each field of a byte. What float16 loses of float32 scales and
 // biases is kept apart.
 template <typename F>
-struct Scales {
+struct HalfScales {
   static constexpr bool SPLIT = F::SCALE_BYTES == 4;
   u32 scale[F::SHIFTS], bias;
   u32 scale_rest[SPLIT ? F::SHIFTS : 1], bias_rest;
 
-  DEVICE Scales(float s0, float s1, float b0, float b1) {
+  DEVICE HalfScales(float s0, float s1, float b0, float b1) {
     fill(scale, pack_half(s0, s1));
     if constexpr (F::BIASED) bias = pack_half(b0, b1);
     if constexpr (SPLIT) {
@@ -200,37 +285,46 @@ struct Scales {
   }
 };
 
-// Dequantizes 16 values of a key: 8 pairs, whose columns are F::key_column.
-template <typename F>
-DEVICE void dequantize_key(u32 (&pairs)[8], const Packed<F::BITS, 16>& packed, const Scales<F>& scales) {
+// Unpacks COUNT numbers of a key: COUNT / 2 pairs, whose columns are F::key_column<COUNT>.
+template <typename F, int COUNT>
+DEVICE void unpack_key(u32 (&pairs)[COUNT / 2], const Packed<F::BITS, COUNT>& packed) {
+  constexpr int HALF = COUNT / 2;
+  u32 fields[F::FIELDS];
   if constexpr (F::STREAM) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) pairs[i] = scales.apply(packed.number(i) | packed.number(i + 8) << 16, 0);
+    for (int i = 0; i < HALF; ++i) {
+      const int at = F::template key_column<COUNT>(i, 0);
+      pairs[i] = packed.number(at) | packed.number(F::template key_column<COUNT>(i, 1)) << 16;
+    }
+  } else if constexpr (COUNT < 2 * F::FIELDS) {  // less than a word: the second half of it goes to the upper half
+    constexpr int BITS = F::BITS * HALF;
+    const u32 word = packed.words[0];
+    F::expand(fields, word & (1u << BITS) - 1 | (word >> BITS) << 16);
+#pragma unroll
+    for (int i = 0; i < HALF; ++i) pairs[i] = fields[i];
   } else {
 #pragma unroll
-    for (int word = 0; word < 8 / F::FIELDS; ++word) {
-      u32 fields[F::FIELDS];
+    for (int word = 0; word < HALF / F::FIELDS; ++word) {
       F::expand(fields, packed.words[word]);
 #pragma unroll
-      for (int f = 0; f < F::FIELDS; ++f) pairs[word * F::FIELDS + f] = scales.apply(fields[f], f);
+      for (int f = 0; f < F::FIELDS; ++f) pairs[word * F::FIELDS + f] = fields[f];
     }
   }
 }
 
-// Dequantizes COUNT values of two keys: pair i has column i of both.
+// Unpacks COUNT numbers of two keys: pair i has column i of both.
 template <typename F, int COUNT>
-DEVICE void dequantize_values(u32 (&pairs)[COUNT], const Packed<F::BITS, COUNT>& a, const Packed<F::BITS, COUNT>& b,
-                              const Scales<F>& scales) {
+DEVICE void unpack_values(u32 (&pairs)[COUNT], const Packed<F::BITS, COUNT>& a, const Packed<F::BITS, COUNT>& b) {
   if constexpr (F::STREAM) {
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) pairs[i] = scales.apply(a.number(i) | b.number(i) << 16, 0);
+    for (int i = 0; i < COUNT; ++i) pairs[i] = a.number(i) | b.number(i) << 16;
   } else {
 #pragma unroll
     for (int half = 0; half < COUNT / F::FIELDS; ++half) {
       u32 fields[F::FIELDS];
       F::expand(fields, join_halves(a.words[half / 2], b.words[half / 2], half % 2 ? UPPER : LOWER));
 #pragma unroll
-      for (int f = 0; f < F::FIELDS; ++f) pairs[half * F::FIELDS + f] = scales.apply(fields[f], f);
+      for (int f = 0; f < F::FIELDS; ++f) pairs[half * F::FIELDS + f] = fields[f];
     }
   }
 }

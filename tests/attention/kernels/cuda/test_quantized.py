@@ -5,12 +5,11 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
-from attention.core.errors import KernelUnavailable
 from attention.core.kv_format import parse_kv_format
 from attention.kernels import cuda
 from attention.kernels.cuda.quantized.decode import QuantizedDecode
 from attention.kernels.cuda.quantized.formats import PackedKV
-from attention.kernels.cuda.quantized.launch import MAX_ROWS, inputs, refusal
+from attention.kernels.cuda.quantized.launch import inputs, refusal
 from attention.kernels.cuda.runtime.call import CallShape, normalize
 from attention.quantized_kv import quantized
 from tests.support import kernel_oracle
@@ -57,8 +56,8 @@ class Case:
         kernel_oracle.assert_near(output, right, plain, self.dtype, 2, f"{what}: output")
         found = kernel_oracle.numbers(logsumexp)
         assert np.array_equal(np.isneginf(found), np.isneginf(sums)), what
-        with np.errstate(invalid="ignore"):
-            assert np.nanmax(np.abs(found - sums), initial=0) < 2e-3, f"{what}: logsumexp"
+        with np.errstate(invalid="ignore"):  # keys are rounded to float16
+            assert np.nanmax(np.abs(found - sums) - 1e-4 * np.abs(sums), initial=0) < 2e-3, f"{what}: logsumexp"
 
 
 def as_pair(text):
@@ -162,14 +161,6 @@ def test_a_gradient_is_refused_in_one_line():
         mx.eval(mx.grad(lambda q: cuda.flash_attention_quantized(q, *case.kv, scale=0.1)[0].sum())(case.q))
 
 
-@pytest.mark.gpu
-@needs_gpu
-def test_more_rows_than_the_kernel_takes_are_refused():
-    case = Case((1, 4, 1, MAX_ROWS, 100), 64, "int8")
-    with pytest.raises(KernelUnavailable, match=f"up to {MAX_ROWS} rows"):
-        case.found()
-
-
 def test_a_call_says_what_the_kernels_do_not_take():
     few, many = (CallShape(1, 8, 2, queries, 100, 64, "bf16") for queries in (1, 100))
     plain = normalize(0.1, False, None, None, 100)
@@ -181,7 +172,8 @@ def test_a_call_says_what_the_kernels_do_not_take():
 def test_parts_that_a_format_has_not_are_no_inputs():
     packed = PackedKV.of_text("int4+mxfp8", "bfloat16")
     assert inputs(packed) == ("q", "k", "k_scales", "k_biases", "v", "v_scales")
-    assert (packed.alignments["k"], packed.alignments["v"], packed.alignments["v_scales"]) == (8, 16, 1)
+    alignments = packed.alignments(128)
+    assert [alignments[name] for name in ("k", "k_scales", "v", "v_scales")] == [8, 4, 16, 4]
     assert PackedKV.of_texts(*packed.texts) == packed
 
 
@@ -192,7 +184,5 @@ def test_parts_that_a_format_has_not_are_no_inputs():
 def test_kernels_compile_without_spills(formats, architecture):
     packed = PackedKV.of_text(formats, "bfloat16")
     for warps, tiles in ((12, 1), (8, 2)):
-        kernel = QuantizedDecode(
-            128, tiles, True, "bf16", True, True, architecture, packed.format, "bfloat16", "bfloat16", warps=warps
-        )
+        kernel = QuantizedDecode(128, tiles, True, "bf16", True, True, architecture, packed, warps=warps)
         assert report(kernel.program).spilled == 0
