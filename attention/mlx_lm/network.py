@@ -36,7 +36,7 @@ class Network:
 
         Args:
             configuration: what to build.
-            dtype: type of the weights; those of a folder that are quantised stay as they are.
+            dtype: type of the weights; those of a folder that are quantized stay as they are.
             layers: how many to keep; None is all.
             seed: of random weights.
 

@@ -1,7 +1,7 @@
 """Benchmark of attention in 8 bits on Hopper, with target figures: `python -m benchmarks.cuda.fp8 PART`.
 
 Parts: speed, error; both without any. `speed` times `poc-fp8` in the same rounds as the kernel in bfloat16, and the
-attention kernel and the quantisation by themselves; causal FLOPs count half. `error` compares the relative error with
+attention kernel and the quantization by themselves; causal FLOPs count half. `error` compares the relative error with
 that of SageAttention's recipe in float64. `--json PATH` writes the results.
 """
 
@@ -62,8 +62,8 @@ def _seconds(shape: CallShape, causal: bool) -> dict[str, float]:
     scale = shape.head_dim**-0.5
     call = normalize(scale, causal, None, None, shape.keys)
     fp8.check(shape, call)
-    quantisation, attention = fp8_launch.stages(shape, call, fp8_launch.forward_kernel(shape, call))
-    quantize = make_plan(INPUTS, fp8_launch.QUANTIZED, [quantisation])
+    quantization, attention = fp8_launch.stages(shape, call, fp8_launch.forward_kernel(shape, call))
+    quantize = make_plan(INPUTS, fp8_launch.QUANTIZED, [quantization])
     attend = make_plan(fp8_launch.QUANTIZED, OUTPUTS[:1], [attention])
     quantized = quantize(q, k, v)[: len(fp8_launch.QUANTIZED)]
     mx.eval(quantized)
@@ -72,7 +72,7 @@ def _seconds(shape: CallShape, causal: bool) -> dict[str, float]:
         {
             "ours": MlxCalls(lambda: fp8.attend(q, k, v, scale=scale, mask=mask)),
             "kernel": MlxCalls(lambda: attend(quantized)[0]),
-            "quantisation": MlxCalls(lambda: quantize(q, k, v)[0]),
+            "quantization": MlxCalls(lambda: quantize(q, k, v)[0]),
             "bfloat16": MlxCalls(lambda: cuda.flash_attention(q, k, v, scale=scale, causal=causal)),
         }
     )

@@ -51,7 +51,7 @@ def sampled_mean(k):
 
 
 def operands(q, k, v, scale):
-    """Return q in exponents of 2, k without its mean, and v, all quantised."""
+    """Return q in exponents of 2, k without its mean, and v, all quantized."""
     return (
         quantized(q * scale * math.log2(math.e), QUERY_BLOCK)[0],
         quantized(k - sampled_mean(k), BLOCK)[0],
@@ -71,7 +71,7 @@ def visible(queries, keys, causal=False, window=None):
 
 
 def attend_quantized(q, k, v, shown, round_weights=e4m3, round_maximum=np.ceil, sum_rounded=True):
-    """Return attention over quantised operands: tiles of keys from the last to the first, weights in e4m3.
+    """Return attention over quantized operands: tiles of keys from the last to the first, weights in e4m3.
 
     The kernels round maxima up to integers and divide by the sum of the rounded weights.
     """

@@ -22,7 +22,7 @@ PATH: Final = "CUDA kernel, fp8"
 ARITHMETIC: Final = "fp8"
 MAX_HEAD_DIM: Final = 128
 MIN_QUERIES: Final = 128
-"""The quantisation reads all keys and values, which fewer queries do not repay."""
+"""The quantization reads all keys and values, which fewer queries do not repay."""
 DIM_STEP: Final = 8
 
 
@@ -38,10 +38,10 @@ def refusal(workload: Workload, needs: Needs) -> str | None:
         "attention sinks": needs.sinks,
     }
     if workload.quantized:
-        return "fp8 arithmetic quantises keys and values itself; quantized ones go through poc"
+        return "fp8 arithmetic quantizes keys and values itself; quantized ones go through poc"
     missing = [name for name, needed in features.items() if needed]
     if missing:
-        return f"fp8 arithmetic has no {' and no '.join(missing)}; poc does"
+        return f"fp8 arithmetic has no {' and no '.join(missing)}; poc has"
     if workload.dtype not in ELEMENTS:
         return f"fp8 arithmetic takes bfloat16 and float16, not {workload.dtype}"
     if workload.value_dim != workload.head_dim:

@@ -25,10 +25,10 @@ CUDA = structs.replace(CPU, backend="cuda")
     ("workload", "needs", "words"),
     [
         (PREFILL, Needs(), "needs a Hopper GPU, and MLX runs on the CPU"),
-        (structs.replace(PREFILL, pass_="training"), Needs(), "has no gradients; poc does"),
-        (PREFILL, Needs(softcap=True, array_mask=True), "has no softcap and no array masks; poc does"),
+        (structs.replace(PREFILL, pass_="training"), Needs(), "has no gradients; poc has"),
+        (PREFILL, Needs(softcap=True, array_mask=True), "has no softcap and no array masks; poc has"),
         (structs.replace(PREFILL, mask="documents:64"), Needs(), "no patterns"),
-        (structs.replace(PREFILL, kv_format="int8"), Needs(), "quantises keys and values itself"),
+        (structs.replace(PREFILL, kv_format="int8"), Needs(), "quantizes keys and values itself"),
         (structs.replace(PREFILL, dtype="float32"), Needs(), "takes bfloat16 and float16, not float32"),
         (structs.replace(PREFILL, value_dim=64), Needs(), "values as wide as keys, not 64 beside 128"),
         (structs.replace(PREFILL, head_dim=192, value_dim=192), Needs(), "up to 128 in steps of 8, not 192"),

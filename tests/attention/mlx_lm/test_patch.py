@@ -79,23 +79,23 @@ MASKS = {
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("kind", ["plain", "sinks", "wide values", "cache slices", "quantised"])
+@pytest.mark.parametrize("kind", ["plain", "sinks", "wide values", "cache slices", "quantized"])
 @pytest.mark.parametrize("budget", [None, 32 << 10], ids=["whole", "in blocks"])
 def test_practical_takes_every_call_that_models_make(mask: str, kind: str, budget: int | None) -> None:
     q, k, v = arrays(9, 33, value_width=32 if kind == "wide values" else 64)
     sinks = mx.array([1.0, -2.0, 0.5, 3.0]) if kind == "sinks" else None
     held: Any = None
-    if (kind, mask) == ("quantised", "bool a head"):
+    if (kind, mask) == ("quantized", "bool a head"):
         pytest.skip("mlx-lm takes no mask of a head's own there")
     if kind == "cache slices":
         held = cache.KVCache()
         k, v = held.update_and_fetch(k, v)
         k, v = held.keys[..., :33, :], held.values[..., :33, :]
-    if kind == "quantised":
+    if kind == "quantized":
         held = cache.QuantizedKVCache(group_size=32, bits=8)
         k, v = held.update_and_fetch(k, v)
     call = {"cache": held, "scale": 0.2, "mask": MASKS[mask](), "sinks": sinks}
-    wanted = base.scaled_dot_product_attention(q + 0, k, v, **call)  # mlx-lm scales quantised calls' query in place
+    wanted = base.scaled_dot_product_attention(q + 0, k, v, **call)  # mlx-lm scales quantized calls' query in place
     with attention.patch_mlx_lm(Practical(budget)) as patch:
         got = base.scaled_dot_product_attention(q, k, v, **call)
     assert (patch.calls_taken, patch.calls_handed) == (1, 0), patch.summary()

@@ -25,7 +25,7 @@ CACHES: dict[str, Callable[[], Any]] = {
     "rotating": lambda: RotatingKVCache(max_size=24, keep=4),
     "batched": lambda: BatchKVCache(LEFT_PADDING),
     "batched rotating": lambda: BatchRotatingKVCache(24, LEFT_PADDING),
-    "quantised": lambda: QuantizedKVCache(group_size=32, bits=8),
+    "quantized": lambda: QuantizedKVCache(group_size=32, bits=8),
 }
 MODELS_AND_IMPLEMENTATIONS = [
     pytest.param(model, name, marks=[] if model == "llama" or name == "practical" else pytest.mark.slow)
@@ -68,7 +68,7 @@ def test_prefill_and_decode_give_the_same_logits(model_name: str, held: str, imp
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
-@pytest.mark.parametrize("held", ["plain", "quantised"])
+@pytest.mark.parametrize("held", ["plain", "quantized"])
 def test_half_precision_stays_within_its_tolerance(dtype: mx.Dtype, held: str) -> None:
     model, wanted = unpatched("llama", dtype, held)
     with patched("practical in blocks") as patch:

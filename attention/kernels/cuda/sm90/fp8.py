@@ -8,7 +8,7 @@ from attention.kernels.cuda.runtime.program import Element, Program
 from attention.kernels.cuda.sm90.forward import Forward, wgmma
 
 QUANTIZED_ROWS: Final = 128
-"""Rows per block of the quantisation, and keys per scale of K and V."""
+"""Rows per block of the quantization, and keys per scale of K and V."""
 WIDTHS: Final = (64, 128)
 """Head dims of the kernels; narrower inputs are zero-filled."""
 

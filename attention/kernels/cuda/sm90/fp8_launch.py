@@ -1,4 +1,4 @@
-"""Launches of the 8-bit Hopper kernels: quantisation, and forward attention on its results."""
+"""Launches of the 8-bit Hopper kernels: quantization, and forward attention on its results."""
 
 import functools
 import math
@@ -27,7 +27,7 @@ from attention.kernels.cuda.sm90.launch import least_makespan
 from attention.kernels.cuda.sm90.schedule import make_works
 
 QUANTIZED: Final = ("q8", "k8", "v8", "q_exponents", "kv_exponents")
-"""Arrays written by the quantisation: e4m3 as uint8, and the exponents of their scales."""
+"""Arrays written by the quantization: e4m3 as uint8, and the exponents of their scales."""
 
 
 def width_of(head_dim: int) -> int:
@@ -37,7 +37,7 @@ def width_of(head_dim: int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def quantize(shape: CallShape, scale: float) -> Launch:
-    """Return the launch of the quantisation; it writes the arrays of `QUANTIZED`."""
+    """Return the launch of the quantization; it writes the arrays of `QUANTIZED`."""
     width = width_of(shape.head_dim)
     planes, key_planes = shape.batch * shape.heads, shape.batch * shape.kv_heads
     query_blocks, key_blocks = -(-shape.queries // QUANTIZED_ROWS), -(-shape.keys // QUANTIZED_ROWS)
@@ -95,7 +95,7 @@ def forward(shape: CallShape, call: CallParams, kernel: Fp8Forward) -> Launch:
 
 
 def stages(shape: CallShape, call: CallParams, kernel: Fp8Forward) -> list[Stage]:
-    """Return the launches of a call: quantisation, then attention."""
+    """Return the launches of a call: quantization, then attention."""
     made = forward(shape, call, kernel)
     parts = made.keywords["output_shapes"][1][0]
     width = width_of(shape.head_dim)
@@ -129,7 +129,7 @@ def forward_kernel(shape: CallShape, call: CallParams) -> Fp8Forward:
 
 
 def programs(shape: CallShape, call: CallParams) -> tuple[Program, Program]:
-    """Return the programs of a call: quantisation and attention."""
+    """Return the programs of a call: quantization and attention."""
     return Quantize(width_of(shape.head_dim), shape.element).program, forward_kernel(shape, call).program
 
 

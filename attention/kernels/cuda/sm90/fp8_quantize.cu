@@ -1,4 +1,4 @@
-// Quantisation of Q, K and V to fp8 (e4m3) for fp8_forward.cu: one block for 128 rows of a head.
+// Quantization of Q, K and V to fp8 (e4m3) for fp8_forward.cu: one block for 128 rows of a head.
 //
 //   Q   [row][column]   times softmax scale and log2(e)            one power of two for 64 rows
 //   K   [key][column]   minus the mean over sampled keys           one power of two for 128 keys
@@ -114,7 +114,7 @@ DEVICE void sample_mean(const Rows& keys, Shared& shared) {
   __syncthreads();
 }
 
-// The 8 elements of a row as they are quantised, before scaling: of Q times a factor, of K minus the mean.
+// The 8 elements of a row as they are quantized, before scaling: of Q times a factor, of K minus the mean.
 template <bool QUERY>
 DEVICE void prepare(float (&x)[8], const uint4& words, float factor, const float* mean) {
   unpack(x, words);
@@ -122,7 +122,7 @@ DEVICE void prepare(float (&x)[8], const uint4& words, float factor, const float
   for (int j = 0; j < 8; ++j) x[j] = QUERY ? x[j] * factor : x[j] - mean[j];
 }
 
-// Quantises ROWS rows of Q or K; `exponents` are the first and, of Q, the second of their scales.
+// Quantizes ROWS rows of Q or K; `exponents` are the first and, of Q, the second of their scales.
 template <bool QUERY>
 DEVICE void quantize_rows(u32* to, int* exponents, const Rows& rows, int first, float factor, Shared& shared) {
   constexpr int STEPS = ROWS / LANES, PARTS = QUERY ? ROWS / QUERY_ROWS : 1, PART_STEPS = STEPS / PARTS;
@@ -161,7 +161,7 @@ DEVICE void quantize_rows(u32* to, int* exponents, const Rows& rows, int first, 
   }
 }
 
-// Quantises 128 keys of V, transposed: `to` is the first of them in column 0, of rows of `stride` bytes.
+// Quantizes 128 keys of V, transposed: `to` is the first of them in column 0, of rows of `stride` bytes.
 DEVICE void quantize_transposed(char* to, i64 stride, int* exponent_to, const Rows& rows, int first, Shared& shared,
                                 u32* tile) {
   // a thread has 4 keys and 8 columns

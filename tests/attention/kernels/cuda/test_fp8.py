@@ -140,7 +140,7 @@ def test_errors_are_at_most_three_times_the_published_recipes(kind, mask):
 
 @pytest.mark.gpu
 @on_hopper
-def test_the_quantised_arrays_are_those_of_the_recipe():
+def test_the_quantized_arrays_are_those_of_the_recipe():
     import mlx.core as mx
 
     from attention.kernels.cuda.runtime.call import CallParams, CallShape
