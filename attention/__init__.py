@@ -96,8 +96,8 @@ def attention(
     Args:
         q: query (B, H, Lq, D), in float32, float16 or bfloat16.
         k: key (B, Hkv, Lk, D), Hkv a divisor of H.
-        v: value (B, Hkv, Lk, Dv). Both may be quantized, each in a format of its own: `quantized(k, "int8")`; they
-            are then read packed, or a tile at a time, by all implementations but `baseline`.
+        v: value (B, Hkv, Lk, Dv). Both may be quantized, each in a format of its own: `quantized(k, "int8")`.
+            docs/quantized.md says which implementations take them, and how they read them.
         scale: factor of the scores; 1 / sqrt(D) by default.
         mask: None; "causal" (lower-right aligned); a mask of `attention.masks`, as
             `causal() & documents([512, 1536]) | prefix(4)`; or an array that broadcasts to (B, H, Lq, Lk): bool, True
@@ -108,8 +108,8 @@ def attention(
         max_error: the largest relative error for which approximate arithmetic is acceptable: the root mean square
             difference of the output from attention in float64, over the root mean square of the latter. It is measured
             on rows of these inputs in the first call of their kind, and in the 2nd, 4th, 8th and so on. With it `demo`
-            also tries `poc-fp8`, and returns to the others if the error grows above it; `poc-fp8` itself raises
-            UnsupportedError. None: no error beyond rounding. The other implementations have none.
+            also tries `poc-fp8`, and goes back to the exact ones if its error exceeds the budget; `poc-fp8` itself
+            raises UnsupportedError then. None: no error beyond rounding. The other implementations ignore it.
         return_lse: return the logsumexp of each row's scores too.
         implementation: a name from `attention.implementations.NAMES`, "FILE.py:CLASS", or an implementation.
 

@@ -51,7 +51,7 @@ def _is_implementation(given: object) -> bool:
 
 
 def check_shapes(q: object, k: object, v: object) -> bool:
-    """Check that q, k and v are 4-D, of compatible shapes, and dense ones of one floating dtype.
+    """Check that q, k and v are 4-D, with compatible shapes, and that dense ones have one floating dtype.
 
     Returns:
         Whether k and v are quantized; the dtype of their scales need not be q's.
@@ -191,7 +191,7 @@ def check_score_mod(score_mod: object, mask: Mask, heads: int) -> Mask:
 
 
 def check_max_error(max_error: object, implementation: Implementation, return_lse: bool) -> dict[str, float]:
-    """Return the error budget as a keyword of the call; exact implementations, and calls with a logsumexp, take none.
+    """Return the error budget as a keyword of the call; exact implementations and calls with a logsumexp get none.
 
     Raises:
         UsageError: it is not a number above 0.

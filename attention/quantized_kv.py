@@ -44,7 +44,7 @@ class QuantizedArray(Struct, frozen=True, eq=False):
         return self.scales.ndim
 
     def __getitem__(self, index: Any) -> "QuantizedArray":
-        """Index the axes before the last, as those of an array: `x[0]`, `x[:, :, 8:]`, `x[...]` for new views.
+        """Index the axes before the last, as those of an array: `x[0]`, `x[:, :, 8:]`, and `x[...]` for another object.
 
         Raises:
             IndexError: the index reaches the last axis, along which values share scales.
@@ -70,9 +70,9 @@ class QuantizedArray(Struct, frozen=True, eq=False):
         return QuantizedArray(numbers, scales, biases[0] if biases else None, self.format, self.dtype)
 
     def constant_integers(self) -> "QuantizedArray":
-        """Return the array with integers of which every gradient is 0; MLX raises errors for some, or returns nonsense.
+        """Return the array with its integer parts, scales of one byte included, as constants with a gradient of 0.
 
-        A scale that is a small float, one byte, counts as an integer.
+        MLX's own gradients of them raise errors or are meaningless.
         """
         kept = (part if part.dtype in FLOATS else mx.stop_gradient(part) for part in self.arrays)
         return self.with_arrays(list(kept))
@@ -140,7 +140,7 @@ def are_quantized(k: Any, v: Any) -> bool:
 
 
 def arrays_of(*given: KeyOrValue | None) -> list[mx.array]:
-    """Return dense arrays and the parts of quantized ones in one list."""
+    """Return dense arrays and the parts of quantized ones in one list; None is left out."""
     return [part for x in given if x is not None for part in (x.arrays if isinstance(x, QuantizedArray) else (x,))]
 
 
@@ -219,7 +219,7 @@ def _wrap(parts: Sequence[mx.array], form: Format, dtype: mx.Dtype | None) -> Qu
     wanted = ("numbers", "scales", "biases") if form.has_biases else ("numbers", "scales")
     given = list(parts) if isinstance(parts, tuple | list) else None
     if given is None or len(given) != len(wanted) or not all(isinstance(part, mx.array) for part in given):
-        got = type(parts).__name__ if given is None else f"{len(given)} parts"
+        got = type(parts).__name__ if given is None else f"{len(given)} {'part' if len(given) == 1 else 'parts'}"
         raise UsageError(
             f"x: got {got}; {form.text} takes an array, or the arrays ({', '.join(wanted)}) of mx.quantize"
         )

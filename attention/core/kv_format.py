@@ -120,4 +120,9 @@ def parse_kv_format(text: str) -> KVFormat | None:
     try:
         return KVFormat(parse_format(key), parse_format(value if plus else key))
     except UsageError as error:
-        raise UsageError(*(f"{problem}; two as in int8+int4; none" for problem in error.problems)) from None
+        raise UsageError(
+            *(
+                f"{problem}; two are joined as in int8+int4, keys first; none leaves both unquantized"
+                for problem in error.problems
+            )
+        ) from None

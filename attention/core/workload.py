@@ -147,7 +147,7 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
 
     @property
     def counterparts(self) -> "dict[Counterpart, Workload]":
-        """What the case is compared with: every pair visible for a structured mask or a window, K/V as their dtype."""
+        """What the case is compared with: every pair visible (of a mask or window), K and V in the query's dtype."""
         made: dict[Counterpart, Workload] = {}
         if self.structured or self.window is not None:
             made["dense"] = structs.replace(self, mask="none")
@@ -219,7 +219,7 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
 
     @property
     def value_bits(self) -> float:
-        """Bits of one number of keys and values, with its share of scales and biases."""
+        """Bits of one value of keys and values, with its share of scales and biases."""
         return 8 * self.kv_token_bytes / (self.kv_heads * (self.head_dim + self.value_dim))
 
     @property
@@ -235,7 +235,7 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of a measured case's inputs: quantized keys and values are beside those that they were made of."""
+        """Bytes of a measured case's inputs; quantized keys and values are kept beside those they were made from."""
         before = self.counterparts.get("unquantized")
         return self.input_bytes + (before.key_value_bytes if before else 0)
 

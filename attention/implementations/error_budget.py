@@ -11,7 +11,7 @@ from attention.core.workload import Workload
 from attention.measure.accuracy import AccuracyChecker
 
 SCORES: Final = 300_000
-"""Scores of a comparison: some tens of milliseconds."""
+"""Largest number of scores in a comparison, which then takes some tens of milliseconds."""
 
 Compare = Callable[[Workload, Sequence[mx.array], float, mx.array, int], float]
 """Returns the relative error of an output, see `relative_error`."""
@@ -42,7 +42,7 @@ class ErrorBudget:
         self._calls = BoundedDict[Workload, int](256)
 
     def check(self, workload: Workload, inputs: Sequence[mx.array], scale: float, output: mx.array) -> None:
-        """Count a call, and compare its output with float64 if that is due; then the output is evaluated.
+        """Count a call, and compare its output with float64 if that is due, which evaluates the output.
 
         Args:
             workload: kind of the call.
@@ -51,7 +51,7 @@ class ErrorBudget:
             output: its result.
 
         Raises:
-            BudgetExceededError: the error is above the budget, or the call is the first of its kind and traced, so that
+            BudgetExceededError: the error is above the budget, or the call is traced and the first of its kind, so that
                 there are no values to measure it on.
         """
         calls = self._calls.get(workload) or 0

@@ -67,7 +67,7 @@ class TakesMore(Protocol):
 
     TAKES: frozenset[str]
     """Among "pattern" (`Mask.pattern`, as block lists), "alibi" (`Mask.alibi`), "logsumexp" (`with_logsumexp`) and
-    "quantized" (k and v a `QuantizedArray` each, wherever the kernel takes arrays)."""
+    "quantized" (k and v as `QuantizedArray`, wherever the kernel takes arrays)."""
 
 
 @runtime_checkable
@@ -104,9 +104,10 @@ def kernel_variants() -> Sequence[str]:
 
 
 class Poc:
-    """The custom kernel; unsupported calls fall back to MLX's SDPA, or to `practical` if MLX's would not take them.
+    """The custom kernel; unsupported calls fall back to MLX's SDPA.
 
-    These are calls with a softcap, a pattern, ALiBi, the logsumexp, or quantized keys and values.
+    Calls that MLX's SDPA does not take (softcap, pattern, ALiBi, logsumexp, quantized keys and values) fall back to
+    `practical`.
 
     The fallback computes in float32 if scores would overflow or lose accuracy in MLX's unfused half-precision path.
     """
@@ -164,10 +165,8 @@ class Poc:
         self, q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
         """Compute attention; shapes as in `Implementation.__call__`."""
-
-        if not isinstance(k, mx.array) or not isinstance(
-            v, mx.array
-        ):  # a kernel that takes quantized ones gives no gradient of a mask
+        if not isinstance(k, mx.array) or not isinstance(v, mx.array):
+            # Kernels have no gradients with quantized keys and values, that of a mask included.
             return self._attend(q, k, v, scale, mask, softcap)
 
         def attend(mask: Mask) -> mx.array:
@@ -250,7 +249,7 @@ class Poc:
 
 
 def _is_plain(mask: Mask, softcap: float | None) -> bool:
-    """Return whether a call has nothing that MLX's SDPA does not take but as a mask as large as the scores."""
+    """Return whether MLX's SDPA takes a call without a mask as large as the scores made for it."""
     return softcap is None and mask.pattern is None and mask.alibi is None
 
 

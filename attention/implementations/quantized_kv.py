@@ -21,15 +21,15 @@ from attention.measure.device import Backend
 from attention.quantized_kv import QuantizedArray
 
 MAX_PACKED_ROWS: Final = 32
-"""Number of query rows from which keys are dequantized once instead of being read packed by every row."""
+"""Number of query rows to a key head from which keys are dequantized once instead of being read packed by every row."""
 PACKED_PATH: Final = "packed keys and values"
 
 
 def reads_packed(workload: Workload, backend: Backend) -> bool:
     """Return whether `practical` lets every row read keys and values packed; otherwise it dequantizes parts of them.
 
-    It never does on CUDA: MLX compiles its packed products for each kind of call, which takes half a minute there, and
-    then dequantizing is no slower.
+    Never on CUDA: MLX compiles its packed products for each kind of call there, which takes half a minute, and they
+    are no faster than dequantizing then.
     """
     return backend != "cuda" and workload.seq * workload.heads // workload.kv_heads < MAX_PACKED_ROWS
 
@@ -87,7 +87,7 @@ def attend_packed(
 def packed_bytes(workload: Workload, needs: Needs, widened: bool, repeated: bool = False) -> int:
     """Return the peak bytes above the inputs of `attend_packed`: the score matrix, and scales converted to float32.
 
-    `repeated`: packed keys and values are repeated for the query heads that share them, as `by_axis` does on the CPU.
+    `repeated`: packed keys and values are repeated for the query heads that share them, as with `by_axis` on the CPU.
     """
     kv, item = parse_kv_format(workload.kv_format), ITEM_BYTES[workload.dtype]
     assert kv is not None

@@ -33,9 +33,9 @@ LAYOUTS: Final = {
         mlx_caches.ChunkedKVCache,
     )
 }
-"""Caches of mlx-lm that place one array of keys and one of values; a file names them."""
+"""The classes of mlx-lm that cache one array of keys and one of values, by the name that a file has."""
 KEPT: Final = 4
-"""First tokens that the rotating caches of mlx-lm's `make_prompt_cache` keep."""
+"""Number of first tokens that the rotating caches of mlx-lm's `make_prompt_cache` keep."""
 NOT_READ_BY_MLX_LM: Final = (
     "cache: mlx-lm's own attention cannot read {format}; it takes one int format for keys and values, "
     "or a model run inside attention.patch_mlx_lm(...)"
@@ -178,7 +178,9 @@ class PackedKVCache:
         damaged = "prompt cache: {}; the file is damaged, or its format was changed after it was saved"
         empty = {part.keys is None for part in self.parts}
         if len(self.parts) != self._count or len(empty) != 1:
-            raise UsageError(damaged.format(f"got {len(self.parts)} arrays of {self._count}, or some of them empty"))
+            raise UsageError(
+                damaged.format(f"got {len(self.parts)} of {self._count} arrays, or some of them are empty")
+            )
         if empty == {True}:
             return
         try:
@@ -352,7 +354,7 @@ def to_quantized(cache: Any, kv_format: str | KVFormat = "int4") -> Any:
         kv_format: as in `attention.core.kv_format`: "int4", "int8:32", "mxfp4", or "int8+int4", keys first.
 
     Raises:
-        UsageError: no such format, or another cache.
+        UsageError: no such format, or a cache of another kind or format.
     """
     formats = _parse(kv_format) if isinstance(kv_format, str) else kv_format
     if type(cache) is mlx_caches.CacheList:
@@ -361,12 +363,14 @@ def to_quantized(cache: Any, kv_format: str | KVFormat = "int4") -> Any:
         return cache
     if type(cache) is mlx_caches.QuantizedKVCache:
         keys, values, *rest = cache.state
-        # Arrays of one's own: both caches write into theirs in place.
+        # Copies: both caches write into their arrays in place.
         own = (None if arrays is None else [mx.array(one) for one in arrays] for arrays in (keys, values))
         cache = QuantizedKVCache.from_state((*own, *rest))
     if isinstance(cache, PackedKVCache):
         if cache.kv_format != formats:
-            raise UsageError(f"cache: got one in {cache.kv_format.text}; to be in {formats.text} it must be dense")
+            raise UsageError(
+                f"cache: got one in {cache.kv_format.text}; only a dense one can be quantized to {formats.text}"
+            )
         return cache
     if LAYOUTS.get(type(cache).__name__) is not type(cache):
         raise UsageError(f"cache: got {type(cache).__name__}; it takes {', '.join(LAYOUTS)}")
@@ -415,7 +419,7 @@ def quantize_prompt_cache(caches: Sequence[Any], kv_format: str | KVFormat = "in
 def quantize_rotating(cache: Any, group_size: int = DEFAULT_GROUP, bits: int = 4) -> PackedKVCache:
     """Return `to_quantized` of a rotating cache, with the arguments of mlx-lm's method.
 
-    `mlx_lm.generate` calls that if it is given `kv_bits` and `max_kv_size`, or a model with a sliding window.
+    `mlx_lm.generate` calls that method if it is given `kv_bits`, and `max_kv_size` or a model with a sliding window.
     """
     form = Format("affine", bits, group_size)
     made: PackedKVCache = to_quantized(cache, KVFormat(form, form))

@@ -1,7 +1,7 @@
 """Quantized keys and values against dense ones and against mlx-lm's quantized path, in interleaved rounds.
 
 Predicted for decoding with 4 query rows a K/V head and D = 128, on AVX-512 at two 512-bit operations a cycle. A key or
-value of int4 takes 72 bytes with its scales, one of int8 136, one of a half type 256: if reading decided, 3.6 and 1.9
+value of int4 takes 72 bytes with its scales, one of int8 136, one of a 16-bit type 256: if reading decided, 3.6 and 1.9
 times as fast. Instructions for 128 numbers and 4 rows: keys in int8 16 dot products of bytes, 10 for the scales, 3 for
 the sums, and in int4 12 more for the numbers; values 28 in integers, and 5 for the weights. So 15 to 20 cycles for each
 key and each value, 0.12 to 0.16 a number.
@@ -29,7 +29,7 @@ from benchmarks.rounds import MlxCalls, sample
 PREFILL: Final = BenchShape(1, 8, 2048, 128, causal=True, kv_heads=2, keys=2048)
 FORMATS: Final = ("int8", "int4", "int8+int4", "mxfp8", "mxfp4", "int6", "int3")
 LEAST_SPEEDUP: Final = {"int8": 1.6, "int4": 2.0}
-"""Minimum speedup of decoding over a half type."""
+"""Minimum speedup of decoding over a 16-bit type."""
 LEAST_OVER_MLX: Final = 20.0
 LEAST_PREFILL: Final = 0.8
 """Minimum speed of prefill relative to float32."""

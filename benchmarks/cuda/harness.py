@@ -68,8 +68,8 @@ def selected_parts(words: Iterable[object]) -> tuple[list[str], Path | None]:
     """
     known = [str(word) for word in words]
     parser = argparse.ArgumentParser()
-    parser.add_argument("words", nargs="*", metavar="WORD", help=f"of {', '.join(known)}; all without any")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="where to keep the seconds")
+    parser.add_argument("words", nargs="*", metavar="WORD", help=f"what to run: {', '.join(known)} (all)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="file for the times in seconds")
     found = parser.parse_args()
     for word in found.words:
         if word not in known:  # not `choices`: with nargs="*", Python 3.11 then requires a word

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 PROMPTS: Final = "512"
 GENERATE: Final = "64"
 KV_HELP: Final = (
-    "quantized caches: int8, int4, int8+int4, mxfp4 and others of `fatui bench`, none for unquantized (none)"
+    "formats of the cache: int8, int4, int8+int4, mxfp4 and others of `fatui bench`; none: not quantized (none)"
 )
 EXAMPLE: Final = """examples:
   fatui model tinyllama-1.1b --prompt 512,2048
@@ -24,8 +24,8 @@ Models without a folder have random weights and need no download: {models}.
 Prefill is the time from the prompt to the first token, in steps of 2048 tokens as mlx-lm takes them; decode makes
 tokens one after another. `mlx` is mlx-lm as it is; the others are patched in, and pay for that. The attention share
 is the part of the time that the same model is spared, in the same rounds, when attention returns its query at once.
-With a quantized cache `mlx` is mlx-lm's own quantized attention, K/V speedup is over the same implementation with an
-unquantized cache, and KL the divergence (in nats) of the next token's distribution from that with one.
+With a quantized cache `mlx` is mlx-lm's own quantized attention, the K/V speedup is over the same implementation with
+an unquantized cache, and KL the divergence (in nats) of the next token's distribution from that with one.
 With --layers fewer layers run, in two numbers, and the whole model is estimated from them; the table says so.
 It needs mlx-lm: pip install 'fatui[models]'.
 Exit codes: 0 done, 1 a case failed or is inaccurate, 2 wrong usage, 3 no backend or no mlx-lm, 130 interrupted."""

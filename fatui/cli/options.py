@@ -27,7 +27,7 @@ HELP: Final = {
     "head_dim": "width of a query and of a key",
     "value_dim": "width of a value (as head-dim, unless given)",
     "dtype": "float32, float16 or bfloat16",
-    "kv_format": "none, int8, int4 and others of mx.quantize, int4:32 with another group size, int8+int4 for K and V",
+    "kv_format": "none, int8, int4 and others of mx.quantize; int4:32 has groups of 32, int8+int4 int8 K and int4 V",
     "mask": "none, causal, window:N, documents:N, prefix:N, strided:N,S, blocks:DENSITY, or several joined by +; "
     "blocks:0.5,0.25 is two masks",
     "pass": "forward, training or decode",

@@ -87,14 +87,14 @@ def formats_text(name: str, points: Sequence[FormatPoint]) -> str | None:
         best = max(faster, key=lambda point: point.ratio.value)
         rest = [point.workload.kv_format for point in faster if point is not best]
         parts.append(f"gains most with {best.workload.kv_format}, {_gain(best)}")
-        parts += [f"gains too with {joined(rest)}"] if rest else []
+        parts += [f"also gains with {joined(rest)}"] if rest else []
     if slower:
         parts.append(f"loses with {joined([point.workload.kv_format for point in slower])}")
     return f"{name} {'; it '.join(parts)}" if parts else None
 
 
 def _gain(point: FormatPoint) -> str:
-    error = f", {formatting.kv_error_text(point.row)} off" if point.row.kv_error is not None else ""
+    error = f", K/V error {formatting.kv_error_text(point.row)}" if point.row.kv_error is not None else ""
     less, speed = formatting.three(_saving(point.workload)), formatting.speedup_text(point.ratio)
     return f"{speed} as fast as with {point.workload.dtype}, {less}x less memory{error}"
 
@@ -111,7 +111,7 @@ def quantized_blocks(cases: Sequence[Case], models: Sequence[ModelCase], names: 
         blocks.append(
             Paragraph(
                 "Each case was also timed with unquantized keys and values, in the same rounds: the speedup over "
-                "them is an implementation's own. Off is the RMS difference of the output from float64 "
+                "them is an implementation's own. K/V error is the RMS difference of the output from float64 "
                 "attention over the unquantized ones, relative to the RMS of that; inputs are normally distributed."
             )
         )
@@ -171,7 +171,7 @@ def _table(cases: Sequence[Case], names: Sequence[str]) -> Table:
                 formatting.percent(max(errors)) if errors else "-",
             )
             rows.append((shape, work.kv_format, *cells, *over))
-    heads = ("case", "K/V", "bits per value", "bytes per token", "keys and values", "less memory", "off", *names)
+    heads = ("case", "K/V", "bits per value", "bytes per token", "keys and values", "less memory", "K/V error", *names)
     caption = "Speedup over each implementation's own time with unquantized keys and values"
     return Table(caption, heads, tuple(rows), frozenset({"K/V"}))
 

@@ -1,7 +1,7 @@
 // Quantized keys and values. With many query rows a tile is dequantized on its way to the products, into the tiles that rows
 // of other types are converted into: formats differ in this step only. With few rows, which read each number once:
 //
-//   scores   products of integers, if queries are of a half type, numbers have 4 or 8 bits, and the CPU is one with AVX2 or
+//   scores   products of integers, if queries have 16 bits, numbers have 4 or 8 bits, and the CPU is one with AVX2 or
 //            AVX-512; elsewhere a tile is dequantized
 //   output   products of integers, too; elsewhere values are dequantized in registers
 #pragma once
@@ -52,8 +52,6 @@ class IntegerQueries {
   // Whether scores over such keys can be computed in integers.
   static bool take(const Packing& packing, int64_t columns);
 
-  
-
   // Reads rows, `line` floats apart, into `room`, 64-byte aligned. False if a number is so large beside the others of its row
   // that integers would lose those.
   bool read(const float* query, int64_t line, int64_t rows, int64_t columns, const Packing& packing, float largest_share,
@@ -65,8 +63,8 @@ class IntegerQueries {
  private:
   int64_t row_groups_ = 0;
   const uint8_t* bytes_ = nullptr;  // [4 rows][dims], of 16 bits
-  const float* sums_ = nullptr;   // [4 rows][group of dims][16]: in the first of a row's four lanes
-  const float* units_ = nullptr;  // [4 rows][16]
+  const float* sums_ = nullptr;     // [4 rows][group of dims][16]: in the first of a row's four lanes
+  const float* units_ = nullptr;    // [4 rows][16]
 };
 
 // O[row][d] += P[row][key] V[key][d], with the products p * scale as integers of 16 bits, whose unit is 2^-15 of the tile's

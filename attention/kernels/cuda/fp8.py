@@ -22,7 +22,7 @@ PATH: Final = "CUDA kernel, fp8"
 ARITHMETIC: Final = "fp8"
 MAX_HEAD_DIM: Final = 128
 MIN_QUERIES: Final = 128
-"""The quantization reads all keys and values, which fewer queries do not repay."""
+"""Fewest queries: quantization reads all keys and values, which pays off only with many."""
 DIM_STEP: Final = 8
 
 

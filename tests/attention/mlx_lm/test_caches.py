@@ -384,7 +384,7 @@ DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
         {"0.2": TEXT["mxfp8"]},
         "mxfp8 takes .*; the file is damaged, or",
     ),
-    "another number of arrays": ({"0.2": TEXT["int4"]}, "got 2 arrays of 3"),
+    "another number of arrays": ({"0.2": TEXT["int4"]}, "got 2 of 3 arrays"),
     "an unknown format": ({"0.2": TEXT["int9"]}, "its state is not one of a PackedKVCache; the file is damaged"),
     "an unknown layout": ({"0.1": TEXT["Other"]}, "its state is not one of a PackedKVCache"),
     "other lengths": ({"0.0.0.2": mx.array(7)}, "got 7 tokens in 256 rows"),
@@ -491,7 +491,7 @@ def test_mistakes_are_one_clear_line() -> None:
         "got 'int7'; it takes int8, ": lambda: caches.make_prompt_cache(model, kv_format="int7"),
         "max_kv_size: got 4; it takes a whole number from 5": lambda: caches.make_prompt_cache(model, 4),
         "deepseek_v3 caches latent vectors instead of keys": lambda: caches.make_prompt_cache(tiny("deepseek_v3")),
-        "got one in int8:32; to be in int4:32 it must be": lambda: caches.quantize_prompt_cache(
+        "got one in int8:32; only a dense one can be quantized": lambda: caches.quantize_prompt_cache(
             filled(model, "plain", "int8:32"), "int4:32"
         ),
         "caches: got none that holds keys and values": lambda: caches.quantize_prompt_cache([ArraysCache(2)]),

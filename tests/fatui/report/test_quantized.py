@@ -52,8 +52,8 @@ def test_points_go_by_bits_with_their_scales() -> None:
 def test_formats_are_told_by_gain_and_loss() -> None:
     text = formats_text("poc", format_points(FORMATS, "poc"))
     assert text == (
-        "poc gains most with int4, 2.00 ±0.02x as fast as with float16, 3.56x less memory, 11 % off; "
-        "it gains too with int8; it loses with int3"
+        "poc gains most with int4, 2.00 ±0.02x as fast as with float16, 3.56x less memory, K/V error 11 %; "
+        "it also gains with int8; it loses with int3"
     )
     assert formats_text("poc", format_points([case("int8", 1.0, clear=False)], "poc")) is None
 

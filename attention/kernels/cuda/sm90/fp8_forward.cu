@@ -4,7 +4,7 @@
 //   scores    S = Q K^T           64 x BLOCK_N    float32; exponents of 2 are S * 2^(exponents of the Q rows and the K tile)
 //   softmax   P = 2^(S - max + 8) 64 x BLOCK_N    packed to 1 byte: the left operand of the next product, since the keys of V
 //                                                 are permuted
-//   product   T = P V             64 x HEAD_DIM   the tensor cores' accumulator keeps few bits of fp8 products, so it sums up
+//   product   T = P V             64 x HEAD_DIM   the tensor cores' accumulator keeps few bits of fp8 products, so it sums
 //                                                 one tile of keys only (two-level accumulation)
 //   output    O = O * rescale + T 64 x HEAD_DIM   float32, in units of the V tile's power of two: its change is in `rescale`
 
@@ -157,9 +157,9 @@ DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Outpu
   while (consumer.n > consumer.work.first) {
     --consumer.n;
     const u32 key = consumer.await_keys();
-      start_scores(scores, consumer.query, key);
+    start_scores(scores, consumer.query, key);
     start_product(product, weights, value);
-      consumer.weigh<1>(scores, problem, rows);
+    consumer.weigh<1>(scores, problem, rows);
     const u32 used = consumer.memory.value_empty(consumer.values.stage);
     consumer.values.advance();
     value = consumer.await_values();  // ends the basic block: ptxas would move the wait for P V up, before the exponentials
