@@ -91,11 +91,9 @@ async def test_below_60_by_16_it_says_what_it_needs_and_comes_back():
     async with on_stage(size=(59, 15)) as stage:
         assert "fatui needs 60 x 16 characters" in stage.seen() and "59 x 15" in stage.seen()
         await stage.pilot.resize_terminal(80, 24)
-        await stage.pilot.pause()
-        assert "[Set up]" in stage.seen()
+        await stage.settle(lambda: "[Set up]" in stage.seen())
         await stage.pilot.resize_terminal(120, 40)
-        await stage.pilot.pause()
-        assert "Comparison" in stage.seen() and "[Set up]" not in stage.seen()
+        await stage.settle(lambda: "Comparison" in stage.seen() and "[Set up]" not in stage.seen())
 
 
 @pytest.mark.parametrize("size", [(60, 16), (80, 24), (100, 30), (110, 32), (120, 40), (300, 100)])
