@@ -451,7 +451,7 @@ def _of_quantized(cases: Sequence[Case]) -> list[str]:
         if row.status == OK and row.over_unquantized and row.over_unquantized.significant
     ]
     best = max((each for each in gains if each[0].value > 1), key=lambda each: each[0].value, default=None)
-    return [f"{best[1]} with K/V in {best[2]} is {speedup_text(best[0])} itself unquantized"] if best else []
+    return [f"{best[1]} with K/V in {best[2]} is {speedup_text(best[0])} as fast as unquantized"] if best else []
 
 
 def _accuracy(report: Report) -> list[str]:

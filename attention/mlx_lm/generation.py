@@ -395,7 +395,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         if work.phase == "prefill":
             return lambda layers: PrefillRun(self._network, prompts, layers, kv_format), None
         quantized = kv_format != DENSE
-        self._progress.emit_progress(f"taking the prompt in{f', into a cache in {kv_format}' if quantized else ''}")
+        self._progress.emit_progress(f"processing the prompt{f' into a cache in {kv_format}' if quantized else ''}")
         cache = self._network.cache(kv_format)
         # mlx-lm's own attention reads few formats, and builds the score matrix of a whole step of a quantized prompt
         with replace_attention(FILLS_QUANTIZED if quantized else ORIGINAL):

@@ -90,11 +90,11 @@ def _with_format(arrays: Sequence[mx.array], form: Format, dtype: mx.Dtype) -> Q
 
 
 MIN_PATTERN_ROWS: Final = 64
-"""Rows from which a mask of padding becomes a pattern; of fewer its array is not much larger than the keys."""
+"""Query rows from which a mask of padding becomes a pattern; with fewer its array is not much larger than the keys."""
 
 
 class KnownMask:
-    """What an array says that mlx-lm makes as a mask.
+    """What an array made by mlx-lm as a mask means.
 
     Attributes:
         rows: number of rows.
@@ -344,12 +344,12 @@ class CallCounts:
         if not (self.taken or self.handed):
             return [f"{name}: no call of mlx-lm's attention was seen"]
         taken = [f"{name} took {count:,} as {path}" for path, count in self.taken.most_common()]
-        handed = [f"{_heir(reason)} got {count:,}: {reason}" for reason, count in self.handed.most_common()]
+        handed = [f"{_recipient(reason)} got {count:,}: {reason}" for reason, count in self.handed.most_common()]
         total = f"{name} took {self.calls_taken:,} of {self.calls_taken + self.calls_handed:,} calls of attention"
         return [total, *taken, *handed]
 
 
-def _heir(reason: str) -> str:
+def _recipient(reason: str) -> str:
     return "practical" if reason.endswith(TO_PRACTICAL) else "MLX's own"
 
 

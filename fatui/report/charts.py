@@ -210,7 +210,7 @@ def format_charts(cases: Sequence[Case], names: Sequence[str]) -> list[Chart]:
             ("Speedup over unquantized keys and values", "times unquantized", speeds),
             ("Error of quantized keys and values", "% of the output's RMS", errors),
         ):
-            drawn = line_chart(series, "bits of a value, with scales", y, styles, logarithmic=False, ticks=ticks)
+            drawn = line_chart(series, "bits per value, with scales", y, styles, logarithmic=False, ticks=ticks)
             made.append(Chart(f"{title}, {shape}", drawn))
     return [*made, *_length_charts(quantized, names)]
 

@@ -48,7 +48,7 @@ def typed(present: str, text: str) -> str | None:
 
 
 def begins(present: str, text: str) -> bool:
-    """Return whether a text is the begin of one that `typed` takes; a letter does so only after a plus."""
+    """Return whether a text is the beginning of one that `typed` takes; a letter does so only after a plus."""
     if text[:1] not in STARTS:
         return False
     key, plus, value = _whole(present, text).partition("+")

@@ -26,7 +26,7 @@ class Typing(Protocol):
         ...
 
     def begins(self, present: str, text: str) -> bool:
-        """Return whether a text is the begin of one that stands for an option."""
+        """Return whether a text is the beginning of one that stands for an option."""
         ...
 
 
