@@ -122,7 +122,7 @@ def _gradients_of(
     """Compute the vjp of a plan (callback of launcher.cpp); an unrequested logsumexp has a cotangent of zeros."""
     kind, shape, call, with_logsumexp = parse_label(label)
     if kind == "fp8":
-        raise ValueError("[flash_attention] poc-fp8 has no gradient; poc does.")
+        raise ValueError("[flash_attention] poc-fp8 has no gradient; poc has one.")
     if kind == "packed":
         raise ValueError(f"[flash_attention] {NO_GRADIENT}.")
     if kind != "forward":
