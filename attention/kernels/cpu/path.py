@@ -52,7 +52,7 @@ def route(workload: Workload, needs: Needs) -> Route:
     path = next((name for name in names if len(name) <= MAX_PATH_LENGTH), path)
     when = "" if cpu.is_compiled() else "; it is compiled at first use, which takes about half a minute"
     lists = ", visiting the tiles of the mask's block lists" if workload.structured else ""
-    packed = f", dequantizing {workload.kv_format} tile by tile" if quantized else ""
+    packed = f", reading {workload.kv_format} packed, tile by tile" if quantized else ""
     reason = f"flash attention in C++, for this processor's {variant}{packed}{lists}{when}"
     return Route(
         path=path,

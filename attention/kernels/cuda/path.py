@@ -62,7 +62,7 @@ def _packed_route(workload: Workload, needs: Needs) -> Route:
     return Route(
         path=NAMES["packed"],
         fused=True,
-        reason=f"flash attention in CUDA C++ that dequantizes {workload.kv_format} in registers; a kind of call "
+        reason=f"flash attention in CUDA C++ that unpacks {workload.kv_format} in registers; a kind of call "
         "compiles at its first use, in about a second",
         predicted_bytes=workload.output_bytes + workspace_bytes(workload, needs),
     )

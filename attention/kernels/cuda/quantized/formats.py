@@ -49,7 +49,7 @@ class PackedKV:
 
     @property
     def missing(self) -> frozenset[str]:
-        """Inputs of the kernels that a format has not."""
+        """Inputs of the kernels that a format lacks."""
         without = {"k_biases": self.format.key, "v_biases": self.format.value}
         return frozenset(name for name, form in without.items() if not form.has_biases)
 

@@ -169,7 +169,7 @@ def test_a_call_says_what_the_kernels_do_not_take():
     assert "array mask" in refusal(few, normalize(0.1, False, None, None, 100, "bool"))
 
 
-def test_parts_that_a_format_has_not_are_no_inputs():
+def test_parts_that_a_format_lacks_are_no_inputs():
     packed = PackedKV.of_text("int4+mxfp8", "bfloat16")
     assert inputs(packed) == ("q", "k", "k_scales", "k_biases", "v", "v_scales")
     alignments = packed.alignments(128)
