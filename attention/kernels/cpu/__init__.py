@@ -155,7 +155,7 @@ def flash_attention(
     """Compute attention on the CPU; arguments and results as in `kernels.common.FlashAttention`.
 
     D and Dv are from 1 to 512, with any strides, in float32, float16 or bfloat16. Quantized k and v, of any formats,
-    are dequantized tile by tile; such a call has no gradient. Further keywords:
+    are read packed, tile by tile; such a call has no gradient. Further keywords:
 
     - `items`: minimum number of work items that a call is split into if possible: few items are taller and read keys
       and values less often, many occupy more threads. 0 chooses by the shape.
