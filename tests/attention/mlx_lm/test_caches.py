@@ -203,8 +203,8 @@ def test_what_nobody_else_takes_practical_computes() -> None:
     assert_close(got, wanted)
 
 
-@pytest.mark.parametrize(("kv_format", "heir"), [("int8:32", "MLX's own"), ("int8:32+int4:32", "practical")])
-def test_mlx_lm_gets_what_it_can_read(kv_format: str, heir: str) -> None:
+@pytest.mark.parametrize(("kv_format", "recipient"), [("int8:32", "MLX's own"), ("int8:32+int4:32", "practical")])
+def test_mlx_lm_gets_what_it_can_read(kv_format: str, recipient: str) -> None:
     class Refusing(Practical):
         def route(self, *_: Any, **__: Any) -> Route:
             return unsupported("a test")
@@ -213,7 +213,7 @@ def test_mlx_lm_gets_what_it_can_read(kv_format: str, heir: str) -> None:
     wanted = logits(model, [dense("plain", kv_format)], [29, 1])
     with attention.patch_mlx_lm(Refusing()) as patch:
         got = logits(model, [packed("plain", kv_format)], [29, 1])
-    assert f"{heir} got 2: a test" in patch.summary()
+    assert f"{recipient} got 2: a test" in patch.summary()
     np.testing.assert_allclose(got, wanted, atol=TOLERANCE[mx.float32])
 
 
