@@ -30,7 +30,7 @@ from attention.kernels.cuda.runtime.launch import (
 )
 from attention.kernels.cuda.sm90 import fp8_launch, gradient
 from attention.kernels.cuda.sm90 import launch as sm90_launch
-from attention.kernels.cuda.sm90.launch import decode_stages, forward_stages
+from attention.kernels.cuda.sm90.launch import decode_stages, forward_stages, make_key_split, same_kernel
 from attention.masks import as_4d
 from attention.quantized_kv import quantized
 
@@ -47,7 +47,7 @@ def stages(shape: CallShape, call: CallParams, path: KernelPath, with_logsumexp:
         case "forward":
             return forward_stages(shape, call, with_logsumexp)
         case "decode":
-            return decode_stages(shape, call, sm90_launch.make_key_split(shape, call), with_logsumexp)
+            return decode_stages(shape, call, make_key_split(shape, call), with_logsumexp)
         case "general":
             return portable_launch.stages(shape, call, work_division(shape, call))
 
@@ -78,7 +78,7 @@ def _compare(shape: CallShape, call: CallParams, path: KernelPath) -> str | None
             made = forward_stages(small, tried, kernel=sm90_launch.forward_kernel(shape, call))
         case "decode":
             made = decode_stages(
-                small, tried, sm90_launch.same_kernel(sm90_launch.make_key_split(shape, call), small, tried)
+                small, tried, same_kernel(make_key_split(shape, call), make_key_split(small, tried), small.keys)
             )
         case "general":
             kernel = portable_launch.same_kernel(work_division(shape, call), small, tried)
@@ -281,7 +281,8 @@ def _compare_packed(shape: CallShape, call: CallParams, packed: PackedKV) -> str
             (v, packed.format.value, packed.value_scale),
         )
     ]
-    plan = packed_launch.same_kernel(packed_launch.make_key_split(shape, call, packed), small, tried, packed)
+    own = packed_launch.make_key_split(shape, call, packed)
+    plan = same_kernel(own, packed_launch.make_key_split(small, tried, packed), small.keys)
     run = run_of(packed_launch.inputs(packed), OUTPUTS[:2], packed_launch.stages(small, tried, packed, plan=plan))
     found = run([q, *(array for part in parts for array in part.arrays)])
     exact = [part.dequantized(mx.float32) for part in parts]

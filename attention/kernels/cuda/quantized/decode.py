@@ -7,6 +7,7 @@ from typing import Final
 from attention.core.kv_format import Format
 from attention.kernels.cuda.quantized.formats import PackedKV
 from attention.kernels.cuda.runtime.program import Element, Program
+from attention.kernels.cuda.sm90.decode import MAX_SPLITS, divide_keys
 
 STEP: Final = 16
 """Keys per tile of a warp."""
@@ -14,11 +15,6 @@ QUERY_ROWS: Final = 8
 """Query rows per tile of the tensor cores."""
 MAX_ROWS: Final = 64
 """Largest number of rows (queries times heads that share a key head) for this kernel."""
-MAX_SPLITS: Final = 128
-_OVERHEAD: Final = 3.0
-"""Prologue and epilogue of a block, in rounds of its warps; an assumption, not measured."""
-_JOIN: Final = 2.0
-"""Combining the splits, in rounds of a block's warps; an assumption, not measured."""
 KINDS: Final = {"affine": 0, "mxfp4": 1, "nvfp4": 1, "mxfp8": 2}
 """Numbers of a mode, as in quantized/numbers.cuh."""
 SCALES: Final = {"float32": 0, "float16": 1, "bfloat16": 2, "mxfp8": 3, "mxfp4": 3, "nvfp4": 4}
@@ -75,16 +71,7 @@ class QuantizedDecode:
             keys: keys per plane.
             multiprocessors: multiprocessors of the GPU.
         """
-        most = max(1, -(-keys // self.round_keys))
-        slots = multiprocessors * self.resident_blocks
-
-        def rounds(splits: int) -> float:
-            waves = -(-tiles * splits // slots)
-            return waves * (-(-most // splits) + _OVERHEAD) + (_JOIN if splits > 1 else 0.0)
-
-        best = min(range(1, min(most, MAX_SPLITS) + 1), key=rounds)
-        size = -(-most // best) * self.round_keys
-        return max(1, -(-keys // size)), size
+        return divide_keys(tiles, keys, self.round_keys, multiprocessors * self.resident_blocks)
 
     @functools.cached_property
     def program(self) -> Program:

@@ -2,18 +2,16 @@
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
-
-import mlx.core as mx
 
 from attention.kernels.cuda.quantized.decode import MAX_ROWS, QUERY_ROWS, QuantizedDecode
 from attention.kernels.cuda.quantized.formats import PackedKV
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.gpu import gpu
-from attention.kernels.cuda.runtime.launch import OUTPUTS, Launch, Stage, dtype_of, prepare, scalars_of
+from attention.kernels.cuda.runtime.launch import OUTPUTS, Stage
+from attention.kernels.cuda.sm90.launch import OUTPUT_NAMES, PARTS, KeySplit, decode
 
-PARTS: Final = ("parts", "marks")
 READS: Final = ("q", "k", "k_scales", "k_biases", "v", "v_scales", "v_biases")
 TOO_MANY_ROWS: Final = (
     f"the CUDA kernel for quantized keys and values takes up to {MAX_ROWS} rows (queries times the heads that share a "
@@ -39,22 +37,10 @@ def refusal(shape: CallShape, call: CallParams) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class KeySplit:
-    """Split of the keys of a call with few queries."""
-
-    kernel: QuantizedDecode
-    tiles: int
-    """Row tiles of all planes."""
-    first_key: int
-    splits: int
-    split_keys: int
-
-
 @functools.lru_cache(maxsize=1024)
 def make_key_split(
     shape: CallShape, call: CallParams, packed: PackedKV, tuning: tuple[tuple[str, int], ...] = ()
-) -> KeySplit:
+) -> KeySplit[QuantizedDecode]:
     """Return the split-K specialisation for a call, and its splits; `tuning` replaces fields of the specialisation."""
     width = next(width for width in (64, 128, 256) if shape.head_dim <= width)
     # a single query attends to all keys up to the last: the window is applied by the first key, without masking
@@ -80,33 +66,12 @@ def make_key_split(
     return KeySplit(kernel, tiles, first_seen, splits, keys)
 
 
-def same_kernel(plan: KeySplit, shape: CallShape, call: CallParams, packed: PackedKV) -> KeySplit:
-    """Return the splitting of a call with the kernel of another one, in three splits."""
-    other = make_key_split(shape, call, packed)
-    keys, round_keys = shape.keys - other.first_key, plan.kernel.round_keys
-    split_keys = round_keys * math.ceil(keys / 3 / round_keys)
-    return KeySplit(plan.kernel, other.tiles, other.first_key, -(-keys // split_keys), split_keys)
-
-
-@functools.lru_cache(maxsize=256)
-def decode(shape: CallShape, call: CallParams, plan: KeySplit) -> Launch:
-    """Return the launch of the split-K kernel: writes output, logsumexp, stats, and partial results with flags."""
-    rows = (shape.batch, shape.heads, shape.queries)
-    parts = plan.tiles * plan.splits if plan.splits > 1 else 0
-    outputs = [((*rows, shape.head_dim), dtype_of(shape)), (rows, mx.float32), ((*rows, 2), mx.float32)]
-    outputs += [((parts, plan.kernel.part_floats), mx.float32), ((parts,), mx.int64)]
-    problem = [shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]
-    keys = [plan.first_key, plan.split_keys, plan.splits]
-    return prepare(
-        plan.kernel.program,
-        plan.tiles * plan.splits,
-        outputs,
-        [*problem, *scalars_of(call), call.window or 0, *keys],
-    )
-
-
 def stages(
-    shape: CallShape, call: CallParams, packed: PackedKV, with_logsumexp: bool = True, plan: KeySplit | None = None
+    shape: CallShape,
+    call: CallParams,
+    packed: PackedKV,
+    with_logsumexp: bool = True,
+    plan: KeySplit[QuantizedDecode] | None = None,
 ) -> list[Stage]:
     """Return the launch of the split-K kernel, with a given splitting or the one for the call."""
     plan = plan or make_key_split(shape, call, packed)
@@ -119,7 +84,7 @@ def stages(
         Stage(
             decode(shape, call, plan),
             READS,
-            (*OUTPUTS, *PARTS),
+            OUTPUT_NAMES,
             strided=READS,
             alignments=packed.alignments(shape.head_dim),
             omitted=frozenset(omitted),

@@ -118,12 +118,24 @@ class Decode:
             keys: keys per plane.
             multiprocessors: multiprocessors of the GPU.
         """
-        most = max(1, -(-keys // self.round_keys))
+        return divide_keys(tiles, keys, self.round_keys, multiprocessors)
 
-        def rounds(splits: int) -> float:
-            waves = -(-tiles * splits // multiprocessors)
-            return waves * (-(-most // splits) + _OVERHEAD) + (_JOIN if splits > 1 else 0.0)
 
-        best = min(range(1, min(most, MAX_SPLITS) + 1), key=rounds)
-        size = -(-most // best) * self.round_keys
-        return max(1, -(-keys // size)), size
+def divide_keys(tiles: int, keys: int, round_keys: int, slots: int) -> tuple[int, int]:
+    """Return the number of splits and the keys per split that minimise the rounds of a slot.
+
+    Args:
+        tiles: blocks without splitting.
+        keys: keys per plane.
+        round_keys: keys per round of all warps of a block.
+        slots: blocks that run at the same time.
+    """
+    most = max(1, -(-keys // round_keys))
+
+    def rounds(splits: int) -> float:
+        waves = -(-tiles * splits // slots)
+        return waves * (-(-most // splits) + _OVERHEAD) + (_JOIN if splits > 1 else 0.0)
+
+    best = min(range(1, min(most, MAX_SPLITS) + 1), key=rounds)
+    size = -(-most // best) * round_keys
+    return max(1, -(-keys // size)), size

@@ -3,7 +3,7 @@
 import functools
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 import mlx.core as mx
 
@@ -25,6 +25,7 @@ from attention.kernels.cuda.runtime.launch import (
     prepare,
     scalars_of,
 )
+from attention.kernels.cuda.runtime.program import Program
 from attention.kernels.cuda.sm90.decode import LONG_KEYS, ROWS, Decode
 from attention.kernels.cuda.sm90.forward import (
     WARPGROUP_ROWS,
@@ -99,11 +100,33 @@ def forward(shape: CallShape, call: CallParams, kernel: Forward) -> Launch:
     )
 
 
+class SplitKernel(Protocol):
+    """A specialisation of a split-K kernel."""
+
+    @property
+    def program(self) -> Program:
+        """The source of the kernel."""
+        ...
+
+    @property
+    def round_keys(self) -> int:
+        """Keys per round of all warps of a block; a split is a multiple of it."""
+        ...
+
+    @property
+    def part_floats(self) -> int:
+        """Floats of the partial result of a split."""
+        ...
+
+
+Kernel = TypeVar("Kernel", bound=SplitKernel)
+
+
 @dataclass(frozen=True)
-class KeySplit:
+class KeySplit(Generic[Kernel]):
     """Split of the keys of a call with few queries."""
 
-    kernel: Decode
+    kernel: Kernel
     tiles: int
     """Row tiles of all planes."""
     first_key: int
@@ -112,7 +135,7 @@ class KeySplit:
 
 
 @functools.lru_cache(maxsize=1024)
-def make_key_split(shape: CallShape, call: CallParams) -> KeySplit:
+def make_key_split(shape: CallShape, call: CallParams) -> KeySplit[Decode]:
     """Return the split-K specialisation for a call, and its splits."""
     width = 64 * -(-shape.head_dim // 64)
     # a single query attends to all keys up to the last: the window is applied by the first key, without masking
@@ -138,17 +161,15 @@ def make_key_split(shape: CallShape, call: CallParams) -> KeySplit:
     return KeySplit(kernel, tiles, first_seen, splits, keys)
 
 
-def same_kernel(plan: KeySplit, shape: CallShape, call: CallParams) -> KeySplit:
-    """Return the splitting of a call with the kernel of another one, in three splits."""
-    other = make_key_split(shape, call)
-    keys = shape.keys - other.first_key
+def same_kernel(plan: KeySplit[Kernel], other: KeySplit[Kernel], keys: int) -> KeySplit[Kernel]:
+    """Return the splitting of another call, with `keys` keys, by the kernel of a plan: in three splits."""
     round_keys = plan.kernel.round_keys
-    split_keys = round_keys * math.ceil(keys / 3 / round_keys)
-    return KeySplit(plan.kernel, other.tiles, other.first_key, -(-keys // split_keys), split_keys)
+    split_keys = round_keys * math.ceil((keys - other.first_key) / 3 / round_keys)
+    return KeySplit(plan.kernel, other.tiles, other.first_key, -(-(keys - other.first_key) // split_keys), split_keys)
 
 
 @functools.lru_cache(maxsize=256)
-def decode(shape: CallShape, call: CallParams, plan: KeySplit) -> Launch:
+def decode(shape: CallShape, call: CallParams, plan: KeySplit[Any]) -> Launch:
     """Return the launch of the split-K kernel: writes output, logsumexp, stats, and partial results with flags."""
     rows = (shape.batch, shape.heads, shape.queries)
     parts = plan.tiles * plan.splits if plan.splits > 1 else 0
@@ -194,7 +215,9 @@ def forward_plan(shape: CallShape, call: CallParams) -> Run:
     return make_plan((*INPUTS, *extra_inputs(call)), OUTPUTS, forward_stages(shape, call))
 
 
-def decode_stages(shape: CallShape, call: CallParams, plan: KeySplit, with_logsumexp: bool = True) -> list[Stage]:
+def decode_stages(
+    shape: CallShape, call: CallParams, plan: KeySplit[Decode], with_logsumexp: bool = True
+) -> list[Stage]:
     """Return the launch of the split-K kernel with a given splitting."""
     made = decode(shape, call, plan)
     reads = (*INPUTS, *extra_inputs(call))
