@@ -5,7 +5,7 @@ If the inputs of a few calls fit in the L2 cache, calls cycle through several se
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,15 @@ def selected_parts(words: Iterable[object]) -> tuple[list[str], Path | None]:
         if word not in known:  # not `choices`: with nargs="*", Python 3.11 then requires a word
             parser.error(f"{word} is none of {', '.join(known)}")
     return found.words, found.json
+
+
+def run_parts(parts: Mapping[str, Callable[[], Sequence[dict[str, Any]]]]) -> None:
+    """Run the parts named on the command line, or all, and print the missed targets; `--json PATH` writes the rows."""
+    words, path = selected_parts(parts)
+    rows = [row for name, part in parts.items() if name in words or not words for row in part()]
+    missed = [row["target"] for row in rows if row.get("holds") is False]
+    print(f"missed: {'; '.join(missed) or 'nothing'}")
+    write_rows(rows, path)
 
 
 def write_rows(rows: Sequence[object], path: Path | None) -> None:

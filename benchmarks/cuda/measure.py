@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from attention.kernels.cuda import flash_attention
 from attention.measure.rounds import TimedCall
-from benchmarks.cuda.harness import check_target, cudnn, in_torch, random_arrays, report, selected_parts, write_rows
+from benchmarks.cuda.harness import check_target, cudnn, in_torch, random_arrays, report, run_parts
 from benchmarks.rounds import MlxCalls, TorchCalls, medians, one_at_a_time
 
 Rows = list[dict[str, Any]]
@@ -224,11 +224,7 @@ PARTS = {"small": small, "decode": decode, "training": training, "prefill": pref
 
 def main() -> None:
     """Run the named parts, or all; `--json PATH` writes the timings."""
-    words, path = selected_parts(PARTS)
-    rows = [row for name in PARTS if name in words or not words for row in PARTS[name]()]
-    missed = [row["target"] for row in rows if row.get("holds") is False]
-    print(f"missed: {'; '.join(missed) or 'nothing'}")
-    write_rows(rows, path)
+    run_parts(PARTS)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import mlx.core as mx
 from attention.kernels.cuda import flash_attention, flash_attention_quantized
 from attention.measure.rounds import TimedCall
 from attention.quantized_kv import QuantizedArray, quantized
-from benchmarks.cuda.harness import check_target, random_arrays, selected_parts, write_rows
+from benchmarks.cuda.harness import check_target, random_arrays, run_parts
 from benchmarks.rounds import MlxCalls, medians
 
 Rows = list[dict[str, Any]]
@@ -120,11 +120,7 @@ PARTS: Final = {"decode": decode}
 
 def main() -> None:
     """Run the part; `--json PATH` writes the timings."""
-    words, path = selected_parts(PARTS)
-    rows = [row for name in PARTS if name in words or not words for row in PARTS[name]()]
-    missed = [row["target"] for row in rows if row.get("holds") is False]
-    print(f"missed: {'; '.join(missed) or 'nothing'}")
-    write_rows(rows, path)
+    run_parts(PARTS)
 
 
 if __name__ == "__main__":

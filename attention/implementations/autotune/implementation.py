@@ -356,15 +356,7 @@ class Demo:
         found = self._class(workload, device, needs)
         active = self._stored_choice(found, lambda: fit)
         if active is None:
-            task = Task(
-                workload=workload,
-                inputs=[q, k, v],
-                scale=scale,
-                mask=mask,
-                softcap=softcap,
-                max_error=self._max_error,
-            )
-            active = self._new_choice(found, task, fit, device)
+            active = self._new_choice(found, self._task(workload, [q, k, v], scale, mask, softcap), fit, device)
         if active is None or active.name not in fit:
             name = self._default_candidate(workload, device, needs)
             plain = ActiveChoice(
@@ -375,6 +367,12 @@ class Demo:
             active = plain
         self._keys[key] = active
         return active
+
+    def _task(self, workload: Workload, inputs: list[Any], scale: float, mask: Mask, softcap: float | None) -> Task:
+        """Return a call as a task of a trial, within the error budget if there is one."""
+        return Task(
+            workload=workload, inputs=inputs, scale=scale, mask=mask, softcap=softcap, max_error=self._max_error
+        )
 
     def _new_choice(self, found: WorkloadClass, task: Task, fit: Sequence[str], device: Device) -> ActiveChoice | None:
         """Choose for an unknown class: a neighbouring class's choice, or the result of a trial."""
@@ -411,15 +409,7 @@ class Demo:
 
         def check_accuracy(candidate: Implementation) -> tuple[float, str]:
             workload, _ = call_signature(q, k, v, mask, softcap)
-            task = Task(
-                workload=workload,
-                inputs=[q, k, v],
-                scale=scale,
-                mask=mask,
-                softcap=softcap,
-                max_error=self._max_error,
-            )
-            return AccuracyCheck(task).error(candidate)
+            return AccuracyCheck(self._task(workload, [q, k, v], scale, mask, softcap)).error(candidate)
 
         if not due or not try_evaluate(q, k, v, mask.array):
             return active.call(q, k, v, scale=scale, mask=mask, softcap=softcap)
