@@ -134,11 +134,6 @@ class QuantizedArray(Struct, frozen=True, eq=False):
 KeyOrValue = mx.array | QuantizedArray
 
 
-def are_quantized(k: Any, v: Any) -> bool:
-    """Return whether keys and values are quantized."""
-    return isinstance(k, QuantizedArray) and isinstance(v, QuantizedArray)
-
-
 def arrays_of(*given: KeyOrValue | None) -> list[mx.array]:
     """Return dense arrays and the parts of quantized ones in one list; None is left out."""
     return [part for x in given if x is not None for part in (x.arrays if isinstance(x, QuantizedArray) else (x,))]

@@ -139,6 +139,15 @@ class _UnlimitedWorkload(Workload, frozen=True, kw_only=True):
         return parse_mask(self.mask)
 
 
+def try_evaluate(*arrays: KeyOrValue | None) -> bool:
+    """Evaluate the inputs of a call; return False if they are being traced and have no values."""
+    try:
+        mx.eval(arrays_of(*arrays))
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
 class MlxRunner:
     """Runner of an MLX implementation on one set of evaluated inputs."""
 

@@ -8,6 +8,7 @@ import mlx.core as mx
 from attention.core.bounded_dict import BoundedDict
 from attention.core.errors import UnsupportedError
 from attention.core.workload import Workload
+from attention.implementations.calls import try_evaluate
 from attention.measure.accuracy import AccuracyChecker
 
 SCORES: Final = 300_000
@@ -58,7 +59,7 @@ class ErrorBudget:
         if calls and (calls + 1) & calls:
             self._calls[workload] = calls + 1
             return
-        if not has_values(*inputs):
+        if not try_evaluate(*inputs):
             if not calls:
                 raise BudgetExceededError(
                     f"{self._name}: its error cannot be measured while a call is traced; call it once before"
@@ -71,12 +72,3 @@ class ErrorBudget:
                 f"{self._name}: its error on these inputs is {error:.2g}, above max_error {self._max_error:g}"
             )
         self._calls[workload] = calls + 1
-
-
-def has_values(*arrays: mx.array) -> bool:
-    """Evaluate arrays; return False if they are being traced and have no values."""
-    try:
-        mx.eval(*arrays)
-    except (RuntimeError, ValueError):
-        return False
-    return True

@@ -146,7 +146,7 @@ class AccuracyChecker:
             accurate=not broken and shares[worst] <= 1.0,
             detail=f"{', '.join(broken)}: NaN or infinity" if broken else details[worst] + unseen,
             kv_error=None if self._unquantized is None else self._kv_error(results[0], self._unquantized),
-            relative_error=self._relative(_rms(errors[0])),
+            relative_error=math.inf if broken else self._relative(_rms(errors[0])),
         )
 
     def _kv_error(self, output: mx.array, unquantized: Sequence[Array]) -> float | None:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-import mlx.core as mx
 from msgspec import Struct, field
 
 from attention.core import events as on
@@ -13,7 +12,6 @@ from attention.implementations.autotune.store import TrialResult, WorkloadClass
 from attention.implementations.autotune.trial import NAME
 from attention.implementations.protocol import Implementation
 from attention.measure.rounds import Clock
-from attention.quantized_kv import KeyOrValue, arrays_of
 
 RETRY_CALLS: Final = 4
 """Calls until the next check whether another candidate may be tried."""
@@ -61,8 +59,8 @@ class ActiveChoice(Struct, eq=False, kw_only=True):
 
     def give_up(self, candidates: Mapping[str, Implementation], fallback: str) -> None:
         """Replace the choice by the best alternative for good, or by `fallback` if there is none."""
-        self.drift.leave_out(self.name)
         self.name = next(iter(self.alternatives), fallback)
+        self.drift.leave_out(self.name)
         self.call = candidates[self.name]
         self.alternatives = {name: price for name, price in self.alternatives.items() if name != self.name}
 
@@ -188,12 +186,3 @@ def inherited_choice(neighbour: ActiveChoice, workload: WorkloadClass, fit: Sequ
         queue_overlap=neighbour.queue_overlap,
         checked={neighbour.name},
     )
-
-
-def try_evaluate(*arrays: KeyOrValue | None) -> bool:
-    """Evaluate the inputs of a call; return False if they are being traced and have no values."""
-    try:
-        mx.eval(arrays_of(*arrays))
-    except (RuntimeError, ValueError):
-        return False
-    return True

@@ -16,7 +16,6 @@ from attention.implementations.autotune.active_choice import (
     ActiveChoice,
     active_choice_of,
     inherited_choice,
-    try_evaluate,
 )
 from attention.implementations.autotune.drift_detector import DriftDetector
 from attention.implementations.autotune.halving import MIN_TIME_S
@@ -39,7 +38,7 @@ from attention.implementations.autotune.trial import (
     candidates,
     fitting_candidates,
 )
-from attention.implementations.calls import MlxRunner, call_signature, current_backend, record_path
+from attention.implementations.calls import MlxRunner, call_signature, current_backend, record_path, try_evaluate
 from attention.implementations.error_budget import BudgetExceededError, ErrorBudget
 from attention.implementations.fp8 import PocFp8
 from attention.implementations.fused import Poc

@@ -136,8 +136,9 @@ class AccuracyCheck:
         rows = self._checker.row_inputs
         of_rows = BoundCall(candidate, task, rows).results() if rows else None
         result = self._checker.check(results, of_rows)
-        accurate = result.accurate or (task.max_error is not None and result.relative_error <= task.max_error)
-        return result.max_error, "" if accurate else result.detail
+        budget = task.max_error if candidate.name == APPROXIMATE else None
+        within = budget is not None and result.relative_error <= budget
+        return result.max_error, "" if result.accurate or within else result.detail
 
 
 def _against_reference(task: Task, output: mx.array) -> tuple[float, str]:

@@ -10,7 +10,7 @@ from attention.core.bounded_dict import BoundedDict
 from attention.core.errors import KernelUnavailable
 from attention.core.route import Needs, Route, unsupported
 from attention.core.workload import Workload
-from attention.kernels.cuda.runtime.call import ELEMENTS, CallParams, CallShape
+from attention.kernels.cuda.runtime.call import DIM_STEP, ELEMENTS, CallParams, CallShape
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -23,7 +23,6 @@ ARITHMETIC: Final = "fp8"
 MAX_HEAD_DIM: Final = 128
 MIN_QUERIES: Final = 128
 """Fewest queries: quantization reads all keys and values, which pays off only with many."""
-DIM_STEP: Final = 8
 
 
 def refusal(workload: Workload, needs: Needs) -> str | None:
@@ -100,7 +99,7 @@ def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask) -
     """
     if not scale > 0:
         raise KernelUnavailable(f"the CUDA kernels take positive scales, not {scale}")
-    key = (q.shape, k.shape, q.dtype, scale, mask.causal, mask.window)
+    key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, scale, mask.causal, mask.window)
     known = _known.get(key)
     if known is None:
         known = _known[key] = _resolved(q, k, v, scale, mask)

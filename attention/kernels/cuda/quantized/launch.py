@@ -2,7 +2,6 @@
 
 import functools
 import math
-from dataclasses import replace
 from typing import Final
 
 from attention.kernels.cuda.quantized.decode import MAX_ROWS, QUERY_ROWS, QuantizedDecode
@@ -38,10 +37,8 @@ def refusal(shape: CallShape, call: CallParams) -> str | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def make_key_split(
-    shape: CallShape, call: CallParams, packed: PackedKV, tuning: tuple[tuple[str, int], ...] = ()
-) -> KeySplit[QuantizedDecode]:
-    """Return the split-K specialisation for a call, and its splits; `tuning` replaces fields of the specialisation."""
+def make_key_split(shape: CallShape, call: CallParams, packed: PackedKV) -> KeySplit[QuantizedDecode]:
+    """Return the split-K specialisation for a call, and its splits."""
     width = next(width for width in (64, 128, 256) if shape.head_dim <= width)
     # a single query attends to all keys up to the last: the window is applied by the first key, without masking
     alone = shape.queries == 1
@@ -60,7 +57,6 @@ def make_key_split(
         whole=shape.head_dim == width,
         warps=12 if width <= 128 and query_tiles == 1 else 8,
     )
-    kernel = replace(kernel, **dict(tuning))  # type: ignore[arg-type]  # whole numbers
     tiles = shape.batch * shape.kv_heads * math.ceil(rows / kernel.rows)
     splits, keys = kernel.splits(tiles, shape.keys - first_seen, found.multiprocessors)
     return KeySplit(kernel, tiles, first_seen, splits, keys)

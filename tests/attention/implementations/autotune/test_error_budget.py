@@ -9,6 +9,7 @@ from attention import UsageError, attention
 from attention.core import events as on
 from attention.core.workload import Workload
 from attention.implementations.autotune import implementation
+from attention.implementations.autotune.drift_detector import WINDOW, DriftDetector
 from attention.implementations.autotune.implementation import Demo
 from attention.implementations.autotune.store import Store
 from attention.implementations.calls import make_inputs, take_path
@@ -20,8 +21,8 @@ WORKLOAD = Workload(seq=32, heads=2, head_dim=8, dtype="float32")
 class Approximate(Timed):
     """A fast candidate with a relative error."""
 
-    def __init__(self, error: float) -> None:
-        super().__init__("poc-fp8", 0.0)
+    def __init__(self, error: float, name: str = "poc-fp8") -> None:
+        super().__init__(name, 0.0)
         self.error = error
 
     def __call__(self, *arrays: mx.array, **more: object) -> mx.array:  # type: ignore[override]
@@ -71,6 +72,24 @@ def test_an_error_that_grows_above_the_budget_ends_the_choice(demo: Demo, approx
     before = approximate.calls
     assert path(demo, max_error=0.1) == "tuned: exact"
     assert approximate.calls == before
+
+
+def test_the_choice_that_follows_is_no_challenger_of_itself(demo: Demo, approximate: Approximate) -> None:
+    path(demo, max_error=0.1)
+    (active,) = demo.within(0.1)._classes.values()
+    active.alternatives = {"exact": 0.002}
+    active.drift = DriftDetector(active.alternatives)
+    active.give_up(demo.within(0.1).candidates, "exact")
+    for seconds in [0.001] * WINDOW + [0.1] * WINDOW:
+        active.drift.observe(seconds)
+    assert (active.name, active.drift.challenger) == ("exact", None)
+
+
+def test_a_candidate_that_should_be_exact_has_no_budget(tmp_path: Path, approximate: Approximate) -> None:
+    approximate.error = 0.3
+    wrong, exact = Approximate(0.05, "wrong"), Timed("exact", 0.002)
+    demo = Demo(store=Store(tmp_path / "tuning.toml"), among={"wrong": wrong, "exact": exact}, budget_s=0.1)
+    assert path(demo, max_error=0.1) == "tuned: exact"
 
 
 def test_another_process_measures_the_error_of_a_stored_choice(demo: Demo, approximate: Approximate) -> None:
