@@ -420,15 +420,8 @@ class ModelPatch(CallCounts):
 
     def __enter__(self) -> Self:
         """Replace the functions; raises UsageError if mlx-lm is missing."""
-        models, fast = patch_points.models_sdpa(), patch_points.fast_sdpa()
-        from attention.mlx_lm.caches import quantize_rotating  # which imports mlx-lm
-
-        patch_points.models_causal_mask().add(interceptor=self._masks.create)
-        patch_points.rotating_batch_mask().add(interceptor=self._masks.create_rotating)
-        models.add(interceptor=self._attend)
-        fast.add(interceptor=self._attend_directly)
-        patch_points.gemma2_attention().add(interceptor=self._attend_in_gemma2)
-        patch_points.rotating_to_quantized().add(interceptor=quantize_rotating)
+        for place, interceptor in self._places():
+            place.add(interceptor=interceptor)
         self._entered += 1
         return self
 
@@ -436,15 +429,22 @@ class ModelPatch(CallCounts):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Undo the latest enter."""
-        from attention.mlx_lm.caches import quantize_rotating
-
         self._entered -= 1
-        patch_points.rotating_to_quantized().remove(interceptor=quantize_rotating)
-        patch_points.gemma2_attention().remove(interceptor=self._attend_in_gemma2)
-        patch_points.fast_sdpa().remove(interceptor=self._attend_directly)
-        patch_points.models_sdpa().remove(interceptor=self._attend)
-        patch_points.rotating_batch_mask().remove(interceptor=self._masks.create_rotating)
-        patch_points.models_causal_mask().remove(interceptor=self._masks.create)
+        for place, interceptor in reversed(self._places()):
+            place.remove(interceptor=interceptor)
+
+    def _places(self) -> Sequence[tuple[patch_points.PatchPoint, Callable[..., Any]]]:
+        """Return what is replaced, and by what; raises UsageError if mlx-lm is missing."""
+        places: list[tuple[patch_points.PatchPoint, Callable[..., Any]]] = [
+            (patch_points.models_causal_mask(), self._masks.create),
+            (patch_points.rotating_batch_mask(), self._masks.create_rotating),
+            (patch_points.models_sdpa(), self._attend),
+            (patch_points.fast_sdpa(), self._attend_directly),
+            (patch_points.gemma2_attention(), self._attend_in_gemma2),
+        ]
+        from attention.mlx_lm.caches import quantize_rotating  # which imports mlx-lm
+
+        return [*places, (patch_points.rotating_to_quantized(), quantize_rotating)]
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """Decorate a function, generator or coroutine: the patch is open while it runs."""
@@ -520,8 +520,8 @@ class ModelPatch(CallCounts):
 
     def _try_attend(self, call: ModelCall) -> mx.array | None:
         """Return the implementation's output, or practical's if mlx-lm has none; None if there is no support for it."""
-        before, _thread.in_implementation = _thread.in_implementation, True
         call = self._masks.by_position(call)
+        before, _thread.in_implementation = _thread.in_implementation, True
         try:
             out, path = _attend_by(self.implementation, self._adapter, call)
         except UnsupportedError as error:
@@ -644,20 +644,17 @@ def _query_only(q: mx.array, k: Any, v: Any, cache: Any = None, *rest: Any, **na
 
     Quantized ones are the arrays of `mx.quantize`, whose group size the cache has.
     """
-    width = v.shape[3] if isinstance(v, mx.array) else v[1].shape[3] * _value_group_size(cache)
+    formats = _kv_format(cache)
+    width = v.shape[3] if formats is None else v[1].shape[3] * formats.value.group_size
     shaped = q if width == q.shape[3] else mx.broadcast_to(q[..., :1], (*q.shape[:3], width))
     parts = [part for each in (k, v) for part in ([each] if isinstance(each, mx.array) else each)]
     kept: mx.array = mx.depends(shaped, parts)
     return kept
 
 
-def _value_group_size(cache: Any) -> int:
-    return int(cache.kv_format.value.group_size if hasattr(cache, "kv_format") else cache.group_size)
-
-
 def _gemma2_query_only(layer: Any, x: mx.array, mask: mx.array | None = None, cache: Any = None) -> mx.array:
     queries, keys, values, _ = gemma2.projected(layer, x, cache)
-    return gemma2.joined(layer, _query_only(queries, keys, values))
+    return gemma2.joined(layer, _query_only(queries, keys, values, cache))
 
 
 def _counted() -> tuple[patch_points.PatchPoint, ...]:

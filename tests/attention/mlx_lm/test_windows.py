@@ -11,7 +11,9 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 from mlx_lm.models import base, cache, gemma2, gemma3_text, gpt_oss, llama
 
 import attention
+from attention.core.events import WITHOUT_ATTENTION
 from attention.implementations import load_implementation
+from attention.mlx_lm.patch import _thread, replace_attention
 
 WINDOW = 8
 SIZES: dict[str, Any] = {
@@ -160,10 +162,10 @@ def test_padding_that_is_traced_stays_an_array():
         np.testing.assert_allclose(np.array(mx.compile(attend)(padding)), np.array(attend(padding)), atol=1e-5)
 
 
-def gemma2_model(key_heads=2):
+def gemma2_model(key_heads=2, head_dim=16):
     more = {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 30.0}
     mx.random.seed(3)
-    fields = SIZES | {"model_type": "gemma2", "num_key_value_heads": key_heads} | more
+    fields = SIZES | {"model_type": "gemma2", "num_key_value_heads": key_heads, "head_dim": head_dim} | more
     model = gemma2.Model(gemma2.ModelArgs.from_dict(fields))
     mx.eval(model.parameters())
     return model
@@ -223,6 +225,25 @@ def test_gemma_2_attends_by_itself_for_who_takes_no_softcap():
     assert (patch.calls_taken, patch.calls_handed) == (0, 4)
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(np.array(one), np.array(other), atol=1e-6)
+
+
+def test_gemma_2_without_attention_takes_a_quantized_cache():
+    model, tokens = gemma2_model(head_dim=32), mx.random.randint(0, 50, (1, 12), key=mx.random.key(1))
+
+    def logits(held):
+        with replace_attention(WITHOUT_ATTENTION):
+            return np.array(model(tokens, cache=held))
+
+    dense = logits([cache.KVCache() for _ in model.layers])
+    np.testing.assert_array_equal(logits([cache.QuantizedKVCache(32, 8) for _ in model.layers]), dense)
+
+
+def test_a_mask_that_cannot_be_read_leaves_direct_calls_intercepted(monkeypatch):
+    with attention.patch_mlx_lm("practical") as patch:
+        monkeypatch.setattr(patch._masks, "by_position", lambda call: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            gemma2_model()(mx.zeros((1, 3), mx.int32))
+        assert not _thread.in_implementation
 
 
 def test_gemma_2_has_its_gradients():
