@@ -54,7 +54,7 @@ def break_even(points: Sequence[FormatPoint]) -> LengthBreakEven | None:
     """
     clear = sorted((point for point in points if point.ratio.significant), key=lambda point: point.workload.kv_seq)
     for before, after in pairwise(clear):
-        if before.ratio.value < 1 < after.ratio.value:
+        if before.workload.kv_seq < after.workload.kv_seq and before.ratio.value < 1 < after.ratio.value:
             return LengthBreakEven(before.workload.kv_seq, after.workload.kv_seq)
     return None
 
@@ -150,7 +150,7 @@ def by_length(cases: Sequence[Case]) -> dict[str, dict[str, list[Case]]]:
     for case in sorted(cases, key=lambda each: (-each.workload.value_bits, each.workload.kv_format)):
         work = case.workload
         words = structs.replace(work, kv_format=DENSE).label.split()
-        rows = [] if work.seq in (1, work.kv_seq) else [f"L={work.seq}"]
+        rows = [] if work.pass_ == "decode" or work.seq == work.kv_seq else [f"L={work.seq}"]
         shape = " ".join([*rows, *(word for word in words if not word.startswith("L="))])
         groups.setdefault(shape, {}).setdefault(work.kv_format, []).append(case)
     return groups

@@ -249,9 +249,8 @@ class Models(ModelScreen):
             offered = kv_format.options((find_model(self.chosen("model")).head_dim,))
         except UsageError:  # its folder is gone: reported when it is run
             return
-        if offered != choice.options:
-            same = dict(zip(choice.options, offered, strict=True))
-            choice.show(tuple(same.get(value, value) for value in choice.values), options=offered)
+        same = dict(zip(choice.options, offered, strict=True))
+        choice.show(tuple(same.get(value, value) for value in choice.values), options=offered)
 
     def _say_format(self, text: str) -> str:
         return kv_format.say(text, self.query_one("#dtype", Choice).value)  # type: ignore[arg-type]  # one of its options

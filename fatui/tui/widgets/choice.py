@@ -83,14 +83,16 @@ class Choice(Widget, can_focus=True):
     def show(self, values: tuple[str, ...], *, sweeping: bool = False, options: tuple[str, ...] | None = None) -> None:
         """Set the chosen options, and the options, without posting a message."""
         options = options or self.options
+        self.refresh()  # always: how a value is said may depend on another choice
         if (values, sweeping, options) == (self.values, self.sweeping, self.options):
             return
         if self._cursor in self.options and len(options) == len(self.options):
             self._cursor = options[self.options.index(self._cursor)]
+        if values != self.values:
+            self._typed = ""
         self.values, self.sweeping, self.options = values, sweeping, options
         if not sweeping or self._cursor not in (*values, *self.options):
             self._cursor = values[0]
-        self.refresh()
 
     def _choose(self, values: tuple[str, ...]) -> None:
         if values != self.values:
@@ -105,15 +107,18 @@ class Choice(Widget, can_focus=True):
 
     def action_step(self, count: int) -> None:
         """Go to the next option, wrapping around; from a typed one, to the first."""
+        self._typed = ""
         index = self.options.index(self._cursor) + count if self._cursor in self.options else 0
         self._go_to(self.options[index % len(self.options)])
 
     def action_end(self, index: int) -> None:
         """Go to the first option or the last."""
+        self._typed = ""
         self._go_to(self.options[index])
 
     def action_mark(self) -> None:
         """Go to the next option; in a sweep, toggle the mark of the one under the cursor, except on the last one."""
+        self._typed = ""
         if not self.sweeping:
             self.action_step(1)
             return

@@ -11,6 +11,7 @@ from fatui.report.document import Claim, Table
 from fatui.report.quantized import (
     break_even,
     break_even_text,
+    by_length,
     format_points,
     formats_text,
     quantized_blocks,
@@ -71,6 +72,14 @@ def test_a_format_breaks_even_between_clear_lengths() -> None:
         "poc with keys and values in int4 is faster than with float16 at every length measured, 1,024 to 4,096 keys"
     )
     assert break_even_text("poc", format_points(LENGTHS[:1], "poc")) is None
+    at_one_length = [case("int4", 0.7, kv_seq=1024), case("int4", 1.3, kv_seq=1024)]
+    assert break_even(format_points(at_one_length, "poc")) is None
+
+
+def test_a_forward_row_over_many_keys_is_not_grouped_with_squares() -> None:
+    workloads = [Workload(seq=seq, kv_seq=kv_seq, kv_format="int4") for seq, kv_seq in ((1, 1024), (512, 512))]
+    cases = [Case(workload=workload, reference="poc", rows=()) for workload in workloads]
+    assert len(by_length(cases)) == 2
 
 
 def test_unsound_rows_support_nothing() -> None:

@@ -45,6 +45,25 @@ def test_other_texts_do_not_begin_a_format(text: str) -> None:
     assert not begins("int8", text)
 
 
+async def test_the_wheel_ends_a_typed_text() -> None:
+    async with on_stage() as stage:
+        choice = stage.find("#choice-kv_format", Choice)
+        choice.focus()
+        await stage.press("4")
+        assert choice.value_text == "‹4▏"
+        choice.action_step(1)  # as the wheel does, which is no key
+        assert choice.value_text == "‹3›"
+
+
+async def test_another_dtype_draws_the_bits_of_what_is_not_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with on_stage() as stage:
+        choice, drawn = stage.find("#choice-kv_format", Choice), []
+        monkeypatch.setattr(choice, "refresh", lambda: drawn.append(choice.value_text.strip()))
+        stage.find("#choice-dtype", Choice).focus()
+        await stage.press("home")
+        assert drawn == ["32"]
+
+
 async def test_the_choice_is_turned_or_typed() -> None:
     async with on_stage() as stage:
         stage.find("#choice-kv_format", Choice).focus()
