@@ -291,8 +291,6 @@ class Strategy(Struct, frozen=True):
     backward_blocks: Blocks
     """Tile of the backward pass."""
     reason: str
-    fits_forward: bool = False
-    """Whether the whole score matrix fits the budget without a gradient."""
     slices: Blocks | None = None
     """Size of a slice, forward and training, if slices are used."""
     backward_slices: Blocks | None = None
@@ -359,14 +357,14 @@ def quantized_strategy(
     blocks = block_size(workload, backend, budget)
     if packed and simple and scores <= budget:
         reason = "few rows: each reads the keys and values packed, and the scores fit the budget"
-        return Strategy(Method.WHOLE, Method.WHOLE, blocks, blocks, reason, True)
+        return Strategy(Method.WHOLE, Method.WHOLE, blocks, blocks, reason)
     added = needs.array_mask and needs.mask_dtype != "bool"  # MLX's fused SDPA may lack its gradient
     if not packed and simple and not added and backend != "cpu":
         slices = _dequantized_slices(workload, backend, needs, budget, mask_copies)
         if slices is not None:
             heads = f"{slices.batches} x {slices.kv_heads} heads"
             reason = f"keys and values of {heads} at a time are dequantized for MLX's fused SDPA"
-            return Strategy(Method.SLICES, Method.SLICES, blocks, blocks, reason, False, slices, slices, waits=True)
+            return Strategy(Method.SLICES, Method.SLICES, blocks, blocks, reason, slices, slices, waits=True)
     if pattern is not None:
         tiles = pattern.block_list((workload.batch, workload.heads, workload.seq, workload.kv_seq))
         within, target = int(budget / RESIDENT_TILES[backend]), tile_target_bytes(backend)
@@ -401,7 +399,6 @@ class _StrategyInputs:
         self.budget, self.mask_copies = budget, mask_copies
         # A call cannot know whether its gradient will be needed: the strategy must hold for both passes.
         self.forward, self.training = (structs.replace(workload, pass_=pass_) for pass_ in ("forward", "training"))
-        self.fits_forward = safe_unfused_bytes(self.forward, backend, needs) + mask_copies.size(workload) <= budget
         self.excess = safe_unfused_bytes(self.training, backend, needs) + mask_copies.size(workload)
         self.refusal = None if needs.softcap else why_unfused(self.forward, backend, needs)
         self.training_refusal = self.refusal or (None if needs.softcap else why_unfused(self.training, backend, needs))
@@ -409,7 +406,7 @@ class _StrategyInputs:
     def strategy(self, forward: Method, backward: Method, reason: str, waits: bool = False) -> Strategy:
         """Return a strategy with its sizes; blocks replace slices of which not even the smallest fits the budget."""
         blocks, backward_blocks = (block_size(one, self.backend, self.budget) for one in (self.workload, self.training))
-        made = Strategy(forward, backward, blocks, backward_blocks, reason, self.fits_forward, waits=waits)
+        made = Strategy(forward, backward, blocks, backward_blocks, reason, waits=waits)
         if Method.SLICES not in (forward, backward):
             return made
         slices, backward_slices = (

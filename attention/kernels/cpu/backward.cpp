@@ -206,6 +206,7 @@ static bool in_pairs(const Problem& p) {
 static bool any_coarse(const BackwardCall& call) {
   const Problem& p = call.problem;
   const Coarse coarse(p);
+  if (coarse.from == infinity) return false;
   const auto* rows = static_cast<const RowStatistics*>(call.statistics.data);
   return std::any_of(rows, rows + p.batch * p.heads * p.queries,
                      [&](const RowStatistics& row) { return coarse.has(row.reference); });

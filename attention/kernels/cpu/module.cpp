@@ -517,7 +517,7 @@ int64_t workspace(int64_t batch, int64_t heads, int64_t kv_heads, int64_t querie
   fatui::Problem p;
   p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.queries = queries, p.keys = keys;
   p.head_dim = head_dim, p.value_dim = value_dim, p.query.element = fatui::Element(element);
-  if (quantized) p.key_packing.mode = fatui::Mode::affine;
+  if (quantized) p.key_packing.mode = fatui::Mode::affine, p.key_packing.bits = 8;  // of any format: most bytes, most threads
   const int64_t forward = fatui::forward_workspace(p);
   return training ? std::max(forward, fatui::backward_workspace(p)) : forward;
 }

@@ -278,3 +278,10 @@ def test_a_call_allocates_tiles_and_no_copy_of_keys_and_values():
     tiles = cpu.workspace_bytes(*shapes, dtype=mx.bfloat16, quantized=True)
     dense = cpu.workspace_bytes(*shapes, dtype=mx.float32)
     assert tiles == dense < 8 * 8192 * 128 // 2
+
+
+def test_a_small_call_is_predicted_with_the_threads_that_it_takes():
+    shapes = (1, 8, 1, 128), (1, 8, 64, 128), (1, 8, 64, 128)
+    assert cpu.workspace_bytes(*shapes, dtype=mx.bfloat16, quantized=True) == cpu.workspace_bytes(
+        *shapes, dtype=mx.bfloat16
+    )
