@@ -5,6 +5,8 @@ from typing import Final
 from msgspec import Struct, ValidationError, convert, structs
 
 MAX_PATH_LENGTH: Final = 22
+FALLS_BACK: Final = "falls back: "
+"""Start of the path of a route whose `fallback` is set."""
 
 
 class Needs(Struct, frozen=True, kw_only=True):

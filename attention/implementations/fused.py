@@ -15,7 +15,7 @@ from msgspec import structs
 
 from attention.core.bounded_dict import BoundedDict
 from attention.core.errors import KernelUnavailable
-from attention.core.route import NO_NEEDS, Needs, Route, fitted, unsupported
+from attention.core.route import FALLS_BACK, NO_NEEDS, Needs, Route, fitted, unsupported
 from attention.core.workload import Workload
 from attention.implementations.autotune.store import Store, candidate_fingerprint, class_of
 from attention.implementations.baseline import unfused_call_bytes, with_tf32
@@ -33,8 +33,8 @@ KERNELS: Final[dict[Backend, str]] = {
     "metal": "attention.kernels.metal.path",
 }
 """The kernel module of each backend; it satisfies `Kernel`."""
-TO_PRACTICAL: Final = "falls back: practical"
-TO_SDPA: Final = "falls back: MLX SDPA"
+TO_PRACTICAL: Final = f"{FALLS_BACK}practical"
+TO_SDPA: Final = f"{FALLS_BACK}MLX SDPA"
 Attend = Callable[..., mx.array]
 """A function with the signature of `Kernel.attend`."""
 

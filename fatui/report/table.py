@@ -12,6 +12,7 @@ from rich.text import Text
 
 from attention.core.kv_format import DENSE
 from attention.core.results import AnyCase, Case, FineTuningCase, FineTuningRow, ModelCase, ModelRow, Report, Row
+from attention.core.route import FALLS_BACK
 from attention.engine.record import NEVER_CALLED
 from fatui import formatting
 from fatui.report.study import SHOWN, Study, StudyRow, rate_text, times_text
@@ -336,7 +337,7 @@ def _title(case: AnyCase, number: int | None, count: int) -> Text:
 
 
 def _notes(case: AnyCase, dropped: Sequence[str]) -> list[str]:
-    """Return the notes below a table: rows without figures, drift, shortened names, and dropped columns."""
+    """Return the notes below a table: rows without figures, fallbacks, drift, shortened names, and dropped columns."""
     notes = [
         f"{row.implementation}: {formatting.verdict(row, case)}"
         for row in case.rows
@@ -348,7 +349,11 @@ def _notes(case: AnyCase, dropped: Sequence[str]) -> list[str]:
         for row in case.rows
         if row.status in ("ok", "inaccurate") and short_name(row.implementation) != row.implementation
     ]
-    notes += [f"{row.implementation}: {row.reason}" for row in case.rows if row.status == "ok" and row.approximate]
+    notes += [
+        f"{row.implementation}: {row.reason}"
+        for row in case.rows
+        if row.status == "ok" and (row.approximate or (row.path or "").startswith(FALLS_BACK))
+    ]
     if change := formatting.reference_change(case):
         notes.insert(0, change)
     notes += formatting.same_paths(case)

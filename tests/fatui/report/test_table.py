@@ -5,6 +5,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from attention.core import events as on
+from attention.core.route import FALLS_BACK, Route
 from attention.core.workload import Workload
 from fatui import formatting
 from fatui.report.study import beside, study
@@ -44,6 +45,13 @@ def test_everything_fits_also_with_long_names_and_large_figures(width):
         assert head in text
     assert text.count("…") == 5  # the long name alone: in two tables, explained below each, and in the means
     assert "no room" not in text
+
+
+def test_a_fallback_is_explained_below_its_table():
+    record = record_of(plan_of([Workload(seq=64)], ["baseline", "poc"]))
+    route = Route(path=f"{FALLS_BACK}MLX SDPA", fused=False, reason="no CPU kernel: compiling failed", fallback=True)
+    record.apply(on.RouteFound(case=0, implementation="poc", route=route))
+    assert "  poc: no CPU kernel: compiling failed" in printed(record.report(run_of()), 100)
 
 
 @pytest.mark.parametrize("width", [80, 60])
