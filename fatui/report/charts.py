@@ -6,11 +6,19 @@ from io import StringIO
 from typing import TYPE_CHECKING, Final
 
 from attention.core.results import Case, FineTuningCase, Report
+from fatui.report.counterparts import (
+    by_length,
+    by_shape,
+    density_break_even,
+    density_curves,
+    density_points,
+    format_points,
+    random_blocks,
+    shapes_of,
+)
 from fatui.report.document import Chart
 from fatui.report.evidence import sound_rows
-from fatui.report.quantized import by_length, by_shape, format_points
 from fatui.report.scaling import TREND_AXES, Sweep, curves_of, sweeps
-from fatui.report.sparse import break_even, density_curves, density_points, random_blocks, shapes_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -249,7 +257,9 @@ def density_charts(cases: Sequence[Case], names: Sequence[str]) -> list[Chart]:
             for name, points in lines.items()
         }
         marks = {
-            name: found.density for name in names if (found := break_even(random_blocks(density_points(group, name))))
+            name: found.density
+            for name in names
+            if (found := density_break_even(random_blocks(density_points(group, name))))
         }
         styles = [*names, *(name for name in series if name not in names)]
         drawn = line_chart(series, "density", "times dense", styles, logarithmic=False, marks=marks)

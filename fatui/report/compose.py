@@ -6,6 +6,7 @@ from attention.core.results import AnyCase, Report
 from fatui import formatting
 from fatui.report import charts
 from fatui.report.charts import density_charts, format_charts, loss_charts, sweep_charts
+from fatui.report.counterparts import quantized_blocks, sparse_blocks
 from fatui.report.document import (
     Block,
     Chart,
@@ -20,7 +21,6 @@ from fatui.report.document import (
     section,
 )
 from fatui.report.evidence import Evidence, gather, sound_rows, unsound, unsound_rows
-from fatui.report.quantized import quantized_blocks
 from fatui.report.scaling import effects
 from fatui.report.sections import (
     RUN_BENCH,
@@ -39,7 +39,6 @@ from fatui.report.sections import (
     throughput_table,
     tuning_blocks,
 )
-from fatui.report.sparse import sparse_blocks
 from fatui.report.study import origin_blocks
 from fatui.untrusted_text import escape_all
 

@@ -10,7 +10,7 @@ from textual.widgets import Static
 
 from attention.core.results import Report
 from fatui import formatting
-from fatui.report import quantized, scaling, sparse
+from fatui.report import counterparts, scaling
 from fatui.tui import actions
 from fatui.tui.lab import Lab
 from fatui.tui.terminal import literal
@@ -103,7 +103,7 @@ class Scaling(Screen[None]):
         parts = scaling.slices(report, ("mask",))
         part = parts[self._turns["part"] % len(parts)]
         cases, names = scaling.cases_of(report, ("mask",), part), _names(report)
-        values, lines = sparse.density_curves(cases, names)
+        values, lines = counterparts.density_curves(cases, names)
         logarithmic = bool(self._logarithmic)
         chart = ChartData("density", values, lines, logarithmic, formatting.three)
         self.query_one(LineChart).show(chart)
@@ -111,7 +111,7 @@ class Scaling(Screen[None]):
         self.query_one("#chart-pane").border_title = literal(
             f"time of random blocks / own dense time, over density{' · ' + part if part else ''} · {scale}"
         )
-        found = [sparse.break_even_text(name, sparse.density_points(cases, name)) for name in names]
+        found = [counterparts.density_break_even_text(name, counterparts.density_points(cases, name)) for name in names]
         words = [text for text in found if text] or ["No break-even with dense is supported by these densities."]
         self.query_one("#words", Static).update("\n".join(words))
 
@@ -138,14 +138,15 @@ def _names(report: Report) -> list[str]:
 
 def _densities(report: Report, part: str) -> tuple[str, ...]:
     """Return the densities of random blocks in one slice of a run, if there are several."""
-    return sparse.density_curves(scaling.cases_of(report, ("mask",), part), _names(report))[0]
+    return counterparts.density_curves(scaling.cases_of(report, ("mask",), part), _names(report))[0]
 
 
 def _quantized_words(report: Report, axis: str, part: str) -> list[str]:
     """Return the findings on quantized keys and values: which formats gain, or the length from which one does."""
-    find = {"kv_format": quantized.formats_text, "seq": quantized.break_even_text, "kv_seq": quantized.break_even_text}
+    by_length = counterparts.length_break_even_text
+    find = {"kv_format": counterparts.formats_text, "seq": by_length, "kv_seq": by_length}
     cases = scaling.cases_of(report, (axis,), part)
-    found = [find[axis](name, quantized.format_points(cases, name)) for name in _names(report) if axis in find]
+    found = [find[axis](name, counterparts.format_points(cases, name)) for name in _names(report) if axis in find]
     return [text for text in found if text]
 
 
