@@ -121,9 +121,9 @@ def _availability(name: str, device: Device) -> tuple[str, str | None]:
 
 def _metal_kernels() -> DiagnosisItem:
     """Summarise the first-use checks of the Metal kernels, and what is unverified."""
-    from attention.kernels.metal import verdicts
+    from attention.kernels.metal import path as metal_path
 
-    text, wrong = verdicts.summary()
+    text, wrong = metal_path.summary()
     advice = f"{wrong}; calls of this kind fall back; `fatui doctor --report` writes a file to send" if wrong else None
     return DiagnosisItem(topic="Metal", text=text, advice=advice)
 
@@ -267,15 +267,15 @@ def _of_findings(found: list[DiagnosisItem]) -> Iterator[str]:
 
 
 def _of_metal(tell: Callable[[str], None], measure: bool) -> Iterator[str]:
-    from attention.kernels.metal import verdicts
+    from attention.kernels.metal import path as metal_path
 
     try:
-        for name in verdicts.check_all() if measure else ():
+        for name in metal_path.check_all() if measure else ():
             tell(f"checking {name}")
     except KernelUnavailable as unavailable:
         yield f"Not checked: {unavailable}."
-    known = verdicts.known_results()
-    yield f"{sum(verdict.passed for verdict in known)} of {len(known)} checks passed. {verdicts.UNKNOWN}"
+    known = metal_path.known_results()
+    yield f"{sum(verdict.passed for verdict in known)} of {len(known)} checks passed. {metal_path.UNMEASURED}"
     for verdict in known:
         yield f"- {verdict.name} ({verdict.machine}): {'passed' if verdict.passed else 'FAILED'}"
         if not verdict.passed:

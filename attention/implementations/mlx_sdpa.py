@@ -186,7 +186,7 @@ def _of_mlx(
     """Call MLX's SDPA; on CUDA, arrays in a layout that it fails on are copied first."""
     if current_backend() != "cuda" or not mx.cuda.is_available():
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
-    from attention.kernels.cuda.runtime.layout import laid_out, of_sdpa
+    from attention.kernels.cuda.runtime.launcher import laid_out, of_sdpa
 
     q, k, v = laid_out(q, k, v)
     if isinstance(mask, mx.array):

@@ -14,7 +14,7 @@ from attention.kernels.cuda.portable import gradient as portable_gradient
 from attention.kernels.cuda.runtime import launcher, selfcheck
 from attention.kernels.cuda.runtime.call import LOG2_E, CallParams, CallShape
 from attention.kernels.cuda.runtime.launch import dtype_of
-from attention.kernels.cuda.runtime.layout import laid_out, of_sdpa
+from attention.kernels.cuda.runtime.launcher import laid_out, of_sdpa
 from attention.kernels.cuda.sm90 import gradient
 from attention.masks import Mask, combine
 

@@ -1,27 +1,41 @@
-"""The Metal kernels as a path of the engine: route, build and call."""
+"""The Metal kernels as a path of the engine: route, build and call, and the results of their self-checks."""
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from attention.core.errors import KernelUnavailable
 from attention.core.route import Needs, Route, unsupported
-from attention.kernels.metal.call import of_workload, refusal_of_workload, specialisation
-from attention.kernels.metal.tiles import FLOAT_BYTES
+from attention.kernels.common.first_use import PASSED, headline
+from attention.kernels.metal.call import (
+    FEW_ROWS,
+    CallParams,
+    CallShape,
+    of_workload,
+    refusal_of_workload,
+    specialisation,
+)
+from attention.kernels.metal.tiles import FLOAT_BYTES, HEAD_DIMS, SIZES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import mlx.core as mx
 
     from attention.core.workload import Workload
-    from attention.kernels.metal.call import CallParams, CallShape
+    from attention.kernels.metal.tiles import Kind
     from attention.masks import Mask
 
 TAKES: Final = frozenset({"pattern", "alibi", "logsumexp"})
 """What the kernels take beyond bounds, array masks and softcap."""
 LISTED: Final = "; with block lists the keys of a few queries are not split among threadgroups"
 UNKNOWN: Final = "how fast it is on a Mac was never measured by its authors; `demo` tries it beside MLX's own"
+UNMEASURED: Final = (
+    "Never measured by the authors, who had no Mac: speed, registers and occupancy. "
+    "The texts were run and checked on an emulator of Metal's language, not through Apple's compiler."
+)
 
 
 def route(workload: Workload, needs: Needs) -> Route:
@@ -123,3 +137,73 @@ def _predicted(workload: Workload, shape: CallShape, call: CallParams) -> int | 
     if workload.pass_ != "training":
         return made
     return None if refusal(shape, call) else made + FLOAT_BYTES * rows
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """The result of one specialisation's self-check."""
+
+    name: str
+    text: str
+    """ "passed", or the whole error, as far as `first_use` stores it."""
+    machine: str
+    """GPU, macOS and MLX version that it is valid for."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the kernel is used."""
+        return self.text == PASSED
+
+
+def known_results() -> list[CheckResult]:
+    """Return all self-check results stored in this cache folder, by name."""
+    from attention.kernels.common import cache
+    from attention.kernels.metal import trust as metal_trust
+
+    made = [
+        CheckResult(str(record.get("name")), str(text), where)
+        for record in cache.records(metal_trust.PREFIX)
+        for where, text in record.get("checked", {}).items()
+    ]
+    return sorted(made, key=lambda verdict: (verdict.machine, verdict.name))
+
+
+def summary() -> tuple[str, str | None]:
+    """Return the state of the self-checks on this machine in a line, and the error of the first that failed."""
+    from attention.kernels.metal import trust as metal_trust
+
+    here = [verdict for verdict in known_results() if verdict.machine == metal_trust.machine_fingerprint()]
+    failed = [verdict for verdict in here if not verdict.passed]
+    if not here:
+        return f"no kernel has been used yet, so none has been checked. {UNMEASURED}", None
+    text = f"{len(here) - len(failed)} of {len(here)} kernels checked on this Mac agree with float64. {UNMEASURED}"
+    return text, f"{failed[0].name}: {headline(failed[0].text)}" if failed else None
+
+
+def check_all() -> Iterator[str]:
+    """Self-check the kernels of every head dim and dtype, causal and with block lists; yields each name first.
+
+    Raises:
+        KernelUnavailable: there is no Metal device.
+    """
+    from attention.kernels.metal import attend, gradients
+    from attention.kernels.metal import trust as metal_trust
+
+    metal_trust.describe()
+
+    for dtype in SIZES:
+        for head_dim in HEAD_DIMS:
+            many = CallShape(1, 4, 2, FEW_ROWS + 1, 83, head_dim, dtype)
+            few = CallShape(1, 4, 2, 1, 83, head_dim, dtype)
+            causal, listed = CallParams(head_dim**-0.5, causal=True), CallParams(head_dim**-0.5, lists=True)
+            checks: list[tuple[Kind, CallShape, CallParams, Callable[[CallShape, CallParams], None]]] = [
+                ("forward", many, causal, attend.check),
+                ("decode", few, causal, attend.check),
+                ("backward_key", many, causal, gradients.check),
+                ("forward", many, listed, attend.check),
+                ("backward_key", many, listed, gradients.check),
+            ]
+            for kind, shape, call, check in checks:
+                yield specialisation(kind, shape, call).name
+                with suppress(KernelUnavailable):  # stored with its reason, like one that passes
+                    check(shape, call)

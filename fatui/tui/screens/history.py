@@ -1,4 +1,4 @@
-"""The history screen: open, compare or delete past runs."""
+"""The history screen (open, compare or delete past runs), and the screen that compares two of them."""
 
 import asyncio
 from typing import ClassVar
@@ -10,18 +10,20 @@ from textual.containers import Vertical
 from textual.screen import Screen
 from textual.widgets import Static
 
-from attention.core.results import Report
+from attention.core.results import Report, Row
 from fatui import formatting
+from fatui.report import comparison
 from fatui.storage.history import HistoryError, RunSummary
 from fatui.storage.history import RunHistory as Runs
 from fatui.tui import actions
 from fatui.tui.lab import Lab
+from fatui.tui.terminal import literal
 from fatui.tui.view_models.table_lines import TableColumn, TableLine
 from fatui.tui.widgets.bars import KeyBar, StatusLine
 from fatui.tui.widgets.row_table import RowTable
 
 FINDING = 72
-COLUMNS = (
+RUN_COLUMNS = (
     TableColumn(name="mark", title="", right=False),
     TableColumn(name="started", title="started", right=False),
     TableColumn(name="preset", title="preset", right=False, rank=1, widest=20),
@@ -31,7 +33,18 @@ COLUMNS = (
     TableColumn(name="device", title="device", right=False, rank=5, widest=28),
     TableColumn(name="id", title="id", right=False, rank=6),
 )
-EMPTY = "No runs yet; finished runs appear here."
+NO_RUNS = "No runs yet; finished runs appear here."
+CHANGE_COLUMNS = (
+    TableColumn(name="implementation", title="", right=False, widest=16),
+    TableColumn(name="path before", title="path before", right=False, rank=4, widest=22),
+    TableColumn(name="path after", title="path after", right=False, rank=5, widest=22),
+    TableColumn(name="before", title="tokens/s before", rank=2),
+    TableColumn(name="after", title="after", rank=1),
+    TableColumn(name="ratio", title="change", rank=0),
+    TableColumn(name="memory", title="memory", rank=3, widest=24),
+)
+MAX_NAMED = 3
+NOTHING_IN_COMMON = "These two runs have no workload and implementation in common."
 
 
 class History(Screen[Report]):
@@ -54,7 +67,7 @@ class History(Screen[Report]):
         yield Static(classes="notice", markup=False)
         with Vertical(classes="pane half", id="history-pane") as pane:
             pane.border_title = "History"
-            yield RowTable(COLUMNS, empty=EMPTY, id="runs")
+            yield RowTable(RUN_COLUMNS, empty=NO_RUNS, id="runs")
         yield KeyBar(keys=(("enter", "Open", "screen.open"), *actions.bar(actions.HISTORY, self.app.keys)))
 
     async def on_mount(self) -> None:
@@ -76,7 +89,7 @@ class History(Screen[Report]):
         self.query_one(".notice").display = True
 
     def _show(self) -> None:
-        lines = [_line(run, run.id in self._marked) for run in self._runs]
+        lines = [_run_line(run, run.id in self._marked) for run in self._runs]
         self.query_one(RowTable).show(lines)
         self.call_after_refresh(self._show_hint)
         count = len(self._runs)
@@ -131,8 +144,6 @@ class History(Screen[Report]):
         newer, older = sorted(chosen, key=order.index)
         before, after = await self._get(older), await self._get(newer)
         if before and after:
-            from fatui.tui.screens.compare import Compare
-
             self.app.push_screen(Compare(before, after))
 
     async def action_delete(self) -> None:
@@ -169,10 +180,10 @@ class History(Screen[Report]):
         self.dismiss()
 
 
-def _line(run: RunSummary, marked: bool) -> TableLine:
+def _run_line(run: RunSummary, marked: bool) -> TableLine:
     cells = {
         "mark": "●" if marked else " ",
-        "started": run.started[:16].replace("T", " "),
+        "started": _when(run.started),
         "preset": run.preset or "unnamed",
         "finding": ("interrupted; " if run.interrupted else "") + run.finding,
         "cases": str(run.cases),
@@ -181,3 +192,77 @@ def _line(run: RunSummary, marked: bool) -> TableLine:
         "id": run.id,
     }
     return TableLine(key=run.id, cells=cells)
+
+
+class Compare(Screen[None]):
+    """Screen of the rows that two runs have in common, with the ratios of their times."""
+
+    CSS_PATH: ClassVar = ["list.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings((actions.BACK,)), actions.closing("history_compare")]
+    app: Lab
+
+    def __init__(self, before: Report, after: Report) -> None:
+        super().__init__(classes="list-screen")
+        self._comparison = comparison.compare(before, after)
+
+    def compose(self) -> ComposeResult:
+        """Yield the table, and below it what cannot be compared."""
+        before, after = self._comparison.before.run, self._comparison.after.run
+        yield StatusLine()
+        with Vertical(classes="pane half") as pane:
+            title = f"{before.id} of {_when(before.started)}, then {after.id} of {_when(after.started)}"
+            pane.border_title = literal(title)
+            yield RowTable(CHANGE_COLUMNS, empty=NOTHING_IN_COMMON, id="changes")
+            yield Static("\n".join(self._notes()), markup=False, classes="under")
+        yield KeyBar(keys=actions.bar((actions.BACK,), self.app.keys))
+
+    def on_mount(self) -> None:
+        """Fill the table."""
+        self.query_one(StatusLine).show("Comparison of two runs", "above 1 is faster after")
+        lines: list[TableLine] = []
+        label = ""
+        for change in self._comparison.changes:
+            if change.workload.label != label:
+                label = change.workload.label
+                lines.append(TableLine(span=f"{label} · noise floor {formatting.percent(change.floor)}", tone="head"))
+            lines.append(_change_line(change))
+        self.query_one(RowTable).show(lines)
+
+    def _notes(self) -> list[str]:
+        made = self._comparison
+        notes = [f"Environments differ: {'; '.join(made.differences)}"] if made.differences else []
+        notes += [f"Only before: {_some(made.only_before)}"] if made.only_before else []
+        return notes + ([f"Only after: {_some(made.only_after)}"] if made.only_after else [])
+
+    def action_back(self) -> None:
+        """Go back."""
+        self.dismiss()
+
+
+def _some(names: tuple[str, ...]) -> str:
+    """Join the first few names, and say how many more there are."""
+    more = len(names) - MAX_NAMED
+    return ", ".join(names[:MAX_NAMED]) + (f", and {more} more" if more > 0 else "")
+
+
+def _when(started: str) -> str:
+    return started[:16].replace("T", " ")
+
+
+def _change_line(change: comparison.RowChange) -> TableLine:
+    significant = change.ratio is not None and change.ratio.significant
+    cells = {
+        "implementation": change.implementation,
+        "path before": change.before.path or "-",
+        "path after": change.after.path or "-",
+        "before": _rate(change.before),
+        "after": _rate(change.after),
+        "ratio": formatting.speedup_text(change.ratio),
+        "memory": f"{formatting.size(change.before.peak_bytes)}, {formatting.size(change.after.peak_bytes)}",
+    }
+    tone = ("good" if change.ratio.value > 1 else "bad") if significant and change.ratio else ""
+    return TableLine(key=f"{change.implementation} {change.workload.label}", cells=cells, tone=tone)
+
+
+def _rate(row: Row) -> str:
+    return row.status if row.status != "ok" else formatting.tokens_per_second(row.tokens_per_second)

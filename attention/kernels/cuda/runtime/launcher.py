@@ -9,11 +9,15 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from attention.core.errors import KernelUnavailable
 from attention.kernels.common import cache
 from attention.kernels.cpu import build
 from attention.kernels.cpu.build import Toolchain
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 MODULE = "fatui_cuda_launcher"
 SOURCES = Path(__file__).parent
@@ -84,6 +88,30 @@ def _loaded(tools: Toolchain, key: str) -> ModuleType:
         reason = f"the compiled launcher does not load: {error}"
         cache.write_failure(key, reason)
         raise KernelUnavailable(reason) from error
+
+
+def laid_out(*arrays: "mx.array") -> "Sequence[mx.array]":
+    """Return the arrays, copied if MLX's SDPA on CUDA would fail on their layout.
+
+    Strided columns and reversed axes raise an error in cuDNN; keys that are broadcast over their length crash the
+    process in decoding, by a division by zero. Strides are known only once an array is computed, so the launcher checks
+    them. Without the launcher, every array that is not contiguous is copied.
+    """
+    return _laid_out(arrays, given=True)
+
+
+def of_sdpa(output: "mx.array") -> "mx.array":
+    """Return the output of MLX's SDPA; its cotangent is copied like the arrays of `laid_out`."""
+    return _laid_out([output], given=False)[0]
+
+
+def _laid_out(arrays: "Sequence[mx.array]", given: bool) -> "Sequence[mx.array]":
+    import mlx.core as mx
+
+    if unavailable_reason() is None:
+        made: Sequence[mx.array] = module().laid_out(arrays, given)
+        return made
+    return [mx.contiguous(x) for x in arrays] if given else arrays
 
 
 def is_plan(made: object) -> bool:

@@ -16,9 +16,8 @@ from attention.kernels import metal
 from attention.kernels.metal import gradients, launch, selfcheck
 from attention.kernels.metal.call import CallParams, CallShape
 from attention.kernels.metal.lists import RECORD, list_arrays, lists_of_pattern, visible_pairs
-from attention.kernels.metal.path import route
+from attention.kernels.metal.path import known_results, route
 from attention.kernels.metal.tiles import HEAD_DIMS, LIST_KEYS, LIST_QUERIES, SIZES
-from attention.kernels.metal.verdicts import known_results
 from attention.masks import blocks, causal, dilated, documents, padding, prefix, where, window
 from tests.support.block_lists import lists_of, random_pairs
 from tests.support.metal.case import (

@@ -14,7 +14,7 @@ from attention.implementations import fused
 from attention.kernels import metal
 from attention.kernels.common import cache
 from attention.kernels.common.first_use import SelfChecks
-from attention.kernels.metal import path, verdicts
+from attention.kernels.metal import path
 from attention.kernels.metal import trust as metal_trust
 from attention.kernels.metal.call import CallParams, CallShape, specialisation
 from attention.masks import Mask
@@ -99,7 +99,7 @@ def test_metals_own_error_is_told_by_route_doctor_and_report():
         assert close(implementation(q, k, v, scale=0.2, mask=Mask(causal=True)), by_mlx(q, k, v), 1e-6)
         error = "use of undeclared identifier 'simd_shuffle_xor'"
         assert error in implementation.route(WORKLOAD, MAC).reason
-        text, wrong = verdicts.summary()
+        text, wrong = path.summary()
         assert "0 of 1 kernels" in text
         assert "Never measured" in text
         assert error in wrong
