@@ -30,7 +30,27 @@ class Typing(Protocol):
         ...
 
 
-class Choice(Widget, can_focus=True):
+class Stepper(Widget, can_focus=True):
+    """A row in which the mouse wheel takes single steps, instead of scrolling the pane."""
+
+    def action_step(self, count: int) -> None:
+        """Move by a number of steps."""
+        raise NotImplementedError
+
+    def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
+        """Go up one step."""
+        event.stop()
+        event.prevent_default()
+        self.action_step(1)
+
+    def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
+        """Go down one step."""
+        event.stop()
+        event.prevent_default()
+        self.action_step(-1)
+
+
+class Choice(Stepper):
     """Choice of one option; with `typed_option`, typed digits make a further option, with `typing` a typed text.
 
     In a sweep it shows the marked options, and beside them the option under the cursor if it is another.
@@ -175,18 +195,6 @@ class Choice(Widget, can_focus=True):
             self.action_mark()
         else:
             self.action_step(-1 if event.x <= len(self.label) + 1 else 1)
-
-    def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
-        """Go to the next option."""
-        event.stop()
-        event.prevent_default()
-        self.action_step(1)
-
-    def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
-        """Go to the previous option."""
-        event.stop()
-        event.prevent_default()
-        self.action_step(-1)
 
     @property
     def value_text(self) -> str:

@@ -10,7 +10,8 @@ from textual import events
 from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.strip import Strip
-from textual.widget import Widget
+
+from fatui.tui.widgets.choice import Stepper
 
 LABEL_WIDTH: Final = 10
 VALUE_WIDTH: Final = 9
@@ -20,7 +21,7 @@ Parse = Callable[[str], tuple[int, ...]]
 Say = Callable[[int], str]
 
 
-class Slider(Widget, can_focus=True):
+class Slider(Stepper):
     """Slider for one number, or several in a sweep; any number that `parse` accepts can be typed."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"slider--label", "slider--track", "slider--thumb", "slider--value"}
@@ -190,18 +191,6 @@ class Slider(Widget, can_focus=True):
         """End the drag."""
         self._dragging = False
         self.release_mouse()
-
-    def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
-        """Go up one stop."""
-        event.stop()
-        event.prevent_default()
-        self.action_step(1)
-
-    def on_mouse_scroll_down(self, event: events.MouseScrollDown) -> None:
-        """Go down one stop."""
-        event.stop()
-        event.prevent_default()
-        self.action_step(-1)
 
     @property
     def _track_width(self) -> int:
