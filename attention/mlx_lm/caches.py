@@ -8,7 +8,8 @@ token, so one cache of mlx-lm holds the numbers of keys and values, another one 
       values               numbers (B,H,L,·)      scales (B,H,L,·)       biases (B,H,L,·)
 
 Where a row goes, what rotates, is padded, trimmed, merged or masked is decided by mlx-lm's own code, the same for all
-of them. A chunk of a prompt is quantized when it arrives; no other keys and values are kept.
+of them; only rows that it would write in place go there in one operation for all parts (`_row_in_place`). A chunk of a
+prompt is quantized when it arrives; no other keys and values are kept.
 """
 
 import copy
@@ -20,6 +21,7 @@ from mlx_lm.models import cache as mlx_caches
 
 from attention.core.errors import UsageError
 from attention.core.kv_format import DEFAULT_GROUP, DENSE, Format, KVFormat, parse_kv_format
+from attention.kernels.append import append_quantized, quantize
 from attention.quantized_kv import quantized
 
 LAYOUTS: Final = {
@@ -81,10 +83,7 @@ class PackedKVCache:
                     f"{name}: got heads of width {array.shape[-1]}; a cache in {form.text} takes multiples of "
                     f"its group size, {form.group_size}"
                 )
-        made = [
-            mx.quantize(array, form.group_size, form.bits, form.mode)
-            for array, form in zip((keys, values), formats, strict=True)
-        ]
+        made = [quantize(array, form) for array, form in zip((keys, values), formats, strict=True)]
         # A format without biases beside one that has them gets biases of width 0.
         k, v = ([*one, one[1][..., :0]][: self._count] for one in made)
         return [*zip(k, v, strict=True)]
@@ -100,8 +99,26 @@ class PackedKVCache:
         Raises:
             UsageError: the group size of a format does not divide the width.
         """
+        row = _row_in_place(self.parts[0], keys.shape[2])
+        if row is not None:
+            return self._append(keys, values, row)
         arrays = self._quantize(keys, values)
         return self._join([part.update_and_fetch(*pair) for part, pair in zip(self.parts, arrays, strict=True)])
+
+    def _append(self, keys: mx.array, values: mx.array, row: int) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
+        """Store rows where `_row_in_place` says, and return what `update_and_fetch` does, in fewer operations."""
+        count, first = keys.shape[2], self.parts[0]
+        offset = first.offset + count  # in a batch one array for all parts
+        for part in self.parts:
+            part.offset = offset
+            if not isinstance(part, mlx_caches.KVCache):
+                part._idx = row + count
+        written = offset if isinstance(offset, int) else first._idx
+        used = min(written, first.keys.shape[2])
+        held = self._join([(part.keys, part.values) for part in self.parts])
+        stored, views = append_quantized(held, keys, values, self.kv_format, row=row, used=used)
+        self.keys, self.values = stored
+        return views
 
     def keys_and_values(self) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
         """Return all keys and values that are attended to, quantized."""
@@ -292,6 +309,21 @@ class PackedKVCache:
         ]
         if len({*texts}) != 1:
             raise UsageError(f"caches: got {', '.join(dict.fromkeys(texts))}; a batch takes caches of one kind")
+
+
+def _row_in_place(part: Any, count: int) -> int | None:
+    """Return the row from which on an mlx-lm cache writes `count` tokens; None if it allocates or moves rows first."""
+    if part.keys is None:
+        return None
+    capacity = part.keys.shape[2]
+    if type(part) in (mlx_caches.KVCache, mlx_caches.BatchKVCache):
+        row = int(part.offset if type(part) is mlx_caches.KVCache else part._idx)
+        return row if row + count <= capacity else None
+    if type(part) is mlx_caches.RotatingKVCache and count == 1:
+        is_whole = part.offset < capacity or capacity == part.max_size
+        row = int(part.keep if part._idx == part.max_size else part._idx)
+        return row if is_whole and capacity <= part.max_size else None
+    return None
 
 
 def _load_part(layout: str, state: Any) -> Any:

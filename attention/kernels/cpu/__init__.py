@@ -12,16 +12,18 @@ from attention.kernels.common import check_bounds
 from attention.measure.device import check_not_forked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import mlx.core as mx
 
+    from attention.core.kv_format import KVFormat
     from attention.quantized_kv import QuantizedArray
 
 __all__ = [
     "LIST_TILE",
     "KernelUnavailable",
     "Lists",
+    "append_quantized",
     "availability",
     "flash_attention",
     "flash_attention_with_logsumexp",
@@ -221,6 +223,23 @@ def flash_attention_with_logsumexp(
         q, k, v, scale, causal, window, softcap, mask, items, alibi, *_list_arguments(lists)
     )
     return both
+
+
+def append_quantized(
+    buffers: Sequence[mx.array], keys: mx.array, values: mx.array, kv_format: KVFormat, row: int, used: int
+) -> list[mx.array]:
+    """Quantize new keys and values into a cache's buffers as one operation; `kernels.append` has the contract.
+
+    Raises:
+        ValueError: shapes, dtypes or rows do not fit.
+        KernelUnavailable: the kernel cannot run on this machine.
+        ForkedError: attention was computed before this process was forked.
+    """
+    check_not_forked()
+    if _module is None:
+        load()
+    made: list[mx.array] = _quantized_call.append(_module, buffers, keys, values, kv_format, row, used)
+    return made
 
 
 def workspace_bytes(

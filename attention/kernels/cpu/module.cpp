@@ -4,9 +4,11 @@
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -21,6 +23,7 @@
 #include <mlx/ops.h>
 #include <mlx/primitives.h>
 
+#include "append.hpp"
 #include "measure.hpp"
 #include "problem.hpp"
 #include "schedule.hpp"
@@ -103,6 +106,34 @@ class FlashBackward : public mx::Primitive {
  private:
   Options options_;
 };
+
+// Quantizes new rows and writes them into a cache's buffers. Inputs: numbers, scales and biases of keys, those of values, new
+// keys, new values. Outputs: the buffers, in the memory of the inputs where nobody else has these; and, where fewer than all
+// rows are in use, the rows in use of each, without a copy.
+class AppendQuantized : public mx::Primitive {
+ public:
+  AppendQuantized(mx::Stream stream, Format key, Format value, int row, int used)
+      : mx::Primitive(stream), key_(key), value_(value), row_(row), used_(used) {}
+  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents,
+                             const std::vector<int>& argnums, const std::vector<mx::array>& outputs) override;
+  std::vector<mx::array> jvp(const std::vector<mx::array>& primals, const std::vector<mx::array>& tangents,
+                             const std::vector<int>& argnums) override;
+  std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs,
+                                                           const std::vector<int>& axes) override;
+  const char* name() const override { return "FatuiAppendQuantized"; }
+  bool is_equivalent(const mx::Primitive& other) const override;
+  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+
+ private:
+  Format key_, value_;
+  int row_, used_;
+};
+
+// The operation: validates shapes and dtypes (throws std::invalid_argument).
+std::vector<mx::array> append_quantized(const std::vector<mx::array>& buffers, const mx::array& keys, const mx::array& values,
+                                        const Format& key, const Format& value, int row, int used);
 
 // The operation: validates shapes and dtypes (throws std::invalid_argument); returns {o, logsumexp, statistics}, or only {o}
 // if neither the logsumexp nor a gradient is requested.
@@ -343,6 +374,100 @@ std::vector<mx::Shape> FlashBackward::output_shapes(const Arrays& inputs) {
   return {inputs[0].shape(), inputs[1].shape(), inputs[2].shape()};
 }
 
+namespace {
+
+// A copy in rows that are side by side, of an array with any strides.
+struct Copy {
+  const char* from;
+  char* to;
+  std::array<int64_t, 4> shape, stride;  // in elements
+  int64_t size;                          // bytes of an element
+
+  void run() const {
+    char* out = to;
+    const auto [b, h, r, c] = shape;
+    for (int64_t i = 0; i < b * h * r; i++) {
+      const char* row = from + size * (i / r / h * stride[0] + i / r % h * stride[1] + i % r * stride[2]);
+      if (stride[3] == 1) std::memcpy(out, row, c * size);
+      else for (int64_t j = 0; j < c; j++) std::memcpy(out + j * size, row + j * stride[3] * size, size);
+      out += c * size;
+    }
+  }
+};
+
+Copy copy_of(const mx::array& from, mx::array& to) {
+  Copy copy{from.data<char>(), static_cast<char*>(allocate(to)), {}, {}, int64_t(from.itemsize())};
+  for (int i = 0; i < 4; i++) copy.shape[i] = from.shape(i), copy.stride[i] = from.strides()[i];
+  return copy;
+}
+
+// The first rows of each head of a buffer.
+void view_rows(const mx::array& buffer, mx::array& view) {
+  const int64_t heads = int64_t(buffer.shape(0)) * buffer.shape(1), row = buffer.shape(3);
+  const bool contiguous = heads == 1;
+  const auto size = size_t((heads - 1) * buffer.shape(2) * row + view.shape(2) * row);
+  view.copy_shared_buffer(buffer, buffer.strides(), {contiguous, contiguous, contiguous && view.size() == 1}, size);
+}
+
+NewRows new_rows(const mx::array& rows, const Format& format, const Arrays& buffers, size_t& next, int first) {
+  NewRows x;
+  x.rows = tensor_of(rows), x.numbers = tensor_of(buffers[next++]);
+  x.packing = packing_of(format, buffers, next);
+  x.batch = rows.shape(0), x.heads = rows.shape(1), x.count = rows.shape(2), x.width = rows.shape(3), x.first = first;
+  return x;
+}
+}  // namespace
+
+void AppendQuantized::eval_cpu(const Arrays& inputs, Arrays& outputs) {
+  // MLX keeps the inputs once for each output of a primitive, so that none of them seems to be at its last use. They are
+  // cleared after this call, unless a transformation keeps the graph; the other outputs' are cleared before it.
+  if (!outputs[0].is_tracer())
+    for (mx::array& out : outputs)
+      if (&out.inputs() != &inputs) out.inputs().clear();
+  const size_t count = inputs.size() - 2;
+  std::vector<Copy> copies;
+  for (size_t i = 0; i < count; i++) {
+    if (inputs[i].is_donatable() && inputs[i].flags().row_contiguous) outputs[i].copy_shared_buffer(inputs[i]);
+    else copies.push_back(copy_of(inputs[i], outputs[i]));
+    if (outputs.size() > count) view_rows(outputs[i], outputs[count + i]);
+  }
+  size_t next = 0;
+  const NewRows keys = new_rows(inputs[count], key_, outputs, next, row_);
+  const NewRows values = new_rows(inputs[count + 1], value_, outputs, next, row_);
+  mx::cpu::get_command_encoder(stream()).dispatch([copies = std::move(copies), keys, values] {
+    for (const Copy& copy : copies) copy.run();
+    quantize_into(keys, values);
+  });
+}
+
+void AppendQuantized::eval_gpu(const Arrays&, Arrays&) { refuse_gpu(); }
+
+Arrays AppendQuantized::vjp(const Arrays&, const Arrays&, const std::vector<int>&, const Arrays&) {
+  throw std::invalid_argument("Writing into a quantized cache has no gradient.");
+}
+
+Arrays AppendQuantized::jvp(const Arrays&, const Arrays&, const std::vector<int>&) {
+  throw std::invalid_argument("Writing into a quantized cache has no gradient.");
+}
+
+std::pair<Arrays, std::vector<int>> AppendQuantized::vmap(const Arrays&, const std::vector<int>&) {
+  throw std::invalid_argument("Writing into a quantized cache has no vmap.");
+}
+
+bool AppendQuantized::is_equivalent(const mx::Primitive& other) const {
+  if (typeid(other) != typeid(*this)) return false;
+  const auto& o = static_cast<const AppendQuantized&>(other);
+  return o.key_ == key_ && o.value_ == value_ && o.row_ == row_ && o.used_ == used_;
+}
+
+std::vector<mx::Shape> AppendQuantized::output_shapes(const Arrays& inputs) {
+  std::vector<mx::Shape> shapes;
+  for (size_t i = 0; i + 2 < inputs.size(); i++) shapes.push_back(inputs[i].shape());
+  if (used_ == inputs[0].shape(2)) return shapes;
+  for (size_t i = 0, count = shapes.size(); i < count; i++) shapes.push_back(shapes[i]), shapes.back()[2] = used_;
+  return shapes;
+}
+
 // The operation called from Python: validation of shapes and dtypes, and its error messages.
 namespace {
 
@@ -461,6 +586,36 @@ std::vector<mx::array> flash_attention(const mx::array& q, const mx::array& k, c
   return {mx::array(shape, q.dtype(), std::move(primitive), std::move(inputs))};
 }
 
+std::vector<mx::array> append_quantized(const Arrays& buffers, const mx::array& keys, const mx::array& values,
+                                        const Format& key, const Format& value, int row, int used) {
+  const auto stop = [](const std::string& reason) { throw std::invalid_argument("[append_quantized] " + reason); };
+  if (int(buffers.size()) != 2 + key.parts() + value.parts()) stop("numbers, scales and biases of keys and values are needed.");
+  const int capacity = buffers[0].ndim() == 4 ? buffers[0].shape(2) : 0;
+  if (keys.ndim() != 4 || values.ndim() != 4 || keys.shape(2) != values.shape(2) || row < 0 ||
+      row + keys.shape(2) > used || used > capacity)
+    stop("rows of keys " + text(keys.shape()) + " and values " + text(values.shape()) + " do not fit in rows " +
+         std::to_string(row) + " to " + std::to_string(used) + " of " + std::to_string(capacity) + ".");
+  size_t next = 0;
+  for (const auto& [rows, format] : {std::pair(&keys, &key), std::pair(&values, &value)}) {
+    const bool floating = rows->dtype() == mx::float32 || rows->dtype() == mx::float16 || rows->dtype() == mx::bfloat16;
+    for (int i = 0; i < 1 + format->parts(); i++, next++) {
+      mx::Shape shape = rows->shape();
+      const int width = shape[3];
+      shape[2] = capacity, shape[3] = i == 0 ? width * format->bits / 32 : width / format->group;
+      const auto type = i == 0 ? mx::uint32 : format->has_biases() ? rows->dtype() : mx::uint8;
+      if (!floating || width % format->group != 0 || buffers[next].shape() != shape || buffers[next].dtype() != type)
+        stop("rows " + text(rows->shape()) + " do not fit a buffer " + text(buffers[next].shape()) + ", or their types differ.");
+    }
+  }
+  Arrays inputs = buffers;
+  inputs.push_back(keys), inputs.push_back(values);
+  auto primitive = std::make_shared<AppendQuantized>(mx::default_stream(mx::Device::cpu), key, value, row, used);
+  const std::vector<mx::Shape> shapes = primitive->output_shapes(inputs);
+  std::vector<mx::Dtype> types;
+  for (size_t i = 0; i < shapes.size(); i++) types.push_back(buffers[i % buffers.size()].dtype());
+  return mx::array::make_arrays(shapes, types, primitive, inputs);
+}
+
 }  // namespace fatui
 
 namespace mx = mlx::core;
@@ -488,6 +643,8 @@ std::pair<mx::array, mx::array> with_logsumexp(const mx::array& q, const mx::arr
   return {out[0], out[1]};
 }
 
+fatui::Format format_of(const std::array<int32_t, 3>& f) { return {fatui::Mode(f[0]), f[1], f[2]}; }
+
 // Quantized keys and values: their numbers, scales and biases; formats as mode, bits and group size.
 std::pair<mx::array, MaybeArray> of_quantized(const mx::array& q, const mx::array& k, const mx::array& v, double scale,
                                               bool causal, int64_t window, float softcap, const MaybeArray& mask,
@@ -497,12 +654,16 @@ std::pair<mx::array, MaybeArray> of_quantized(const mx::array& q, const mx::arra
                                               const MaybeArray& key_biases, const MaybeArray& value_scales,
                                               const MaybeArray& value_biases, const std::array<int32_t, 3>& key,
                                               const std::array<int32_t, 3>& value, bool logsumexp) {
-  const auto format = [](const std::array<int32_t, 3>& f) { return fatui::Format{fatui::Mode(f[0]), f[1], f[2]}; };
   fatui::Options options{scale, softcap, causal, window, items, list_batches, list_heads};
-  options.key = format(key), options.value = format(value);
+  options.key = format_of(key), options.value = format_of(value);
   const fatui::Extras extras{mask, offsets, entries, bits, slopes, key_scales, key_biases, value_scales, value_biases};
   const auto out = fatui::flash_attention(q, k, v, options, extras, logsumexp);
   return {out[0], logsumexp ? MaybeArray(out[1]) : std::nullopt};
+}
+
+std::vector<mx::array> append(const std::vector<mx::array>& buffers, const mx::array& keys, const mx::array& values,
+                              const std::array<int32_t, 3>& key, const std::array<int32_t, 3>& value, int row, int used) {
+  return fatui::append_quantized(buffers, keys, values, format_of(key), format_of(value), row, used);
 }
 
 double read_bandwidth(const mx::array& a, const mx::array& b) {
@@ -532,6 +693,7 @@ NB_MODULE(fatui_cpu_kernel, m) {
         nb::arg().none() = nb::none(), nb::arg().none() = nb::none(), nb::arg().none() = nb::none(), nb::arg() = 0,
         nb::arg() = 0);
   m.def("flash_attention_quantized", &of_quantized);
+  m.def("append_quantized", &append);
   m.def("workspace_bytes", &workspace, "Bytes above inputs and outputs, for shapes alone.");
   m.def("fma_peak", &fatui::fma_peak, "FLOP/s of multiply-adds in registers, float32, on all threads.");
   m.def("read_bandwidth", &read_bandwidth, "Bytes/s of a plain loop that reads two evaluated arrays, all threads.");

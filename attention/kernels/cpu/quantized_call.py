@@ -1,16 +1,50 @@
-"""Calls of the compiled kernel over quantized keys and values."""
+"""Calls of the compiled kernel for quantized keys and values."""
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Final
 
 import mlx.core as mx
 
+from attention.core.kv_format import Format, KVFormat
 from attention.quantized_kv import QuantizedArray
 
 _MODES: Final = ("none", "affine", "mxfp8", "mxfp4", "nvfp4")
 """As in problem.hpp."""
 NO_LISTS: Final = (None, None, None, None, 0, 0)
 """Slopes, the arrays of block lists and their planes, where there are none."""
+
+
+def _code(form: Format) -> tuple[int, int, int]:
+    return _MODES.index(form.mode), form.bits, form.group_size
+
+
+def append(
+    module: ModuleType,
+    buffers: Sequence[mx.array],
+    keys: mx.array,
+    values: mx.array,
+    kv_format: KVFormat,
+    row: int,
+    used: int,
+) -> list[mx.array]:
+    """Return the buffers with new rows, and views of the rows in use if there are others.
+
+    Args:
+        module: the compiled kernel.
+        buffers: numbers, scales and biases of the keys, and those of the values.
+        keys: (B, Hkv, S, D).
+        values: (B, Hkv, S, Dv).
+        kv_format: of both.
+        row: the first that is written.
+        used: number of rows in use.
+
+    Raises:
+        ValueError: shapes, dtypes or rows do not fit.
+    """
+    codes = _code(kv_format.key), _code(kv_format.value)
+    made: list[mx.array] = module.append_quantized(buffers, keys, values, *codes, row, used)
+    return made
 
 
 def is_quantized(k: object, v: object) -> bool:
@@ -45,7 +79,7 @@ def attend(
     if not (isinstance(k, QuantizedArray) and isinstance(v, QuantizedArray)):
         raise ValueError("k, v: got one quantized and one not; both are, or neither")  # noqa: TRY004
     parts = (k.scales, k.biases, v.scales, v.biases)
-    formats = [(_MODES.index(x.format.mode), x.format.bits, x.format.group_size) for x in (k, v)]
+    formats = [_code(x.format) for x in (k, v)]
     both: tuple[mx.array, mx.array | None] = module.flash_attention_quantized(
         q, k.numbers, v.numbers, *options, *listed, *parts, *formats, logsumexp
     )
