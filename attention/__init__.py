@@ -3,7 +3,8 @@
 Importing this package imports neither MLX nor numpy; the first call does.
 """
 
-from typing import TYPE_CHECKING, Any, Literal, overload
+import importlib
+from typing import TYPE_CHECKING, Any, Final, Literal, cast, overload
 
 from attention.core.errors import ForkedError, NoBackendError, UnsupportedError, UsageError
 from attention.core.workload import Workload
@@ -16,11 +17,14 @@ if TYPE_CHECKING:
     from attention.mlx_lm.patch import ModelPatch
     from attention.monitoring.monitor import Monitor
     from attention.quantized_kv import QuantizedArray, quantized
+    from attention.streaming import Rope, StreamingKV
 
 __all__ = [
     "ForkedError",
     "NoBackendError",
     "QuantizedArray",
+    "Rope",
+    "StreamingKV",
     "UnsupportedError",
     "UsageError",
     "Workload",
@@ -30,24 +34,30 @@ __all__ = [
     "quantized",
 ]
 
+_HOMES: Final = {
+    "QuantizedArray": "attention.quantized_kv",
+    "quantized": "attention.quantized_kv",
+    "Rope": "attention.streaming",
+    "StreamingKV": "attention.streaming",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Import `quantized` and `QuantizedArray`, which import MLX, when they are first used."""
-    if name not in ("quantized", "QuantizedArray"):
+    """Import what imports MLX when it is first used."""
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from attention import quantized_kv
+        globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
     except ImportError as error:
         raise NoBackendError(f"MLX cannot be imported: {error}") from error
-    globals().update(quantized=quantized_kv.quantized, QuantizedArray=quantized_kv.QuantizedArray)
     return globals()[name]
 
 
 @overload
 def attention(
     q: "mx.array",
-    k: "mx.array | QuantizedArray",
-    v: "mx.array | QuantizedArray",
+    k: "mx.array | QuantizedArray | StreamingKV",
+    v: "mx.array | QuantizedArray | StreamingKV",
     *,
     scale: float | None = None,
     mask: "str | Pattern | mx.array | None" = None,
@@ -63,8 +73,8 @@ def attention(
 @overload
 def attention(
     q: "mx.array",
-    k: "mx.array | QuantizedArray",
-    v: "mx.array | QuantizedArray",
+    k: "mx.array | QuantizedArray | StreamingKV",
+    v: "mx.array | QuantizedArray | StreamingKV",
     *,
     scale: float | None = None,
     mask: "str | Pattern | mx.array | None" = None,
@@ -79,8 +89,8 @@ def attention(
 
 def attention(
     q: "mx.array",
-    k: "mx.array | QuantizedArray",
-    v: "mx.array | QuantizedArray",
+    k: "mx.array | QuantizedArray | StreamingKV",
+    v: "mx.array | QuantizedArray | StreamingKV",
     *,
     scale: float | None = None,
     mask: "str | Pattern | mx.array | None" = None,
@@ -97,7 +107,8 @@ def attention(
         q: query (B, H, Lq, D), in float32, float16 or bfloat16.
         k: key (B, Hkv, Lk, D), Hkv a divisor of H.
         v: value (B, Hkv, Lk, Dv). Both may be quantized, each in a format of its own: `quantized(k, "int8")`.
-            docs/quantized.md says which implementations take them, and how they read them.
+            docs/quantized.md says which implementations take them, and how they read them. Or both are the state of a
+            sequence without an end, with its new tokens: `attention(q, *state.update(k, v))` (docs/streaming.md).
         scale: factor of the scores; 1 / sqrt(D) by default.
         mask: None; "causal" (lower-right aligned); a mask of `attention.masks`, as
             `causal() & documents([512, 1536]) | prefix(4)`; or an array that broadcasts to (B, H, Lq, Lk): bool, True
@@ -130,8 +141,10 @@ def attention(
         check_numbers,
         check_score_mod,
         check_shapes,
+        check_streaming,
         check_support,
         find_implementation,
+        is_streaming,
     )
 
     chosen = find_implementation(implementation)
@@ -140,7 +153,11 @@ def attention(
         with_logsumexp,
     )
 
+    if k is v and is_streaming(k):
+        check_streaming(mask, window, score_mod, max_error, return_lse)
+        return k.attend_pending(q, chosen, *check_numbers(scale, softcap, q.shape[-1]))
     packed = check_shapes(q, k, v)
+    k, v = cast("mx.array | QuantizedArray", k), cast("mx.array | QuantizedArray", v)
     factor, cap = check_numbers(scale, softcap, q.shape[-1])
     found = check_score_mod(score_mod, check_mask(mask, window, q, k), q.shape[1])
     if found.pattern is not None or found.alibi is not None or return_lse or packed:

@@ -2,7 +2,7 @@
 
 import math
 from functools import cache
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final, TypeGuard, cast
 
 from msgspec import structs
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from attention.quantized_kv import QuantizedArray
+    from attention.streaming import StreamingKV
 
 MAX_SCALE: Final = 1e38
 MIN_SOFTCAP, MAX_SOFTCAP = 1e-30, 1e30
@@ -216,6 +217,32 @@ def check_support(implementation: Implementation, mask: Mask, return_lse: bool, 
             raise UnsupportedError(f"{implementation.name}: it takes no {what}; practical does")
     if return_lse and not isinstance(implementation, ReturnsLogsumexp):
         raise UnsupportedError(f"{implementation.name}: it does not return the logsumexp; practical does")
+
+
+def is_streaming(k: object) -> "TypeGuard[StreamingKV]":
+    """Return whether keys are the state of a sequence without an end."""
+    return isinstance(k, _streaming_type())
+
+
+@cache
+def _streaming_type() -> "type[StreamingKV]":
+    from attention.streaming import StreamingKV
+
+    return StreamingKV
+
+
+def check_streaming(mask: object, window: object, score_mod: object, max_error: object, return_lse: bool) -> None:
+    """Raise UsageError unless a call over a StreamingKV has the state's own mask and nothing else.
+
+    Raises:
+        UsageError: it has more.
+    """
+    given = {"window": window, "score_mod": score_mod, "max_error": max_error, "return_lse": return_lse or None}
+    problems = [f"{name}: got {_shown_value(x)}; with a StreamingKV it takes None" for name, x in given.items() if x]
+    if mask is not None and not (isinstance(mask, str) and mask == "causal"):
+        problems.append("mask: got one; with a StreamingKV it takes None or 'causal': the state says what is kept")
+    if problems:
+        raise UsageError(*problems)
 
 
 @cache

@@ -21,18 +21,21 @@ from attention.core.errors import UnsupportedError, UsageError
 from attention.core.events import WITHOUT_ATTENTION, CallsCounted
 from attention.core.kv_format import Format, KVFormat
 from attention.implementations.calls import call_signature, call_through_hooks, take_path
-from attention.implementations.protocol import Implementation, SupportsTraining
+from attention.implementations.protocol import Implementation, ReturnsLogsumexp, SupportsTraining
 from attention.masks import Mask, Pattern
 from attention.measure.device import probe
 from attention.mlx_lm import gemma2
 from attention.monitoring import patch_points
 from attention.quantized_kv import QuantizedArray, quantized
+from attention.streaming import StreamingKV
 
 device = lru_cache(maxsize=1)(probe)
 
 
 DEQUANTIZED: Final = "dequantized K and V"
 """Ends the path, or the reason, of a call for which quantized keys and values were copied to dense ones."""
+STREAMING: Final = "first and latest tokens"
+"""Ends the path of a call over the tokens that a streaming cache keeps."""
 TO_PRACTICAL: Final = "mlx-lm does not take these quantized K and V either"
 """Ends the reason of a call that practical got."""
 
@@ -482,6 +485,8 @@ class ModelPatch(CallCounts):
         sinks: mx.array | None = None,
     ) -> mx.array:
         """Replacement of mlx-lm's function, with the same arguments."""
+        if isinstance(keys, StreamingKV):
+            return self._attend_streaming(keys, queries, scale, sinks)
         call = ModelCall(queries, keys, values, scale, mask, sinks, _kv_format(cache))
         taken = self._try_attend(call)
         if taken is not None:
@@ -496,6 +501,8 @@ class ModelPatch(CallCounts):
         """Replacement of the call of mlx-lm's Gemma 2 attention, with the same arguments."""
         queries, keys, values, offset = gemma2.projected(layer, x, cache)
         softcap = float(layer.attn_logit_softcapping)
+        if isinstance(keys, StreamingKV):
+            return gemma2.joined(layer, self._attend_streaming(keys, queries, layer.scale, softcap=softcap))
         call = ModelCall(queries, keys, values, layer.scale, mask, None, _kv_format(cache), softcap=softcap)
         taken = self._try_attend(call)
         if taken is not None:
@@ -503,6 +510,29 @@ class ModelPatch(CallCounts):
         call = call.dequantized()
         fetched = gemma2.FetchedCache(offset, call.k, call.v)
         return cast("mx.array", patch_points.gemma2_attention().observed(layer, x, mask, fetched))
+
+    def _attend_streaming(
+        self,
+        state: StreamingKV,
+        queries: mx.array,
+        scale: float,
+        sinks: mx.array | None = None,
+        softcap: float | None = None,
+    ) -> mx.array:
+        """Attend over what a streaming cache keeps; what is seen of it is the state's own business."""
+        chosen = self.implementation
+        if not isinstance(chosen, ReturnsLogsumexp):
+            self.count_passed_on(f"it does not return the logsumexp; {TO_PRACTICAL}")
+            chosen = _practical()[0]
+        before, _thread.in_implementation = _thread.in_implementation, True
+        try:
+            take_path()
+            out = state.attend_pending(queries, chosen, scale, softcap, sinks)
+        finally:
+            _thread.in_implementation = before
+        if chosen is self.implementation:
+            self.count_taken(f"{take_path() or chosen.name}, {STREAMING}")
+        return out
 
     def _attend_directly(self, q: mx.array, k: mx.array, v: mx.array, **kwargs: Any) -> mx.array:
         """Replacement of `mx.fast.scaled_dot_product_attention`: only calls from mlx-lm's modules are intercepted."""

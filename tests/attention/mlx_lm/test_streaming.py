@@ -1,0 +1,61 @@
+"""Models of mlx-lm with streaming caches."""
+
+import mlx.core as mx
+import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
+
+from attention import UsageError, patch_mlx_lm
+from attention.mlx_lm.configuration import find_model
+from attention.mlx_lm.network import Network
+from attention.mlx_lm.streaming import make_prompt_cache
+
+PROMPT = mx.array([[(7 * i) % 41 for i in range(60)]])
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A Llama of two layers with random weights."""
+    network = Network(find_model("tiny-llama"), "float32", layers=2)
+    network.make()
+    return network.model
+
+
+def test_a_window_longer_than_the_text_changes_nothing(model):
+    """While nothing is forgotten, tokens are those of a model with its own cache."""
+    own = [token for token, _ in generate_step(PROMPT[0], model, max_tokens=4)]
+    caches = make_prompt_cache(model, first=4, window=100)
+    with patch_mlx_lm("practical") as patch:
+        made = [token for token, _ in generate_step(PROMPT[0], model, max_tokens=4, prompt_cache=caches)]
+    assert made == own
+    assert patch.calls_handed == 0
+    assert all(path.endswith("first and latest tokens") for path in patch.taken)
+
+
+@pytest.mark.parametrize("implementation", ["practical", "poc"])
+def test_a_prompt_at_once_is_a_prompt_token_by_token(model, implementation):
+    """Positions within the window are the same, however the tokens arrive."""
+    with patch_mlx_lm(implementation):
+        at_once = model(PROMPT, cache=make_prompt_cache(model, first=3, window=12))
+        caches = make_prompt_cache(model, first=3, window=12)
+        steps = [model(PROMPT[:, t : t + 1], cache=caches) for t in range(PROMPT.shape[1])]
+    assert mx.allclose(at_once, mx.concatenate(steps, 1), atol=2e-5)
+    assert caches[0].position == 60
+    assert caches[0].offset == 3 + (60 - 3) % 12
+    assert caches[0].size() == 15
+
+
+def test_saved_with_the_functions_of_mlx_lm(model, tmp_path):
+    """A prompt cache goes on from its file."""
+    with patch_mlx_lm("practical"):
+        caches = make_prompt_cache(model, first=3, window=12, format="int8:32")
+        model(PROMPT, cache=caches)
+        save_prompt_cache(str(tmp_path / "c.safetensors"), caches)
+        loaded = load_prompt_cache(str(tmp_path / "c.safetensors"))
+        assert mx.array_equal(model(PROMPT[:, :1], cache=caches), model(PROMPT[:, :1], cache=loaded))
+
+
+def test_unpatched_mlx_lm_is_told_what_is_missing(model):
+    """Without a patch the error names it."""
+    with pytest.raises(UsageError, match="inside attention"):
+        model(PROMPT, cache=make_prompt_cache(model))

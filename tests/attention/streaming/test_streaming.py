@@ -1,0 +1,326 @@
+"""Streaming states against float64 over the same kept tokens."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, rule
+
+from attention import Rope, StreamingKV, UsageError, attention, quantized
+from attention.core.kv_format import parse_kv_format
+from tests.support.streaming_oracle import Sequence
+
+HEADS, KV_HEADS, WIDTH = 4, 2, 16
+ROPES = {"none": None, "halves": (16, 10000.0, False), "adjacent": (8, 100.0, True)}
+
+
+def made(tokens: int, batch: int = 1, seed: int = 0, width: int = WIDTH) -> list[np.ndarray]:
+    """Return q, k and v of new tokens, (batch, heads, tokens, width)."""
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal((batch, h, tokens, width), np.float32) for h in (HEADS, KV_HEADS, KV_HEADS)]
+
+
+def rope_of(values: tuple[int, float, bool] | None) -> Rope | None:
+    """Return the product's object."""
+    return None if values is None else Rope(values[0], base=values[1], traditional=values[2])
+
+
+def expected(row: Sequence, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Append tokens (heads, L, D) to an oracle and return its outputs (H, L, D)."""
+    out = []
+    for t in range(q.shape[1]):
+        row.append(k[:, t].astype(float), v[:, t].astype(float))
+        out.append(row.attend(q[:, t].astype(float)))
+    return np.stack(out, 1)
+
+
+def close(got: mx.array, want: np.ndarray, error: float = 3e-6) -> bool:
+    """Return whether outputs agree."""
+    return bool(np.abs(np.array(got.astype(mx.float32)) - want).max() <= error)
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+@pytest.mark.parametrize(("first", "window", "spare"), [(4, 10, 0), (0, 5, 0), (3, 7, 4), (2, 1, 0)])
+@pytest.mark.parametrize("implementation", ["practical", "poc"])
+def test_chunks_of_any_length(rope, first, window, spare, implementation):
+    """Steps and chunks longer than the window, through the wrap-around, equal float64."""
+    state = StreamingKV(first, window, rope=rope_of(rope), spare=spare)
+    oracle = Sequence(first, window, spare, rope)
+    for seed, length in enumerate((2, 1, 30, 1, 1, 5, 1, 19, *[1] * 12)):
+        q, k, v = made(length, seed=seed)
+        got = state.attend(*map(mx.array, (q, k, v)), implementation=implementation)
+        assert close(got[0], expected(oracle, q[0], k[0], v[0]))
+    assert state.kept().tolist() == oracle.kept()
+    assert state.position == len(oracle.tokens)
+
+
+def test_rows_of_a_batch_have_their_own_lengths():
+    """Each row of a batch goes on from its own tokens; queries after its new ones give 0."""
+    state = StreamingKV(2, 6, rope=Rope(16))
+    rows = [Sequence(2, 6, rope=ROPES["halves"]) for _ in range(3)]
+    for seed, lengths in enumerate([(5, 0, 2), (1, 1, 1), (9, 3, 0), (1, 1, 1), (1, 0, 1), (1, 1, 1)]):
+        q, k, v = made(max(lengths), batch=3, seed=seed)
+        got = state.attend(*map(mx.array, (q, k, v)), lengths=lengths)
+        for b, length in enumerate(lengths):
+            if length:
+                assert close(got[b, :, :length], expected(rows[b], *(x[b, :, :length] for x in (q, k, v))))
+            assert mx.all(got[b, :, length:] == 0)
+    assert state.position == [len(row.tokens) for row in rows]
+
+
+def test_rows_that_differ_in_a_full_ring():
+    """Rows whose rings are full at different slots are attended to together."""
+    state = StreamingKV(1, 4)
+    rows = [Sequence(1, 4) for _ in range(2)]
+    for seed, lengths in enumerate([(9, 7), *[(1, 1)] * 5]):
+        q, k, v = made(max(lengths), batch=2, seed=seed)
+        got = state.attend(*map(mx.array, (q, k, v)), lengths=lengths)
+        for b, length in enumerate(lengths):
+            assert close(got[b, :, :length], expected(rows[b], *(x[b, :, :length] for x in (q, k, v))))
+
+
+def test_a_state_is_what_attention_takes():
+    """`attention` over an updated state is the state's own step."""
+    one, other = StreamingKV(2, 6), StreamingKV(2, 6)
+    for seed, length in enumerate((9, 1, 1)):
+        q, k, v = map(mx.array, made(length, seed=seed))
+        assert mx.array_equal(
+            attention(q, *one.update(k, v), implementation="practical"),
+            other.attend(q, k, v, implementation="practical"),
+        )
+
+
+@pytest.mark.parametrize("rope", [None, ROPES["halves"]], ids=["none", "rope"])
+def test_full_heads_beside_streaming_ones(rope):
+    """Full heads see all tokens, streaming ones their window, in one call."""
+    state = StreamingKV(2, 5, rope=rope_of(rope), heads=["full", "streaming"])
+    whole, recent = Sequence(0, 10**6, rope=rope), Sequence(2, 5, rope=rope)
+    for seed, length in enumerate((9, 1, 1, 4, 1)):
+        q, k, v = made(length, seed=seed)
+        got = state.attend(*map(mx.array, (q, k, v)))[0]
+        assert close(got[:2], expected(whole, q[0, :2], k[0, :1], v[0, :1]))
+        assert close(got[2:], expected(recent, q[0, 2:], k[0, 1:], v[0, 1:]))
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "int4", "int8:32+mxfp4"])
+def test_quantized_storage(kv_format):
+    """A step reads what `mx.quantize` makes of each token."""
+    forms = parse_kv_format(kv_format)
+    state, oracle = StreamingKV(2, 6, kv_format), Sequence(2, 6)
+    for seed in range(14):
+        q, k, v = made(1, seed=seed, width=64)
+        got = state.attend(*map(mx.array, (q, k, v)))[0]
+        read = [quantized(mx.array(x), f).exact() for x, f in zip((k, v), (forms.key, forms.value), strict=True)]
+        assert close(got, expected(oracle, q[0], read[0][0], read[1][0]), 2e-5)
+    assert state.format == kv_format
+
+
+def test_a_fork_goes_on_by_itself():
+    """Neither of two forks sees the other's tokens."""
+    state, oracle = StreamingKV(2, 6), Sequence(2, 6)
+    q, k, v = made(11)
+    expected(oracle, q[0], k[0], v[0])
+    state.append(mx.array(k), mx.array(v))
+    twin = state.fork()
+    again = Sequence(2, 6, tokens=[*oracle.tokens], lost=oracle.lost)
+    for seed in range(9):
+        for one, row, more in ((state, oracle, 100), (twin, again, 200)):
+            q, k, v = made(1, seed=seed + more)
+            assert close(one.attend(*map(mx.array, (q, k, v)))[0], expected(row, q[0], k[0], v[0]))
+
+
+def test_spare_slots_make_rewinds_exact():
+    """With spare slots a rewound state computes as if the tokens had never come."""
+    q, k, v = map(mx.array, made(20))
+    some, never = StreamingKV(2, 6, spare=4), StreamingKV(2, 6, spare=4)
+    for one, tokens in ((some, 20), (never, 16)):
+        for t in range(tokens):
+            one.attend(*(x[:, :, t : t + 1] for x in (q, k, v)))
+    some.rewind(4)
+    assert some.kept().tolist() == never.kept().tolist()
+    last = [x[:, :, :1] for x in (q, k, v)]
+    assert mx.array_equal(some.attend(*last), never.attend(*last))
+
+
+def test_a_rewind_beyond_what_is_kept():
+    """A rewind takes back at most what the ring has."""
+    state = StreamingKV(2, 6)
+    state.append(*map(mx.array, made(20)[1:]))
+    with pytest.raises(UsageError, match="tokens: got 7; this state can take back from 0 to 6"):
+        state.rewind(7)
+
+
+def test_memory_does_not_grow():
+    """Storage is allocated once."""
+    state = StreamingKV(4, 32, "int8")
+    sizes = set()
+    for seed in range(50):
+        _, k, v = made(3, seed=seed, width=64)
+        state.append(mx.array(k), mx.array(v))
+        sizes.add(state.nbytes)
+    assert sizes == {2 * 2 * 36 * (64 + 2 * 4)}
+
+
+RESUME = """
+import mlx.core as mx, sys
+from attention import StreamingKV
+state, arrays = StreamingKV.load(sys.argv[1]), mx.load(sys.argv[2])
+out = [state.attend(*(arrays[n][:, :, t:t + 1] for n in "qkv")) for t in range(arrays["q"].shape[2])]
+mx.save_safetensors(sys.argv[3], {"out": mx.concatenate(out, 2)})
+"""
+
+
+@pytest.mark.slow  # starts an interpreter
+@pytest.mark.parametrize("kv_format", [None, "int4"])
+def test_another_process_goes_on_with_the_same_bits(tmp_path, kv_format):
+    """A saved state, loaded elsewhere, gives the bits that the uninterrupted one gives."""
+    state = StreamingKV(4, 20, kv_format, rope=Rope(64))
+    state.append(*map(mx.array, made(57, width=64)[1:]))
+    state.save(tmp_path / "state")
+    arrays = dict(zip("qkv", map(mx.array, made(30, seed=1, width=64)), strict=True))
+    mx.save_safetensors(str(tmp_path / "in.safetensors"), arrays)
+    files = [str(tmp_path / name) for name in ("state", "in.safetensors", "out.safetensors")]
+    subprocess.run([sys.executable, "-c", RESUME, *files], check=True, cwd=Path(__file__).parents[3])
+    resumed = mx.load(files[2])["out"]
+    own = [state.attend(*(arrays[n][:, :, t : t + 1] for n in "qkv")) for t in range(30)]
+    assert mx.array_equal(resumed, mx.concatenate(own, 2))
+
+
+def test_a_loaded_state_is_the_saved_one(tmp_path):
+    """Settings, tokens and positions come back, of full heads and rows with their own lengths too."""
+    state = StreamingKV(
+        2, 5, "int8+int4", rope=Rope(64, freqs=mx.arange(1.0, 33.0)), heads=["streaming", "full"], spare=1
+    )
+    state.append(*map(mx.array, made(13, batch=2, width=64)[1:]), lengths=[13, 4])
+    state.save(tmp_path / "state")
+    again = StreamingKV.load(tmp_path / "state")
+    assert (again.position, again.format, again.heads, again.layout) == (
+        state.position,
+        state.format,
+        state.heads,
+        state.layout,
+    )
+    q, k, v = map(mx.array, made(1, batch=2, seed=5, width=64))
+    assert mx.array_equal(again.attend(q, k, v), state.attend(q, k, v))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a byte", "empty", "another file"])
+def test_a_damaged_file_is_refused_in_one_line(tmp_path, damage):
+    """Nothing is loaded from a file that is not whole."""
+    path = tmp_path / "state"
+    state = StreamingKV(2, 5)
+    state.append(*map(mx.array, made(9)[1:]))
+    state.save(path)
+    whole = path.read_bytes()
+    mx.save_safetensors(str(tmp_path / "other.safetensors"), {"x": mx.zeros(3)})
+    bad = {
+        "truncated": whole[:-40],
+        "a byte": whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:],
+        "empty": b"",
+        "another file": (tmp_path / "other.safetensors").read_bytes(),
+    }[damage]
+    path.write_bytes(bad)
+    with pytest.raises(UsageError) as raised:
+        StreamingKV.load(path)
+    assert str(raised.value).startswith(f"{path}: not a saved StreamingKV, or damaged: ")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"first": -1}, "first: got -1; it takes a whole number from 0"),
+        ({"window": 0}, "window: got 0; it takes a whole number from 1"),
+        ({"format": "int9"}, "int9"),
+        ({"heads": "some"}, "heads: got 'some'"),
+        ({"rope": 16}, "rope: got int; it takes None or attention.Rope"),
+    ],
+)
+def test_invalid_settings(arguments, message):
+    """A bad argument is named, with what would be right."""
+    with pytest.raises(UsageError, match=message):
+        StreamingKV(**arguments)
+
+
+def test_new_tokens_are_like_the_first_ones():
+    """Another shape or dtype than that of the first call is refused."""
+    state = StreamingKV()
+    _, k, v = map(mx.array, made(3))
+    state.append(k, v)
+    with pytest.raises(UsageError, match=r"this state has mlx\.core\.float32 with batch 1, 2 heads and width 16"):
+        state.append(k[..., :8], v)
+    with pytest.raises(UsageError, match=r"k: got mlx\.core\.float16"):
+        state.append(k.astype(mx.float16), v.astype(mx.float16))
+    with pytest.raises(UsageError, match=r"mask: got one; with a StreamingKV it takes None or 'causal'"):
+        attention(k, *state.update(k, v), mask=mx.ones((3, 3)))
+
+
+class Streams(RuleBasedStateMachine):
+    """Forks, rewinds, steps, chunks and files of states, each beside its oracle."""
+
+    states = Bundle("states")
+
+    @rule(
+        target=states,
+        first=st.integers(0, 4),
+        window=st.integers(1, 9),
+        spare=st.integers(0, 3),
+        rope=st.sampled_from([*ROPES.values()]),
+    )
+    def start(self, first, window, spare, rope):
+        return StreamingKV(first, window, rope=rope_of(rope), spare=spare), Sequence(first, window, spare, rope)
+
+    @rule(pair=states, length=st.sampled_from([1, 1, 1, 2, 5, 23]), seed=st.integers(0, 10**6))
+    def attend(self, pair, length, seed):
+        state, oracle = pair
+        q, k, v = made(length, seed=seed)
+        got = state.attend(*map(mx.array, (q, k, v)))
+        assert close(got[0], expected(oracle, q[0], k[0], v[0]))
+
+    @rule(pair=states, length=st.integers(1, 7), seed=st.integers(0, 10**6))
+    def append(self, pair, length, seed):
+        state, oracle = pair
+        q, k, v = made(length, seed=seed)
+        state.append(mx.array(k), mx.array(v))
+        expected(oracle, q[0], k[0], v[0])
+
+    @rule(pair=states, share=st.floats(0, 1))
+    def rewind(self, pair, share):
+        state, oracle = pair
+        tokens = int(share * state.removable())
+        state.rewind(tokens)
+        oracle.rewind(tokens)
+        assert state.kept().tolist() == oracle.kept()
+
+    @rule(target=states, pair=states)
+    def fork(self, pair):
+        state, oracle = pair
+        copy = Sequence(oracle.first, oracle.window, oracle.spare, oracle.rope, [*oracle.tokens], oracle.lost)
+        return state.fork(), copy
+
+    @rule(target=states, pair=consumes(states))
+    def save_and_load(self, pair):
+        import tempfile
+
+        state, oracle = pair
+        with tempfile.TemporaryDirectory() as folder:
+            state.save(f"{folder}/state")
+            return StreamingKV.load(f"{folder}/state"), oracle
+
+
+class TestStreams(Streams.TestCase):
+    """The short profile."""
+
+    settings = settings(max_examples=8, stateful_step_count=20, deadline=None, suppress_health_check=[*HealthCheck])
+
+
+@pytest.mark.slow  # half a minute
+class TestManyStreams(Streams.TestCase):
+    """The long profile."""
+
+    settings = settings(max_examples=300, stateful_step_count=40, deadline=None, suppress_health_check=[*HealthCheck])
