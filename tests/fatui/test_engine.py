@@ -19,6 +19,7 @@ from attention.engine import bench
 from attention.engine.record import record_of
 from fatui import engine_process as engine_module
 from fatui.engine_process import Engine, Silence
+from tests.support.marks import slow
 
 PLANTED = Path(__file__).parents[1] / "support" / "planted.py"
 PEAKS = Peaks(matmul_flops_per_s=1e10, copy_bytes_per_s=1e10)
@@ -132,7 +133,7 @@ def test_an_exception_costs_one_row_without_a_new_worker(one_run: Engine, plante
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("raise SystemExit(0)", "SystemExit: 0"),
+        slow("raise SystemExit(0)", "SystemExit: 0"),
         ("import os; os._exit(0)", "the engine ended with code 0"),
     ],
 )
@@ -224,6 +225,7 @@ def test_scratch_outside_of_mlx_counts_as_memory(one_run: Engine) -> None:
     assert plain < 2**20 <= scratch < 2**21 + plain
 
 
+@pytest.mark.slow
 def test_force_runs_what_is_predicted_not_to_fit() -> None:
     case = run(plan("Hungry", memory_limit_bytes=2**30, force=True)).record.case(0)
     assert row(case, "Hungry").status == "ok"
@@ -284,7 +286,7 @@ def test_stopping_ends_the_worker_in_a_second_and_keeps_rows() -> None:
     assert row(engine.record.case(0), "baseline").stopped_by == "interrupted"
 
 
-@pytest.mark.parametrize("planted", ["Stuck", "IgnoresSignals", "Pauses"])
+@pytest.mark.parametrize("planted", ["IgnoresSignals", slow("Stuck"), slow("Pauses")])
 def test_stopping_ends_a_worker_that_is_stuck_in_a_call(planted: str) -> None:
     engine = Engine(plan(planted), peaks=PEAKS)
     took = asyncio.run(_stop_when(engine, on.StepStarted))

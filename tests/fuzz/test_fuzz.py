@@ -11,6 +11,7 @@ from tests.fuzz import cases, edges, patterns, quantized
 from tests.fuzz.__main__ import main
 from tests.fuzz.judge import FAILURES, PEERS, Judge, implementations
 from tests.fuzz.problem import exact, relaid
+from tests.support.marks import slow
 
 FAMILIES = {"broad": cases, "edges": edges, "patterns": patterns, "quantized": quantized}
 
@@ -34,7 +35,7 @@ def failures(family: str, mode: str, number: int, seed: int = 1) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", [0, 1, slow(2), slow(3)])
 @pytest.mark.parametrize("mode", ["forward", "gradient"])
 def test_random_calls_are_right(mode, number):
     assert failures("broad", mode, number) == []
@@ -54,13 +55,19 @@ def test_gradients_at_the_limits_are_right(number):
     assert failures("edges", "gradient", number) == []
 
 
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", [0, 1, *map(slow, range(2, 5))])
 @pytest.mark.parametrize("mode", ["forward", "gradient"])
 def test_calls_with_masks_as_values_are_right(mode, number):
     assert failures("patterns", mode, number) == []
 
 
-CANCELLING = [("broad", 942, 501), ("broad", 1215, 501), ("broad", 1910, 501), ("edges", 124, 501), ("patterns", 36, 1)]
+CANCELLING = [
+    slow(("broad", 942, 501)),
+    ("broad", 1215, 501),
+    ("broad", 1910, 501),
+    ("edges", 124, 501),
+    ("patterns", 36, 1),
+]
 
 
 @pytest.mark.parametrize("case", CANCELLING, ids=str)
@@ -187,6 +194,7 @@ def test_a_process_that_dies_costs_one_case(tmp_path, capsys):
     assert "12 cases" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_ends_soon_after_its_time(tmp_path, capsys, monkeypatch):
     plugin = tmp_path / "plugin.py"
     plugin.write_text(

@@ -12,6 +12,7 @@ from attention.implementations.bounded.blocks import Blocks
 from attention.implementations.bounded.blockwise import BlockwiseParams, exact_product
 from attention.implementations.bounded.implementation import Practical
 from attention.masks import Mask
+from tests.support.marks import slow
 from tests.support.stacks import SMALL_STACK, on_a_stack
 
 BUDGETS = [None, 1 << 16]
@@ -33,7 +34,7 @@ def test_rows_whose_first_keys_are_hidden_keep_their_mean(budget: int | None, si
         assert np.allclose(np.array(got), np.array(seen.mean(axis=0)), atol=1e-5)
 
 
-@pytest.mark.parametrize("hidden", [-1e9, float(np.finfo(np.float32).min)])
+@pytest.mark.parametrize("hidden", [slow(-1e9), float(np.finfo(np.float32).min)])
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_rows_hidden_by_large_numbers_have_the_mean_gradient(budget: int | None, hidden: float) -> None:
     q, k, v = (normal(1, 1, 128, 32, key=key) for key in range(3))
@@ -87,7 +88,7 @@ def test_an_additive_mask_gets_its_gradient(
     assert np.allclose(np.array(gradient(implementation)), np.array(gradient("baseline")), atol=1e-4)
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("budget", [None, slow(1 << 16)])
 def test_vmap_of_gradients_gives_each_its_own(budget: int | None) -> None:
     q, k, v = normal(3, 1, 4, 40, 16), normal(3, 1, 2, 50, 16, key=1), normal(3, 1, 2, 50, 16, key=2)
     mask = normal(3, 4, 40, 50, key=3)
@@ -102,7 +103,7 @@ def test_vmap_of_gradients_gives_each_its_own(budget: int | None) -> None:
             assert np.allclose(np.array(got[index]), np.array(wanted), atol=1e-4)
 
 
-@pytest.mark.parametrize("mode", ["compile", "gradient"])
+@pytest.mark.parametrize("mode", [slow("compile"), "gradient"])
 @pytest.mark.compiles
 def test_the_depth_of_a_graph_does_not_grow_with_its_tiles(mode: str) -> None:
     q, k, v = (mx.zeros((1, 1, 2048, 8)) for _ in range(3))
@@ -266,7 +267,7 @@ def test_a_number_of_a_mask_that_is_clipped_has_its_gradient() -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("arithmetic", ["wide", "wide float32"])
+@pytest.mark.parametrize("arithmetic", ["wide", slow("wide float32")])
 def test_blocks_as_on_cuda_are_right(monkeypatch: pytest.MonkeyPatch, arithmetic: str, softcap: float | None) -> None:
     q, k, v = normal(2, 4, 33, 16), normal(2, 2, 70, 16, key=1), normal(2, 2, 70, 8, key=2)
 

@@ -16,6 +16,7 @@ from attention.measure.accuracy import AccuracyChecker
 from attention.measure.device import Device
 from attention.measure.reference import visible
 from tests.support.attention_examples import CPU
+from tests.support.marks import slow
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit:DeprecationWarning")  # its compiler's own
@@ -49,7 +50,7 @@ def shown(call: FlexCall) -> np.ndarray:
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(("seq", "kv_seq"), [(256, 256), (130, 300)])
+@pytest.mark.parametrize(("seq", "kv_seq"), [slow(256, 256), (130, 300)])
 def test_a_block_mask_shows_what_the_mask_shows(mask: str, seq: int, kv_seq: int) -> None:
     workload = Workload(mask=mask, batch=2, heads=2, seq=seq, kv_seq=kv_seq)
     wanted = np.stack([visible(workload.mask_spec, np.arange(seq), seq, kv_seq, head) for head in range(2)])

@@ -11,6 +11,7 @@ from attention.implementations import load_implementation
 from attention.implementations.bounded.implementation import Practical
 from attention.implementations.calls import take_path
 from attention.measure.device import probe
+from tests.support.marks import slow
 
 ROWS, KEYS = 60, 90
 Q, K, V, G = (
@@ -107,7 +108,7 @@ def test_a_mask_string_is_routed_as_a_pattern(name):
 
 
 @pytest.mark.parametrize("implementation", ["baseline", "poc", SMALL], ids=named)
-@pytest.mark.parametrize("axes", [(None, 0), (0, 0), (0, None)], ids=str)
+@pytest.mark.parametrize("axes", [(0, 0), slow((None, 0)), slow((0, None))], ids=str)
 def test_slopes_are_mapped(implementation, axes):
     given = [mx.stack([x, 0.5 * x]) if axis == 0 else x for x, axis in zip((Q, mx.array(SLOPES)), axes, strict=True)]
 

@@ -50,6 +50,7 @@ def test_nan_and_infinity_never_pass(poison: float) -> None:
     assert verdict.detail == "output: NaN or infinity"
 
 
+@pytest.mark.slow
 def test_a_large_training_case_is_compared_on_rows_and_says_so() -> None:
     inputs = make_inputs(LARGE, 0)
     judge = AccuracyChecker(LARGE, inputs)

@@ -184,6 +184,7 @@ def test_in_a_shared_pass_every_arm_attends_in_every_call():
     )
 
 
+@pytest.mark.slow
 def test_arms_of_a_shared_pass_differ_by_attention_alone():
     slow = f"{Path(__file__).parents[2] / 'support' / 'planted.py'}:Sleeps"
     passes, alone = shared(["mlx", slow, on.WITHOUT_ATTENTION])
@@ -208,6 +209,7 @@ def test_a_shared_pass_goes_on_without_an_arm_that_fails():
             passes.sample(broken)
 
 
+@pytest.mark.slow
 def test_long_passes_are_shared_and_give_six_rounds_a_row():
     cases = generations(4, model="tiny-llama", prompts=[64], batches=[1], generate=3, measured_layers=2)
     names = ("baseline", "mlx", "poc")

@@ -23,6 +23,8 @@ pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
 from mlx_lm.models import base, cache, llama, qwen2
 
+from tests.support.marks import slow
+
 NAME = "scaled_dot_product_attention"
 LATER = "mlx_lm.models.granite"
 
@@ -78,7 +80,7 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", [mask if mask in ("causal", "additive") else slow(mask) for mask in MASKS])
 @pytest.mark.parametrize("kind", ["plain", "sinks", "wide values", "cache slices", "quantized"])
 @pytest.mark.parametrize("budget", [None, 32 << 10], ids=["whole", "in blocks"])
 def test_practical_takes_every_call_that_models_make(mask: str, kind: str, budget: int | None) -> None:

@@ -16,6 +16,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import attention
 from attention.implementations.bounded.implementation import Practical
+from tests.support.marks import slow
 from tests.support.tiny_models import LAYERS, tiny, tokens
 
 IMPLEMENTATIONS = ["baseline", "poc", "practical", "demo", "practical in blocks"]
@@ -28,7 +29,7 @@ CACHES: dict[str, Callable[[], Any]] = {
     "quantized": lambda: QuantizedKVCache(group_size=32, bits=8),
 }
 MODELS_AND_IMPLEMENTATIONS = [
-    pytest.param(model, name, marks=[] if model == "llama" or name == "practical" else pytest.mark.slow)
+    (model, name) if name == "practical" or (model, name) == ("llama", "poc") else slow(model, name)
     for model in ("qwen2", "llama")
     for name in IMPLEMENTATIONS
 ]
@@ -129,14 +130,10 @@ def assert_same_curve(model_name: str, implementation: str, folder: Any) -> None
     assert patch.calls_handed == 0
 
 
-def test_lora_training_gives_the_same_loss_curve(tmp_path: Any) -> None:
-    assert_same_curve("qwen2", "practical in blocks", tmp_path)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("model_name", ["qwen2", "llama"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_lora_training_gives_the_same_loss_curve_for_all(model_name: str, implementation: str, tmp_path: Any) -> None:
+def test_lora_training_gives_the_same_loss_curve(model_name: str, implementation: str, tmp_path: Any) -> None:
     assert_same_curve(model_name, implementation, tmp_path)
 
 

@@ -30,6 +30,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_a_program_runs_as_it_is_and_ends_with_a_report(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     done = run("--implementation", "baseline", str(tmp_path / "program.py"), "7", "--implementation")

@@ -63,6 +63,7 @@ def test_what_will_not_fit_is_refused_and_is_no_failure():
     assert "baseline: refused: needs" in done.stdout
 
 
+@pytest.mark.slow
 def test_an_implementation_that_is_not_there_is_told():
     done = bench("quick", "--impl", "nowhere.py:Mine")
     assert done.returncode == 2
@@ -86,6 +87,7 @@ def test_a_worker_that_is_killed_costs_a_row_at_most():
     assert process.returncode == 1
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_no_process_behind(tmp_path):
     arguments = [*COMMAND, "quick", *SMALL, "--impl", "baseline,mlx", "--seconds", "60", "--json", str(tmp_path / "x")]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}

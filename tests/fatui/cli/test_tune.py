@@ -62,6 +62,7 @@ def test_it_tries_each_case_shows_what_it_found_and_forgets(
     assert "nothing is stored" in captured.err
 
 
+@pytest.mark.slow
 def test_the_check_prints_two_figures(
     preset: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

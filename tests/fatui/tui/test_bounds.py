@@ -38,9 +38,8 @@ async def play_case(stage, case):
         await asyncio.sleep(0)
 
 
-@pytest.mark.parametrize(
-    ("cases", "lines"), [(20, 10_500), pytest.param(200, 100_000, marks=pytest.mark.slow)], ids=["few", "many"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("cases", "lines"), [(20, 10_500), (200, 100_000)], ids=["few", "many"])
 async def test_events_and_lines_stay_within_their_buffers(cases, lines):
     heard, process = 0, psutil.Process()
     async with on_stage(paints=True) as stage:

@@ -8,6 +8,7 @@ from fatui.storage import settings
 from fatui.storage.history import RunHistory
 from fatui.tui.widgets.row_table import RowTable
 from tests.support import hostile
+from tests.support.marks import slow
 from tests.support.stage import on_stage
 
 
@@ -20,7 +21,7 @@ async def look(stage, *keys, shows=""):
     assert not hostile.unsafe_in(seen)
 
 
-@pytest.mark.parametrize("kind", ["shapes", "model", "finetune"])
+@pytest.mark.parametrize("kind", ["shapes", slow("model"), slow("finetune")])
 async def test_every_screen_shows_a_hostile_run(kind):
     for number in (1, 2):
         RunHistory().add(hostile.report(kind, f"run{number}"))

@@ -2,11 +2,14 @@
 
 import time
 
+import pytest
+
 from attention.core import events as on
 from attention.core.results import Ratio
 from fatui.tui.widgets.log_pane import LogView
 
 
+@pytest.mark.slow
 async def test_a_long_log_keeps_its_place_when_scrolled_up(stage):
     view = stage.find("#log-view", LogView)
     for number in range(2000):

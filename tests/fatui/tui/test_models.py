@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from textual.widgets import Input
 
 from attention.core import events as on
@@ -108,6 +109,7 @@ async def test_fine_tuning_shows_loss_curves_beside_rates(stage):
     assert "5.750 → 4.500" in stage.seen()
 
 
+@pytest.mark.slow
 async def test_a_run_goes_on_without_its_screen_and_blocks_others(stage):
     await stage.press("f", "r")
     await stage.press("escape")
@@ -137,6 +139,7 @@ async def test_stopping_keeps_what_was_measured(stage):
     assert len(kept.fine_tunings[0].rows[0].losses) == 5
 
 
+@pytest.mark.slow
 async def test_reopening_the_screen_restores_its_choices(stage):
     await stage.press("m")
     stage.find("#model", Choice).focus()
@@ -148,6 +151,7 @@ async def test_reopening_the_screen_restores_its_choices(stage):
     assert stage.find("#implementations", Toggles).chosen == ("baseline", "practical", "poc", "demo")
 
 
+@pytest.mark.slow
 async def test_a_models_folder_is_accepted_and_another_refused(tmp_path):
     (tmp_path / "mine").mkdir()
     fields = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -1,5 +1,6 @@
 """Runs from start to end, and what the table shows of them."""
 
+import pytest
 from msgspec import structs
 
 from attention.core import events as on
@@ -58,6 +59,7 @@ async def test_a_second_start_is_refused_in_words(stage):
     assert "a run is in progress" in stage.app.journal.text()
 
 
+@pytest.mark.slow
 async def test_the_last_run_teaches_how_long_the_next_takes(stage):
     assert "known after the first run" in " ".join(stage.seen().replace("│", "").split())
     await stage.run_to_the_end()
@@ -151,6 +153,7 @@ def row_line(stage, name):
     return next(line for line in table.lines if line.cells.get("implementation") == name)
 
 
+@pytest.mark.slow
 async def test_the_path_stays_in_sight_when_a_speedup_gets_wider(stage):
     await stage.run_to_the_end()
     table = stage.find("#comparison-table", RowTable)
@@ -161,6 +164,7 @@ async def test_the_path_stays_in_sight_when_a_speedup_gets_wider(stage):
     assert sum(table._fitted(table.shown_columns)) + 2 * (len(table.shown_columns) - 1) <= table._width
 
 
+@pytest.mark.slow
 async def test_the_hint_follows_the_page_and_names_a_hidden_sort(stage):
     await stage.run_to_the_end()
     stage.app.main._sort("tokens/s", True)

@@ -4,6 +4,7 @@ import csv
 import json
 from pathlib import Path
 
+import pytest
 from textual.widgets import Input, Static
 
 from attention.core.workload import Workload
@@ -40,6 +41,7 @@ async def test_a_preset_is_saved_and_loaded_again(stage):
     assert stage.app.draft.axes["seq"] == (131_072,)
 
 
+@pytest.mark.slow
 async def test_a_name_is_judged_while_it_is_typed(stage):
     await stage.press("w")
     verdict = stage.find("#verdict", Static)
@@ -67,6 +69,7 @@ async def test_presets_are_renamed_deleted_and_brought_back(stage):
     assert {path.stem for path in presets._files(storage.own_presets())} == {"yours"}
 
 
+@pytest.mark.slow
 async def test_escape_leaves_the_renaming_before_the_screen(stage):
     await stage.press("p", "n", "escape")
     assert not stage.app.screen.query("#rename")
@@ -190,6 +193,7 @@ async def test_export_writes_all_files_and_says_where(tmp_path):
     assert "case 1 of 1 complete" in (tmp_path / "out.log").read_text()
 
 
+@pytest.mark.slow
 async def test_an_export_that_fails_keeps_the_old_file_and_says_so(tmp_path, monkeypatch):
     (tmp_path / "out.md").write_text("old")
 
@@ -207,6 +211,7 @@ async def test_an_export_that_fails_keeps_the_old_file_and_says_so(tmp_path, mon
     assert (tmp_path / "out.md").read_text() == "old"
 
 
+@pytest.mark.slow
 async def test_export_judges_the_folder_while_it_is_typed(stage):
     await stage.run_to_the_end()
     await stage.press("e")
@@ -222,6 +227,7 @@ async def test_export_without_a_run_says_so(stage):
     assert "nothing was run yet" in stage.app.journal.text()
 
 
+@pytest.mark.slow
 async def test_copy_claims_success_only_where_a_program_took_it(monkeypatch):
     taken = []
     async with on_stage() as stage:

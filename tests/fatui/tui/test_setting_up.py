@@ -1,5 +1,6 @@
 """Setup: sliders, choices, implementations, sweeps."""
 
+import pytest
 from msgspec import structs
 from textual.containers import Vertical
 
@@ -18,6 +19,7 @@ from fatui.tui.widgets.slider import Slider
 from tests.support.stage import DEVICE, advise
 
 
+@pytest.mark.slow
 async def test_a_slider_goes_by_stops_and_to_its_ends(stage):
     slider = stage.find("#axis-seq", Slider)
     slider.focus()
@@ -72,6 +74,7 @@ class Wheel:
         pass
 
 
+@pytest.mark.slow
 async def test_a_slider_ignores_letters_and_keeps_digits_to_itself(stage):
     stage.find("#axis-batch", Slider).focus()
     await stage.press("6")
@@ -233,6 +236,7 @@ async def test_bracket_keys_go_through_all_panes_and_round_again(stage):
     assert await focused_panes(stage, "left_square_bracket", 2) == ["log", "comparison"]
 
 
+@pytest.mark.slow
 async def test_bracket_keys_pass_over_a_hidden_pane(stage):
     stage.find("#live").focus()
     await stage.press("z")
@@ -241,6 +245,7 @@ async def test_bracket_keys_pass_over_a_hidden_pane(stage):
     assert await focused_panes(stage, "right_square_bracket", 1) == ["comparison"]
 
 
+@pytest.mark.slow
 async def test_a_sweep_of_one_value_is_still_the_preset(stage):
     stage.app.load_preset("quick")
     await stage.press("s")
@@ -282,6 +287,7 @@ async def test_needs_of_a_sweep_are_those_of_its_largest_case(stage):
     assert "cases that will not fit: baseline 1 of 3" in needs_text(limited, stage.app.advice)
 
 
+@pytest.mark.slow
 async def test_a_deleted_presets_name_is_free_until_undo(stage):
     presets.save(structs.replace(presets.load("quick"), name="mine", bundled=False), "mine")
     stage.app.load_preset("mine")

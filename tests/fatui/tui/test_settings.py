@@ -7,6 +7,7 @@ from fatui.storage import settings
 from fatui.tui import actions
 from fatui.tui.screens.dialogs import Help
 from fatui.tui.widgets.slider import Slider
+from tests.support.marks import slow
 from tests.support.stage import on_stage
 
 
@@ -43,7 +44,7 @@ async def test_config_errors_are_all_reported_and_the_rest_applies():
         assert stage.app.keys["stop"] == "f6"
 
 
-@pytest.mark.parametrize("text", ["theme = [", "\xff\xfe", "keys = 3", "[keys]\nrun='a'\nstop='a'"])
+@pytest.mark.parametrize("text", ["theme = [", slow("\xff\xfe"), slow("keys = 3"), slow("[keys]\nrun='a'\nstop='a'")])
 async def test_the_app_starts_with_a_config_file_that_is_no_toml(text):
     config("")
     settings.config_path().write_bytes(text.encode("latin-1"))
@@ -96,13 +97,16 @@ async def test_below_60_by_16_it_says_what_it_needs_and_comes_back():
         await stage.settle(lambda: "Comparison" in stage.seen() and "[Set up]" not in stage.seen())
 
 
-@pytest.mark.parametrize("size", [(60, 16), (80, 24), (100, 30), (110, 32), (120, 40), (300, 100)])
+@pytest.mark.parametrize(
+    "size", [(60, 16), (80, 24), slow((100, 30)), slow((110, 32)), slow((120, 40)), slow((300, 100))]
+)
 async def test_every_size_shows_the_sliders_and_the_keys(size):
     async with on_stage(size=size) as stage:
         assert "r Run" in stage.seen()
         assert size[1] < 20 or "K/V heads" in stage.seen()
 
 
+@pytest.mark.slow
 async def test_a_narrow_terminal_follows_the_run_through_its_tabs():
     async with on_stage(size=(80, 24)) as stage:
         await stage.press("r")
@@ -141,6 +145,7 @@ def test_every_action_has_its_own_key():
     assert len(keys) == len(set(keys))
 
 
+@pytest.mark.slow
 async def test_configured_keys_of_screens_work_and_show_in_help():
     config("[keys]\npresets_delete = 'f8'\nhistory_delete = 'f8'\nback = 'f10'\npresets = 'f7'\n")
     async with on_stage() as stage:

@@ -39,6 +39,7 @@ from attention.implementations.mlx_sdpa import fused_bytes
 from attention.masks import Mask
 from attention.measure.device import Backend
 from tests.support.attention_examples import CPU
+from tests.support.marks import slow
 
 GPU = structs.replace(CPU, backend="cuda")
 LONG = Workload(seq=16384, heads=8, head_dim=256, dtype="bfloat16")
@@ -270,8 +271,8 @@ def test_a_large_size_is_said_in_a_unit_that_fits_it():
     ]
 
 
-@pytest.mark.parametrize("dtype", [mx.bool_, mx.float32, mx.float16], ids=str)
-@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("dtype", [mx.bool_, slow(mx.float32), mx.float16], ids=str)
+@pytest.mark.parametrize("heads", [1, slow(4)])
 def test_the_route_of_an_array_mask_is_the_path_that_runs(dtype: mx.Dtype, heads: int) -> None:
     workload = Workload(seq=150, heads=4, head_dim=16, dtype="float16")
     q, k, v = make_inputs(workload, 0)

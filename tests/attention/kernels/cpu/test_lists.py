@@ -15,6 +15,7 @@ from attention.masks import Mask
 from attention.measure.device import probe
 from tests.support import block_lists, kernel_oracle
 from tests.support.cpu_calls import laid_out, largest_product, normal, qkv
+from tests.support.marks import slow
 
 pytestmark = pytest.mark.usefixtures("kernel")
 ONE_ROUNDING = {mx.float32: 2**-23, mx.float16: 2**-11, mx.bfloat16: 2**-8}
@@ -109,7 +110,7 @@ def test_planes_repeat_over_batch_and_heads(planes, queries):
 
 
 @dtypes
-@pytest.mark.parametrize("rows", [(8, 2, 1), (8, 8, 1), (16, 1, 1), (4, 1, 3), (6, 2, 21), (2, 1, 9)])
+@pytest.mark.parametrize("rows", [(8, 2, 1), slow((8, 8, 1)), slow((16, 1, 1)), (4, 1, 3), (6, 2, 21), slow((2, 1, 9))])
 def test_few_queries_against_long_lists(dtype, rows):
     """Decoding: one panel holds several heads with lists of their own, and the keys are split into spans."""
     heads, kv_heads, queries = rows

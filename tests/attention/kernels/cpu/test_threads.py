@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from attention.kernels import cpu
+from tests.support.marks import slow
 
 TASKS = Path("/proc/self/task")
 """One entry per thread of this process, whatever created it."""
@@ -33,7 +34,7 @@ def call(dtype, shape):
     return [np.array(x.astype(mx.float32)) for x in results]
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [mx.float32, slow(mx.float16), mx.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 4, 2, 300, 300, 64), (1, 8, 2, 1, 4000, 64), (1, 3, 1, 130, 700, 32)], ids=str)
 def test_the_bits_do_not_depend_on_the_number_of_threads(dtype, shape, monkeypatch):
     monkeypatch.setenv("FATUI_THREADS", "1")
@@ -117,7 +118,7 @@ attend()
 CALLS = ["attention(q, q, q)", "attention(q, q, q, implementation='poc')", "cpu.flash_attention(q, q, q, scale=1.0)"]
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [CALLS[0], *map(slow, CALLS[1:])])
 def test_a_process_forked_after_the_first_use_says_so(call):
     code = IN_A_CHILD.format(call=call, before=True)
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)

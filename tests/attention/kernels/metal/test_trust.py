@@ -108,6 +108,7 @@ def test_metals_own_error_is_told_by_route_doctor_and_report():
         assert f"forward float32 D=32 causal ({MARK}): FAILED" in report
 
 
+@pytest.mark.slow
 def test_a_report_checks_all_head_dims_and_hides_home_folders(monkeypatch, tmp_path):
     told = []
     monkeypatch.setattr(diagnosis, "home", lambda: tmp_path)

@@ -1,0 +1,8 @@
+"""Marks of single parameters."""
+
+from functools import partial
+
+import pytest
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
+"""A parameter whose test is slow: of `parametrize("size", [10, slow(1000)])` one runs by default."""
