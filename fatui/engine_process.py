@@ -17,7 +17,7 @@ from msgspec import structs
 
 from attention.core import events as on
 from attention.core.errors import truncated
-from attention.core.plan import AnyPlan, Assignment, Plan
+from attention.core.plan import AnyPlan, Assignment, Plan, StreamPlan
 from attention.core.results import Peaks
 from attention.core.workload import FineTuning, Generation
 from attention.engine.record import record_of
@@ -246,6 +246,8 @@ class Engine:
             return max(HUNG_S, calls * plan.cases[case].flops / SLOW_FLOPS_PER_S)
         if self.silence.expected_s is not None:
             return max(HUNG_S, LATE * self.silence.expected_s)
+        if isinstance(plan, StreamPlan):
+            return HUNG_S
         weights = self.record.cases[case].weights_bytes or 0
         pass_s = _model_flops(plan.cases[case], weights) / SLOW_MODEL_FLOPS_PER_S
         return max(HUNG_S, weights / SLOW_WEIGHTS_PER_S + pass_s)

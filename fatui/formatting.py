@@ -6,7 +6,8 @@ from typing import Final
 
 from attention.core.errors import NoBackendError, Remedy
 from attention.core.events import CaseTimeEstimated, RunRefused
-from attention.core.results import AnyCase, Case, Interval, Ratio, Report, Row, Share, Summary
+from attention.core.results import AnyCase, Case, Interval, Ratio, Report, Row, Share, StreamCase, StreamRow, Summary
+from attention.core.stream import FULL, RECOMPUTED, STREAMING
 from attention.core.workload import COUNTERPARTS, PHASES, Counterpart, Workload, short_name
 from attention.engine.record import summarise
 
@@ -393,6 +394,8 @@ def finding(report: Report) -> str:
     """Summarise a run in one line: "poc is 49.6 ±0.4x baseline; memory 7 instead of 41 MiB; all accurate"."""
     if report.cases:
         return "; ".join([*_of_cases(report.cases, report.summary), *_of_quantized(report.cases), *_accuracy(report)])
+    if report.streams:
+        return "; ".join([*(_of_stream(case) for case in report.streams), *_accuracy(report)])
     phases: dict[str, Sequence[AnyCase]] = {
         name: [case for case in report.models if case.workload.phase == name] for name in PHASES
     }
@@ -442,6 +445,30 @@ def _of_one(case: AnyCase) -> list[str]:
     return parts
 
 
+def stream_rows(case: StreamCase) -> dict[str, StreamRow]:
+    """Return the rows of a stream that have figures, by name."""
+    return {row.implementation: row for row in case.rows if row.call_s is not None}
+
+
+def _of_stream(case: StreamCase) -> str:
+    """Format the cost of a token, how flat it stayed, and what full attention would cost at the end."""
+    rows = stream_rows(case)
+    row, full, again = rows.get(STREAMING), rows.get(FULL), rows.get(RECOMPUTED)
+    if row is None or row.call_s is None:
+        return "nothing of the stream was measured"
+    flat = f", within {percent(row.spread)}" if row.spread is not None else ""
+    parts = [f"streaming takes {seconds(row.call_s.median)} a token{flat} over {row.tokens:,} tokens"]
+    if full and full.end_s:
+        how = f" (extrapolated from {full.tokens:,})" if full.extrapolated else ""
+        times = three(full.end_s / row.call_s.median)
+        parts.append(f"full attention {seconds(full.end_s)} at the end{how}, {times} times as long")
+    if again and again.call_s:
+        parts.append(f"recomputing the window {three(again.call_s.median / row.call_s.median)} times as long")
+    if row.loss_inside is not None and row.loss_beyond is not None:
+        parts.append(f"loss {row.loss_inside:.3f} inside the window and {row.loss_beyond:.3f} beyond")
+    return "; ".join(parts)
+
+
 def _of_quantized(cases: Sequence[Case]) -> list[str]:
     """Format the largest speedup over unquantized keys and values, if one is significant."""
     gains = [
@@ -463,7 +490,7 @@ def _accuracy(report: Report) -> list[str]:
     ]
     if counts:
         return [", ".join(counts)]
-    if all(row.collecting for row in rows):
+    if report.streams or all(row.collecting for row in rows):
         return []
     words = "all accurate so far" if report.run.interrupted else "all accurate"
     coarse = dict.fromkeys(

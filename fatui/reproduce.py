@@ -5,11 +5,11 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
 from attention.core.errors import UsageError
 from attention.core.kv_format import DENSE
-from attention.core.plan import FineTuningPlan, GenerationPlan, Plan, RunOptions
+from attention.core.plan import FineTuningPlan, GenerationPlan, Plan, RunOptions, StreamPlan
 from attention.core.results import Run
 from fatui.quantities import size_text
 from fatui.storage.presets import FIELDS, Preset, factor_cases
@@ -76,6 +76,25 @@ def finetune_command(plan: FineTuningPlan) -> str:
     case = plan.cases[0]
     options = {name: getattr(case, name) for name in ("iters", "seq", "batch", "rank", "dtype", "data")}
     return _command(["fatui", "finetune", case.model], {**options, "lora-layers": case.tuned_layers, **_options(plan)})
+
+
+STREAM_SHAPE: Final = ("heads", "kv_heads", "head_dim")
+
+
+def stream_command(plan: StreamPlan) -> str:
+    """Return the command that repeats a run over a stream."""
+    case = plan.cases[0]
+    shape = {} if case.model else {name.replace("_", "-"): getattr(case, name) for name in STREAM_SHAPE}
+    options = {
+        **{name: getattr(case, name) for name in ("tokens", "window", "first")},
+        "chunk": case.chunk if case.chunk != 1 else None,
+        **shape,
+        "dtype": case.dtype,
+        "kv-format": case.kv_format if case.kv_format != DENSE else None,
+        "text": case.text,
+        **{"rows" if name == "impl" else name: value for name, value in _options(plan).items()},
+    }
+    return _command(["fatui", "stream", *([case.model] if case.model else [])], options)
 
 
 def command_for(plan: Plan, preset: Preset | None = None) -> str:

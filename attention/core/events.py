@@ -10,9 +10,10 @@ import msgspec
 from attention.core.errors import Remedy
 from attention.core.results import Environment, Peaks, Ratio
 from attention.core.route import Route
+from attention.core.stream import StreamBlock
 from attention.core.workload import Counterpart
 
-Step = Literal["build", "first call", "accuracy", "memory", "warm up", "latency", "rounds", "training"]
+Step = Literal["build", "first call", "accuracy", "memory", "warm up", "latency", "rounds", "training", "stream"]
 Ending = Literal["failed", "refused", "unsupported"]
 REPEATED_REFERENCE = "(again)"
 """Name of the reference's second arm among the samples; it gives the noise floor."""
@@ -201,6 +202,22 @@ class IterationDone(Event, tag="iteration_done"):
     peak_bytes: int
 
 
+class StreamAdvanced(Event, tag="stream_advanced"):
+    """Further blocks of a stream's tokens."""
+
+    case: int
+    implementation: str
+    blocks: list[StreamBlock]
+
+
+class BoundMeasured(Event, tag="bound_measured"):
+    """The shortest time in which the keys and values that a token attends to can be read."""
+
+    case: int
+    implementation: str
+    seconds: float
+
+
 class Progress(Event, tag="progress"):
     """Progress of the run."""
 
@@ -282,6 +299,7 @@ class RunRefused(Event, tag="run_refused"):
 
 
 RowEvent = RouteFound | StepStarted | RowEnded | FirstCall | AccuracyChecked | MemoryMeasured | LatencyMeasured
+StreamRowEvent = StreamAdvanced | BoundMeasured
 ModelRowEvent = CallsCounted | LayersTimed
 CaseEvent = (
     CaseStarted
@@ -295,6 +313,7 @@ CaseEvent = (
     | CaseDone
     | RowEvent
     | ModelRowEvent
+    | StreamRowEvent
 )
 TuningEvent = TrialStarted | Tuned | Switched
 AnyEvent = (

@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from attention.core.errors import UsageError
 from attention.core.results import Peaks
+from attention.core.stream import ATTENTION_ROWS, STREAM_ROWS, Stream
 from attention.core.workload import FineTuning, Generation, Workload
 
 REFERENCE: Final = "baseline"
@@ -76,7 +77,22 @@ class FineTuningPlan(RunOptions, frozen=True, kw_only=True, forbid_unknown_field
     """Time limit of each fine-tuning, in seconds."""
 
 
-AnyPlan = Plan | GenerationPlan | FineTuningPlan
+class StreamPlan(RunOptions, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="stream"):
+    """One stream of tokens, with every way of keeping them; `implementations` names these, as in `STREAM_ROWS`."""
+
+    cases: tuple[Stream, ...]
+    implementations: tuple[str, ...] = ATTENTION_ROWS
+    seconds: float = 600.0
+    """Time limit of each row, in seconds."""
+
+    @property
+    def ordered(self) -> tuple[str, ...]:
+        """Return the rows, those that are measured first in front."""
+        return tuple(name for name in STREAM_ROWS if name in self.implementations)
+
+
+ModelPlan = GenerationPlan | FineTuningPlan | StreamPlan
+AnyPlan = Plan | ModelPlan
 
 
 class Assignment(Struct, frozen=True, kw_only=True):

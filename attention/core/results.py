@@ -4,6 +4,7 @@ from typing import Final, Literal, cast
 
 from msgspec import Struct, structs
 
+from attention.core.stream import Stream, StreamBlock
 from attention.core.workload import FineTuning, Generation, Workload
 
 SCHEMA: Final = 1
@@ -225,6 +226,59 @@ class FineTuningCase(CaseRows, frozen=True, kw_only=True):
     rows: tuple[FineTuningRow, ...] = ()
 
 
+class StreamRow(Row, frozen=True, kw_only=True):
+    """One way of keeping the tokens of a stream; `call_s` is one token, `samples` are the medians of its blocks.
+
+    For `full`, whose cost climbs, `call_s` is a token at the longest cache that was measured, and there are no samples.
+    """
+
+    tokens: int = 0
+    """Tokens seen, or for `full` the longest cache that was measured."""
+    blocks: tuple[StreamBlock, ...] = ()
+    """What was measured, in the order of the tokens."""
+    p99_s: float | None = None
+    """Seconds that 99 % of the tokens do not exceed, to 2 %."""
+    slowest_s: float | None = None
+    slow_tokens: int | None = None
+    """Steps that took more than five times the median."""
+    tenth_s: tuple[float, ...] = ()
+    """Median seconds of a token in each tenth of the stream."""
+    spread: float | None = None
+    """The largest difference of a tenth from the first one in which the window was full throughout, relative to it."""
+    start_bytes: int | None = None
+    """Resident memory of the process once the window was full."""
+    end_bytes: int | None = None
+    """Resident memory of the process after the last token."""
+    device_start_bytes: int | None = None
+    """MLX's active memory once the window was full."""
+    device_end_bytes: int | None = None
+    """MLX's active memory after the last token."""
+    end_s: float | None = None
+    """Seconds of a token at the end of the stream."""
+    extrapolated: bool = False
+    """Whether `end_s` lies beyond what was measured, on a straight line through it."""
+    bound_s: float | None = None
+    """Seconds in which the window's keys and values can be read at the rate measured in the same run."""
+    bound_share: float | None = None
+    """`bound_s` over the median time of a token."""
+    loss_inside: float | None = None
+    """Mean loss of the tokens up to the first that falls out of the window, in nats."""
+    loss_beyond: float | None = None
+    """Mean loss of the tokens after that, as far as they were measured, in nats."""
+
+
+class StreamCase(CaseRows, frozen=True, kw_only=True):
+    """All rows of one stream."""
+
+    workload: Stream
+    reference: str | None = None
+    """None: each row is measured by itself, against its own beginning."""
+    noise_floor: NoiseFloor | None = None
+    weights_bytes: int | None = None
+    """Size of the model's weights."""
+    rows: tuple[StreamRow, ...] = ()
+
+
 class Summary(Struct, frozen=True, kw_only=True):
     """Summary of one implementation over all cases that it ran."""
 
@@ -288,11 +342,12 @@ class Report(Struct, frozen=True, kw_only=True):
     summary: tuple[Summary, ...] = ()
     models: tuple[ModelCase, ...] = ()
     fine_tunings: tuple[FineTuningCase, ...] = ()
+    streams: tuple[StreamCase, ...] = ()
 
     @property
     def all_cases(self) -> "tuple[AnyCase, ...]":
         """All cases, for any kind of run."""
-        return (*self.cases, *self.models, *self.fine_tunings)
+        return (*self.cases, *self.models, *self.fine_tunings, *self.streams)
 
 
-AnyCase = Case | ModelCase | FineTuningCase
+AnyCase = Case | ModelCase | FineTuningCase | StreamCase

@@ -49,10 +49,7 @@ class CaseRunner(ABC, Generic[P]):
             DeviceStateUnknown: a row was reported as failed, and this process must not continue.
         """
         self._backend = (device := probe()).backend
-        for name in self._plan.ordered:
-            self._progress.mark_running(name)
-            implementations.load_implementation(name)
-        self._progress.mark_idle()
+        self._load_implementations()
         self._progress.emit(on.RunStarted(environment=environment(device)))
         self._prepare_all(device)
         with on.listening_to_tuning(self._on_tuning_event):
@@ -60,6 +57,13 @@ class CaseRunner(ABC, Generic[P]):
                 self._progress.begin_case(case)
                 self._progress.end_case(self._run_case(case))
         self._progress.emit(on.RunDone())
+
+    def _load_implementations(self) -> None:
+        """Load all implementations, so that an unknown or a broken one ends the run before it has begun."""
+        for name in self._plan.ordered:
+            self._progress.mark_running(name)
+            implementations.load_implementation(name)
+        self._progress.mark_idle()
 
     def _on_tuning_event(self, event: on.TuningEvent | on.Message) -> None:
         """Emit an event of an autotuning implementation."""

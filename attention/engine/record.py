@@ -9,8 +9,8 @@ from typing import Any, Final, Generic, TypeVar
 from msgspec import Struct, field, structs
 
 from attention.core import events as on
-from attention.core import statistics
-from attention.core.plan import AnyPlan, FineTuningPlan, GenerationPlan, Plan
+from attention.core import statistics, stream
+from attention.core.plan import AnyPlan, FineTuningPlan, GenerationPlan, Plan, StreamPlan
 from attention.core.results import (
     MIN_ROUNDS,
     AnyCase,
@@ -18,6 +18,7 @@ from attention.core.results import (
     Environment,
     FineTuningCase,
     FineTuningRow,
+    Interval,
     ModelCase,
     ModelRow,
     NoiseFloor,
@@ -27,6 +28,8 @@ from attention.core.results import (
     Row,
     Run,
     Share,
+    StreamCase,
+    StreamRow,
     Summary,
 )
 from attention.core.route import Route
@@ -57,12 +60,15 @@ class RowState(Struct):
     losses: list[float | None] = field(default_factory=list)
     calls: on.CallsCounted | None = None
     layers: on.LayersTimed | None = None
+    blocks: list[stream.StreamBlock] = field(default_factory=list)
+    """The blocks of a stream's tokens so far."""
+    bound_s: float | None = None
     ended: on.RowEnded | None = None
 
     def forget_times(self) -> None:
         """Drop what a repeated case will measure again; a row that has ended is unchanged."""
         if self.ended is None:
-            self.step, self.samples, self.counterparts, self.losses = None, [], {}, []
+            self.step, self.samples, self.counterparts, self.losses, self.blocks = None, [], {}, [], []
 
 
 class CaseState(Struct):
@@ -177,7 +183,7 @@ class RunRecord(ABC, Generic[P, C]):
         elif row:
             row.first_call_s = event.seconds  # compiling the step
 
-    def _apply_to_row(self, event: on.RowEvent | on.ModelRowEvent, row: RowState) -> None:
+    def _apply_to_row(self, event: on.RowEvent | on.ModelRowEvent | on.StreamRowEvent, row: RowState) -> None:
         match event:
             case on.RouteFound():
                 row.route = event.route
@@ -197,6 +203,10 @@ class RunRecord(ABC, Generic[P, C]):
                 row.calls = event
             case on.LayersTimed():
                 row.layers = event
+            case on.StreamAdvanced():
+                row.blocks += event.blocks
+            case on.BoundMeasured():
+                row.bound_s = event.seconds
 
     @abstractmethod
     def case(self, index: int) -> C:
@@ -356,6 +366,8 @@ def record_of(plan: AnyPlan) -> AnyRecord:
             return GenerationRecord(plan)
         case FineTuningPlan():
             return FineTuningRecord(plan)
+        case StreamPlan():
+            return StreamRecord(plan)
         case Plan():
             return Record(plan)
 
@@ -502,3 +514,88 @@ def _first_divergence(differences: Sequence[float], tolerance: float) -> str | N
             off = f"{difference:.2%} off the reference's" if math.isfinite(difference) else "no number"
             return f"the loss of iteration {index + 1} is {off}; {allowed:.2%} is allowed"
     return None
+
+
+class StreamRecord(RunRecord[StreamPlan, StreamCase]):
+    """The state of a run over a stream."""
+
+    def _results(self, cases: tuple[StreamCase, ...]) -> dict[str, Any]:
+        return {"streams": cases}
+
+    def case(self, index: int) -> StreamCase:
+        """Return the rows of one case so far."""
+        work, record = self.plan.cases[index], self.cases[index]
+        made = (stream_row(measured, record, work) for measured in record.rows.values())
+        return StreamCase(
+            workload=work, weights_bytes=record.weights_bytes, rows=tuple(row for row in made if row is not None)
+        )
+
+
+def stream_row(measured: RowState, record: CaseState, work: stream.Stream) -> StreamRow | None:
+    """Return the row of one way of keeping a stream's tokens; None if nothing of it is known yet."""
+    blocks, full = measured.blocks, measured.implementation == stream.FULL
+    if not blocks and measured.ended is None:
+        return None
+    ended, route = measured.ended, measured.route
+    common: dict[str, Any] = {
+        "implementation": measured.implementation,
+        "status": ended.status if ended else "ok",
+        "path": route.path if route else None,
+        "fused": route.fused if route and route.supported else None,
+        "reason": ended.reason if ended else route.reason if route else None,
+        "first_call_s": measured.first_call_s,
+        "stopped_by": "failed" if ended else record.stopped_by or INTERRUPTED,
+    }
+    if not blocks:
+        return StreamRow(**common)
+    samples = () if full else tuple(block.seconds for block in blocks)
+    call = statistics.median_interval(samples) if samples else Interval(median=blocks[-1].seconds)
+    return StreamRow(
+        **common,
+        call_s=call,
+        tokens_per_second=1 / call.median,
+        samples=samples,
+        tokens=blocks[-1].end,
+        blocks=tuple(blocks),
+        **(_climb(blocks, work) if full else _steadiness(measured, call.median, work)),
+        **_stream_losses(blocks, work),
+    )
+
+
+def _climb(blocks: Sequence[stream.StreamBlock], work: stream.Stream) -> dict[str, Any]:
+    """Return the cost of full attention at the end of the stream, extrapolated if it was not measured to there."""
+    if blocks[-1].end >= work.tokens:
+        return {"end_s": blocks[-1].seconds}
+    line = stream.fitted_line(blocks)
+    return {"end_s": line.at(work.tokens), "extrapolated": True} if line else {}
+
+
+def _steadiness(measured: RowState, typical_s: float, work: stream.Stream) -> dict[str, Any]:
+    """Return the fields on how time and memory stay the same over a stream."""
+    blocks = measured.blocks
+    bins = stream.merged_bins(blocks)
+    tenths = stream.tenths(blocks, work.tokens)
+    filled = next((index for index, block in enumerate(blocks) if block.end >= work.kept), len(blocks) - 1)
+    start = blocks[min(filled + 1, len(blocks) - 1)]  # the first block with a full window throughout
+    return {
+        "p99_s": stream.quantile_s(bins, 0.99),
+        "slowest_s": max(block.slowest_s for block in blocks),
+        "slow_tokens": stream.slow_steps(bins, typical_s),
+        "tenth_s": tuple(tenths),
+        "spread": stream.spread(tenths, work.tokens, work.kept),
+        "start_bytes": start.resident_bytes,
+        "end_bytes": blocks[-1].resident_bytes,
+        "device_start_bytes": start.device_bytes,
+        "device_end_bytes": blocks[-1].device_bytes,
+        "end_s": tenths[-1] if tenths else blocks[-1].seconds,
+        "bound_s": measured.bound_s,
+        "bound_share": measured.bound_s / typical_s if measured.bound_s else None,
+    }
+
+
+def _stream_losses(blocks: Sequence[stream.StreamBlock], work: stream.Stream) -> dict[str, Any]:
+    """Return the mean losses of the tokens before and after the first one that falls out of the window."""
+    return {
+        "loss_inside": stream.mean_loss([block for block in blocks if block.end <= work.kept]),
+        "loss_beyond": stream.mean_loss([block for block in blocks if block.end > work.kept]),
+    }

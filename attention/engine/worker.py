@@ -12,7 +12,7 @@ import msgspec
 
 from attention.core import events as on
 from attention.core.errors import NoBackendError, UsageError
-from attention.core.plan import Assignment, FineTuningPlan, GenerationPlan, Plan
+from attention.core.plan import Assignment, FineTuningPlan, GenerationPlan, Plan, StreamPlan
 from attention.engine.case_runner import CaseRunner, DeviceStateUnknown, Mark
 from attention.engine.progress import Emit
 
@@ -61,6 +61,12 @@ def _runner(assignment: Assignment, emit: Emit, mark: Mark) -> CaseRunner[Any]:
             from attention.mlx_lm.fine_tuning import FineTuningBench
 
             return FineTuningBench(assignment, fine_tuning, emit, mark)
+        case StreamPlan(cases=(first, *_)) if first.model is not None:
+            raise UsageError("model: streams are measured without a model for now")
+        case StreamPlan() as stream:
+            from attention.engine.stream import AttentionStreamBench
+
+            return AttentionStreamBench(assignment, stream, emit, mark)
 
 
 def _private_stdout() -> BinaryIO:

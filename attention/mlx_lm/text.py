@@ -58,6 +58,14 @@ def tokenizer_of(configuration: Configuration) -> Tokenizer:
     return tokenizer
 
 
+def begin_token(configuration: Configuration) -> int | None:
+    """Return the token that a folder's tokenizer puts before a text; None if it puts none, and for random weights."""
+    if configuration.folder is None:
+        return None
+    found: object = getattr(tokenizer_of(configuration), "bos_token_id", None)
+    return found if type(found) is int else None
+
+
 def read(data: str | None) -> str:
     """Return the text of a file, or the bundled one.
 

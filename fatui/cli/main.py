@@ -15,6 +15,7 @@ COMMANDS: Final = {
     "bench": "measure a preset, or the shapes that options give, and print the table",
     "model": "measure a whole model with each implementation: tokens/s of prefill and decode",
     "finetune": "fine-tune a model with each implementation: iterations/s, memory, loss curves",
+    "stream": "follow a stream of tokens through a bounded cache: time, memory and loss, beside full attention",
     "doctor": "report what this machine has, what is missing, and how to fix it",
     "explain": "show which path each implementation would take, and why, without running it",
     "presets": "list presets, show one, or check a file",

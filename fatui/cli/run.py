@@ -5,21 +5,24 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 from attention.core import events as on
-from attention.core.plan import AnyPlan
+from attention.core.plan import AnyPlan, StreamPlan
 from attention.core.results import Report
-from attention.engine.record import AnyRecord
+from attention.engine.record import AnyRecord, StreamRecord
 from fatui import cli, formatting
 from fatui.cli.output import Export, console, print_results, write_files
 from fatui.engine_process import Engine, Silence
+from fatui.report.stream_curves import text_chart, time_chart
+from fatui.report.table import CHART_HEIGHT, CHART_WIDTH
 from fatui.reproduce import RunIdentity
 from fatui.storage.history import HistoryError, RunHistory
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.progress import Progress
 
 REDRAW_S: Final = 0.25
@@ -34,7 +37,8 @@ class ProgressPrinter:
 
     def __init__(self, plan: AnyPlan) -> None:
         self._plan = plan
-        self._bar = _bar() if sys.stderr.isatty() else None
+        self._stream = StreamRecord(plan) if isinstance(plan, StreamPlan) else None
+        self._bar = _bar(self._curves) if sys.stderr.isatty() else None
         self._task = self._bar.add_task("starting", total=1.0, left="…") if self._bar else None
         self._drawn = 0.0
         self._progress: on.Progress | None = None
@@ -71,6 +75,8 @@ class ProgressPrinter:
                 self._print_once(f"{event.implementation}: training")
             case on.RowEnded() if self._bar is None:
                 self._print_once(f"{event.implementation}: {event.status}")  # the reason is printed below the table
+            case on.CaseStarted() | on.StreamAdvanced() if self._stream is not None:
+                self._stream.apply(event)
             case on.Tuned() | on.Switched():
                 self._print_once(on.tuning_log_line(event))
             case on.Message():
@@ -88,6 +94,11 @@ class ProgressPrinter:
             at = f" ({silence.step})" if silence.step else ""
             lasted = formatting.duration(silence.seconds)
             self._print_once(f"the engine has been silent for {lasted}{at}; ctrl+c stops it and keeps the results")
+
+    def _curves(self) -> str:
+        """Return the curves of a stream so far, drawn above the bar; empty for other runs."""
+        rows = self._stream.case(0) if self._stream else None
+        return "\n".join(text_chart(time_chart(rows), CHART_WIDTH, CHART_HEIGHT)) if rows and rows.rows else ""
 
     def _draw(self) -> None:
         now, event = time.monotonic(), self._progress
@@ -109,11 +120,19 @@ class ProgressPrinter:
             cli.print_line(text)
 
 
-def _bar() -> "Progress":
+def _bar(above: Callable[[], str]) -> "Progress":
+    """Return a progress bar with a text above it, which is asked for at each redraw."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
     from rich.table import Column
+    from rich.text import Text
 
-    return Progress(
+    class BarBelowText(Progress):
+        def get_renderables(self) -> "Iterable[RenderableType]":
+            if text := above():
+                yield Text(text, no_wrap=True)
+            yield from super().get_renderables()
+
+    return BarBelowText(
         BarColumn(BAR_WIDTH),
         TaskProgressColumn(),
         TextColumn("· {task.fields[left]} ·"),

@@ -12,9 +12,10 @@ from msgspec import Struct
 
 from attention.core import statistics
 from attention.core.results import AnyCase, Ratio, Report, Row
+from attention.core.stream import Stream
 from attention.core.workload import FineTuning, Generation, Workload
 
-AnyWorkload = Workload | Generation | FineTuning
+AnyWorkload = Workload | Generation | FineTuning | Stream
 FLOORLESS: Final = statistics.MIN_FLOOR
 
 

@@ -6,11 +6,21 @@ from typing import TypeVar
 
 from msgspec import Struct
 
-from attention.core.results import AnyCase, Case, Environment, FineTuningCase, ModelCase, Ratio, Report, Row
+from attention.core.results import (
+    AnyCase,
+    Case,
+    Environment,
+    FineTuningCase,
+    ModelCase,
+    Ratio,
+    Report,
+    Row,
+    StreamCase,
+)
 from fatui import formatting
 from fatui.report.document import Block, Paragraph, Table, counted, joined
 
-C = TypeVar("C", Case, ModelCase, FineTuningCase)
+C = TypeVar("C", Case, ModelCase, FineTuningCase, StreamCase)
 
 
 class EvidenceRow(Struct, frozen=True):
@@ -31,6 +41,7 @@ class Evidence(Struct, frozen=True):
     cases: tuple[Case, ...]
     models: tuple[ModelCase, ...]
     fine_tunings: tuple[FineTuningCase, ...]
+    streams: tuple[StreamCase, ...]
     repeated: int
     """Number of cases left out because a later run measured them again."""
 
@@ -53,13 +64,15 @@ def _evidence(environment: Environment, runs: Sequence[Report]) -> Evidence:
     cases = newest(case for run in runs for case in run.cases)
     models = newest(case for run in runs for case in run.models)
     tunings = newest(case for run in runs for case in run.fine_tunings)
-    kept = len(cases) + len(models) + len(tunings)
+    streams = newest(case for run in runs for case in run.streams)
+    kept = len(cases) + len(models) + len(tunings) + len(streams)
     return Evidence(
         environment=environment,
         runs=tuple(runs),
         cases=cases,
         models=models,
         fine_tunings=tunings,
+        streams=streams,
         repeated=sum(len(run.all_cases) for run in runs) - kept,
     )
 

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 import msgspec
 
-from attention.core.results import AnyCase, Case, FineTuningCase, ModelCase, Report, Row
+from attention.core.results import AnyCase, Case, FineTuningCase, ModelCase, Report, Row, StreamCase, StreamRow
+from attention.core.stream import Stream
 from attention.core.workload import FineTuning, Generation
 from fatui import formatting
 from fatui.report.table import KV_ERROR, FurtherColumns, further_columns, kv_notes, model_columns, model_notes
@@ -41,7 +42,15 @@ FINE_TUNING_COLUMNS: Final = (
     *(*ORIGIN, "case", *FineTuning.__struct_fields__, "weights_bytes", "reference", "noise_floor", *FIGURES),
     *("iterations_per_second", "losses", "loss_difference", *CALLS),
 )
+STREAM_COLUMNS: Final = (
+    *(*ORIGIN, "case", *Stream.__struct_fields__, "weights_bytes", "reference", "noise_floor"),
+    *FIGURES,
+    *("seen_tokens", "p99_s", "slowest_s", "slow_tokens", "tenth_s", "spread", "end_s", "extrapolated"),
+    *("start_bytes", "end_bytes", "device_start_bytes", "device_end_bytes", "bound_s", "bound_share"),
+    *("loss_inside", "loss_beyond"),
+)
 MODEL_FIGURES: Final = (
+    *("tokens", "time per token", "99 %", "flat within", "at the end", "of bound", "loss inside", "beyond"),
     "it/s",
     "to 1st token",
     "per token",
@@ -77,14 +86,19 @@ def to_csv(report: Report) -> str:
     A text that a spreadsheet would take for a formula is prefixed with an apostrophe.
     """
     out = io.StringIO()
-    columns = GENERATION_COLUMNS if report.models else FINE_TUNING_COLUMNS if report.fine_tunings else COLUMNS
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer = csv.DictWriter(out, _columns(report), lineterminator="\n")
     writer.writeheader()
     origin = dict(zip(ORIGIN, _origin(report), strict=True))
     for number, case in enumerate(report.all_cases, start=1):
         for row in case.rows:
             writer.writerow({name: _cell(value) for name, value in {**origin, **_line(number, case, row)}.items()})
     return out.getvalue()
+
+
+def _columns(report: Report) -> tuple[str, ...]:
+    if report.streams:
+        return STREAM_COLUMNS
+    return GENERATION_COLUMNS if report.models else FINE_TUNING_COLUMNS if report.fine_tunings else COLUMNS
 
 
 def _origin(report: Report) -> tuple[object, ...]:
@@ -95,6 +109,9 @@ def _origin(report: Report) -> tuple[object, ...]:
 def _line(number: int, case: AnyCase, row: Row) -> dict[str, object]:
     fields: dict[str, Any] = msgspec.to_builtins(row)
     samples = fields.pop("samples")
+    if isinstance(row, StreamRow):
+        del fields["blocks"]  # the curves are in the JSON
+        fields["seen_tokens"] = fields.pop("tokens")  # the workload's are those that were asked for
     for name in INTERVALS:
         parts = fields.pop(name, None) or {}
         fields.update({f"{name}_{part}": value for part, value in parts.items()})
@@ -115,7 +132,7 @@ def _sizes(case: AnyCase) -> dict[str, object]:
             return {"kv_token_bytes": case.workload.kv_token_bytes}
         case ModelCase():
             return {name: getattr(case, name) for name in ("weights_bytes", "kv_token_bytes", "cache_bytes")}
-        case FineTuningCase():
+        case FineTuningCase() | StreamCase():
             return {"weights_bytes": case.weights_bytes}
 
 

@@ -11,10 +11,23 @@ from rich.table import Table
 from rich.text import Text
 
 from attention.core.kv_format import DENSE
-from attention.core.results import AnyCase, Case, FineTuningCase, FineTuningRow, ModelCase, ModelRow, Report, Row
+from attention.core.results import (
+    AnyCase,
+    Case,
+    FineTuningCase,
+    FineTuningRow,
+    ModelCase,
+    ModelRow,
+    Report,
+    Row,
+    StreamCase,
+    StreamRow,
+)
 from attention.core.route import FALLS_BACK
+from attention.core.stream import FULL
 from attention.engine.record import NEVER_CALLED
 from fatui import formatting
+from fatui.report.stream_curves import loss_chart, text_chart, time_chart
 from fatui.report.study import SHOWN, Study, StudyRow, rate_text, times_text
 from fatui.untrusted_text import escape_all
 
@@ -90,10 +103,15 @@ def has_divergence(case: AnyCase) -> bool:
     return isinstance(case, ModelCase) and case.workload.kv_format != DENSE
 
 
-def model_columns(case: ModelCase | FineTuningCase, diverges: bool | None = None) -> list[TextColumn]:
+ColumnCase = ModelCase | FineTuningCase | StreamCase
+
+
+def model_columns(case: ColumnCase, diverges: bool | None = None) -> list[TextColumn]:
     """Return the columns of a case; `diverges`: whether one is KL, by default if the case has a quantized cache."""
     if isinstance(case, FineTuningCase):
         return _fine_tuning(case)
+    if isinstance(case, StreamCase):
+        return _stream(case)
     return _generation(case, has_divergence(case) if diverges is None else diverges)
 
 
@@ -137,6 +155,77 @@ def _fine_tuning(case: FineTuningCase) -> list[TextColumn]:
     ]
 
 
+def _stream(case: StreamCase) -> list[TextColumn]:
+    rows = case.rows
+    losses = [
+        TextColumn("loss inside", [_loss(row.loss_inside) for row in rows]),
+        TextColumn("beyond", [_loss(row.loss_beyond) for row in rows]),
+    ]
+    return [
+        TextColumn(IMPLEMENTATION, [row.implementation for row in rows]),
+        TextColumn("path", [row.path or formatting.UNKNOWN for row in rows]),
+        TextColumn("tokens", [f"{row.tokens:,}" for row in rows]),
+        TextColumn("time per token", [formatting.interval_text(row.call_s) for row in rows]),
+        TextColumn("99 %", [formatting.seconds(row.p99_s) for row in rows]),
+        TextColumn("flat within", [formatting.percent(row.spread) for row in rows]),
+        TextColumn("at the end", [end_text(row) for row in rows]),
+        TextColumn("memory", [growth_text(row.start_bytes, row.end_bytes) for row in rows]),
+        TextColumn("of bound", [formatting.percent(row.bound_share) for row in rows]),
+        *(losses if any(row.loss_inside is not None or row.loss_beyond is not None for row in rows) else []),
+        TextColumn("verdict", [row.status for row in rows]),
+    ]
+
+
+def _loss(value: float | None) -> str:
+    return formatting.UNKNOWN if value is None else f"{value:.3f}"
+
+
+def end_text(row: StreamRow) -> str:
+    """Format the time of a token at the end of a stream, with a tilde if it is extrapolated."""
+    return f"~ {formatting.seconds(row.end_s)}" if row.extrapolated else formatting.seconds(row.end_s)
+
+
+def growth_text(start: int | None, end: int | None) -> str:
+    """Format memory at the end of a stream with its growth since the window was full: "310 MiB +4 KiB"."""
+    if start is None or end is None:
+        return formatting.UNKNOWN
+    change = end - start
+    return f"{formatting.size(end)} {'-' if change < 0 else '+'}{formatting.size(abs(change))}"
+
+
+def _stream_notes(case: StreamCase) -> list[str]:
+    """Return the notes below the table of a stream."""
+    notes = []
+    for row in case.rows:
+        if row.implementation == FULL and row.extrapolated:
+            notes.append(f"~ extrapolated: full attention was measured up to {row.tokens:,} keys")
+        if row.slow_tokens is not None and row.slowest_s is not None:
+            steps = sum(block.count for block in row.blocks)
+            slowest = formatting.seconds(row.slowest_s)
+            notes.append(
+                f"{row.implementation}: {row.slow_tokens:,} of {steps:,} steps took over 5 times the median, "
+                f"the slowest {slowest}"
+            )
+        if row.device_start_bytes is not None:
+            notes.append(
+                f"{row.implementation}: MLX's memory {growth_text(row.device_start_bytes, row.device_end_bytes)}"
+                " since the window was full"
+            )
+        if row.bound_s is not None:
+            notes.append(f"bound: the window's keys and values are read in {formatting.seconds(row.bound_s)}")
+    return notes
+
+
+def stream_charts(case: StreamCase, width: int) -> list[str]:
+    """Return the curves of a stream as lines of text."""
+    charts = [chart for chart in (time_chart(case), loss_chart(case)) if chart.curves]
+    return [line for chart in charts for line in ("", *text_chart(chart, min(width, CHART_WIDTH), CHART_HEIGHT))]
+
+
+CHART_WIDTH: Final = 78
+CHART_HEIGHT: Final = 8
+
+
 def _stars(case: ModelCase | FineTuningCase) -> tuple[str, ...]:
     best = formatting.best_of(case)
     return () if len(best) == sum(row.status == formatting.OK for row in case.rows) else best
@@ -148,9 +237,11 @@ def loss_text(row: FineTuningRow) -> str:
     return f"{known[0]:.3f} → {known[-1]:.3f}" if known else formatting.UNKNOWN
 
 
-def model_notes(case: ModelCase | FineTuningCase) -> list[str]:
+def model_notes(case: ColumnCase) -> list[str]:
     """Return the notes below the table: estimates, call counts, and loss curves."""
     notes = []
+    if isinstance(case, StreamCase):
+        return _stream_notes(case)
     if case.weights_bytes:
         notes.append(f"weights {formatting.size(case.weights_bytes)}; memory is on top of them")
     if isinstance(case, ModelCase):
@@ -209,14 +300,19 @@ SMALL_RATE: Final = 1e12
 """Rates below this many FLOP/s are shown in GFLOP/s, since they would be mostly zeros in TFLOP/s."""
 DROPPED_FIRST: Final = (
     *(("TFLOP/s", "GFLOP/s"), ("error", "off"), ("eff.", "loss"), ("path",)),
-    *(("per call", "to 1st token", "per token", "per iteration"), ("memory",)),
+    *(("of bound",), ("per call", "to 1st token", "per token", "per iteration"), ("99 %",), ("memory",)),
 )
 TEXTS: Final = (IMPLEMENTATION, "path", "verdict")
 STYLES: Final = {"fastest": "bold green", "faster": "green", "slower": "yellow", "same": "", "base": "", "ok": ""}
 
 
-def report_table(report: Report, study: Study | None = None, width: int = WIDTH) -> RenderableType:
-    """Render all cases of a report, their geometric means, the study's figures if given, and the finding."""
+def report_table(
+    report: Report, study: Study | None = None, width: int = WIDTH, *, curves: bool = True
+) -> RenderableType:
+    """Render all cases of a report, their geometric means, the study's figures if given, and the finding.
+
+    `curves`: whether those of streams are drawn below their tables.
+    """
     report = escape_all(report)
     cases, count = report.all_cases, len(report.all_cases)
     parts: list[RenderableType] = []
@@ -230,7 +326,10 @@ def report_table(report: Report, study: Study | None = None, width: int = WIDTH)
         for column in aligned:
             column.width = widest
     for number, (case, columns) in enumerate(zip(cases, layouts, strict=True), start=1):
-        parts += [_case(case, columns, number if count > 1 else None, count, width), Text()]
+        parts.append(_case(case, columns, number if count > 1 else None, count, width))
+        if curves and isinstance(case, StreamCase):
+            parts += [Text(f"  {line}".rstrip(), no_wrap=True) for line in stream_charts(case, width - 2)]
+        parts.append(Text())
     if len(report.cases) > 1:
         parts += [summary_table(report), Text()]
     if study:

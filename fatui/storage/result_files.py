@@ -10,7 +10,8 @@ from msgspec import Struct
 
 from attention.core.errors import UsageError
 from attention.core.files import read_bounded
-from attention.core.results import SCHEMA, FineTuningRow, Interval, NoiseFloor, Ratio, Report, Share
+from attention.core.results import SCHEMA, FineTuningRow, Interval, NoiseFloor, Ratio, Report, Share, StreamRow
+from attention.core.stream import StreamBlock
 from fatui.untrusted_text import escape_all, one_line
 
 MAX_FILE_BYTES: Final = 2**26
@@ -130,6 +131,14 @@ def _limits(owner: object, name: str) -> tuple[float, float]:
             return 1 / MAX_RATIO, MAX_RATIO
         case ((Ratio() | NoiseFloor() | Share()), _):
             return -MAX_RATIO, MAX_RATIO
+        case StreamBlock(), "seconds" | "slowest_s":
+            return TINY, MAX_SECONDS
+        case ((StreamBlock() | StreamRow()), "loss" | "loss_inside" | "loss_beyond"):
+            return 0, MAX_FIGURE
+        case StreamRow(), "p99_s" | "slowest_s" | "end_s" | "bound_s" | "tenth_s":
+            return TINY, MAX_SECONDS
+        case StreamRow(), "spread" | "bound_share":
+            return 0, MAX_RATIO
         case _, "samples":
             return TINY, MAX_SECONDS
         case _, "seconds" | "latency_s" | "first_call_s":

@@ -33,6 +33,7 @@ MAIN: Final = (
     Action("scaling", "g", "Scaling", "Heat map and line chart of a sweep", "app.open('scaling')"),
     Action("models", "m", "Models", "Measure whole models with each implementation", "app.open('models')"),
     Action("finetuning", "f", "Fine-tune", "Fine-tune a model with each implementation", "app.open('finetuning')"),
+    Action("streaming", "a", "Streaming", "Follow a stream of tokens through a bounded cache", "app.open('streaming')"),
     Action("doctor", "d", "Doctor", "What is installed, and what is missing", "app.open('doctor')"),
     Action("sort", "o", "Sort", "Sort the table by the next column", "screen.sort"),
     Action("reverse", "O", "Reverse", "Reverse the order of the table", "screen.reverse"),
@@ -86,6 +87,7 @@ def _of_models(screen: str) -> tuple[Action, ...]:
 
 MODELS: Final = _of_models("models")
 FINETUNING: Final = _of_models("finetuning")
+STREAMING: Final = _of_models("streaming")
 DOCTOR: Final = (Action("doctor_again", "r", "Look again", "Repeat the diagnosis", "screen.again"), BACK)
 ACTIONS: Final = MAIN + ANYWHERE
 FURTHER: Final = {
@@ -94,6 +96,7 @@ FURTHER: Final = {
     "scaling": SCALING,
     "models": MODELS,
     "finetuning": FINETUNING,
+    "streaming": STREAMING,
     "doctor": DOCTOR,
 }
 ALL: Final = (*ACTIONS, *dict.fromkeys(action for group in FURTHER.values() for action in group))

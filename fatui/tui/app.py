@@ -76,6 +76,10 @@ def make_screen(name: str) -> Screen[Any]:
             from fatui.tui.screens.models import FineTunings
 
             return FineTunings()
+        case "streaming":
+            from fatui.tui.screens.streaming import Streaming
+
+            return Streaming()
         case "doctor":
             from fatui.tui.screens.doctor import Doctor
 

@@ -10,7 +10,7 @@ from msgspec import structs
 from textual.app import App
 
 from attention.core.errors import UsageError
-from attention.core.plan import FineTuningPlan, GenerationPlan, Plan
+from attention.core.plan import ModelPlan, Plan
 from attention.core.results import Report
 from fatui.draft import Draft, draft_of
 from fatui.engine_process import Engine
@@ -239,7 +239,7 @@ class RunController:
         app.main.open_tab("live")
         app.main.show_run()
 
-    def start_model(self, screen: str, plan: GenerationPlan | FineTuningPlan, command: str) -> None:
+    def start_model(self, screen: str, plan: ModelPlan, command: str) -> None:
         """Run a plan of a models screen, unless a run is active."""
         if self._refused():
             return
@@ -248,7 +248,7 @@ class RunController:
             plan, self._app.journal, self._make_engine, command=command, clock=self._clock, now=self._now
         )
         self.models[screen] = session
-        self._app.journal.write(f"run of {plan.cases[0].model}: {command}")
+        self._app.journal.write(f"run of {plan.cases[0].model or 'a stream'}: {command}")
         self._go(session, screen)
 
     def _refused(self) -> bool:
@@ -330,8 +330,9 @@ class RunController:
             self._current.kill()
 
     def show_past(self, report: Report) -> str:
-        """Show a past run instead of the latest; return the screen of its kind: "main", "models" or "finetuning"."""
-        screen = "models" if report.models else "finetuning" if report.fine_tunings else "main"
+        """Show a past run instead of the latest; return the screen of its kind, "main" for attention shapes."""
+        kinds = {"models": report.models, "finetuning": report.fine_tunings, "streaming": report.streams}
+        screen = next((name for name, cases in kinds.items() if cases), "main")
         if screen == "main":
             self.session, self.report = None, report
         else:

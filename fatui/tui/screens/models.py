@@ -1,7 +1,7 @@
 """The layout shared by the model screens: the setup at the top, the run below it, the table at the bottom."""
 
 from abc import abstractmethod
-from typing import ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from textual import on
 from textual.app import ComposeResult
@@ -13,7 +13,7 @@ from textual.widget import Widget
 from textual.widgets import Input, Static
 
 from attention.core.errors import NoBackendError, UsageError
-from attention.core.plan import MODEL_IMPLEMENTATIONS, FineTuningPlan, GenerationPlan
+from attention.core.plan import MODEL_IMPLEMENTATIONS, FineTuningPlan, GenerationPlan, ModelPlan
 from attention.core.results import Report
 from attention.core.workload import FineTuning, generations
 from attention.mlx_lm.configuration import bundled_names, check_mlx_lm, find_model
@@ -30,6 +30,9 @@ from fatui.tui.widgets.charts import Scale, Trend, TrendChart
 from fatui.tui.widgets.choice import Choice, Toggles
 from fatui.tui.widgets.live_pane import ceiling, progress_line, rate_trends
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 IDLE: Final = "{run} runs the setup above; a timed call then estimates the total, before the rounds start."
 ROOMY: Final = 34
 """Minimum terminal rows at which the charts of a finished run stay visible above its table."""
@@ -43,6 +46,10 @@ class ModelScreen(Screen[None]):
     TITLE_TEXT: ClassVar[str]
     NAME: ClassVar[str]
     """The screen's name in the app's actions."""
+    ROWS: ClassVar[tuple[str, ...]] = MODEL_IMPLEMENTATIONS
+    """What can be selected to be measured."""
+    IDLE_TEXT: ClassVar[str] = IDLE
+    """Shown before the first run."""
     app: Lab
 
     def __init__(self) -> None:
@@ -56,9 +63,7 @@ class ModelScreen(Screen[None]):
             pane.border_title = self.TITLE_TEXT
             with Widget(id="choices"):
                 yield from (self._restored(choice, chosen) for choice in (self._model_choice(chosen), *self.choices()))
-            yield Toggles(
-                MODEL_IMPLEMENTATIONS, chosen.get("implementations", MODEL_IMPLEMENTATIONS), id="implementations"
-            )
+            yield Toggles(self.ROWS, chosen.get("implementations", self.ROWS), id="implementations")
             yield Input(placeholder=FOLDER, id="folder")
         with Vertical(classes="pane", id="live-pane") as pane:
             pane.border_title = "Live"
@@ -79,11 +84,11 @@ class ModelScreen(Screen[None]):
         """Return the charts of a run."""
 
     @abstractmethod
-    def plan(self) -> GenerationPlan | FineTuningPlan:
+    def plan(self) -> ModelPlan:
         """Build the plan from the choices; raise UsageError if it cannot run."""
 
     @abstractmethod
-    def command(self, plan: GenerationPlan | FineTuningPlan) -> str:
+    def command(self, plan: ModelPlan) -> str:
         """Return the command that runs a plan."""
 
     @abstractmethod
@@ -136,7 +141,7 @@ class ModelScreen(Screen[None]):
     def action_run(self) -> None:
         """Run the plan that is set up."""
         try:
-            check_mlx_lm()
+            self.check_available()
             plan = self.plan()
         except (UsageError, NoBackendError) as error:
             text = formatting.problem_text(error) if isinstance(error, NoBackendError) else str(error)
@@ -144,6 +149,10 @@ class ModelScreen(Screen[None]):
             return
         self.app.runs.start_model(self.NAME, plan, self.command(plan))
         self._show()
+
+    def check_available(self) -> None:
+        """Raise NoBackendError if what is set up needs something that is not installed."""
+        check_mlx_lm()
 
     def action_folder(self) -> None:
         """Show the input for a model folder."""
@@ -202,14 +211,18 @@ class ModelScreen(Screen[None]):
             self.query_one("#live-pane").border_title = literal(f"Live · {label}" if label else "Live")
         else:
             run = self.app.keys[f"{self.NAME}_run"]
-            self.query_one("#progress", Static).update(IDLE.format(run=run))
+            self.query_one("#progress", Static).update(self.IDLE_TEXT.format(run=run))
         over = session is None or (not session.active and self.app.size.height < ROOMY)
         self.query_one("#live-pane").set_class(over, "-idle")
         self.query_one(StatusLine).show(self.TITLE_TEXT, _phase(session))
         pane = self.query_one("#table-pane")
         width = max(40, pane.content_size.width - 2)  # a scroll bar may come
-        shown = report_table(report, width=width) if report and report.all_cases else "Nothing measured yet."
+        shown = self.table(report, width) if report and report.all_cases else "Nothing measured yet."
         self.query_one("#model-table", Static).update(shown)
+
+    def table(self, report: Report, width: int) -> "RenderableType":
+        """Return the table of a report."""
+        return report_table(report, width=width)
 
 
 def _phase(session: ModelSession | None) -> str:
@@ -275,7 +288,7 @@ class Models(ModelScreen):
         )
         return GenerationPlan(cases=cases, implementations=self.implementations)
 
-    def command(self, plan: GenerationPlan | FineTuningPlan) -> str:
+    def command(self, plan: ModelPlan) -> str:
         """Return the command that runs a plan."""
         assert isinstance(plan, GenerationPlan)
         return model_command(plan)
@@ -328,7 +341,7 @@ class FineTunings(ModelScreen):
         )
         return FineTuningPlan(cases=(case,), implementations=self.implementations)
 
-    def command(self, plan: GenerationPlan | FineTuningPlan) -> str:
+    def command(self, plan: ModelPlan) -> str:
         """Return the command that runs a plan."""
         assert isinstance(plan, FineTuningPlan)
         return finetune_command(plan)

@@ -13,8 +13,8 @@ from typing import Any, Final, Generic, Literal, Protocol, TypeVar
 from msgspec import structs
 
 from attention.core import events as on
-from attention.core.plan import AnyPlan, FineTuningPlan, GenerationPlan, Plan
-from attention.core.results import Case, FineTuningCase, ModelCase, Report, Run
+from attention.core.plan import AnyPlan, ModelPlan, Plan
+from attention.core.results import Case, FineTuningCase, ModelCase, Report, Run, StreamCase
 from attention.engine.record import INTERRUPTED, AnyRecord
 from fatui import formatting
 from fatui.engine_process import Listener, Silence
@@ -225,8 +225,17 @@ class RunSession(Generic[P, C]):
 
     def case(self, index: int) -> C:
         """Return the rows of one case: final once it is complete, provisional while it runs."""
-        case: C = self._final.get(index) or self.record.case(index)
+        case: C = self._final.get(index) or self._provisional(self.record.case(index))
         return case
+
+    def _provisional(self, case: Any) -> Any:
+        """Return the case of a run that goes on, whose rows are not interrupted but incomplete."""
+        if not self.active:
+            return case
+        unfinished = (
+            structs.replace(row, stopped_by=None) if row.stopped_by == INTERRUPTED else row for row in case.rows
+        )
+        return structs.replace(case, rows=tuple(unfinished))
 
     def is_final(self, index: int) -> bool:
         """Whether the rows of a case are final."""
@@ -239,7 +248,7 @@ class RunSession(Generic[P, C]):
 
     def report(self) -> Report:
         """Return the report of the run so far, as stored in the history and in exports."""
-        cases = [self._final.get(index) or self.record.case(index) for index in range(len(self.record.cases))]
+        cases = [self.case(index) for index in range(len(self.record.cases))]
         return self.record.report(self._run_info(), cases)
 
     def _run_info(self) -> Run:
@@ -329,19 +338,9 @@ AnySession = RunSession[Any, Any]
 class Session(RunSession[Plan, Case]):
     """A run over attention shapes."""
 
-    def case(self, index: int) -> Case:
-        """Return the rows of one case: final once it is complete, provisional while it runs."""
-        case = super().case(index)
-        if self.is_final(index):
-            return case
-        unfinished = (
-            structs.replace(row, stopped_by=None) if row.stopped_by == INTERRUPTED else row for row in case.rows
-        )
-        return structs.replace(case, rows=tuple(unfinished))
 
-
-class ModelSession(RunSession[GenerationPlan | FineTuningPlan, ModelCase | FineTuningCase]):
-    """A run of generation or fine-tuning.
+class ModelSession(RunSession[ModelPlan, ModelCase | FineTuningCase | StreamCase]):
+    """A run of generation, fine-tuning, or over a stream.
 
     Attributes:
         losses: the training losses of each implementation so far.

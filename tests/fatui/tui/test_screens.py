@@ -265,7 +265,7 @@ async def test_help_lists_the_keys_of_the_screen_it_is_opened_on(stage):
 
 async def test_the_palette_has_every_action(stage):
     titles = [command.title for command in stage.app.get_system_commands(stage.app.main)]
-    assert len(titles) == 22
+    assert len(titles) == 23
     assert "Run (r)" in titles and "Quit (q)" in titles
     await stage.press("ctrl+p")
     await stage.press(*"sweep")

@@ -1,0 +1,119 @@
+"""The Streaming screen: time, memory and loss of each token of a stream, beside full attention."""
+
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from textual.binding import BindingType
+from textual.widget import Widget
+
+from attention.core.plan import ModelPlan, StreamPlan
+from attention.core.results import Report, StreamCase
+from attention.core.stream import ATTENTION_ROWS, STREAM_ROWS, Stream
+from attention.mlx_lm.configuration import bundled_names, check_mlx_lm, find_model
+from fatui.report.stream_curves import loss_chart, memory_chart, time_chart
+from fatui.report.table import report_table
+from fatui.reproduce import stream_command
+from fatui.tui import actions
+from fatui.tui.screens.models import ROOMY, ModelScreen
+from fatui.tui.view_models import kv_format
+from fatui.tui.view_models.session import ModelSession
+from fatui.tui.widgets.choice import Choice
+from fatui.tui.widgets.stream_curves import StreamCurves
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+IDLE: Final = "{run} runs the setup above: attention alone on random inputs, or a model on the bundled text."
+ALONE: Final = "none"
+"""The choice of no model: attention alone."""
+WIDE: Final = 110
+"""Columns from which a second chart stands beside the first."""
+
+
+class Streaming(ModelScreen):
+    """Screen that follows a stream of tokens through a bounded cache."""
+
+    CSS_PATH: ClassVar = ["list.tcss", "model_screen.tcss", "streaming.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.STREAMING), actions.closing("streaming")]
+    TITLE_TEXT = "Streaming"
+    NAME = "streaming"
+    ROWS = tuple(STREAM_ROWS)
+    IDLE_TEXT = IDLE
+
+    def _model_choice(self, chosen: dict[str, tuple[str, ...]]) -> Choice:
+        known = tuple(dict.fromkeys((ALONE, *bundled_names(), *chosen.get("model", ()))))
+        return Choice("model", known, id="model")
+
+    def choices(self) -> list[Choice]:
+        """Return the choices of tokens, window, first tokens, shape, dtype and K/V; others can be typed."""
+        return [
+            Choice("tokens", ("100000", "10000", "1000000"), id="tokens", typed_option=str),
+            Choice("window", ("1024", "252", "2048", "4096", "32768"), id="window", typed_option=str),
+            Choice("first", ("4", "0", "1", "8"), id="first", typed_option=str),
+            Choice("heads", ("8", "4", "16", "32"), id="heads", typed_option=str),
+            Choice("dim", ("64", "32", "128"), id="head_dim", typed_option=str),
+            Choice("type", ("bfloat16", "float16", "float32"), id="dtype"),
+            Choice("K/V", ("none", "int8", "int4"), id="kv_format", typing=kv_format),
+        ]
+
+    def charts(self) -> list[Widget]:
+        """Return the charts of time and loss, and that of memory for wide terminals."""
+        return [
+            StreamCurves("time per token", id="stream-times"),
+            StreamCurves("loss per token", id="stream-losses"),
+            StreamCurves("resident memory", id="stream-memory"),
+        ]
+
+    def check_available(self) -> None:
+        """Raise NoBackendError if a model is chosen, and mlx-lm is not installed."""
+        if self.chosen("model") != ALONE:
+            check_mlx_lm()
+
+    def plan(self) -> StreamPlan:
+        """Build the plan from the choices; heads and head dim are those of a model, if one is chosen."""
+        tokens, window, first = (self.numbers(name)[0] for name in ("tokens", "window", "first"))
+        model = self.chosen("model")
+        shape: dict[str, Any]
+        if model == ALONE:
+            shape = {"heads": self.numbers("heads")[0], "head_dim": self.numbers("head_dim")[0]}
+        else:
+            found = find_model(model)
+            shape = {"model": model, "heads": found.heads, "kv_heads": found.kv_heads, "head_dim": found.head_dim}
+        case = Stream(
+            tokens=tokens,
+            window=window,
+            first=first,
+            dtype=self.chosen("dtype"),  # type: ignore[arg-type]  # checked as it is made
+            kv_format=self.chosen("kv_format"),
+            **shape,
+        )
+        rows = self.implementations if case.model else ATTENTION_ROWS
+        return StreamPlan(cases=(case,), implementations=tuple(name for name in rows if name in self.implementations))
+
+    def command(self, plan: ModelPlan) -> str:
+        """Return the command that runs a plan."""
+        assert isinstance(plan, StreamPlan)
+        return stream_command(plan)
+
+    def draw(self, session: ModelSession) -> None:
+        """Draw the curves of a run."""
+        self._draw_case(session.record.case(0))
+
+    def table(self, report: Report, width: int) -> "RenderableType":
+        """Return the table of a report; the curves stand in it where there is no room for the charts."""
+        return report_table(report, width=width, curves=self.app.size.height < ROOMY)
+
+    def _show(self) -> None:
+        super()._show()
+        self.set_class(self.app.size.width >= WIDE, "-wide")
+        report = self.report
+        if self.session is None and report is not None and report.streams and self.app.size.height >= ROOMY:
+            self.query_one("#live-pane").set_class(False, "-idle")
+            self.query_one("#progress").display = False
+            self._draw_case(report.streams[0])
+
+    def _draw_case(self, case: StreamCase) -> None:
+        losses = loss_chart(case)
+        self.query_one("#stream-times", StreamCurves).show(time_chart(case))
+        self.query_one("#stream-losses", StreamCurves).show(losses)
+        self.query_one("#stream-losses").display = bool(losses.curves)
+        self.query_one("#stream-memory", StreamCurves).show(memory_chart(case))
