@@ -10,10 +10,15 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from attention.core.kv_format import Format
 from attention.kernels.metal.call import CallParams, CallShape, specialisation
 from attention.kernels.metal.tiles import EDGE, LIST_QUERIES, Kind, Tile
 
 Bools = NDArray[np.bool_]
+VALUES = 8
+"""Neighbouring quantized values that a thread loads."""
+WORD = 32
+"""Bits of a word of quantized numbers."""
 
 
 @dataclass
@@ -115,13 +120,26 @@ def _block_of_queries(
     for keys in _key_tiles(tile, shape, call, queries, span):
         if not _is_listed(own, queries, keys):
             continue
-        found.read("k", planes * len(keys) * (shape.head_dim + tile.dims_again))
-        found.read("v", planes * len(keys) * shape.head_dim)
+        if shape.kv_format is None:
+            found.read("k", planes * len(keys) * (shape.head_dim + tile.dims_again))
+            found.read("v", planes * len(keys) * shape.head_dim)
+        else:
+            _read_packed(found, "k", "key", shape.kv_format.key, planes * len(keys), shape.head_dim)
+            _read_packed(found, "v", "value", shape.kv_format.value, planes * len(keys), shape.head_dim)
         found.products += planes * tile.products_per_tile
         found.barriers += planes * tile.barriers_per_tile
         if call.mask != "none":
             seen = [_seen_by(call, shape, row % shape.queries, keys, own) for row in block]
             found.read("mask", planes * sum(seen))
+
+
+def _read_packed(found: Traffic, numbers: str, parts: str, form: Format, rows: int, width: int) -> None:
+    """Count words, scales and biases of quantized rows, read by a thread for each eight values."""
+    bits = [first * form.bits for first in range(0, width, VALUES)]
+    found.read(numbers, rows * sum((bit + VALUES * form.bits - 1) // WORD - bit // WORD + 1 for bit in bits))
+    found.read(f"{parts}_scales", rows * len(bits))
+    if form.has_biases:
+        found.read(f"{parts}_biases", rows * len(bits))
 
 
 def _is_listed(own: Bools | None, queries: range, keys: range) -> bool:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from attention.masks import Pattern
+    from attention.quantized_kv import KeyOrValue
 
 __all__ = ["KernelUnavailable", "availability", "flash_attention", "flash_attention_with_logsumexp"]
 
@@ -29,8 +30,8 @@ def availability() -> tuple[bool, str]:
 
 def flash_attention(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    k: KeyOrValue,
+    v: KeyOrValue,
     *,
     scale: float,
     causal: bool = False,
@@ -44,7 +45,8 @@ def flash_attention(
     """Compute attention on an Apple GPU; arguments and results as in `kernels.common.FlashAttention`.
 
     D, which is Dv, is 32, 64, 80, 96, 128, 192 or 256, with any strides, in float32, float16 or bfloat16. An additive
-    mask is differentiable, and so are sinks and slopes; mask and slopes through the score matrix. Further keywords:
+    mask is differentiable, and so are sinks and slopes; mask and slopes through the score matrix. Quantized k and v, of
+    any formats, are read packed, tile by tile; such a call has no gradient. Further keywords:
 
     - `sinks`: (H,), one extra logit per head in the softmax, without a value.
     - `pattern`: of `attention.masks`, whose block lists name the visible tiles; may be combined with the others.
@@ -62,8 +64,8 @@ def flash_attention(
 
 def flash_attention_with_logsumexp(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    k: KeyOrValue,
+    v: KeyOrValue,
     *,
     scale: float,
     causal: bool = False,

@@ -23,6 +23,7 @@ from attention.kernels.metal.gradients import gradients
 from attention.kernels.metal.launch import Arrays
 from attention.kernels.metal.lists import lists_of_pattern
 from attention.masks import Pattern
+from attention.quantized_kv import KeyOrValue
 
 Attend = Callable[..., Sequence[mx.array]]
 SPLIT_KEYS = 523
@@ -31,8 +32,8 @@ SPLIT_KEYS = 523
 
 def attend(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    k: KeyOrValue,
+    v: KeyOrValue,
     scale: float,
     causal: bool,
     window: int | None,
@@ -79,6 +80,8 @@ def _function(shape: CallShape, call: CallParams, with_logsumexp: bool) -> Atten
     def pull_back(
         primals: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]
     ) -> tuple[mx.array, ...]:
+        if shape.kv_format is not None:
+            metal_gradients.refuse_quantized()
         d_lse = cotangents[1].astype(mx.float32) if with_logsumexp else None
         return gradients(Arrays(*primals), cotangents[0].astype(primals[0].dtype), d_lse, outputs, shape, call)
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, cast
 
+from attention.core.kv_format import KVFormat, parse_kv_format
 from attention.core.route import NO_NEEDS, Needs
 from attention.core.workload import Workload
 from attention.kernels.common import check_bounds
@@ -12,6 +13,8 @@ from attention.masks import dtype_name
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+    from attention.quantized_kv import KeyOrValue
 
 MaskKind = Literal["none", "bool", "float32", "float16", "bfloat16"]
 """No mask, a bool one, or the dtype of an additive one."""
@@ -30,6 +33,9 @@ class CallShape:
     keys: int
     head_dim: int
     dtype: str
+    """Of all three, or of q."""
+    kv_format: KVFormat | None = None
+    """Of quantized keys and values."""
 
     @property
     def group(self) -> int:
@@ -76,6 +82,7 @@ class Specialisation:
     """For backward kernels: whether the logsumexp has a cotangent."""
     lists: bool = False
     alibi: bool = False
+    kv_format: KVFormat | None = None
 
     @property
     def name(self) -> str:
@@ -87,6 +94,7 @@ class Specialisation:
         more = {"logsumexp": self.logsumexp, "block lists": self.lists, "alibi": self.alibi}
         words += [word for word, on in more.items() if on]
         rows = f" {self.tile.block_q} rows" if self.tile.kind == "decode" else ""
+        words += [f"{self.kv_format.text} K/V"] if self.kv_format else []
         kind = self.tile.kind.partition("_")[0]  # the two backward kernels are checked together
         return " ".join([f"{kind} {self.dtype} D={self.tile.head_dim}{rows}", *words])
 
@@ -96,9 +104,8 @@ def specialisation(kind: Kind, shape: CallShape, call: CallParams, logsumexp: bo
     tile = tile_of(kind, shape.head_dim, shape.dtype, shape.group * shape.queries)
     sinks = call.sinks and kind in ("forward", "decode")
     window, softcap = call.window is not None, call.softcap is not None
-    return Specialisation(
-        tile, shape.dtype, call.causal, window, softcap, call.mask, sinks, logsumexp, call.lists, call.alibi
-    )
+    features = (call.causal, window, softcap, call.mask, sinks, logsumexp, call.lists, call.alibi)
+    return Specialisation(tile, shape.dtype, *features, shape.kv_format)
 
 
 def normalize(
@@ -143,19 +150,21 @@ def refusal_of_workload(workload: Workload) -> str | None:
 def of_workload(workload: Workload, needs: Needs = NO_NEEDS) -> tuple[CallShape, CallParams]:
     """Translate a workload into shape and call; an array mask counts as a bool one."""
     w = workload
-    shape = CallShape(w.batch, w.heads, w.kv_heads, w.seq, w.kv_seq, w.head_dim, w.dtype)
+    sizes = (w.batch, w.heads, w.kv_heads, w.seq, w.kv_seq, w.head_dim)
+    shape = CallShape(*sizes, w.dtype, parse_kv_format(w.kv_format))
     softcap = 1.0 if needs.softcap else None
     mask: MaskKind = "bool" if needs.array_mask else "none"
     lists = w.structured or needs.pattern
     return shape, normalize(w.scale, w.causal, w.window, softcap, w.kv_seq, mask, needs.sinks, lists, needs.alibi)
 
 
-def shape_of(q: "mx.array", k: "mx.array", v: "mx.array") -> CallShape:
+def shape_of(q: "mx.array", k: "KeyOrValue", v: "KeyOrValue") -> CallShape:
     """Return the shape of a call.
 
     Raises:
-        ValueError: shapes or dtypes are inconsistent or unsupported.
+        ValueError: shapes or dtypes are inconsistent or unsupported, or one of k and v is quantized and one is not.
     """
+    kv_format = _kv_format(k, v)
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     if len(q_shape) != 4 or len(k_shape) != 4 or len(v_shape) != 4:
         axes = f"{len(q_shape)}, {len(k_shape)}, {len(v_shape)}"
@@ -163,13 +172,22 @@ def shape_of(q: "mx.array", k: "mx.array", v: "mx.array") -> CallShape:
     fits = q_shape[0] == k_shape[0] and q_shape[3] == k_shape[3] and v_shape[:3] == k_shape[:3]
     if not fits or not k_shape[1] or q_shape[1] % k_shape[1] or 0 in q_shape or 0 in k_shape:
         raise ValueError(f"[flash_attention] shapes do not fit: q {q_shape}, k {k_shape}, v {v_shape}.")
-    if not q.dtype == k.dtype == v.dtype:
+    if kv_format is None and not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"[flash_attention] q, k and v have one type; got {q.dtype}, {k.dtype}, {v.dtype}.")
     dtype = dtype_name(q.dtype)
     reason = refusal(dtype, q_shape[3], v_shape[3])
     if reason:
         raise ValueError(f"[flash_attention] {reason}.")
-    return CallShape(q_shape[0], q_shape[1], k_shape[1], q_shape[2], k_shape[2], q_shape[3], dtype)
+    return CallShape(q_shape[0], q_shape[1], k_shape[1], q_shape[2], k_shape[2], q_shape[3], dtype, kv_format)
+
+
+def _kv_format(k: "KeyOrValue", v: "KeyOrValue") -> KVFormat | None:
+    key, value = getattr(k, "format", None), getattr(v, "format", None)
+    if key is None and value is None:
+        return None
+    if key is None or value is None:
+        raise ValueError("[flash_attention] k, v: got one quantized and one not; both are, or neither.")
+    return KVFormat(key, value)
 
 
 def mask_kind(mask: "mx.array | None", shape: CallShape) -> MaskKind:

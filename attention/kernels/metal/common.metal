@@ -154,6 +154,20 @@ METAL_FUNC void load_tile(
   }
 }
 
+// The rows of one head of an array.
+template <typename T>
+struct DenseRows {
+  const device T* data;
+  int64_t row_stride, column_stride;
+};
+
+// Loads rows from `from` on into a tile; those from `end` on are zero.
+template <typename T, int ROWS, int WIDTH, int PITCH, int THREADS>
+METAL_FUNC void load_rows(DenseRows<T> rows, int from, int end, threadgroup T* tile, uint thread_id) {
+  load_tile<T, ROWS, WIDTH, PITCH, THREADS>(
+      rows.data + from * rows.row_stride, rows.row_stride, rows.column_stride, tile, end - from, thread_id);
+}
+
 // Whether query row `query` attends to a key by position; `shift` = Lk - Lq aligns queries with keys.
 template <bool CAUSAL, bool WINDOW>
 METAL_FUNC bool is_seen(int query, int key, int queries, int keys, int window) {

@@ -8,9 +8,10 @@
 //   +-------------+     +------------------------------------+
 //                       O (8 x D), maximum and sum of each row: in registers
 //
-// LISTS: the keys are those of the listed tiles. PACKED (GQA row packing): the rows are those of all query heads that share a key head, and each of several threadgroups
-// processes a span of the keys; join.metal combines their normalised outputs and logsumexps. There are then more than
-// BLOCK_Q / 8 simdgroups; the additional ones only load.
+// LISTS: the keys are those of the listed tiles. PACKED (GQA row packing): the rows are those of all query heads that share a
+// key head, and each of several threadgroups processes a span of the keys; join.metal combines their normalised outputs and
+// logsumexps. There are then more than BLOCK_Q / 8 simdgroups; the additional ones only load. QUANTIZED: keys and values are
+// dequantized on their way into the tile (quantized.metal).
   constexpr int THREADS = SIMDGROUPS * 32;
   constexpr int DIMS = D / 8;
   constexpr int KEYS = BLOCK_K / 8;
@@ -23,6 +24,8 @@
   const int rows = packed * queries;
   const uint lane = thread_index_in_simdgroup;
   const int simdgroup_at = int(simdgroup_index_in_threadgroup);
+  const int span = division[0];  // keys of a split
+  const int splits = division[1];
   const int split = int(threadgroup_position_in_grid.z) % splits;
   int batch = int(threadgroup_position_in_grid.z) / splits;
   int plane = int(threadgroup_position_in_grid.y);
@@ -47,8 +50,15 @@
   threadgroup T query_tile[BLOCK_Q * PITCH];
   threadgroup T key_tile[BLOCK_K * PITCH];
 
-  const device T* keys_at = k + batch * k_strides[0] + key_head * k_strides[1];
-  const device T* values_at = v + batch * v_strides[0] + key_head * v_strides[1];
+#ifdef QUANTIZED
+  const auto key_rows = packed_rows<KEY_MODE, KEY_BITS, KEY_GROUP>(
+      k, k_strides, key_scales, key_scales_strides, key_biases, key_biases_strides, batch, key_head);
+  const auto value_rows = packed_rows<VALUE_MODE, VALUE_BITS, VALUE_GROUP>(
+      v, v_strides, value_scales, value_scales_strides, value_biases, value_biases_strides, batch, key_head);
+#else
+  const DenseRows<T> key_rows = {k + batch * k_strides[0] + key_head * k_strides[1], k_strides[2], k_strides[3]};
+  const DenseRows<T> value_rows = {v + batch * v_strides[0] + key_head * v_strides[1], v_strides[2], v_strides[3]};
+#endif
   if (PACKED) {
     for (int i = int(thread_index_in_threadgroup); i < BLOCK_Q * D; i += THREADS) {
       const int r = first_row + i / D;
@@ -64,7 +74,7 @@
 
   Fragment sums[DIMS];
   clear<DIMS>(sums);
-  float largest = SINKS && split == 0 && is_row ? float(sinks[head * sinks_strides[0]]) : -INFINITY;
+  float largest = SINKS && split == 0 && is_row ? float(sinks[head]) : -INFINITY;
   float total = largest == -INFINITY ? 0.0f : 1.0f;
 
   const int first_query = PACKED ? 0 : first_row;
@@ -91,8 +101,7 @@
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);  // B1: V is no longer read
-    load_tile<T, BLOCK_K, D, PITCH, THREADS>(
-        keys_at + key0 * k_strides[2], k_strides[2], k_strides[3], key_tile, keys - key0, thread_index_in_threadgroup);
+    load_rows<T, BLOCK_K, D, PITCH, THREADS>(key_rows, key0, keys, key_tile, thread_index_in_threadgroup);
     threadgroup_barrier(mem_flags::mem_threadgroup);  // B2: K and Q are loaded
     Fragment scores[KEYS];
     clear<KEYS>(scores);
@@ -101,9 +110,7 @@
           scores, query_tile + simdgroup_at * 8 * PITCH, PITCH, key_tile, PITCH, fragment_r, fragment_c);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);  // B3: K is no longer read
-    load_tile<T, BLOCK_K, D, PITCH, THREADS>(
-        values_at + key0 * v_strides[2], v_strides[2], v_strides[3], key_tile, keys - key0,
-        thread_index_in_threadgroup);
+    load_rows<T, BLOCK_K, D, PITCH, THREADS>(value_rows, key0, keys, key_tile, thread_index_in_threadgroup);
 
     if (computes) {
       // Most tiles need no masking by position; rows past the end, which are not written, may attend to them too.

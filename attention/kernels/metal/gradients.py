@@ -52,8 +52,10 @@ def plain_attention(arrays: Arrays, call: CallParams) -> tuple[mx.array, mx.arra
 MASK: Final = 3
 """Index of the mask argument, whose batch may be 1."""
 SINKS: Final = 4
-"""Index of the sinks argument, which has no batch, as those after it in `Arrays`."""
+"""Index of the sinks argument, which has no batch, as those after it in `Arrays` up to the block lists."""
 SLOPES: Final = 5
+PARTS: Final = Arrays._fields.index("key_scales")
+"""Index of the first of the scales and biases, which have the batch of the keys."""
 
 Function = Callable[..., Sequence[mx.array]]
 Rule = Callable[[Sequence[mx.array], Sequence[int | None]], tuple[list[mx.array], list[int]]]
@@ -82,7 +84,7 @@ def vmap_rule(shape: CallShape, function_of: Callable[[CallShape], Function]) ->
         return made, [0] * len(made)
 
     def _fold(at: int, x: mx.array, axis: int | None, size: int) -> mx.array:
-        if axis is None and (SINKS <= at < len(Arrays._fields) or (at == MASK and x.shape[0] == 1)):
+        if axis is None and (SINKS <= at < PARTS or (at == MASK and x.shape[0] == 1)):
             return x
         x = x[None] if axis is None else mx.moveaxis(x, axis, 0)
         return mx.broadcast_to(x, (size, shape.batch, *x.shape[2:])).reshape(size * shape.batch, *x.shape[2:])
@@ -97,6 +99,11 @@ def _at(x: mx.array, axis: int | None, index: int) -> mx.array:
 def refuse_jvp(*_: Any) -> NoReturn:
     """The jvp rule of the kernels."""
     raise ValueError("flash_attention has no forward-mode derivative (jvp); implementation 'baseline' has.")
+
+
+def refuse_quantized() -> NoReturn:
+    """Raise the error of gradients of calls with quantized keys and values."""
+    raise ValueError("flash_attention has no gradient for quantized keys and values; implementation 'baseline' has.")
 
 
 def refuse_second_derivative(*_: Any) -> NoReturn:

@@ -10,23 +10,31 @@ import mlx.core as mx
 from attention.kernels.metal.call import CallParams, CallShape, Specialisation, specialisation
 from attention.kernels.metal.lists import MIN_DEVICE_ELEMENTS, ListArrays
 from attention.kernels.metal.tiles import LIST_KEYS, LIST_QUERIES, SIMD, Kind
+from attention.quantized_kv import KeyOrValue, QuantizedArray
 
 FOLDER: Final = Path(__file__).parent
+PARTS: Final = ("key_scales", "key_biases", "value_scales", "value_biases")
 POSITIONS: Final = ("mask", "slopes", "lists", "entries", "bits")
 SCALARS: Final = ("scale", "softcap", "window")
 INPUTS: Final = {
-    "forward": ("q", "k", "v", *POSITIONS, "sinks", *SCALARS, "span", "splits"),
+    "forward": ("q", "k", "v", *POSITIONS, "sinks", *SCALARS, "division"),
+    "forward_quantized": ("q", "k", "v", *PARTS, *POSITIONS, "sinks", *SCALARS, "division"),
     "backward_query": ("q", "k", "v", "o", "lse", "rest", "d_o", "d_lse", *POSITIONS, *SCALARS),
     "backward_key": ("q", "k", "v", "lse", "rest", "delta", "d_o", *POSITIONS, *SCALARS),
     "join": ("parts", "lses", "rests"),
 }
-"""Names of the arrays of each source."""
+"""Names of the arrays of each kernel. With those that MLX adds for shapes and strides, they are at most Metal's 31."""
+SOURCES: Final = {"forward_quantized": ("forward", "quantized")}
+"""Body, and source that its header ends in, of kernels that have not their name and common.metal alone."""
 OUTPUTS: Final = {
     "forward": ("o", "lse", "rest"),
+    "forward_quantized": ("o", "lse", "rest"),
     "backward_query": ("d_q", "delta"),
     "backward_key": ("d_k", "d_v"),
     "join": ("o", "lse", "rest"),
 }
+MODES: Final = ("affine", "mxfp8", "mxfp4", "nvfp4")
+"""As in quantized.metal."""
 SPLIT_KEYS: Final = 256
 """Minimum number of keys per split. Chosen, not measured, like `MAX_SPLITS` and `TARGET_THREADGROUPS`."""
 MAX_SPLITS: Final = 32
@@ -54,6 +62,11 @@ class Arrays(NamedTuple):
     bits: mx.array
     key_lists: mx.array
     key_entries: mx.array
+    key_scales: mx.array
+    """This and the following: of quantized keys and values, whose numbers are k and v."""
+    key_biases: mx.array
+    value_scales: mx.array
+    value_biases: mx.array
 
 
 metal_kernel: Callable[..., Kernel] = cast("Callable[..., Kernel]", mx.fast.metal_kernel)
@@ -68,12 +81,13 @@ def source(text: str) -> str:
 @functools.cache
 def _kernel(text: str) -> Kernel:
     """Create a kernel from a source; MLX compiles it for each combination of input dtypes and constants."""
+    body, *more = SOURCES.get(text, (text,))
     return metal_kernel(
         name=f"fatui_{text}",
         input_names=list(INPUTS[text]),
         output_names=list(OUTPUTS[text]),
-        source=source(text),
-        header=source("common"),
+        source=source(body),
+        header="\n".join(map(source, ("common", *more))),
         ensure_row_contiguous=False,
     )
 
@@ -84,11 +98,19 @@ def queue(text: str, inputs: Sequence[mx.array], **call: Any) -> list[mx.array]:
 
 
 @functools.lru_cache(maxsize=1024)
-def scalars(call: CallParams, *more: int) -> tuple[mx.array, ...]:
-    """Return the scalars of a call, and further ones, as arrays without axes."""
+def scalars(call: CallParams) -> tuple[mx.array, ...]:
+    """Return the scalars of a call as arrays without axes."""
     floats = [mx.array(x, mx.float32) for x in (call.scale, call.softcap or 0.0)]
-    made = (*floats, *(mx.array(x, mx.int32) for x in (call.window or 0, *more)))
+    made = (*floats, mx.array(call.window or 0, mx.int32))
     mx.eval(*made)
+    return made
+
+
+@functools.lru_cache(maxsize=1024)
+def _division(span: int, splits: int) -> mx.array:
+    """Return how the keys are split: keys of a split, and number of splits."""
+    made = mx.array([span, splits], mx.int32)
+    mx.eval(made)
     return made
 
 
@@ -102,21 +124,34 @@ def placeholder(axes: int) -> mx.array:
 
 def arrays_of(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    k: KeyOrValue,
+    v: KeyOrValue,
     mask: mx.array | None = None,
     sinks: mx.array | None = None,
     slopes: mx.array | None = None,
     lists: ListArrays | None = None,
 ) -> Arrays:
     """Return the arrays of a call; the mask gets four axes, sinks and slopes (H,) the dtype float32."""
+    absent = ListArrays(placeholder(4), placeholder(1), placeholder(1), placeholder(4), placeholder(1))
     return Arrays(
-        *(q, k, v),
+        *(q, _numbers(k), _numbers(v)),
         placeholder(4) if mask is None else mask.reshape((1,) * (4 - mask.ndim) + mask.shape),
         placeholder(1) if sinks is None else sinks.astype(mx.float32),
         placeholder(1) if slopes is None else slopes.astype(mx.float32),
-        *((placeholder(4), *[placeholder(1)] * 2, placeholder(4), placeholder(1)) if lists is None else lists),
+        *(absent if lists is None else lists),
+        *_scales_and_biases(k),
+        *_scales_and_biases(v),
     )
+
+
+def _numbers(x: KeyOrValue) -> mx.array:
+    return x.numbers if isinstance(x, QuantizedArray) else x
+
+
+def _scales_and_biases(x: KeyOrValue) -> tuple[mx.array, mx.array]:
+    if not isinstance(x, QuantizedArray):
+        return placeholder(4), placeholder(4)
+    return x.scales, placeholder(4) if x.biases is None else x.biases
 
 
 def in_device(array: mx.array) -> mx.array:
@@ -125,6 +160,15 @@ def in_device(array: mx.array) -> mx.array:
     MLX passes arrays of fewer than 8 elements as constant memory, which would change the kernel that was checked.
     """
     return mx.broadcast_to(array[..., None], (*array.shape, MIN_DEVICE_ELEMENTS))
+
+
+def _in_device_if_small(array: mx.array) -> mx.array:
+    return in_device(array) if array.size < MIN_DEVICE_ELEMENTS else array
+
+
+def _padded(array: mx.array) -> mx.array:
+    """Return an array (H,) as contiguous device memory: the kernels have no buffer to spare for its stride."""
+    return mx.contiguous(mx.pad(array, (0, MIN_DEVICE_ELEMENTS)))
 
 
 def constants(special: Specialisation) -> list[tuple[str, Any]]:
@@ -145,6 +189,18 @@ def constants(special: Specialisation) -> list[tuple[str, Any]]:
         ("LISTS", special.lists),
         ("LIST_Q", LIST_QUERIES),
         ("LIST_K", LIST_KEYS),
+    ]
+
+
+def _format_constants(special: Specialisation) -> list[tuple[str, Any]]:
+    """Return the further template arguments of the forward kernel for quantized keys and values."""
+    if special.kv_format is None:
+        return []
+    forms = {"KEY": special.kv_format.key, "VALUE": special.kv_format.value}
+    return [
+        (f"{name}_{what}", number)
+        for name, form in forms.items()
+        for what, number in (("MODE", MODES.index(form.mode)), ("BITS", form.bits), ("GROUP", form.group_size))
     ]
 
 
@@ -172,12 +228,16 @@ def _attend(kind: Kind, arrays: Arrays, shape: CallShape, call: CallParams, spli
     special = specialisation(kind, shape, call)
     tile, packed = special.tile, kind == "decode"
     out = mx.float32 if splits > 1 else arrays.q.dtype
-    sinks = in_device(arrays.sinks) if call.sinks else arrays.sinks
+    sinks = _padded(arrays.sinks) if call.sinks else arrays.sinks
     lines = (splits, shape.batch, shape.heads, shape.queries)
-    own = [("PACKED", packed), ("SINKS", special.sinks), ("OUT", out)]
+    own = [("PACKED", packed), ("SINKS", special.sinks), ("OUT", out), *_format_constants(special)]
+    name, keys_and_values = "forward", [arrays.k, arrays.v]
+    if shape.kv_format is not None:
+        parts = (arrays.key_scales, arrays.key_biases, arrays.value_scales, arrays.value_biases)
+        name, keys_and_values = "forward_quantized", [*map(_in_device_if_small, (*keys_and_values, *parts))]
     o, lse, rest = queue(
-        "forward",
-        [*arrays[:3], *_positions(arrays, shape, call), sinks, *scalars(call, span, splits)],
+        name,
+        [arrays.q, *keys_and_values, *_positions(arrays, shape, call), sinks, *scalars(call), _division(span, splits)],
         output_shapes=[(*lines, shape.head_dim), lines, lines],
         output_dtypes=[out, mx.float32, mx.float32],
         template=constants(special) + own,
@@ -287,8 +347,8 @@ def _positions(arrays: Arrays, shape: CallShape, call: CallParams, of_keys: bool
     mask, slopes = arrays.mask, arrays.slopes
     if call.mask != "none":
         mask = in_device(mx.broadcast_to(mask, (shape.batch, shape.heads, shape.queries, shape.keys)))
-    if call.alibi:  # contiguous, as the kernels have no buffer to spare for its strides
-        slopes = mx.contiguous(mx.pad(slopes, (0, MIN_DEVICE_ELEMENTS)))
+    if call.alibi:
+        slopes = _padded(slopes)
     of_lists = (arrays.key_lists, arrays.key_entries) if of_keys else (arrays.lists, arrays.entries)
     return [mask, slopes, *of_lists, arrays.bits]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from attention.core.errors import KernelUnavailable
-from attention.core.route import Needs, Route, unsupported
+from attention.core.kv_format import Format, KVFormat
+from attention.core.route import MAX_PATH_LENGTH, Needs, Route, unsupported
 from attention.kernels.common.first_use import PASSED, headline
 from attention.kernels.metal.call import (
     FEW_ROWS,
@@ -27,9 +28,12 @@ if TYPE_CHECKING:
     from attention.core.workload import Workload
     from attention.kernels.metal.tiles import Kind
     from attention.masks import Mask
+    from attention.quantized_kv import KeyOrValue
 
-TAKES: Final = frozenset({"pattern", "alibi", "logsumexp"})
+TAKES: Final = frozenset({"pattern", "alibi", "logsumexp", "quantized"})
 """What the kernels take beyond bounds, array masks and softcap."""
+CHECKED_FORMAT: Final = KVFormat(Format("affine", 4, 32), Format("mxfp8", 8, 32))
+"""Quantized keys and values of the checks of all kernels."""
 LISTED: Final = "; with block lists the keys of a few queries are not split among threadgroups"
 UNKNOWN: Final = "how fast it is on a Mac was never measured by its authors; `demo` tries it beside MLX's own"
 UNMEASURED: Final = (
@@ -58,10 +62,22 @@ def route(workload: Workload, needs: Needs) -> Route:
     reason = f"flash attention in Metal, {state}; {UNKNOWN}"
     if workload.pass_ == "training":
         reason += _of_gradients(shape, call)
-    path = "Metal kernel, split K" if call.splits_keys(shape) else "Metal kernel"
-    if call.lists:
-        path, reason = "Metal kernel, lists", reason + LISTED if shape.few else reason
+    how = "lists" if call.lists else "split K" if call.splits_keys(shape) else ""
+    if call.lists and shape.few:
+        reason += LISTED
+    if workload.quantized:
+        reason += f"; {workload.kv_format} is read packed, tile by tile"
+    path = _path(how, workload.kv_format if workload.quantized else "")
     return Route(path=path, fused=True, reason=reason, predicted_bytes=_predicted(workload, shape, call))
+
+
+def _path(how: str, kv_format: str) -> str:
+    """Return the path's name, with the format of keys and values as far as its column has room."""
+    if not kv_format:
+        return f"Metal kernel, {how}" if how else "Metal kernel"
+    starts = [f"{name}, {how}" if how else name for name in ("Metal kernel", "Metal")]
+    names = [f"{start}, {kind}" for kind in (kv_format, "quant") for start in starts]
+    return next(name for name in names if len(name) <= MAX_PATH_LENGTH)
 
 
 def is_built() -> bool:
@@ -80,8 +96,8 @@ def build(on_message: Callable[[str], None]) -> None:
     on_message(f"The Metal kernels are compiled and checked at the first call of each kind ({metal_trust.describe()})")
 
 
-def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
-    """Compute attention; shapes as in `Implementation.__call__`.
+def attend(q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
+    """Compute attention; shapes as in `Implementation.__call__`. Keys and values may both be quantized.
 
     Raises:
         KernelUnavailable: Metal cannot compile the kernel, or it disagrees with the reference.
@@ -90,7 +106,14 @@ def attend(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, s
 
 
 def attend_with_sinks(
-    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None, sinks: mx.array | None
+    q: mx.array,
+    k: KeyOrValue,
+    v: KeyOrValue,
+    *,
+    scale: float,
+    mask: Mask,
+    softcap: float | None,
+    sinks: mx.array | None,
 ) -> mx.array:
     """Compute attention with `sinks` (H,): one extra logit per head in the softmax, without a value."""
     from attention.kernels import metal
@@ -99,7 +122,7 @@ def attend_with_sinks(
 
 
 def with_logsumexp(
-    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, softcap: float | None
+    q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None
 ) -> tuple[mx.array, mx.array]:
     """Compute attention as `attend`, and the logsumexp (B, H, Lq) in float32, -inf for fully masked rows."""
     from attention.kernels import metal
@@ -181,7 +204,7 @@ def summary() -> tuple[str, str | None]:
 
 
 def check_all() -> Iterator[str]:
-    """Self-check the kernels of every head dim and dtype, causal and with block lists; yields each name first.
+    """Self-check the kernels of every head dim and dtype, causal, with block lists, and quantized; yields names first.
 
     Raises:
         KernelUnavailable: there is no Metal device.
@@ -203,6 +226,10 @@ def check_all() -> Iterator[str]:
                 ("forward", many, listed, attend.check),
                 ("backward_key", many, listed, gradients.check),
             ]
+            if head_dim % CHECKED_FORMAT.key.group_size == 0:
+                form = CHECKED_FORMAT
+                checks.append(("forward", replace(many, kv_format=form), causal, attend.check))
+                checks.append(("decode", replace(few, kv_format=form), causal, attend.check))
             for kind, shape, call, check in checks:
                 yield specialisation(kind, shape, call).name
                 with suppress(KernelUnavailable):  # stored with its reason, like one that passes

@@ -16,6 +16,7 @@ from attention.kernels.metal.lists import ListArrays, lists_of_pattern
 from attention.kernels.metal.tiles import LIST_QUERIES
 from attention.masks import Pattern, blocks, dilated, dtype_name
 from attention.measure.reference import Rules
+from attention.quantized_kv import KeyOrValue, QuantizedArray, quantized
 
 Bools = NDArray[np.bool_]
 QUERIES, KEYS = 70, 83
@@ -30,8 +31,8 @@ class Inputs:
     """Inputs of a self-check; `mask` to `seen` if the call has them."""
 
     q: mx.array
-    k: mx.array
-    v: mx.array
+    k: KeyOrValue
+    v: KeyOrValue
     cotangent: mx.array
     mask: mx.array | None
     sinks: mx.array | None
@@ -76,7 +77,8 @@ def inputs(shape: CallShape, call: CallParams, seed: int = 7, logsumexp: bool = 
 
     The mask hides all of row 0. An additive one fills row 1 with a large finite value, where the query is 0, so that
     the weights are equal. No array is contiguous: q is a slice within its rows, k and the cotangent have the heads
-    axis inside the rows, as in models, and the columns of v are strided.
+    axis inside the rows, as in models, and the columns of v are strided. Quantized keys and values are views of longer
+    buffers, as in a cache.
     """
     random = np.random.default_rng(seed)
     batch, dim, dtype = shape.batch, shape.head_dim, getattr(mx, shape.dtype)
@@ -99,13 +101,29 @@ def inputs(shape: CallShape, call: CallParams, seed: int = 7, logsumexp: bool = 
     sinks = mx.array(random.standard_normal(shape.heads, np.float32)) if call.sinks else None
     by_sum = mx.array(random.standard_normal((batch, shape.heads, shape.queries), np.float32)) if logsumexp else None
     slopes = mx.array(0.1 * random.random(shape.heads, np.float32)) if call.alibi else None
-    arrays = (q[..., 4:-4], k.swapaxes(1, 2), v[..., ::2], cotangent.swapaxes(1, 2))
-    given = Inputs(*arrays, mask, sinks, by_sum, slopes)
+    keys: KeyOrValue = k.swapaxes(1, 2)
+    values: KeyOrValue = v[..., ::2]
+    if shape.kv_format is not None:
+        keys, values = (
+            _in_buffer(quantized(x, form)) for x, form in ((keys, shape.kv_format.key), (values, shape.kv_format.value))
+        )
+    given = Inputs(q[..., 4:-4], keys, values, cotangent.swapaxes(1, 2), mask, sinks, by_sum, slopes)
     if not call.lists:
         return given
     pattern = _pattern(shape, random)
     seen = np.array(pattern.dense((batch, shape.heads, shape.queries, shape.keys)))
     return replace(given, lists=lists_of_pattern(pattern, shape), seen=seen)
+
+
+def _in_buffer(x: QuantizedArray) -> QuantizedArray:
+    """Return an array as a view of a longer one."""
+    rows = x.shape[2]
+    return x.with_arrays([mx.pad(part, [(0, 0), (0, 0), (3, 5), (0, 0)])[:, :, 3 : 3 + rows] for part in x.arrays])
+
+
+def exact_rows(x: KeyOrValue) -> Floats:
+    """Return keys or values in float64."""
+    return x.exact() if isinstance(x, QuantizedArray) else exact(x)
 
 
 def _rules(given: Inputs, call: CallParams) -> RulesOf:
@@ -125,12 +143,12 @@ def _rules(given: Inputs, call: CallParams) -> RulesOf:
 
 def reference(given: Inputs, call: CallParams) -> tuple[Floats, Floats]:
     """Return output and logsumexp; fully masked rows give 0 and -inf."""
-    return selfcheck.results(exact(given.q), exact(given.k), exact(given.v), _rules(given, call))
+    return selfcheck.results(exact(given.q), exact_rows(given.k), exact_rows(given.v), _rules(given, call))
 
 
 def reference_gradients(given: Inputs, call: CallParams) -> list[Floats]:
     """Return the gradients of q, k and v, and with sinks each row's contribution to theirs, (B, H, Lq)."""
-    q, k, v, cotangent = (exact(x) for x in (given.q, given.k, given.v, given.cotangent))
+    q, k, v, cotangent = (exact_rows(x) for x in (given.q, given.k, given.v, given.cotangent))
     by_sum = None if given.logsumexp_cotangent is None else exact(given.logsumexp_cotangent)
     made = selfcheck.gradients(q, k, v, cotangent, _rules(given, call), by_sum)
     return made if given.sinks is not None else made[:3]

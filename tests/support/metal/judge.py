@@ -13,6 +13,7 @@ from attention.kernels.metal import selfcheck
 from attention.kernels.metal.call import CallParams
 from attention.kernels.metal.selfcheck import Inputs
 from attention.masks import Mask, cast_additive
+from attention.quantized_kv import QuantizedArray
 
 NAMES = ("output", "dQ", "dK", "dV", "rows of the sinks' gradient")
 """For sinks, which are few, the contribution of each row: a sum over all rows may be right or wrong by chance."""
@@ -58,7 +59,8 @@ def plain_results(given: Inputs, call: CallParams) -> list[mx.array]:
     sinks = mx.zeros(rows) if given.sinks is None else mx.broadcast_to(given.sinks[:, None], rows)
     by_sum = mx.zeros(rows) if given.logsumexp_cotangent is None else given.logsumexp_cotangent
     cotangents = [given.cotangent, by_sum.astype(given.q.dtype)]
-    outputs, pulled = mx.vjp(attend_plainly, [given.q, given.k, given.v, sinks], cotangents)
+    k, v = (x.dequantized(given.q.dtype) if isinstance(x, QuantizedArray) else x for x in (given.k, given.v))
+    outputs, pulled = mx.vjp(attend_plainly, [given.q, k, v, sinks], cotangents)
     return [outputs[0], *pulled]
 
 

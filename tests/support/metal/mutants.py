@@ -1,9 +1,10 @@
 # ruff: noqa: E501  one fault a line, as in a table
 """Faults planted in the kernels' sources, and how each must be found: by a finding of the verifier, or a wrong result."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
+from attention.core.kv_format import parse_kv_format
 from attention.kernels.metal.call import CallShape
 
 MANY: Final = CallShape(1, 2, 1, 45, 70, 64, "float16")
@@ -215,3 +216,36 @@ LISTED: Final = (
     Mutant("dK, dV, alibi: the slope of the first head", "backward_key", "slopes[head]", "slopes[0]", "dV", "lists of heads", TILES),
 )  # fmt: skip
 """Faults in the iteration over block lists, and in alibi."""
+
+
+def packed(kv_format: str, shape: CallShape = MANY) -> CallShape:
+    """The shape with quantized keys and values."""
+    return replace(shape, kv_format=parse_kv_format(kv_format))
+
+
+PACKED: Final = "forward_quantized"
+QUANTIZED: Final = (
+    Mutant("quantized: the scale of the first group", PACKED, "column / GROUP", "0", "output", shape=packed("int4:32")),
+    Mutant("quantized: the bias of the first group", PACKED, "group * rows.bias_column", "0", "output", shape=packed("int4:32")),
+    Mutant("quantized: no bias", PACKED, "MODE == AFFINE ? float(rows.biases", "false ? float(rows.biases", "output", shape=packed("int8")),
+    Mutant("quantized: the first word twice", PACKED, "words[rows.number_column]", "words[0]", "output", shape=packed("int8")),
+    Mutant("quantized: the second word is not read", PACKED, "shift + 8 * BITS > 32", "8 * BITS > 32", "output", shape=packed("int3")),
+    Mutant("quantized: bits of the second word are lost", PACKED, "low = low >> shift | high << (32 - shift);", "low = low >> shift;", "output", shape=packed("int3")),
+    Mutant("quantized: the second word is not shifted", PACKED, "high >>= shift;", "", "output", shape=packed("int5")),
+    Mutant("quantized: a number across two words", PACKED, "low >> place | high << (32 - place) % 32", "low >> place", "output", shape=packed("int6")),
+    Mutant("quantized: neighbours in a number", PACKED, "bits & LOWEST", "bits", "output", shape=packed("int4")),
+    Mutant("quantized: rows past the end are loaded", PACKED, "if (from + row < end) {", "if (true) {", "out-of-bounds: k ", shape=packed("int4")),
+    Mutant("quantized: half of a thread's values", PACKED, "column + 4) = moved[1]", "column) = moved[1]", "uninitialised read: threadgroup array key_tile", shape=packed("int4")),
+    Mutant("quantized: half of e4m3", PACKED, "* 256.0f", "* 128.0f", "output", shape=packed("mxfp8")),
+    Mutant("quantized: e4m3 has no sign", PACKED, "(bits & 128) != 0 ? -size : size", "size", "output", shape=packed("mxfp8")),
+    Mutant("quantized: e2m1 has no sign", PACKED, "(bits & 8) != 0 ? -size : size", "size", "output", shape=packed("mxfp4")),
+    Mutant("quantized: e8m0 is one off", PACKED, "bits << 23", "(bits + 1) << 23", "output", shape=packed("mxfp4")),
+    Mutant("quantized: nvfp4 has scales of powers of two", PACKED, "MODE == NVFP4 ? from_e4m3(uint(scale)) : ", "", "output", shape=packed("nvfp4")),
+    Mutant("quantized: values in the keys' format", PACKED, "packed_rows<VALUE_MODE, VALUE_BITS, VALUE_GROUP>", "packed_rows<KEY_MODE, KEY_BITS, KEY_GROUP>", "output", shape=packed("int4+int4:32")),
+    Mutant("quantized: numbers of the first head", PACKED, "head * number_strides[1]", "0", "output", "full", packed("int8", FEW)),
+    Mutant("quantized: scales of the first head", PACKED, "head * scale_strides[1]", "0", "output", "full", packed("int8", FEW)),
+    Mutant("quantized: biases of the first head", PACKED, "head * bias_strides[1]", "0", "output", "full", packed("int8", FEW)),
+    Mutant("quantized: no barrier B2", PACKED, f"{BARRIER}B2:", "// B2:", "race: key_tile", shape=packed("int4")),
+    Mutant("quantized: spans overlap", PACKED, "split * span + span)", "split * span + span + 16)", "output", "full", packed("int4", FEW)),
+)  # fmt: skip
+"""Faults in the loading of quantized keys and values."""

@@ -8,13 +8,13 @@ from tests.support.metal.case import KINDS as PLAIN_KINDS
 from tests.support.metal.case import LISTED as LISTED_KINDS
 from tests.support.metal.case import problems
 from tests.support.metal.device import Device, needs_verifier, on_a_mac
-from tests.support.metal.mutants import BARRIERS, FEW, LISTED, MANY, MUTANTS, Mutant
+from tests.support.metal.mutants import BARRIERS, FEW, LISTED, MANY, MUTANTS, QUANTIZED, Mutant, packed
 
 pytestmark = needs_verifier
 KINDS = {**PLAIN_KINDS, **LISTED_KINDS}
-QUICK = MUTANTS[::15]
+QUICK = (*MUTANTS[::15], *QUANTIZED[::15])
 """The few that every test run includes."""
-QUICK_PLACES = (("causal", MANY), ("full", FEW))
+QUICK_PLACES = (("causal", MANY), ("full", FEW), ("causal", packed("int4:32")))
 """Where every test run checks the sources without a fault."""
 
 
@@ -24,7 +24,7 @@ def found_in(mutant: Mutant) -> list[str]:
 
     with on_a_mac(Device(edit=mutant.edit)) as device:
         try:
-            found = problems(mutant.shape, KINDS[mutant.kind], backward=mutant.kernel.startswith("backward"))
+            found = problems(mutant.shape, KINDS[mutant.kind], mutant.kernel.startswith("backward"))
         except Finding as finding:
             return finding.items
     assert device.launches, "nothing was run"
@@ -44,7 +44,7 @@ def test_a_planted_fault_is_found_for_its_own_reason(mutant):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mutant", [one for one in (*MUTANTS, *LISTED) if one not in QUICK], ids=lambda mutant: mutant.name
+    "mutant", [one for one in (*MUTANTS, *LISTED, *QUANTIZED) if one not in QUICK], ids=lambda mutant: mutant.name
 )
 def test_every_planted_fault_is_found_for_its_own_reason(mutant):
     assert is_found(mutant)
@@ -60,6 +60,11 @@ def test_there_are_67_of_block_lists():
     assert are_different(LISTED)
     assert len(LISTED) == 67
     assert {mutant.kernel for mutant in LISTED} == {"forward", "backward_query", "backward_key"}
+
+
+def test_there_are_22_of_quantized_keys_and_values():
+    assert are_different(QUANTIZED)
+    assert len(QUANTIZED) == 22
 
 
 def are_different(mutants):
@@ -79,10 +84,10 @@ def test_a_missing_barrier_is_reported_with_its_line():
     ("kind", "shape"),
     [
         pytest.param(*where, marks=() if where in QUICK_PLACES else pytest.mark.slow)
-        for where in dict.fromkeys((mutant.kind, mutant.shape) for mutant in (*MUTANTS, *LISTED))
+        for where in dict.fromkeys((mutant.kind, mutant.shape) for mutant in (*MUTANTS, *LISTED, *QUANTIZED))
     ],
     ids=str,
 )
 def test_the_texts_as_they_are_pass_where_mutants_are_tried(kind, shape):
     with on_a_mac(Device()):
-        assert problems(shape, KINDS[kind]) == []
+        assert problems(shape, KINDS[kind], backward=shape.kv_format is None) == []

@@ -5,6 +5,7 @@ import time
 import mlx.core as mx
 import pytest
 
+from attention.core.kv_format import parse_kv_format
 from attention.kernels.metal import launch, selfcheck
 from attention.kernels.metal.call import CallShape
 from tests.support.metal.case import KINDS, Kind, problems
@@ -86,11 +87,13 @@ def test_address_spaces_are_right_and_buffers_few_enough(device, dtype, kind):
 
     for queries in (40, 2):
         problems(CallShape(1, 4, 2, queries, 530, 64, dtype), KINDS[kind])
+    problems(CallShape(1, 4, 2, 2, 40, 64, dtype, parse_kv_format("int4+mxfp8")), KINDS[kind], backward=False)
     assert {one.kernel for one in device.launches} == set(launch.INPUTS)
     for one in device.launches:
         assert address_spaces(one.text) == []
         assert one.text.count("[[buffer(") <= 31  # as many as Metal has
-    assert address_spaces(device.launches[0].text.replace("const device T* keys_at", "threadgroup T* keys_at"))
+    dense = device.launches[0].text
+    assert address_spaces(dense.replace("const device T* data", "threadgroup T* data"))
 
 
 def test_no_launch_is_cut_off_at_the_grids_edge(device):
@@ -103,4 +106,5 @@ def test_no_launch_is_cut_off_at_the_grids_edge(device):
 
 
 def test_texts_are_ascii_as_mlx_needs_them():
-    assert all(launch.source(text).isascii() for text in ("common", *launch.INPUTS))
+    texts = {"common"}.union(*(launch.SOURCES.get(name, (name,)) for name in launch.INPUTS))
+    assert all(launch.source(text).isascii() for text in texts)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from attention.core.kv_format import parse_kv_format
 from attention.kernels.metal import launch, selfcheck
 from attention.kernels.metal.call import CallParams, CallShape, specialisation
 from attention.kernels.metal.tiles import HEAD_DIMS, SIZES
@@ -19,8 +20,9 @@ WINDOW_AND_MASK = KINDS["all at once"]
 
 
 def check(one: Launched, shape: CallShape, call: CallParams, seen: selfcheck.Bools | None = None) -> None:
-    few = shape.few and one.kernel == "forward"
-    kind = "decode" if few else one.kernel
+    name = one.kernel.removesuffix("_quantized")
+    few = shape.few and name == "forward"
+    kind = "decode" if few else name
     expected = traffic(kind, shape, call, *(launch.key_split(shape, call) if few else ()), seen=seen)
     assert {name: one.counts.reads[name] for name in expected.reads} == expected.reads
     assert {name: n for name, n in one.counts.writes.items() if n} == expected.writes
@@ -31,7 +33,7 @@ def check(one: Launched, shape: CallShape, call: CallParams, seen: selfcheck.Boo
 
 def launches(shape: CallShape, kind: Kind) -> list[Launched]:
     with on_a_mac(Device()) as device:
-        assert problems(shape, kind) == []
+        assert problems(shape, kind, backward=shape.kv_format is None) == []
     return [one for one in device.launches if one.kernel != "join"]
 
 
@@ -42,6 +44,17 @@ def test_counts_are_those_of_the_arithmetic(head_dim, dtype, shape, kind):
     whole = CallShape(*SHAPES[shape], head_dim, dtype)
     for one in launches(whole, kind):
         check(one, whole, kind.call(head_dim, dtype))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "kv_format",
+    ["int3:32+mxfp8", *(pytest.param(text, marks=pytest.mark.slow) for text in ("int6+int5:32", "nvfp4+int2"))],
+)
+def test_quantized_rows_are_read_in_words(shape, kv_format):
+    whole, kind = CallShape(*SHAPES[shape], 64, "float16", parse_kv_format(kv_format)), KINDS["causal"]
+    for one in launches(whole, kind):
+        check(one, whole, kind.call(64, "float16"))
 
 
 @pytest.mark.slow

@@ -47,6 +47,9 @@ bfloat operator/(bfloat, bfloat);
 typedef half float16_t;
 typedef bfloat bfloat16_t;
 
+template <class To, class From>
+To as_type(From);
+
 namespace metal {
 
 template <bool CONDITION, class T = void>
