@@ -122,6 +122,11 @@ class Poc:
         self._practical = Practical()
         self._attends = BoundedDict[object, tuple[Attend, str] | None]()
 
+    @property
+    def variant(self) -> str | None:
+        """Name of the kernel's variant, or None for the kernel's own choice."""
+        return self._variant
+
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         """Return the kernel's route if it supports the workload, otherwise the fallback's, with the reason.
 

@@ -9,13 +9,13 @@ import numpy as np
 from msgspec import Struct, structs
 from numpy.typing import NDArray
 
-from attention.core.errors import UsageError, error_line
+from attention.core.errors import KernelUnavailable, UsageError, error_line
 from attention.core.kv_format import DENSE, KVFormat, parse_kv_format
 from attention.implementations import load_implementation
 from attention.implementations.protocol import Implementation
 from attention.masks import Mask, dtype_name
 from attention.quantized_kv import FLOATS
-from attention.streaming import files
+from attention.streaming import files, fused
 from attention.streaming.files import Description
 from attention.streaming.layout import Layout, Row
 from attention.streaming.parts import Part, Settings, attend_parts
@@ -100,6 +100,7 @@ class StreamingKV:
         self._rows: list[Row] = []
         self._streaming: Kept | None = None
         self._full: Kept | None = None
+        self._constants = fused.constants(self.layout, self.formats, rope)
         self._pending: tuple[mx.array, mx.array, Sequence[int] | None, bool] | None = None
 
     # What it holds
@@ -211,7 +212,12 @@ class StreamingKV:
         Raises:
             UsageError: shapes or dtypes are not those of the first call, or do not fit each other.
         """
-        self._flush()
+        if self._pending is not None:
+            self._flush()
+        elif lengths is None and sinks is None and q.shape[2] == 1:
+            out = self._step(q, k, v, scale, softcap, rotated, implementation)
+            if out is not None:
+                return out
         chosen = load_implementation(implementation) if isinstance(implementation, str) else implementation
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         settings = Settings(chosen, factor, softcap, sinks)
@@ -239,6 +245,34 @@ class StreamingKV:
         if self._pending is not None:
             (k, v, lengths, rotated), self._pending = self._pending, None
             self.append(k, v, lengths=lengths, rotated=rotated)
+
+    def _step(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        scale: float | None,
+        softcap: float | None,
+        rotated: bool,
+        implementation: str | Implementation,
+    ) -> mx.array | None:
+        """Store a token and attend with its query in one operation of the CPU kernel; None if that cannot be."""
+        held = self._streaming
+        if held is None or self._full is not None or not fused.is_used(implementation):
+            return None
+        keys, values = held.keys.arrays, held.values.arrays
+        slots = [*keys, *values]
+        rows = [(row.seen, row.oldest) for row in self._rows]
+        try:
+            out = fused.step(
+                q, k, v, slots, self._constants, rows, q.shape[-1] ** -0.5 if scale is None else scale, softcap, rotated
+            )
+        except (KernelUnavailable, ValueError):  # the general way says what is wrong
+            return None
+        keys[:], values[:] = slots[: len(keys)], slots[len(keys) :]
+        for row in self._rows:
+            row.advance(self.layout, 1)
+        return out
 
     def _attend(
         self,

@@ -5,7 +5,7 @@ Importing this package imports neither MLX nor nanobind; the first call does.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from attention.core.errors import KernelUnavailable
 from attention.kernels.common import check_bounds
@@ -240,6 +240,74 @@ def append_quantized(
         load()
     made: list[mx.array] = _quantized_call.append(_module, buffers, keys, values, kv_format, row, used)
     return made
+
+
+class StreamOptions(NamedTuple):
+    """What stays the same from step to step of a stream."""
+
+    key: tuple[int, int, int]
+    """Format as mode, bits and group size, all 0 if keys are dense."""
+    value: tuple[int, int, int]
+    first: int
+    window: int
+    ring: int
+
+
+def stream_options(kv_format: KVFormat | None, first: int, window: int, ring: int) -> StreamOptions:
+    """Return the options of a stream's steps."""
+    if kv_format is None:
+        return StreamOptions((0, 0, 0), (0, 0, 0), first, window, ring)
+    from attention.kernels.cpu.quantized_call import code
+
+    return StreamOptions(code(kv_format.key), code(kv_format.value), first, window, ring)
+
+
+def stream_step(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    slots: list[mx.array],
+    options: StreamOptions,
+    rows: list[tuple[int, int]],
+    scale: float,
+    *,
+    softcap: float | None = None,
+    radians: mx.array | None = None,
+    adjacent: bool = False,
+    rotated: bool = False,
+) -> mx.array:
+    """Write one token into the slots of a stream, in place, and attend with its query; at once, on this thread.
+
+    Args:
+        q: query (B, H, 1, D); it, k and v are evaluated first.
+        k: key (B, Hkv, 1, D).
+        v: value (B, Hkv, 1, Dv).
+        slots: keys and values (B, Hkv, first + ring, ·), quantized ones in the parts of `mx.quantize`. An array that
+            something else refers to, or that is not contiguous, is replaced in the list by a copy.
+        options: of `stream_options`.
+        rows: of each batch row the tokens seen before this one, and the position of the oldest in the ring.
+        scale: factor of the scores.
+        softcap: as in `flash_attention`.
+        radians: (pairs,) in float32: angle of one rotary position; None without positions.
+        adjacent: pairs are adjacent dims.
+        rotated: q and k are rotated to the token's slot already.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+        KernelUnavailable: the kernel cannot run on this machine.
+    """
+    if _module is None:
+        load()
+    rest = (*options, rows, scale, softcap or 0.0, radians, adjacent, rotated)
+    out: mx.array | None = _module.stream_step(q, k, v, slots, *rest)
+    if out is None:
+        import mlx.core
+
+        mlx.core.eval(q, k, v, slots)
+        slots[:] = map(_module.own_copy, slots)
+        out = _module.stream_step(q, k, v, slots, *rest)
+        assert out is not None
+    return out
 
 
 def workspace_bytes(

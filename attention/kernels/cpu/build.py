@@ -156,7 +156,7 @@ SOURCES = Path(__file__).parent
 MODULE = "fatui_cpu_kernel"
 KERNEL = (
     *("forward", "forward_bfloat16", "backward", "backward_bfloat16"),
-    *("quantized", "integer_products", "append", "scores", "lists", "pool", "measure"),
+    *("quantized", "integer_products", "streaming", "append", "scores", "lists", "pool", "measure"),
 )
 BINDING = ("module",)
 ROOM_BYTES = 16 << 20

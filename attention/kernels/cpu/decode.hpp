@@ -10,7 +10,6 @@
 
 namespace fatui {
 
-constexpr int64_t few_rows = 8;  // maximum query rows per item for this kernel
 static_assert(score_line == query_tile && 2 * score_line <= key_tile);  // scores, transposed and not, fit in one tile
 
 // Keys per tile: K, V and the prefetched next K fit in an L1 of 48 KiB; half as many in float32, where memory bandwidth
@@ -42,25 +41,33 @@ inline bool whole_vectors(const Tensor& t, int64_t columns) { return t.stride[3]
 // How K and V are read: in place, in place as pairs of bfloat16, or from float32 copies.
 enum class Reading { in_place, pairs, copied };
 
-// Keys that an item reads, [begin, end), and what its rows see of them (null: all).
+// Keys that an item reads, [begin, end), what its rows see of them (null: all), and how many rows after the item's own those
+// are whose queries it takes for them.
 struct KeyRun {
   int64_t begin = 0, end = 0;
   const uint64_t* bits = nullptr;
+  int64_t query = 0;
 
   bool empty() const { return begin >= end; }
 };
 
-// The runs of an item's keys: a single one, or one for each listed tile.
+// The runs of an item's keys: a single one, or one for each span or each listed tile.
 class KeyRuns {
  public:
   KeyRuns(const Problem& p, const Item& item, const Bounds& bounds) : p_(p), item_(item) {
     if (has_lists(p)) walk_.emplace(p, item);
+    else if (p.spans != nullptr) spans_ = p.spans[item.batch].of;
     else
       only_ = {std::max(item.key_begin, bounds.whole.any_first), std::min(item.key_end, bounds.whole.any_last + 1)};
   }
 
   // The next run, valid together with the one before; an empty one after the last.
   KeyRun next() {
+    for (; spans_ != nullptr && turn_ < 3;) {
+      const Span& span = spans_[turn_++];
+      const KeyRun run{std::max(span.begin, item_.key_begin), std::min(span.end, item_.key_end), nullptr, span.query};
+      if (!run.empty()) return run;
+    }
     if (!walk_) return std::exchange(only_, {});
     for (int64_t tile; (tile = walk_->next()) >= 0;) {
       const int64_t key = tile * key_tile, keys = std::min(key_tile, p_.keys - key);
@@ -79,6 +86,7 @@ class KeyRuns {
   const Problem& p_;
   const Item& item_;
   KeyRun only_;
+  const Span* spans_ = nullptr;
   std::optional<ListWalk> walk_;
   uint64_t bits_[2][key_tile];
   int turn_ = 0;
@@ -106,12 +114,14 @@ struct FewRows {
     KeyRun run = runs.next();
     if (!run.empty() && reading != Reading::copied)
       Ahead(lines(p.key, run.begin, std::min(tile, run.end - run.begin), p.head_dim, key_length, key_copy)).ask_for_all();
-    read_queries();
+    int64_t query_read = run.query;
+    read_queries(query_read);
     std::fill_n(output, rows * dv, 0.0f);
     if constexpr (reading == Reading::copied) {
       if (is_quantized(p)) return attend_quantized(runs, run, tile);
     }
     for (KeyRun after; !run.empty(); run = after) {
+      if (run.query != query_read) read_queries(query_read = run.query);
       after = runs.next();
       for (int64_t key = run.begin; key < run.end; key += tile) {
         const int64_t count = std::min(tile, run.end - key);
@@ -129,8 +139,10 @@ struct FewRows {
   }
 
  private:
-  void read_queries() {
-    const Rows<T> q = rows_of<T>(p.query, item);
+  void read_queries(int64_t further) {
+    Item own = item;
+    own.query += further;
+    const Rows<T> q = rows_of<T>(p.query, own);
     for (int64_t r = 0; r < rows; r++)
       if constexpr (in_pairs)
         copy_row(q.row[r], q.stride, p.head_dim, reinterpret_cast<T*>(query + r * key_length), p.head_dim);
@@ -169,15 +181,23 @@ struct FewRows {
   // Keys in integers where that is exact enough, else dequantized; values dequantized in registers.
   void attend_quantized(KeyRuns& runs, KeyRun run, int64_t tile) {
     IntegerQueries integers;
-    const bool in_integers = sizeof(T) == 2 && IntegerQueries::take(p.key_packing, p.head_dim) &&
-                             integers.read(query, key_length, rows, p.head_dim, p.key_packing, most_share<T>,
-                                           query + few_rows * key_length);
+    const auto to_integers = [&] {
+      return sizeof(T) == 2 && IntegerQueries::take(p.key_packing, p.head_dim) &&
+             integers.read(query, key_length, rows, p.head_dim, p.key_packing, most_share<T>, query + few_rows * key_length);
+    };
+    int64_t query_read = run.query;
+    bool in_integers = to_integers();
+    const int64_t tile_of_floats = tile;
     const bool sums_in_integers = sizeof(T) == 2 && IntegerSums::take(p.value_packing, p.value_dim);
     const int64_t padded = rows == 1 && !sums_in_integers ? 1 : round_up(rows, rows_together);
     std::fill_n(scores, few_rows * score_line, 0.0f);
     std::fill_n(output, padded * dv, 0.0f);
-    if (in_integers) tile = score_line;
     for (KeyRun after; !run.empty(); run = after) {
+      if (run.query != query_read) {
+        read_queries(query_read = run.query);
+        in_integers = to_integers();
+      }
+      tile = in_integers ? score_line : tile_of_floats;
       after = runs.next();
       for (int64_t key = run.begin; key < run.end; key += tile) {
         const int64_t count = std::min(tile, run.end - key);

@@ -180,7 +180,7 @@ void attend_few(const ForwardCall& call, const Item& item, Partials& partials) {
   state.reset();
   FewRows<T, reading> few{p, item, bounds, state, room.query, room.scores, spare.output, room.key, room.value};
   few.attend(KeyRuns(p, item, bounds));
-  if (wants_panels(call, item, state)) {
+  if (p.spans == nullptr && wants_panels(call, item, state)) {
     if constexpr (bfloat16_pairs && std::is_same_v<T, bfloat16_t>)
       if (!has_lists(p) && !is_quantized(p)) return attend_bfloat16(call, item, partials);
     return attend_panels<T>(call, item, partials);

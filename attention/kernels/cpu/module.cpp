@@ -27,6 +27,7 @@
 #include "measure.hpp"
 #include "problem.hpp"
 #include "schedule.hpp"
+#include "streaming.hpp"
 
 namespace fatui {
 
@@ -616,6 +617,63 @@ std::vector<mx::array> append_quantized(const Arrays& buffers, const mx::array& 
   return mx::array::make_arrays(shapes, types, primitive, inputs);
 }
 
+// An array that needs no evaluation, for what is written to it now.
+mx::array evaluated(const mx::Shape& shape, mx::Dtype type) {
+  size_t bytes = type.size();
+  for (const auto n : shape) bytes *= size_t(n);
+  mx::array made(mx::allocator::malloc(bytes), shape, type);
+  if (bytes > 0 && made.data<char>() == nullptr)
+    throw std::runtime_error("[stream_step] no memory for an array of " + std::to_string(bytes) + " bytes.");
+  return made;
+}
+
+// One token of an endless sequence, computed at once on the calling thread: its key and value are written into the slots in
+// place, which nothing else may refer to. None unless all arrays are evaluated and that is so.
+MaybeArray stream_step(const mx::array& q, const mx::array& k, const mx::array& v, const Arrays& slots, StreamStep& step,
+                       const Format& key, const Format& value) {
+  const size_t count = 2 + key.parts() + value.parts();
+  const auto stop = [](const std::string& what) { throw std::invalid_argument("[stream_step] " + what); };
+  if (slots.size() != count) stop("slots of keys and values are needed, with all their parts.");
+  const size_t first_value = 1 + key.parts();
+  check(q, slots[0], slots[first_value], key, value);
+  mx::Shape key_shape = slots[0].shape(), value_shape = slots[first_value].shape();
+  key_shape[2] = value_shape[2] = 1;
+  key_shape[3] = int(key.width(slots[0])), value_shape[3] = int(value.width(slots[first_value]));
+  if (q.shape(2) != 1 || k.shape() != key_shape || v.shape() != value_shape || k.dtype() != q.dtype() || v.dtype() != q.dtype())
+    stop("one token of q " + text(q.shape()) + ", k " + text(k.shape()) + " and v " + text(v.shape()) +
+         " does not fit the slots.");
+  Arrays inputs{q, slots[0], slots[first_value]};
+  add_parts(inputs, key, slots[0], key.parts() > 0 ? MaybeArray(slots[1]) : std::nullopt,
+            key.has_biases() ? MaybeArray(slots[2]) : std::nullopt, "k");
+  add_parts(inputs, value, slots[first_value], value.parts() > 0 ? MaybeArray(slots[first_value + 1]) : std::nullopt,
+            value.has_biases() ? MaybeArray(slots[first_value + 2]) : std::nullopt, "v");
+  if (int(step.rows.size()) != q.shape(0)) stop("each row of the batch has its own number of tokens.");
+  if (slots[0].shape(2) != step.first + step.ring) stop("there are first + ring slots.");
+  for (const mx::array* a : {&q, &k, &v})
+    if (!a->is_available()) return std::nullopt;
+  const Options options{step.call.problem.scale, step.call.problem.softcap};
+  Options with_formats = options;
+  with_formats.key = key, with_formats.value = value;
+  step.call.problem = problem_of(with_formats, inputs, 3);
+  step.new_key = tensor_of(k), step.new_value = tensor_of(v);
+  const mx::Shape shape{q.shape(0), q.shape(1), 1, value_shape[3]};
+  mx::array out = evaluated(shape, q.dtype());
+  step.call.output = out.data<char>();
+  stream_step(step);
+  return out;
+}
+
+// A copy with memory of its own.
+mx::array own_copy(const mx::array& a) {
+  const auto strided = a.strides();
+  Copy copy{a.data<char>(), nullptr, {}, {}, int64_t(a.itemsize())};
+  for (int i = 0; i < 4; i++) copy.shape[i] = a.shape(i), copy.stride[i] = strided[i];
+  mx::array out = evaluated(a.shape(), a.dtype());
+  copy.to = out.data<char>();
+  copy.run();
+  return out;
+}
+
 }  // namespace fatui
 
 namespace mx = mlx::core;
@@ -666,6 +724,35 @@ std::vector<mx::array> append(const std::vector<mx::array>& buffers, const mx::a
   return fatui::append_quantized(buffers, keys, values, format_of(key), format_of(value), row, used);
 }
 
+// Whether slots can be written in place: evaluated, contiguous, and nothing but the caller's object refers to them.
+bool all_own(const std::vector<mx::array*>& arrays) {
+  return std::all_of(arrays.begin(), arrays.end(), [](const mx::array* a) {
+    return a->is_available() && a->is_donatable() && a->flags().row_contiguous;
+  });
+}
+
+MaybeArray stream(const mx::array& q, const mx::array& k, const mx::array& v, const nb::list& slots,
+                  const std::array<int32_t, 3>& key, const std::array<int32_t, 3>& value, int64_t first, int64_t window,
+                  int64_t ring, const std::vector<std::array<int64_t, 2>>& rows, double scale, float softcap,
+                  const MaybeArray& radians, bool adjacent, bool rotated) {
+  fatui::Arrays held;
+  std::vector<mx::array*> objects;
+  for (const nb::handle one : slots) objects.push_back(nb::cast<mx::array*>(one));
+  if (!all_own(objects)) return std::nullopt;
+  for (const mx::array* one : objects) held.push_back(*one);
+  fatui::StreamStep step;
+  step.call.problem.scale = scale, step.call.problem.softcap = softcap;
+  for (const auto& [seen, oldest] : rows) step.rows.push_back({seen, oldest});
+  step.first = first, step.window = window, step.ring = ring, step.adjacent = adjacent, step.rotated = rotated;
+  if (radians) {
+    if (!radians->is_available() || radians->dtype() != mx::float32 || radians->ndim() != 1 || !radians->flags().row_contiguous ||
+        2 * radians->shape(0) > q.shape(3))
+      throw std::invalid_argument("[stream_step] radians are evaluated float32, one for each pair of dims.");
+    step.radians.assign(radians->data<float>(), radians->data<float>() + radians->size());
+  }
+  return fatui::stream_step(q, k, v, held, step, format_of(key), format_of(value));
+}
+
 double read_bandwidth(const mx::array& a, const mx::array& b) {
   const auto memory = [](const mx::array& x) {
     return fatui::Memory{x.data<char>(), int64_t(x.data_size() * x.itemsize())};
@@ -694,6 +781,12 @@ NB_MODULE(fatui_cpu_kernel, m) {
         nb::arg() = 0);
   m.def("flash_attention_quantized", &of_quantized);
   m.def("append_quantized", &append);
+  m.def("own_copy", [](const mx::array& a) {
+    if (!a.is_available() || a.ndim() != 4) throw std::invalid_argument("[own_copy] the array is evaluated, of 4 dimensions.");
+    return fatui::own_copy(a);
+  });
+  m.def("stream_step", &stream, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
   m.def("workspace_bytes", &workspace, "Bytes above inputs and outputs, for shapes alone.");
   m.def("fma_peak", &fatui::fma_peak, "FLOP/s of multiply-adds in registers, float32, on all threads.");
   m.def("read_bandwidth", &read_bandwidth, "Bytes/s of a plain loop that reads two evaluated arrays, all threads.");

@@ -35,10 +35,19 @@ struct BlockLists {
   int64_t batches = 1, heads = 1;
 };
 
+// Keys [begin, end) that a batch row's single query attends to, and the row of `query` that holds the query for them.
+struct Span {
+  int64_t begin = 0, end = 0, query = 0;
+};
+struct Spans {
+  Span of[3];
+};
+
 struct Problem {
   Tensor query, key, value, mask;  // mask.data is null when there is none; a boolean mask says true = attend
   Tensor slopes;     // (B or 1, H) in float32: slope * (key - position of the query) is added to the scores; null when none
   BlockLists lists;  // exclude causal and window
+  const Spans* spans = nullptr;  // of each batch row, instead of all keys; with one query, and without masks
   Packing key_packing, value_packing;  // of quantized keys and values, whose strides are in words
   int64_t batch = 0, heads = 0, kv_heads = 0, queries = 0, keys = 0, head_dim = 0, value_dim = 0;
   double scale = 1.0;  // in double: the square root of a head dim in float32 is off by 2^-25

@@ -15,7 +15,8 @@ NO_LISTS: Final = (None, None, None, None, 0, 0)
 """Slopes, the arrays of block lists and their planes, where there are none."""
 
 
-def _code(form: Format) -> tuple[int, int, int]:
+def code(form: Format) -> tuple[int, int, int]:
+    """Return a format as the kernel takes it: mode, bits and group size."""
     return _MODES.index(form.mode), form.bits, form.group_size
 
 
@@ -42,7 +43,7 @@ def append(
     Raises:
         ValueError: shapes, dtypes or rows do not fit.
     """
-    codes = _code(kv_format.key), _code(kv_format.value)
+    codes = code(kv_format.key), code(kv_format.value)
     made: list[mx.array] = module.append_quantized(buffers, keys, values, *codes, row, used)
     return made
 
@@ -79,7 +80,7 @@ def attend(
     if not (isinstance(k, QuantizedArray) and isinstance(v, QuantizedArray)):
         raise ValueError("k, v: got one quantized and one not; both are, or neither")  # noqa: TRY004
     parts = (k.scales, k.biases, v.scales, v.biases)
-    formats = [_code(x.format) for x in (k, v)]
+    formats = [code(x.format) for x in (k, v)]
     both: tuple[mx.array, mx.array | None] = module.flash_attention_quantized(
         q, k.numbers, v.numbers, *options, *listed, *parts, *formats, logsumexp
     )

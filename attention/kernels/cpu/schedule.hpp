@@ -15,6 +15,7 @@ constexpr int64_t query_tile = 64, key_tile = 128;  // forward pass; spans begin
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+constexpr int64_t few_rows = 8;                  // maximum query rows of an item of the kernel for few
 constexpr int64_t most_panels = 4;               // maximum panels of query_tile rows per item
 constexpr int64_t most_partial_bytes = 9 << 18;  // maximum size of the partial results of all spans
 
@@ -37,6 +38,7 @@ struct Schedule {
     const int64_t group = p.heads / p.kv_heads;
     rows_per_tile = rows_wanted;
     heads_per_tile = p.queries >= rows_wanted ? 1 : std::min(group, rows_wanted / p.queries);
+    if (p.spans != nullptr) heads_per_tile = std::min(heads_per_tile, few_rows);  // which reads spans
     head_groups = ceil_div(group, heads_per_tile);
     tiles_per_head = ceil_div(p.queries, rows_wanted);
     tiles = p.batch * p.kv_heads * head_groups * tiles_per_head;
