@@ -12,6 +12,7 @@ from attention.core.workload import Workload
 if TYPE_CHECKING:
     import mlx.core as mx
 
+    from attention.distributed.layout import Kind, Layout
     from attention.implementations.protocol import Implementation
     from attention.masks import Alibi, Pattern
     from attention.mlx_lm.patch import ModelPatch
@@ -67,6 +68,9 @@ def attention(
     max_error: float | None = None,
     return_lse: Literal[False] = False,
     implementation: "str | Implementation" = "practical",
+    group: "mx.distributed.Group | None" = None,
+    layout: "Layout | Kind" = "zigzag",
+    key_layout: "Layout | None" = None,
 ) -> "mx.array": ...
 
 
@@ -84,6 +88,9 @@ def attention(
     max_error: float | None = None,
     return_lse: Literal[True],
     implementation: "str | Implementation" = "practical",
+    group: "mx.distributed.Group | None" = None,
+    layout: "Layout | Kind" = "zigzag",
+    key_layout: "Layout | None" = None,
 ) -> "tuple[mx.array, mx.array]": ...
 
 
@@ -100,6 +107,9 @@ def attention(
     max_error: float | None = None,
     return_lse: bool = False,
     implementation: "str | Implementation" = "practical",
+    group: "mx.distributed.Group | None" = None,
+    layout: "Layout | Kind" = "zigzag",
+    key_layout: "Layout | None" = None,
 ) -> "mx.array | tuple[mx.array, mx.array]":
     """Compute softmax(mask(softcap(scale q k^T))) v.
 
@@ -123,6 +133,10 @@ def attention(
             raises UnsupportedError then. None: no error beyond rounding. The other implementations ignore it.
         return_lse: return the logsumexp of each row's scores too.
         implementation: a name from `attention.implementations.NAMES`, "FILE.py:CLASS", or an implementation.
+        group: ranks over which the sequence is sharded; q, k and v are this rank's part, as `distributed.shard` gives
+            it, the mask is the whole sequence's, and the output is that of this rank's rows. See docs/distributed.md.
+        layout: with a group, the rows' layout: from `distributed.shard`, or its name if all ranks have as many rows.
+        key_layout: with a group, the layout of the keys, if it is not that of the rows.
 
     Returns:
         (B, H, Lq, Dv) in the query's dtype; fully masked rows are 0. With `return_lse` a pair: that array, and the
@@ -135,6 +149,27 @@ def attention(
         NoBackendError: MLX cannot be imported.
         ForkedError: attention was computed before this process was forked; MLX would hang.
     """
+    if group is not None:
+        from attention import distributed
+
+        if max_error is not None:
+            raise UsageError(f"max_error: got {max_error!r}; with a group it takes None")
+        of_ranks: mx.array | tuple[mx.array, mx.array] = distributed.attention(
+            q,
+            k,
+            v,
+            group=group,
+            layout=layout,
+            key_layout=key_layout,
+            scale=scale,
+            mask=mask,
+            window=window,
+            softcap=softcap,
+            score_mod=score_mod,
+            return_lse=return_lse,
+            implementation=implementation,
+        )
+        return of_ranks
     from attention.arguments import (
         check_mask,
         check_max_error,

@@ -11,7 +11,7 @@ from attention.core.errors import NoBackendError, UnsupportedError, UsageError, 
 from attention.core.workload import DTYPES
 from attention.implementations import load_implementation
 from attention.implementations.protocol import Implementation, ReturnsLogsumexp
-from attention.masks import Alibi, Mask, Pattern, dtype_name
+from attention.masks import Alibi, Mask, Pattern, Shape, dtype_name
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -136,7 +136,12 @@ def check_numbers(scale: object, softcap: object, head_dim: int) -> tuple[float,
 
 
 def check_mask(mask: object, window: object, q: "mx.array", k: "mx.array | QuantizedArray") -> Mask:
-    """Return the mask of a call; with a pattern, `window` limits what the pattern shows.
+    """Return the mask of a call of q and k, see `check_mask_of_shape`."""
+    return check_mask_of_shape(mask, window, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
+
+
+def check_mask_of_shape(mask: object, window: object, shape: Shape) -> Mask:
+    """Return the mask of a call (B, H, Lq, Lk); with a pattern, `window` limits what the pattern shows.
 
     Raises:
         UsageError: the mask's kind, dtype or shape is invalid, or the window is not a whole number from 1.
@@ -144,7 +149,6 @@ def check_mask(mask: object, window: object, q: "mx.array", k: "mx.array | Quant
     problems = []
     if window is not None and (type(window) is not int or window < 1):
         problems.append(f"window: got {_shown_value(window)}; it takes a whole number from 1, or None")
-    shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     array = None if mask is None or isinstance(mask, str | Pattern) else mask
     try:
         _check_kind(mask)

@@ -222,6 +222,36 @@ def build(mask: Expression, grid: Grid) -> BlockList:
     return _made_of(grid, batches, heads, ends, tiles.j, index, bits, int(visible.sum()))
 
 
+def part(whole: BlockList, grid: Grid, rows: Array, keys: Array) -> BlockList:
+    """Return the list of some row tiles of a whole list against some of its key tiles, both ascending.
+
+    Args:
+        whole: the list to take them from.
+        grid: the grid of the part, whose edges are those of the whole, if its last tiles are.
+        rows: row tiles of the whole.
+        keys: key tiles of the whole.
+    """
+    planes = whole.batches * whole.heads
+    lists = (np.arange(planes)[:, None] * whole.row_tiles + rows).ravel()
+    starts, counts = whole.offsets[lists].astype(np.int64), np.diff(whole.offsets).astype(np.int64)[lists]
+    ends = np.cumsum(counts)
+    taken = np.repeat(starts - ends + counts, counts) + np.arange(int(ends[-1]) if len(ends) else 0)
+    row = np.repeat(np.arange(len(lists)), counts)
+    place = np.full(whole.key_tiles, -1, np.int64)
+    place[keys] = np.arange(len(keys))
+    j, index = place[whole.entries[taken, 0]], whole.entries[taken, 1]
+    row, j, index = row[j >= 0], j[j >= 0], index[j >= 0]
+    used, number = np.unique(index[index >= 0], return_inverse=True)
+    bits = whole.bits[used] if len(used) else _no_bits(grid)
+    index = index.copy()
+    index[index >= 0] = number
+    tiles = Tiles(grid, whole.batches, whole.heads, row, j)
+    kinds = _kinds(tiles) if _has_edge(grid) else np.zeros(len(tiles), np.int64)
+    pairs = np.where(index < 0, _capacity(grid)[kinds], _visible_pairs(bits, grid)[kinds, np.maximum(index, 0)])
+    ends = np.cumsum(np.bincount(row, minlength=planes * grid.row_tiles))
+    return _made_of(grid, whole.batches, whole.heads, ends, j, index, bits, int(pairs.sum()))
+
+
 def _not_surely_full(mask: Expression, tiles: Tiles) -> Array | None:
     """Return the index of the tiles that the mask does not show as full without a look at each; None for all."""
     span = mask.full_span(tiles.grid)

@@ -1,0 +1,336 @@
+"""Attention of a sequence that is sharded over the ranks of a group.
+
+Context parallel: a rank's rows against the keys that they see. Keys and values of other ranks are gathered in pieces of
+some K/V heads: while a piece is computed, the next one arrives.
+
+    communication stream    gather 0   gather 1      gather 2
+    computation                        attend 0      attend 1      attend 2
+
+Split keys, for few rows that every rank has (decoding): each rank computes them against its own keys, and the partial
+results are merged by their logsumexps.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+from msgspec import Struct, structs
+
+from attention.core.errors import UnsupportedError, UsageError
+from attention.distributed import collectives
+from attention.distributed.exchange import (
+    Call,
+    Exchange,
+    Seen,
+    intersection,
+    make_exchange,
+    offset_in,
+    union,
+)
+from attention.distributed.layout import Chunk, Layout, rows_of
+from attention.implementations.calls import call_through_hooks, current_backend, with_logsumexp
+from attention.implementations.protocol import Implementation
+from attention.masks import Mask, causal, of_pattern, window
+from attention.masks.section import Section
+
+MIN_PIECE_BYTES = 4 << 20
+"""Bytes of keys and values received below which a piece is not worth launches of its own."""
+MAX_PIECES = 4
+
+
+class Problem(Struct, frozen=True):
+    """What a call computes, apart from its arrays."""
+
+    implementation: Any
+    scale: float
+    mask: Mask
+    softcap: float | None
+    rows: Layout
+    keys: Layout
+    group: Any
+    return_lse: bool = False
+    communicate: bool = True
+    """False for timing: other ranks' keys are zeros, and nothing is sent."""
+
+    def seen(self, planes: tuple[int, int]) -> Seen:
+        """Return what decides which pairs are visible."""
+        mask = self.mask
+        return Seen(planes, mask.positional, mask.window, mask.pattern, mask.array is not None, mask.alibi is not None)
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -> tuple[mx.array, mx.array | None]:
+    """Compute the output of this rank's rows, and their logsumexp if it is asked for.
+
+    Args:
+        q: this rank's rows (B, H, rows, D).
+        k: this rank's keys (B, Hkv, keys, D).
+        v: this rank's values (B, Hkv, keys, Dv).
+        problem: the rest of the call.
+    """
+    if problem.rows.kind == "heads" or problem.group.size() == 1:
+        collectives.count_call("heads" if problem.group.size() > 1 else "alone")
+        return _attend_alone(q, k, v, problem)
+    if problem.rows.is_sharded:
+        collectives.count_call("context")
+        return _attend_context(q, k, v, problem)
+    collectives.count_call("split keys")
+    return _attend_split_keys(q, k, v, problem)
+
+
+def _attend_alone(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -> tuple[mx.array, mx.array | None]:
+    mask = problem.mask
+    if problem.rows.kind == "heads":
+        mask = _own_heads(mask, q, problem)
+    return _call(q, k, v, mask, problem, problem.return_lse)
+
+
+def _own_heads(mask: Mask, q: mx.array, problem: Problem) -> Mask:
+    """Return the mask of this rank's heads, in the layout "heads".
+
+    Raises:
+        UnsupportedError: it is a pattern that differs by head.
+    """
+    count, rank = int(q.shape[1]), problem.group.rank()
+    own = slice(rank * count, (rank + 1) * count)
+    if mask.pattern is not None and mask.pattern.planes(int(q.shape[0]), count * problem.group.size())[1] > 1:
+        raise UnsupportedError("layout: heads, and a mask that differs by head; it takes a layout of chunks")
+    array = mask.array
+    if array is not None and array.ndim > 2 and array.shape[-3] > 1:
+        array = array[..., own, :, :]
+    return structs.replace(mask, array=array, alibi=None if mask.alibi is None else mask.alibi[own])
+
+
+def _call(
+    q: mx.array, k: mx.array, v: mx.array, mask: Mask, problem: Problem, return_lse: bool
+) -> tuple[mx.array, mx.array | None]:
+    chosen: Implementation = problem.implementation
+    called = with_logsumexp(chosen) if return_lse else chosen
+    made = call_through_hooks(called, q, k, v, scale=problem.scale, mask=mask, softcap=problem.softcap)
+    return (made[0], made[1]) if return_lse else (made, None)
+
+
+# ---- context parallel ------------------------------------------------------------------------------------------------
+
+
+def _attend_context(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -> tuple[mx.array, mx.array | None]:
+    rank = problem.group.rank()
+    exchange = make_exchange(problem.rows, problem.keys, problem.seen((q.shape[0], q.shape[1])))
+    pieces = head_pieces(k, v, exchange, problem.mask)
+    moved, token = _gathered_pieces(k, v, exchange, pieces, problem)
+    per_key_head = q.shape[1] // k.shape[1]
+    outs: list[mx.array] = []
+    sums: list[mx.array | None] = []
+    for (first, last), gathered in zip(pieces, moved, strict=True):
+        heads = slice(first, last)
+        keys, values = (
+            _assembled(own[:, heads], others, exchange, rank) for own, others in zip((k, v), gathered, strict=True)
+        )
+        rows = q[:, first * per_key_head : last * per_key_head]
+        made = [
+            _attend_call(rows, keys, values, call, problem, (first * per_key_head, last * per_key_head))
+            for call in exchange.calls[rank]
+        ]
+        if not made:  # a rank without rows
+            made = [(mx.zeros((*rows.shape[:3], v.shape[3]), q.dtype), mx.zeros(rows.shape[:3]))]
+        outs.append(_joined([out for out, _ in made], 2))
+        sums.append(_joined([lse for _, lse in made if lse is not None], 2) if problem.return_lse else None)
+    out = _joined(outs, 1)
+    out = out if token is None else collectives.tied(out, token)
+    return out, _joined([each for each in sums if each is not None], 1) if problem.return_lse else None
+
+
+def head_pieces(k: mx.array, v: mx.array, exchange: Exchange, mask: Mask) -> list[Chunk]:
+    """Return the ranges of K/V heads that are gathered one after another.
+
+    The first piece is the smallest, because nothing is computed while it arrives.
+    """
+    heads = int(k.shape[1])
+    received = exchange.slot * (len(exchange.owned) - 1) * k.shape[0] * (k.shape[3] + v.shape[3]) * k.itemsize
+    differs = mask.pattern is not None and mask.pattern.planes(int(k.shape[0]), heads)[1] > 1
+    if current_backend() != "cuda" or heads == 1 or differs or received < 2 * MIN_PIECE_BYTES:
+        return [(0, heads)]
+    first = max(1, heads // 8)
+    return [(0, first), (first, heads)]
+
+
+def _gathered_pieces(
+    k: mx.array, v: mx.array, exchange: Exchange, pieces: Sequence[Chunk], problem: Problem
+) -> tuple[list[tuple[mx.array | None, mx.array | None]], mx.array | None]:
+    """Return of each piece what all ranks contribute of K and of V, (ranks, B, heads, slot, D) each, and a token."""
+    if not exchange.slot:
+        return [(None, None)] * len(pieces), None
+    rank, ranks = problem.group.rank(), problem.group.size()
+    own = [_contribution(x[:, first:last], exchange, rank) for first, last in pieces for x in (k, v)]
+    if not problem.communicate:
+        whole = [mx.broadcast_to(each[None], (ranks, *each.shape)) for each in own]
+        return list(zip(whole[::2], whole[1::2], strict=True)), None
+    moved = collectives.gathered(own, problem.group)
+    return list(zip(moved.arrays[::2], moved.arrays[1::2], strict=True)), moved.token
+
+
+def _contribution(own: mx.array, exchange: Exchange, rank: int) -> mx.array:
+    """Return what other ranks need of this rank's keys or values (B, heads, keys, D), padded to the slot."""
+    chunks = exchange.contributed[rank]
+    parts = [own[:, :, start:stop] for start, stop in _places(exchange.owned[rank], chunks)]
+    missing = exchange.slot - rows_of(chunks)
+    if missing:
+        parts = parts or [own[:, :, :0]]  # with a gradient, as on other ranks, though it is empty
+        parts.append(mx.zeros((*own.shape[:2], missing, own.shape[3]), own.dtype))
+    return _joined(parts, 2)
+
+
+def _places(held: Sequence[Chunk], wanted: Sequence[Chunk]) -> list[Chunk]:
+    """Return the ranges of places of wanted positions among held ones, adjacent ones as one."""
+    firsts = [(offset_in(held, start), stop - start) for start, stop in wanted]
+    return list(union((first, first + length) for first, length in firsts))
+
+
+def _assembled(own: mx.array, others: mx.array | None, exchange: Exchange, rank: int) -> mx.array:
+    """Return the keys or values that this rank needs, in the order of the sequence: (B, heads, needed, D)."""
+    parts = []
+    for source in exchange.sources(rank):
+        whole = own if source.rank == rank else _of(others, source.rank)
+        parts.append(whole[:, :, source.start : source.stop])
+    return _joined(parts, 2) if parts else own[:, :, :0]
+
+
+def _of(others: mx.array | None, rank: int) -> mx.array:
+    assert others is not None
+    return others[rank]
+
+
+def _attend_call(
+    q: mx.array, k: mx.array, v: mx.array, call: Call, problem: Problem, heads: Chunk
+) -> tuple[mx.array, mx.array | None]:
+    """Compute one call of a piece of heads; rows that see no key have output 0 and logsumexp -inf."""
+    rows = q[:, :, slice(*call.rows)]
+    if not call.key_chunks:
+        shape = (*rows.shape[:3], v.shape[3])
+        return mx.zeros(shape, q.dtype), mx.full(shape[:3], -mx.inf) if problem.return_lse else None
+    keys = slice(*call.keys)
+    mask = _mask_of(call, problem, heads, int(q.shape[1]))
+    return _call(rows, k[:, :, keys], v[:, :, keys], mask, problem, problem.return_lse)
+
+
+def _mask_of(call: Call, problem: Problem, heads: Chunk, count: int) -> Mask:
+    """Return the mask of a call of some heads."""
+    whole = problem.mask
+    if call.pattern is not None:
+        return Mask(pattern=call.pattern, alibi=whole.alibi)
+    array = None
+    if whole.array is not None:
+        array = _cut(whole.array, 2, call.row_chunks)
+        array = _cut(array, 3, call.key_chunks)
+        if array.ndim == 4 and array.shape[1] > 1:
+            array = array[:, slice(*heads)]
+    alibi = None if whole.alibi is None else whole.alibi[slice(*heads)]
+    return Mask(causal=call.causal and call.window is None, window=call.window, array=array, alibi=alibi)
+
+
+def _cut(array: mx.array, axis: int, chunks: Sequence[Chunk]) -> mx.array:
+    """Return the chunks of an axis of a mask, counted from four axes; a broadcast axis stays."""
+    place = axis - 4 + array.ndim
+    if place < 0 or array.shape[place] == 1:
+        return array
+    before = (slice(None),) * place
+    return _joined([array[(*before, slice(start, stop))] for start, stop in chunks], place)
+
+
+def _joined(parts: Sequence[Any], axis: int) -> mx.array:
+    made: mx.array = parts[0] if len(parts) == 1 else mx.concatenate(list(parts), axis=axis)
+    return made
+
+
+# ---- split keys ------------------------------------------------------------------------------------------------------
+
+
+def _attend_split_keys(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -> tuple[mx.array, mx.array | None]:
+    out, lse = _attend_own_keys(q, k, v, problem)
+    partial = mx.concatenate([out.astype(mx.float32), lse[..., None]], axis=-1)
+    if not problem.communicate:
+        return merged(partial[None], q.dtype)
+    whole = collectives.gathered([partial], problem.group)
+    merged_out, merged_lse = merged(whole.arrays[0], q.dtype)
+    return collectives.tied(merged_out, whole.token), merged_lse
+
+
+def _attend_own_keys(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -> tuple[mx.array, mx.array]:
+    """Compute all rows against this rank's keys; return the output and its logsumexp, -inf for rows that see none."""
+    seen, rank = problem.seen((q.shape[0], q.shape[1])), problem.group.rank()
+    owned, lengths = problem.keys.chunks[rank], (problem.rows.seq, problem.keys.seq)
+    wanted = intersection(owned, _visible_to_all(seen, lengths))
+    found = wanted if wanted else ()
+    mask = Mask()
+    edge = intersection(owned, _visible_to_some(seen, lengths))
+    if edge != wanted:  # rows differ in what they see
+        found = edge
+        whole = problem.mask.pattern or (causal() if seen.window is None else window(seen.window))
+        mask = of_pattern(Section(whole, lengths, ((0, lengths[0]),), found)) if found else mask
+    if not found:
+        shape = (*q.shape[:3], v.shape[3])
+        return mx.zeros(shape, q.dtype), mx.full(shape[:3], -mx.inf)
+    places = _places(owned, found)
+    keys, values = (_joined([x[:, :, start:stop] for start, stop in places], 2) for x in (k, v))
+    if problem.mask.array is not None:
+        mask = Mask(array=_cut(problem.mask.array, 3, found))
+    out, lse = _call(q, keys, values, mask, problem, True)
+    assert lse is not None
+    return out, lse
+
+
+def _visible_to_all(seen: Seen, lengths: tuple[int, int]) -> tuple[Chunk, ...]:
+    """Return the keys that every row sees by bounds."""
+    seq, kv_seq = lengths
+    if seen.pattern is not None:
+        return ()
+    if not seen.causal:
+        return ((0, kv_seq),)
+    low = 0 if seen.window is None else max(0, kv_seq - seen.window)
+    high = kv_seq - seq + 1
+    return ((low, high),) if low < high else ()
+
+
+def _visible_to_some(seen: Seen, lengths: tuple[int, int]) -> tuple[Chunk, ...]:
+    """Return the keys that some row sees by bounds."""
+    seq, kv_seq = lengths
+    low = 0 if seen.window is None or seen.pattern is not None else max(0, kv_seq - seq - seen.window + 1)
+    return ((low, kv_seq),)
+
+
+@lru_cache(maxsize=8)
+def _merge(dtype: mx.Dtype) -> Any:
+    @mx.compile
+    def merge(partial: mx.array) -> tuple[mx.array, mx.array]:
+        outs, sums = partial[..., :-1], partial[..., -1]
+        top = sums.max(axis=0)
+        base = mx.where(top == -mx.inf, 0.0, top)
+        weights = mx.exp(sums - base)
+        total = weights.sum(axis=0)
+        out = (outs * weights[..., None]).sum(axis=0) / mx.where(total == 0, 1.0, total)[..., None]
+        return out.astype(dtype), base + mx.log(total)
+
+    return merge
+
+
+def merged(partial: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    """Return output and logsumexp of partial results (ranks, B, H, rows, Dv + 1), float32, each with its logsumexp."""
+    out, lse = _merge(dtype)(partial)
+    return out, lse
+
+
+def check_supported(problem: Problem) -> None:
+    """Raise UnsupportedError for masks that ranks cannot compute from their parts."""
+    mask = problem.mask
+    if mask.alibi is None or problem.group.size() == 1 or problem.rows.kind == "heads":
+        return
+    if not problem.rows.is_sharded:
+        raise UnsupportedError("distributed: score_mod with split keys; it takes rows in a layout of chunks")
+    if not mask.positional and mask.pattern is None:
+        raise UnsupportedError("distributed: score_mod without a causal mask; it takes mask='causal' or a window")
+
+
+def check_local(name: str, array: mx.array, rows: int, what: str) -> None:
+    """Raise UsageError unless an array has a rank's number of rows."""
+    if array.shape[2] != rows:
+        raise UsageError(f"{name}: got {array.shape[2]} {what} on this rank; its layout has {rows}")

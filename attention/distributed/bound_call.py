@@ -1,0 +1,112 @@
+"""A call of a workload by all ranks of a group, bound to its inputs, for timing."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import mlx.core as mx
+from msgspec import structs
+
+from attention.core.workload import Workload
+from attention.distributed import collectives, layout_for, make_layout, own_rows, shard, unshard
+from attention.distributed.attend import Problem, attend
+from attention.distributed.decision import Decision
+from attention.distributed.layout import Layout
+from attention.implementations import load_implementation
+from attention.implementations.calls import make_inputs
+from attention.implementations.protocol import Implementation
+from attention.masks import of_workload
+
+
+class BoundCall:
+    """One rank's part of a call; every rank makes the same, in the same order.
+
+    Attributes:
+        decision: how the ranks share the call.
+        layout: layout of the keys, and of the rows unless every rank has them all.
+        bytes_sent: bytes that this rank sends in a call.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        group: collectives.Group,
+        decision: Decision,
+        implementation: str | Implementation,
+        *,
+        seed: int = 0,
+    ) -> None:
+        """Make the inputs, the same on every rank, and keep this rank's part of them.
+
+        Raises:
+            UsageError: the decision does not fit the workload or the group.
+        """
+        self.decision, self._group, self._training = decision, group, workload.pass_ == "training"
+        chosen = load_implementation(implementation) if isinstance(implementation, str) else implementation
+        scale, mask = workload.head_dim**-0.5, of_workload(workload)
+        q, k, v, *cotangent = make_inputs(workload, seed)
+        rows: Layout
+        if decision.method == "split keys":
+            self.layout = make_layout(workload.kv_seq, group.size(), decision.layout, weights=decision.weights)
+            rows = make_layout(workload.seq, group.size(), "replicated")
+            self._inputs = [q, *(own_rows(x, self.layout, group.rank()) for x in (k, v))]
+        else:
+            named = mask.pattern if mask.pattern is not None else workload.mask
+            self.layout = rows = layout_for(
+                decision.layout,
+                workload.seq,
+                group,
+                mask=named,
+                planes=(workload.batch, workload.heads),
+                weights=decision.weights,
+            )
+            parts = shard(q, k, v, group, rows)
+            self._inputs = [parts.q, parts.k, parts.v]
+            if cotangent:
+                self._inputs.append(shard(cotangent[0], cotangent[0], cotangent[0], group, rows).q)
+        self._inputs = [mx.contiguous(x) for x in self._inputs]
+        mx.eval(self._inputs)
+        self._problem = Problem(chosen, scale, mask, None, rows, self.layout, group)
+        before = collectives.statistics().bytes_sent
+        self.wait(self.queue())
+        self.bytes_sent = collectives.statistics().bytes_sent - before
+
+    def queue(self) -> list[mx.array]:
+        """Queue one call; return this rank's output, and in training its dQ, dK and dV, unevaluated."""
+        return self._queue(self._problem)
+
+    def queue_compute(self) -> list[mx.array]:
+        """Queue what this rank computes in a call, without communication."""
+        return self._queue(structs.replace(self._problem, communicate=False))
+
+    def _queue(self, problem: Problem) -> list[mx.array]:
+        def call(*arrays: mx.array) -> mx.array:
+            return attend(arrays[0], arrays[1], arrays[2], problem)[0]
+
+        if not self._training:
+            return [call(*self._inputs)]
+        outputs, gradients = mx.vjp(call, self._inputs[:3], self._inputs[3:4])
+        return [*outputs, *gradients]
+
+    def wait(self, outputs: Sequence[object]) -> None:
+        """Evaluate the outputs of all queued calls."""
+        mx.eval(cast("list[mx.array]", list(outputs)))
+
+    def gather_outputs(self) -> mx.array:
+        """Run a call and return its whole output, on every rank."""
+        out = self.queue()[0]
+        whole = out if self.decision.method == "split keys" else unshard(out, self.layout, self._group)
+        mx.eval(whole)
+        return whole
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self._group.size() > 1:
+            mx.eval(mx.distributed.all_sum(mx.array([1.0]), group=self._group))
+            mx.synchronize()
+
+    def agreed(self, number: float) -> float:
+        """Return the largest of all ranks' numbers, for decisions that must be the same on all of them."""
+        if self._group.size() == 1:
+            return number
+        largest = mx.distributed.all_max(mx.array([number], mx.float32), group=self._group)
+        return float(cast("Any", largest.item()))

@@ -1,0 +1,182 @@
+"""Collectives with the gradients that attention needs, on a stream of their own, and counts of what they sent.
+
+MLX's all_gather gives each rank the gradient of its own slice only. Here the gradient of what was gathered is summed
+over the ranks, each rank getting the sum of its own part: the gradient of the sum of all ranks' losses.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, Final, NamedTuple, cast
+
+import mlx.core as mx
+from msgspec import Struct
+
+from attention.implementations.calls import current_backend
+
+Group = mx.distributed.Group
+_WIDE: Final = mx.float32
+
+
+class Statistics(Struct):
+    """What this rank's distributed calls sent and received, by arithmetic, since the start or a reset."""
+
+    calls: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    by_method: dict[str, int] = {}
+    """Calls of each method."""
+
+
+_lock = threading.Lock()
+_counted = Statistics()
+
+
+def count_call(method: str) -> None:
+    """Count a call of a method."""
+    with _lock:
+        _counted.calls += 1
+        _counted.by_method[method] = _counted.by_method.get(method, 0) + 1
+
+
+def count_bytes(sent: int, received: int) -> None:
+    """Count bytes of a collective."""
+    with _lock:
+        _counted.bytes_sent += sent
+        _counted.bytes_received += received
+
+
+def statistics() -> Statistics:
+    """Return the counts of this process so far; under `mx.compile`, calls count once, when they are traced."""
+    with _lock:
+        return Statistics(_counted.calls, _counted.bytes_sent, _counted.bytes_received, dict(_counted.by_method))
+
+
+def reset_statistics() -> None:
+    """Set the counts to zero."""
+    with _lock:
+        _counted.calls = _counted.bytes_sent = _counted.bytes_received = 0
+        _counted.by_method.clear()
+
+
+class _Streams(threading.local):
+    """The communication streams of a thread: MLX's streams belong to one."""
+
+    gpu: mx.Stream | None = None
+    cpu: mx.Stream | None = None
+
+
+_streams = _Streams()
+
+
+def communication_stream() -> mx.Stream:
+    """Return this thread's stream for communication, beside the one that computes."""
+    if current_backend() == "cuda":
+        if _streams.gpu is None:
+            _streams.gpu = mx.new_stream(mx.Device(mx.gpu))
+        return _streams.gpu
+    if _streams.cpu is None:
+        _streams.cpu = mx.new_stream(mx.Device(mx.cpu))
+    return _streams.cpu
+
+
+@lru_cache(maxsize=1)
+def transport() -> str:
+    """Return the backend that groups of this process use, as mlx.launch starts it: nccl, jaccl, mpi or ring."""
+    if current_backend() == "cuda" and mx.distributed.is_available("nccl"):
+        return "nccl"
+    if "MLX_JACCL_COORDINATOR" in os.environ:
+        return "jaccl"
+    return "mpi" if "OMPI_COMM_WORLD_SIZE" in os.environ else "ring"
+
+
+class Gathered(NamedTuple):
+    """Arrays of all ranks."""
+
+    arrays: list[mx.array]
+    """(ranks, *shape) each."""
+    token: mx.array
+    """Available once they all are; results are `tied` to it."""
+
+
+def gathered(parts: Sequence[mx.array], group: Group) -> Gathered:
+    """Return the arrays of all ranks; they are moved one after another, in this order.
+
+    All ranks' arrays have the same shapes. The gradient is the sum over the ranks of what each of them adds.
+    """
+    size = sum(part.nbytes for part in parts)
+    count_bytes((group.size() - 1) * size, (group.size() - 1) * size)
+    *arrays, token = _gather(group)(list(parts))
+    return Gathered(arrays, token)
+
+
+@mx.custom_function
+def _tie(array: mx.array, token: mx.array) -> mx.array:
+    return cast("mx.array", mx.depends(array, token))
+
+
+@_tie.vjp
+def _tie_vjp(primals: Any, cotangent: mx.array, output: Any) -> tuple[mx.array, mx.array]:
+    return cotangent, mx.zeros_like(primals[1])
+
+
+def tied(array: mx.array, token: mx.array) -> mx.array:
+    """Return the array, and take part in the gather that the token is of, forward and backward.
+
+    A collective waits for all ranks, so that a rank which needs nothing of the others must take part too.
+    """
+    return cast("mx.array", _tie(array, token))
+
+
+_functions: dict[int, tuple[Group, Callable[[list[mx.array]], list[mx.array]]]] = {}
+
+
+def _gather(group: Group) -> Callable[[list[mx.array]], list[mx.array]]:
+    """Return the function of `gathered` for a group, made once."""
+    known = _functions.get(id(group))
+    if known is None:
+        known = _functions[id(group)] = group, _make_gather(group)
+    return known[1]
+
+
+def _make_gather(group: Group) -> Callable[[list[mx.array]], list[mx.array]]:
+    ranks, rank = group.size(), group.rank()
+
+    @mx.custom_function
+    def gather(parts: list[mx.array]) -> list[mx.array]:
+        made: list[mx.array] = []
+        for part in parts:
+            # the order of collectives must be the same on all ranks, whatever they compute in between
+            whole = mx.distributed.all_gather(_after(part, made), group=group, stream=communication_stream())
+            made.append(whole.reshape(ranks, *part.shape))
+        return [*made, cast("mx.array", mx.depends(mx.zeros(1), made))]
+
+    def scatter(primals: Any, cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> list[mx.array]:
+        made: list[mx.array] = []
+        for cotangent in cotangents[:-1]:
+            # after the gather, which a rank that uses nothing of it would not compute
+            made.append(_sum_of_own(_after(cotangent, made or outputs), group, ranks, rank))
+        size = sum(cotangent.nbytes for cotangent in cotangents[:-1]) // ranks
+        count_bytes((ranks - 1) * size, (ranks - 1) * size)
+        return made
+
+    gather.vjp(scatter)
+    return cast("Callable[[list[mx.array]], list[mx.array]]", gather)
+
+
+def _after(array: mx.array, made: Sequence[mx.array]) -> mx.array:
+    """Return the array, available once what was made before is."""
+    return cast("mx.array", mx.depends(array, made[-1])) if made else array
+
+
+def _sum_of_own(cotangent: mx.array, group: Group, ranks: int, rank: int) -> mx.array:
+    """Return the sum over the ranks of this rank's part of (ranks, *shape); half precision is added in float32."""
+    stream = communication_stream()
+    wide = cotangent.astype(_WIDE) if ranks > 2 else cotangent
+    if transport() in ("nccl", "jaccl"):
+        flat = wide.reshape(ranks * wide.shape[1], *wide.shape[2:])
+        mine = mx.distributed.sum_scatter(flat, group=group, stream=stream)
+    else:
+        mine = mx.distributed.all_sum(wide, group=group, stream=stream)[rank]
+    return mine.astype(cotangent.dtype)

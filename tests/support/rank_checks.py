@@ -1,0 +1,167 @@
+"""Checks that each rank of a group makes; run as a program, once a rank. Prints a line for each failure.
+
+Every rank makes the same inputs and knows the whole result, in float64, and compares its own part.
+"""
+
+import sys
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+
+from attention import attention, distributed, masks
+from attention.distributed import Layout
+from attention.masks import Pattern
+from tests.support import kernel_oracle as oracle
+from tests.support.kernel_oracle import Options
+
+HEADS, KV_HEADS, DIM = 4, 2, 32
+FLOOR = 4e-6
+"""Rounding of the CPU kernel's own sums in float32."""
+failures: list[str] = []
+
+
+def documents(seq: int) -> Pattern:
+    return masks.causal() & masks.documents([seq // 3, seq // 3, seq - 2 * (seq // 3)])
+
+
+def arrays(seq: int, kv_seq: int, dtype: mx.Dtype) -> list[mx.array]:
+    shapes = [(2, HEADS, seq, DIM), (2, KV_HEADS, kv_seq, DIM), (2, KV_HEADS, kv_seq, DIM), (2, HEADS, seq, DIM)]
+    keys = mx.random.split(mx.random.key(seq + kv_seq), 4)
+    return [mx.random.normal(shape, key=key).astype(dtype) for shape, key in zip(shapes, keys, strict=True)]
+
+
+def compare(got: mx.array, exact: np.ndarray, plain: np.ndarray, factor: float, what: str) -> None:
+    try:
+        if got.size:
+            oracle.assert_near(got, exact, plain, got.dtype, factor, what, FLOOR if got.dtype == mx.float32 else 0)
+    except AssertionError as error:
+        failures.append(str(error) or f"{what}: shape {got.shape}, expected {exact.shape}")
+
+
+def rows(x: np.ndarray, layout: Layout, rank: int, axis: int = 2) -> np.ndarray:
+    if layout.kind == "heads":
+        return np.array_split(x, layout.ranks, axis=1)[rank]
+    if not layout.is_sharded:
+        return x
+    return np.take(x, [p for start, stop in layout.chunks[rank] for p in range(start, stop)], axis=axis)
+
+
+def options_of(keywords: dict, shape: tuple[int, int, int, int]) -> Options:
+    mask = keywords.get("mask")
+    dense = None
+    if isinstance(mask, Pattern):
+        dense = np.broadcast_to(np.array(mask.dense(shape)), shape)
+    elif isinstance(mask, mx.array):
+        dense = np.array(mask)
+    return Options(DIM**-0.5, mask == "causal" if isinstance(mask, str) else False, keywords.get("window"), None, dense)
+
+
+def self_attention(group, kind: str, seq: int, dtype: mx.Dtype, weights=None, **keywords) -> None:
+    """Forward and gradients of a sequence in a layout, and the same bits again."""
+    rank = group.rank()
+    q, k, v, cotangent = arrays(seq, seq, dtype)
+    mask = keywords.get("mask")
+    parts = distributed.shard(
+        q, k, v, group, kind, mask=mask if isinstance(mask, Pattern | str) else None, weights=weights
+    )
+    own_cotangent = distributed.shard(cotangent, cotangent, cotangent, group, parts.layout).q
+
+    def call(*own: mx.array) -> mx.array:
+        return attention(*own, group=group, layout=parts.layout, implementation="poc", **keywords)
+
+    results = []
+    for _ in range(2):
+        (out,), gradients = mx.vjp(call, list(parts[:3]), [own_cotangent])
+        mx.eval(out, gradients)
+        results.append([out, *gradients])
+    whole = distributed.unshard(results[0][0], parts.layout, group)
+    mx.eval(whole)
+    what = f"rank {rank}, {kind}, {seq}, {dtype}, {keywords if mask is None or isinstance(mask, str) else mask!r}"
+    if not all(mx.array_equal(*pair).item() for pair in zip(*results, strict=True)):
+        failures.append(f"{what}: other bits the second time")
+    options = options_of(keywords, (2, HEADS, seq, seq))
+    given = [oracle.numbers(x) for x in (q, k, v, cotangent)]
+    exact = [oracle.attention(*given[:3], options)[0], *oracle.gradients(*given, options)]
+    plain = [
+        oracle.plain_attention(*given[:3], options, dtype),
+        *oracle.plain_gradients(*given, options, dtype),
+    ]
+    for name, got, one, other in zip(("output", "dQ", "dK", "dV"), results[0], exact, plain, strict=True):
+        factor = 2 if name == "output" else 3
+        compare(got, rows(one, parts.layout, rank), rows(other, parts.layout, rank), factor, f"{what}: {name}")
+    compare(whole, exact[0], plain[0], 2, f"{what}: unsharded output")
+
+
+def decode(group, kind: str, seq: int, kv_seq: int, **keywords) -> None:
+    """A few rows, which every rank has, against a sharded cache."""
+    rank = group.rank()
+    q, k, v, _ = arrays(seq, kv_seq, mx.float32)
+    keys = distributed.make_layout(kv_seq, group.size(), kind)
+    own = [distributed.own_rows(x, keys, rank) for x in (k, v)]
+    out, logsumexp = attention(
+        q,
+        *own,
+        group=group,
+        layout=distributed.make_layout(seq, group.size(), "replicated"),
+        key_layout=keys,
+        return_lse=True,
+        implementation="poc",
+        **keywords,
+    )
+    mx.eval(out, logsumexp)
+    options = options_of(keywords, (2, HEADS, seq, kv_seq))
+    given = [oracle.numbers(x) for x in (q, k, v)]
+    exact, exact_lse, _ = oracle.attention(*given, options)
+    what = f"rank {rank}, decode {kind}, {seq} x {kv_seq}, {keywords}"
+    compare(out, exact, oracle.plain_attention(*given, options, mx.float32), 4, what)
+    if np.abs(oracle.numbers(logsumexp) - exact_lse).max() > 1e-5:
+        failures.append(f"{what}: logsumexp")
+
+
+def few(group) -> None:
+    """The checks of the default suite."""
+    kinds = ("zigzag", "contiguous", "balanced")
+    for kind in kinds:
+        self_attention(group, kind, 300, mx.bfloat16, mask="causal")
+    self_attention(group, "heads", 64, mx.float32, mask="causal")
+    self_attention(group, "zigzag", 37, mx.float32)
+    self_attention(group, "contiguous", 300, mx.float32, window=40)
+    self_attention(group, "balanced", 512, mx.float32, mask=documents(512))
+    self_attention(group, "zigzag", 101, mx.float32, mask=masks.prefix(5) | masks.window(30))
+    self_attention(group, "zigzag", 300, mx.float32, mask="causal", weights=[1 + n for n in range(group.size())])
+    decode(group, "contiguous", 1, 301, mask="causal")
+    decode(group, "zigzag", 3, 301, window=40)
+
+
+def many(group) -> None:
+    """All layouts and masks."""
+    few(group)
+    for seq in (1024, 333, 37):
+        array = mx.random.normal((seq, seq), key=mx.random.key(1)) > 0
+        kinds: list[str] = ["zigzag", "contiguous", "balanced"]
+        if KV_HEADS % group.size() == 0:
+            kinds.append("heads")
+        for kind in kinds:
+            for keywords in ({}, {"mask": "causal"}, {"window": 100}, {"mask": documents(seq)}, {"mask": array}):
+                self_attention(group, kind, seq, mx.float32, **keywords)
+                self_attention(group, kind, seq, mx.bfloat16, **keywords)
+    for kind in ("contiguous", "zigzag"):
+        for seq, keywords in ((1, {}), (4, {"mask": "causal"}), (1, {"window": 64}), (5, {"window": 64})):
+            decode(group, kind, seq, 1000, **keywords)
+
+
+CHECKS: dict[str, Callable] = {"few": few, "many": many}
+
+
+def main() -> int:
+    group = mx.distributed.init(strict=True, backend="ring")
+    for name in sys.argv[1:]:
+        CHECKS[name](group)
+    mx.eval(mx.distributed.all_sum(mx.array(1.0), group=group))
+    print("\n".join(failures))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
