@@ -7,10 +7,11 @@ import mlx.core as mx
 from msgspec import structs
 
 from attention.core.workload import Workload
-from attention.distributed import collectives, layout_for, make_layout, own_rows, shard, unshard
+from attention.distributed import collectives
 from attention.distributed.attend import Problem, attend
 from attention.distributed.decision import Decision
-from attention.distributed.layout import Layout
+from attention.distributed.layout import Layout, make_layout
+from attention.distributed.shards import layout_for, own_rows, shard, unshard
 from attention.implementations import load_implementation
 from attention.implementations.calls import make_inputs
 from attention.implementations.protocol import Implementation
