@@ -1,7 +1,9 @@
 """An attention shape, with its FLOPs, bytes and number of unmasked pairs."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Final, Literal, cast
 
 from msgspec import Struct, structs
@@ -146,14 +148,9 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
         return not spec.structured and (spec.causal or spec.window is not None)
 
     @property
-    def counterparts(self) -> "dict[Counterpart, Workload]":
+    def counterparts(self) -> "Mapping[Counterpart, Workload]":
         """What the case is compared with: every pair visible (of a mask or window), K and V in the query's dtype."""
-        made: dict[Counterpart, Workload] = {}
-        if self.structured or self.window is not None:
-            made["dense"] = structs.replace(self, mask="none")
-        if self.quantized:
-            made["unquantized"] = structs.replace(self, kv_format=DENSE)
-        return made
+        return _counterparts(self)
 
     @property
     def scale(self) -> float:
@@ -254,6 +251,17 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
     def scores(self) -> int:
         """Entries of the score matrix, batch x heads x seq x kv_seq, which an unfused path materialises."""
         return self.batch * self.heads * self.seq * self.kv_seq
+
+
+@lru_cache(maxsize=256)
+def _counterparts(case: Workload) -> Mapping[Counterpart, Workload]:
+    """Return the counterparts of a case; cached, since each event of a run's progress asks for them."""
+    made: dict[Counterpart, Workload] = {}
+    if case.structured or case.window is not None:
+        made["dense"] = structs.replace(case, mask="none")
+    if case.quantized:
+        made["unquantized"] = structs.replace(case, kv_format=DENSE)
+    return MappingProxyType(made)
 
 
 def _size_problems(workload: Workload) -> list[str]:

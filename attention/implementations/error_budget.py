@@ -19,7 +19,11 @@ Compare = Callable[[Workload, Sequence[mx.array], float, mx.array, int], float]
 
 
 class BudgetExceededError(UnsupportedError):
-    """An approximate result whose error is above the caller's budget, or cannot be measured."""
+    """An approximate result whose error is above the caller's budget."""
+
+
+class ErrorUnknownError(UnsupportedError):
+    """An approximate result of a traced call, whose kind has not been compared with float64 yet."""
 
 
 def relative_error(workload: Workload, inputs: Sequence[mx.array], scale: float, output: mx.array, seed: int) -> float:
@@ -52,8 +56,8 @@ class ErrorBudget:
             output: its result.
 
         Raises:
-            BudgetExceededError: the error is above the budget, or the call is traced and the first of its kind, so that
-                there are no values to measure it on.
+            BudgetExceededError: the error is above the budget.
+            ErrorUnknownError: the call is traced and the first of its kind: there are no values to measure it on.
         """
         calls = self._calls.get(workload) or 0
         if calls and (calls + 1) & calls:
@@ -61,7 +65,7 @@ class ErrorBudget:
             return
         if not try_evaluate(*inputs):
             if not calls:
-                raise BudgetExceededError(
+                raise ErrorUnknownError(
                     f"{self._name}: its error cannot be measured while a call is traced; call it once before"
                 )
             return

@@ -7,7 +7,8 @@ import weakref
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, cached_property, lru_cache, wraps
+from functools import cache, cached_property, lru_cache, reduce, wraps
+from operator import and_
 from types import TracebackType
 from typing import Any, Final, Literal, NamedTuple, ParamSpec, Self, TypeVar, cast
 
@@ -120,14 +121,14 @@ class KnownMask:
         self._paddings = tuple(None if each is None else mx.array(each) for each in (right_padding, left_padding))
 
     @property
-    def is_padded(self) -> bool:
+    def may_be_padded(self) -> bool:
         """Whether the sequences of the batch have padding, possibly of length 0."""
         return any(one is not None for one in self._paddings)
 
     @cached_property
-    def pattern(self) -> Pattern | None:
-        """The mask as a value; None if its padding is traced by a transformation of MLX."""
-        seen = masks.causal() if self.window is None else masks.window(self.window)
+    def padding(self) -> list[Pattern] | None:
+        """The padding as masks, none where its length is 0; None if it is traced by a transformation of MLX."""
+        made = []
         sides: tuple[Literal["right", "left"], ...] = ("right", "left")
         for side, padding in zip(sides, self._paddings, strict=True):
             if padding is None:
@@ -137,8 +138,15 @@ class KnownMask:
             except ValueError:
                 return None
             if any(length < self.keys for length in lengths):
-                seen &= masks.padding([max(0, min(length, self.keys)) for length in lengths], side)
-        return seen
+                made.append(masks.padding([max(0, min(length, self.keys)) for length in lengths], side))
+        return made
+
+    def in_call(self, call: "ModelCall", padding: Sequence[Pattern]) -> "ModelCall":
+        """Return a call with the mask as bounds, or as a pattern if there is padding."""
+        if not padding:
+            return call._replace(mask="causal", window=self.window)
+        bounds = masks.causal() if self.window is None else masks.window(self.window)
+        return call._replace(mask=None, pattern=reduce(and_, padding, bounds))
 
 
 class KnownMasks:
@@ -198,11 +206,11 @@ class KnownMasks:
             return call
         if (known.rows, known.keys) != (call.q.shape[2], call.kv_seq):
             return call
-        if not known.is_padded:
-            return call._replace(mask="causal", window=known.window)
-        if not self.by_value or known.rows < MIN_PATTERN_ROWS or known.pattern is None:
+        if not known.may_be_padded:
+            return known.in_call(call, [])
+        if not self.by_value or known.rows < MIN_PATTERN_ROWS or known.padding is None:
             return call
-        return call._replace(mask=None, pattern=known.pattern)
+        return known.in_call(call, known.padding)
 
 
 class CallArguments(NamedTuple):

@@ -39,7 +39,7 @@ from attention.implementations.autotune.trial import (
     fitting_candidates,
 )
 from attention.implementations.calls import MlxRunner, call_signature, current_backend, record_path, try_evaluate
-from attention.implementations.error_budget import BudgetExceededError, ErrorBudget
+from attention.implementations.error_budget import BudgetExceededError, ErrorBudget, ErrorUnknownError
 from attention.implementations.fp8 import PocFp8
 from attention.implementations.fused import Poc
 from attention.implementations.protocol import Implementation, NeedsBuilding
@@ -63,6 +63,7 @@ class DemoRunner(MlxRunner):
         self._demo = demo
         self._task = task
         self._active = demo.active_choice(task)
+        demo.check_budget(self._active, task)
         self._implementation = self._active.call
         self._monitoring = True
         self._began: float | None = None
@@ -144,7 +145,7 @@ class Demo:
 
         Args:
             pass_: the pass that calls are tuned for.
-            among: the candidates by name; all of them by default.
+            among: the exact candidates by name; all of them by default.
             store: where results of trials are stored; the user's file by default.
             budget_s: seconds of a trial.
             clock: in seconds.
@@ -154,6 +155,8 @@ class Demo:
         self._budget = None if max_error is None else ErrorBudget(APPROXIMATE, max_error)
         self._within = BoundedDict[float, Demo](16)
         self.candidates = dict(candidates() if among is None else among)
+        if max_error is not None:
+            self.candidates.setdefault(APPROXIMATE, PocFp8())
         self.store = store or Store()
         self._untried = Poc()
         self._pass = pass_
@@ -228,10 +231,18 @@ class Demo:
         scale: float,
         mask: Mask,
     ) -> tuple[str, mx.array]:
-        """Return the approximate result, or that of the best exact candidate if its error is above the budget."""
+        """Return the approximate result, or that of the best exact candidate if its error is above the budget.
+
+        If the error is unknown because the call is traced, this call alone goes to the exact candidate.
+        """
         workload, needs = call_signature(q, k, v, mask, None)
         try:
             budget.check(workload, (q, k, v), scale, out)
+        except ErrorUnknownError as unknown:
+            name = next(iter(active.alternatives), None) or self._default_candidate(workload, probe(), needs)
+            text = f"{NAME} goes to {name} in a traced call of {active.workload.label}: {unknown}"
+            on.emit_tuning(on.Message(level="info", text=text))
+            return name, self.candidates[name](q, k, v, scale=scale, mask=mask)
         except BudgetExceededError as excess:
             active.give_up(self.candidates, self._default_candidate(workload, probe(), needs))
             text = f"{NAME} goes to {active.name} for {active.workload.label}: {excess}"
@@ -239,12 +250,19 @@ class Demo:
             return active.name, active.call(q, k, v, scale=scale, mask=mask)
         return APPROXIMATE, out
 
+    def check_budget(self, active: ActiveChoice, task: Task) -> None:
+        """Compare a task's approximate result with float64 once; if its error is above the budget, give it up."""
+        if active.name == APPROXIMATE and self._budget is not None:
+            q, k, v = task.inputs[:3]
+            out = active.call(q, k, v, scale=task.scale, mask=task.mask)
+            self._checked(self._budget, active, out, q, k, v, task.scale, task.mask)
+
     def within(self, max_error: float) -> "Demo":
         """Return the tuner of calls with an error budget; it shares the store."""
         if max_error not in self._within:
             self._within[max_error] = Demo(
                 pass_=self._pass,
-                among=self.candidates | {APPROXIMATE: PocFp8()},
+                among=self.candidates,
                 store=self.store,
                 budget_s=self._budget_s,
                 clock=self.clock,
@@ -270,15 +288,19 @@ class Demo:
     def for_training(self) -> "Demo":
         """Return a tuner for training calls that shares the store and the choices of this one."""
         other = Demo(
-            pass_="training", among=self.candidates, store=self.store, budget_s=self._budget_s, clock=self.clock
+            pass_="training",
+            among=self.candidates,
+            store=self.store,
+            budget_s=self._budget_s,
+            clock=self.clock,
+            max_error=self._max_error,
         )
         other._classes = self._classes
         return other
 
     def runner(self, workload: Workload, inputs: Sequence[Any], scale: float) -> MlxRunner:
         """Return a bound call; a trial of the workload's pass, if needed, runs now, before anything is timed."""
-        task = Task(workload=workload, inputs=inputs, scale=scale, mask=of_workload(workload))
-        return DemoRunner(self, task)
+        return DemoRunner(self, self._task(workload, [*inputs], scale, of_workload(workload), None))
 
     def tune(self, task: Task) -> TrialResult:
         """Run a trial on a task, even if its class is tuned already, and store the result.
@@ -416,8 +438,9 @@ class Demo:
         return out
 
     def _default_candidate(self, workload: Workload, device: Device, needs: Needs) -> str:
-        """Return the first fused candidate, otherwise the leanest."""
-        fit = fitting_candidates(self.candidates, workload, device, needs)
+        """Return the first fused candidate, otherwise the leanest; always an exact one."""
+        exact = {name: one for name, one in self.candidates.items() if name != APPROXIMATE}
+        fit = fitting_candidates(exact, workload, device, needs)
         fused = (name for name in fit if self.candidates[name].route(workload, device, needs).fused)
         return next(fused, SMALLEST_CANDIDATE if SMALLEST_CANDIDATE in self.candidates else fit[0])
 

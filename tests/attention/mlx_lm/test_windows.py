@@ -140,6 +140,16 @@ def test_padding_of_a_batch_is_a_pattern(padding, rows, offset, window):
     np.testing.assert_allclose(np.array(found), np.array(wanted), atol=1e-5)
 
 
+def test_padding_of_length_0_takes_the_path_of_no_padding():
+    q = mx.random.normal((2, 2, 80, 16), key=mx.random.key(0))
+    paths = []
+    for padding in ({}, {"left_padding": mx.array([0, 0])}):
+        with attention.patch_mlx_lm("practical") as patch:
+            base.scaled_dot_product_attention(q, q, q, None, 0.25, base.create_causal_mask(80, **padding))
+        paths.append(patch.taken)
+    assert paths[0] == paths[1]
+
+
 def test_padding_stays_an_array_for_who_takes_no_patterns():
     q = mx.random.normal((2, 2, 80, 16), key=mx.random.key(0))
     recorder = Recorder()

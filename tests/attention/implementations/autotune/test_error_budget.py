@@ -85,6 +85,43 @@ def test_the_choice_that_follows_is_no_challenger_of_itself(demo: Demo, approxim
     assert (active.name, active.drift.challenger) == ("exact", None)
 
 
+def test_a_traced_first_call_leaves_a_stored_choice(demo: Demo, approximate: Approximate) -> None:
+    path(demo, max_error=0.1)
+    again, inputs = Demo(store=Store(demo.store.path), among=demo.candidates, budget_s=0.1), make_inputs(WORKLOAD, 0)
+    paths = []
+
+    def traced(q: mx.array) -> mx.array:
+        out = attention(q, *inputs[1:3], max_error=0.1, implementation=again)
+        paths.append(take_path())
+        return out
+
+    mx.eval(mx.vmap(traced)(inputs[0][None]))
+    assert paths == ["tuned: exact"]
+    assert path(again, max_error=0.1) == "tuned: poc-fp8"
+
+
+def test_a_demo_with_a_budget_of_its_own_tries_it_too(tmp_path: Path, approximate: Approximate) -> None:
+    among = {"exact": Timed("exact", 0.002)}
+    own = Demo(store=Store(tmp_path / "tuning.toml"), among=among, budget_s=0.1, max_error=0.1)
+    assert path(own) == "tuned: poc-fp8"
+    assert path(own, max_error=0.01) == "tuned: exact"
+
+
+def test_a_bound_call_is_tuned_within_the_budget(tmp_path: Path, approximate: Approximate) -> None:
+    among = {"exact": Timed("exact", 0.002)}
+    own = Demo(store=Store(tmp_path / "tuning.toml"), among=among, budget_s=0.1, max_error=0.1)
+    runner = own.runner(WORKLOAD, make_inputs(WORKLOAD, 0)[:3], WORKLOAD.scale)
+    before = approximate.calls
+    runner.results()
+    assert approximate.calls == before + 1
+    approximate.error = 0.3
+    again = Demo(store=Store(own.store.path), among=among, budget_s=0.1, max_error=0.1)
+    bound = again.runner(WORKLOAD, make_inputs(WORKLOAD, 0)[:3], WORKLOAD.scale)
+    before = approximate.calls
+    bound.results()
+    assert approximate.calls == before, "its error in another process is above the budget"
+
+
 def test_a_candidate_that_should_be_exact_has_no_budget(tmp_path: Path, approximate: Approximate) -> None:
     approximate.error = 0.3
     wrong, exact = Approximate(0.05, "wrong"), Timed("exact", 0.002)
