@@ -112,7 +112,7 @@ def products_in_numpy() -> Iterator[None]:
 def train(model: Any, data: bytes, arguments: argparse.Namespace) -> float:
     """Train for the steps or the seconds given, whichever end first; return the last losses' mean."""
     mx.eval(model.parameters())
-    optimizer = AdamW(learning_rate=arguments.rate, weight_decay=0.01)
+    optimizer = AdamW(learning_rate=arguments.rate, weight_decay=arguments.decay)
     step_of = nn.value_and_grad(model, loss_of)
     schedule, started, losses = rate(arguments.steps, arguments.rate), time.monotonic(), []
     made = batches(data, arguments.context, arguments.batch, arguments.seed)
@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help="steps at most (2000)")
     parser.add_argument("--seconds", type=float, default=300, help="seconds at most (300)")
     parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate (3e-3)")
+    parser.add_argument("--decay", type=float, default=0.01, help="weight decay (0.01)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (0)")
     arguments = parser.parse_args()
     mx.random.seed(arguments.seed)
@@ -178,7 +179,8 @@ def main() -> None:
     model = llama.Model(llama.ModelArgs.from_dict(fields))
     whole = text()
     cut = int(len(whole) * (1 - HELD_OUT))
-    with products_in_numpy(), patch_mlx_lm("poc"):
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    with products_in_numpy(), patch_mlx_lm("poc" if on_cpu else "mlx"):
         loss = train(model, whole[:cut], arguments)
     write(model, fields, whole[cut:], arguments.folder)
     print(f"{arguments.folder}: loss {loss:.3f} nats a byte ({len(whole):,} bytes of text)")

@@ -1,13 +1,13 @@
 """Formatting of figures and rows: three significant figures with a unit, and n/a for unknown values."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from attention.core.errors import NoBackendError, Remedy
 from attention.core.events import CaseTimeEstimated, RunRefused
 from attention.core.results import AnyCase, Case, Interval, Ratio, Report, Row, Share, StreamCase, StreamRow, Summary
-from attention.core.stream import FULL, RECOMPUTED, STREAMING
+from attention.core.stream import FULL, RECOMPUTED, STREAMING, WINDOW
 from attention.core.workload import COUNTERPARTS, PHASES, Counterpart, Workload, short_name
 from attention.engine.record import summarise
 
@@ -464,9 +464,18 @@ def _of_stream(case: StreamCase) -> str:
         parts.append(f"full attention {seconds(full.end_s)} at the end{how}, {times} times as long")
     if again and again.call_s:
         parts.append(f"recomputing the window {three(again.call_s.median / row.call_s.median)} times as long")
-    if row.loss_inside is not None and row.loss_beyond is not None:
-        parts.append(f"loss {row.loss_inside:.3f} inside the window and {row.loss_beyond:.3f} beyond")
+    if row.loss_beyond is not None:
+        parts.append(f"loss {row.loss_beyond:.3f} beyond the window, {_other_losses(rows)}")
     return "; ".join(parts)
+
+
+def _other_losses(rows: Mapping[str, StreamRow]) -> str:
+    """Format the losses beside that of the stream, as far as they were measured."""
+    words = {RECOMPUTED: "recomputed", WINDOW: "without the first tokens", FULL: "with full attention"}
+    losses = {name: rows[name].loss_beyond for name in words if name in rows}
+    known = [f"{loss:.3f} {words[name]}" for name, loss in losses.items() if loss is not None]
+    inside = rows[STREAMING].loss_inside
+    return ", ".join(known) or ("" if inside is None else f"{inside:.3f} inside")
 
 
 def _of_quantized(cases: Sequence[Case]) -> list[str]:

@@ -61,8 +61,10 @@ def _runner(assignment: Assignment, emit: Emit, mark: Mark) -> CaseRunner[Any]:
             from attention.mlx_lm.fine_tuning import FineTuningBench
 
             return FineTuningBench(assignment, fine_tuning, emit, mark)
-        case StreamPlan(cases=(first, *_)) if first.model is not None:
-            raise UsageError("model: streams are measured without a model for now")
+        case StreamPlan(cases=(first, *_)) as stream if first.model is not None:
+            from attention.mlx_lm.stream import ModelStreamBench
+
+            return ModelStreamBench(assignment, stream, emit, mark)
         case StreamPlan() as stream:
             from attention.engine.stream import AttentionStreamBench
 

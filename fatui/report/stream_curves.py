@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Final
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from attention.core.results import StreamCase, StreamRow
 from attention.core.stream import FULL, STREAMING, StreamBlock, fitted_line
@@ -17,8 +18,10 @@ EXTRAPOLATED_WORDS: Final = "extrapolated"
 MAX_DRAWN: Final = 120
 """Maximum points of a curve in a chart: neighbours are averaged."""
 EXTRAPOLATED_POINTS: Final = 24
-LOSS_ROOM: Final = 0.6
-"""Losses are drawn up to this multiple of the lowest above it; what is higher stays at the edge."""
+LOSS_ROOM: Final = 1.3
+"""Losses are drawn up to this multiple of the highest besides full attention's, which may explode."""
+LOSS_POINTS: Final = 24
+"""Points of a curve of losses, which differ much from token to token."""
 Points = tuple[tuple[float, float], ...]
 
 
@@ -55,19 +58,16 @@ def time_chart(case: StreamCase) -> StreamChart:
 
 def memory_chart(case: StreamCase) -> StreamChart:
     """Return the resident memory of the process over position, from zero."""
-    return _chart(case, "resident memory", lambda block: block.resident_bytes, formatting.size, without=(FULL,))
+    drawn = _chart(case, "resident memory", lambda block: block.resident_bytes, formatting.size)
+    return structs.replace(drawn, curves=tuple(curve for curve in drawn.curves if curve.name != FULL))
 
 
 def loss_chart(case: StreamCase) -> StreamChart:
-    """Return the loss of a token over position; the axis begins near the lowest, and cuts off what explodes."""
-    drawn = _chart(case, "loss per token", lambda block: block.loss, lambda value: f"{value:.2f}")
-    values = [y for curve in drawn.curves for _, y in curve.points]
-    if not values:
-        return drawn
-    low = 0.9 * min(values)
-    return StreamChart(
-        drawn.title, drawn.curves, drawn.tokens, low, min(max(values), low * (1 + LOSS_ROOM)) * 1.02, drawn.format
-    )
+    """Return the loss of a token over position, from zero; what explodes is cut off."""
+    drawn = _chart(case, "loss per token", lambda block: block.loss, lambda value: f"{value:.2f}", LOSS_POINTS)
+    bounded = [y for curve in drawn.curves if curve.name != FULL for _, y in curve.points]
+    high = min(drawn.high, LOSS_ROOM * max(bounded)) if bounded else drawn.high
+    return structs.replace(drawn, high=high)
 
 
 def _chart(
@@ -75,12 +75,10 @@ def _chart(
     title: str,
     value: Callable[[StreamBlock], float | None],
     say: Callable[[float], str],
-    without: Sequence[str] = (),
+    most: int = MAX_DRAWN,
 ) -> StreamChart:
     curves = tuple(
-        Curve(row.implementation, points)
-        for row in measured_rows(case)
-        if row.implementation not in without and (points := thinned(row.blocks, value))
+        Curve(row.implementation, points) for row in measured_rows(case) if (points := thinned(row.blocks, value, most))
     )
     highest = max((y for curve in curves for _, y in curve.points), default=0.0)
     return StreamChart(title, curves, case.workload.tokens, 0.0, highest * 1.05, say)
@@ -91,12 +89,14 @@ def measured_rows(case: StreamCase) -> list[StreamRow]:
     return [row for row in case.rows if row.blocks]
 
 
-def thinned(blocks: Sequence[StreamBlock], value: Callable[[StreamBlock], float | None]) -> Points:
-    """Return the position and a figure of the blocks that have it; means of neighbours beyond MAX_DRAWN blocks."""
+def thinned(
+    blocks: Sequence[StreamBlock], value: Callable[[StreamBlock], float | None], most: int = MAX_DRAWN
+) -> Points:
+    """Return the position and a figure of the blocks that have it; medians of neighbours if they are too many."""
     known = [(float(block.end), float(found)) for block in blocks if (found := value(block)) is not None]
-    size = math.ceil(len(known) / MAX_DRAWN) or 1
+    size = math.ceil(len(known) / most) or 1
     groups = [known[index : index + size] for index in range(0, len(known), size)]
-    return tuple((group[-1][0], sum(y for _, y in group) / len(group)) for group in groups)
+    return tuple((group[-1][0], median(y for _, y in group)) for group in groups)
 
 
 def _extrapolated(row: StreamRow, tokens: int) -> Points:

@@ -24,7 +24,7 @@ from attention.core.results import (
     StreamRow,
 )
 from attention.core.route import FALLS_BACK
-from attention.core.stream import FULL
+from attention.core.stream import FULL, STREAMING
 from attention.engine.record import NEVER_CALLED
 from fatui import formatting
 from fatui.report.stream_curves import loss_chart, text_chart, time_chart
@@ -199,6 +199,8 @@ def _stream_notes(case: StreamCase) -> list[str]:
     for row in case.rows:
         if row.implementation == FULL and row.extrapolated:
             notes.append(f"~ extrapolated: full attention was measured up to {row.tokens:,} keys")
+        if row.implementation != STREAMING:
+            continue
         if row.slow_tokens is not None and row.slowest_s is not None:
             steps = sum(block.count for block in row.blocks)
             slowest = formatting.seconds(row.slowest_s)
@@ -212,7 +214,8 @@ def _stream_notes(case: StreamCase) -> list[str]:
                 " since the window was full"
             )
         if row.bound_s is not None:
-            notes.append(f"bound: the window's keys and values are read in {formatting.seconds(row.bound_s)}")
+            what = "weights, keys and values" if case.workload.model else "keys and values"
+            notes.append(f"bound: the {what} that a token needs are read in {formatting.seconds(row.bound_s)}")
     return notes
 
 
