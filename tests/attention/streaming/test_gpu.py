@@ -1,0 +1,59 @@
+"""Streaming states on a CUDA device, against float64 over the same kept tokens."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from attention import StreamingKV, quantized
+from attention.core.kv_format import parse_kv_format
+from tests.attention.streaming.test_streaming import ROPES, close, expected, made, rope_of
+from tests.support.streaming_oracle import Sequence
+
+pytestmark = pytest.mark.gpu
+ERROR = {mx.bfloat16: 4e-2, mx.float16: 6e-3}
+
+
+def rounded(x: np.ndarray, dtype: mx.Dtype) -> tuple[mx.array, np.ndarray]:
+    """Return tokens in a dtype, and their values."""
+    array = mx.array(x).astype(dtype)
+    return array, np.array(array.astype(mx.float32))
+
+
+@pytest.mark.parametrize("dtype", ERROR, ids=str)
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+@pytest.mark.parametrize("implementation", ["poc", "practical"])
+def test_chunks_of_any_length(dtype, rope, implementation):
+    """Steps and chunks through the wrap-around equal float64."""
+    state, oracle = StreamingKV(4, 300, rope=rope_of(rope)), Sequence(4, 300, rope=rope)
+    for seed, length in enumerate((2, 1, 290, *[1] * 20, 700, *[1] * 20, 5)):
+        arrays, values = zip(*(rounded(x, dtype) for x in made(length, seed=seed, width=64)), strict=True)
+        got = state.attend(*arrays, implementation=implementation)
+        assert close(got[0], expected(oracle, *(x[0] for x in values)), ERROR[dtype])
+    assert state.kept().tolist() == oracle.kept()
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "int4"])
+def test_quantized_storage(kv_format):
+    """A step reads what `mx.quantize` makes of each token."""
+    forms = parse_kv_format(kv_format)
+    state, oracle = StreamingKV(4, 40, kv_format), Sequence(4, 40)
+    for seed in range(100):
+        arrays, values = zip(*(rounded(x, mx.bfloat16) for x in made(1, seed=seed, width=64)), strict=True)
+        read = [quantized(x, f).exact() for x, f in zip(arrays[1:], (forms.key, forms.value), strict=True)]
+        assert close(state.attend(*arrays)[0], expected(oracle, values[0][0], read[0][0], read[1][0]), 4e-2)
+
+
+def test_memory_does_not_grow():
+    """Many steps, evaluated one by one or together, take the memory of the ring."""
+    state = StreamingKV(4, 4096, rope=rope_of(ROPES["halves"]))
+    arrays = [mx.array(x).astype(mx.bfloat16) for x in made(4100, width=128)[1:]]
+    state.append(*arrays)
+    q, k, v = (mx.array(x).astype(mx.bfloat16) for x in made(1, width=128))
+    for _ in range(200):
+        mx.eval(state.attend(q, k, v))
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for _ in range(20):
+        mx.eval([state.attend(q, k, v) for _ in range(64)])
+    assert mx.get_active_memory() <= before + 2**20
+    assert mx.get_peak_memory() <= before + 3 * state.nbytes
