@@ -39,6 +39,7 @@ from fatui.report.sections import (
     throughput_table,
     tuning_blocks,
 )
+from fatui.report.streaming import stream_blocks, stream_charts
 from fatui.report.study import origin_blocks
 from fatui.untrusted_text import escape_all
 
@@ -66,6 +67,7 @@ def _sections(evidence: Evidence) -> list[Section]:
         section("Memory", memory_blocks(cases, names)),
         section("Models", model_blocks(evidence.models)),
         section("Fine-tuning", tuning_blocks(evidence.fine_tunings), _losses(evidence)),
+        section("Streaming", stream_blocks(evidence.streams), _curves(evidence)),
         section("Where it pays, and where it does not", _conditions(evidence)),
         section("Which to choose, and how to adopt it", _advice(evidence)),
         section("Beside the study", origin_blocks(evidence)),
@@ -75,7 +77,7 @@ def _sections(evidence: Evidence) -> list[Section]:
 
 
 def _everything(evidence: Evidence) -> tuple[AnyCase, ...]:
-    return (*evidence.cases, *evidence.models, *evidence.fine_tunings)
+    return (*evidence.cases, *evidence.models, *evidence.fine_tunings, *evidence.streams)
 
 
 def _where(evidence: Evidence) -> Paragraph:
@@ -145,6 +147,11 @@ def _densities(evidence: Evidence) -> Sequence[Block]:
 
 def _losses(evidence: Evidence) -> Sequence[Block]:
     drawn: Sequence[Chart] = loss_charts(evidence.fine_tunings, evidence.implementations) if charts.available() else ()
+    return drawn
+
+
+def _curves(evidence: Evidence) -> Sequence[Block]:
+    drawn: Sequence[Chart] = stream_charts(evidence.streams) if charts.available() else ()
     return drawn
 
 

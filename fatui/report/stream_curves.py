@@ -20,6 +20,8 @@ MAX_DRAWN: Final = 120
 EXTRAPOLATED_POINTS: Final = 24
 LOSS_ROOM: Final = 1.3
 """Losses are drawn up to this multiple of the highest besides full attention's, which may explode."""
+TYPICAL: Final = 0.95
+"""Share of a curve's points that the axis of times reaches: a moment in which the machine was busy does not set it."""
 LOSS_POINTS: Final = 24
 """Points of a curve of losses, which differ much from token to token."""
 Points = tuple[tuple[float, float], ...]
@@ -52,8 +54,14 @@ def time_chart(case: StreamCase) -> StreamChart:
     for row in measured_rows(case):
         points = thinned(row.blocks, lambda block: block.seconds)
         curves.append(Curve(row.implementation, points, _extrapolated(row, case.workload.tokens)))
-    highest = max((y for curve in curves for _, y in (*curve.points, *curve.extrapolated)), default=0.0)
-    return StreamChart("time per token", tuple(curves), case.workload.tokens, 0.0, highest, formatting.seconds)
+    highest = max(map(_typical_high, curves), default=0.0)
+    return StreamChart("time per token", tuple(curves), case.workload.tokens, 0.0, 1.05 * highest, formatting.seconds)
+
+
+def _typical_high(curve: Curve) -> float:
+    """Return the height that nearly all points of a curve keep to, and its extrapolated end."""
+    ordered = sorted(y for _, y in curve.points)
+    return max(ordered[int(TYPICAL * (len(ordered) - 1))], *(y for _, y in curve.extrapolated), ordered[0])
 
 
 def memory_chart(case: StreamCase) -> StreamChart:
