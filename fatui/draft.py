@@ -10,8 +10,8 @@ from attention.core.kv_format import DENSE
 from attention.core.plan import MAX_CASES, Plan, RunOptions, expand
 from attention.core.workload import DType, Pass, Workload
 
-AXES: Final = ("batch", "seq", "head_dim", "heads", "kv_heads")
-DEFAULT_AXES: Final = {"batch": (1,), "seq": (512,), "head_dim": (64,), "heads": (8,), "kv_heads": ()}
+AXES: Final = ("batch", "seq", "head_dim", "heads", "kv_heads", "ranks")
+DEFAULT_AXES: Final = {"batch": (1,), "seq": (512,), "head_dim": (64,), "heads": (8,), "kv_heads": (), "ranks": (1,)}
 SHARED: Final = ("dtype", "kv_format", "mask", "pass_")
 
 
@@ -36,6 +36,11 @@ class Draft(RunOptions, frozen=True, kw_only=True, forbid_unknown_fields=False):
     preset: str | None = None
     changed: bool = False
     """Whether it differs from the preset it was made from."""
+
+    def __post_init__(self) -> None:
+        """Complete the axes of an earlier version's draft."""
+        if "ranks" not in self.axes:
+            structs.force_setattr(self, "axes", {**self.axes, "ranks": (1,)})
 
     def change(self, **fields: Any) -> "Draft":
         """Return the draft with fields replaced, and without a preset's own list of cases."""

@@ -1,35 +1,26 @@
 """Run of a plan in a worker process, restarted after a crash and always terminated."""
 
 import asyncio
-import contextlib
 import os
 import signal
-import sys
-import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Final
 
 import msgspec
-import psutil
 from msgspec import structs
 
 from attention.core import events as on
-from attention.core.errors import truncated
-from attention.core.plan import AnyPlan, Assignment, Plan, StreamPlan
+from attention.core.plan import AnyPlan, Assignment, Plan, StreamPlan, ranks_of
 from attention.core.results import Peaks
 from attention.core.workload import FineTuning, Generation
 from attention.engine.record import record_of
 from fatui import __version__
-from fatui.untrusted_text import MAX_SHOWN, escape_all
+from fatui.rank_group import RankProcesses
+from fatui.rank_launch import RankLaunch, hosts_of, rank_launches
+from fatui.worker_process import PATIENCE_S, WORKER, Worker, kill_marked, mark_file
 
-LINE_LIMIT: Final = 2**26
-PATIENCE_S: Final = 0.5
-"""Seconds that a worker may take to exit before it is killed."""
-POLL_S: Final = 0.1
-STDERR_BYTES: Final = 2**16
-"""Bytes kept from the end of a worker's stderr."""
 SILENCE_S: Final = 30.0
 BUILD_SILENCE_S: Final = 300.0
 """Longer than SILENCE_S, since a compiler reports nothing while it works."""
@@ -43,8 +34,6 @@ SLOW_WEIGHTS_PER_S: Final = 1e7
 """A lower bound on the rate at which weights are made or read, in bytes per second."""
 LATE: Final = 4
 """Multiple of a model case's estimated time that a silence in it may last."""
-RUN_MARK: Final = "FATUI_RUN"
-"""Environment variable that marks a worker's processes, in any session."""
 Listener = Callable[[on.AnyEvent], None]
 
 
@@ -65,7 +54,9 @@ class Silence:
         self.expected_s: float | None = None
 
     def record_event(self, event: on.AnyEvent) -> None:
-        """Handle an event."""
+        """Handle an event; that a rank runs does not say that the run goes on."""
+        if isinstance(event, on.RankAlive):
+            return
         self.last_event_s = self._clock()
         if isinstance(event, on.CaseStarted):
             self.step = self.building = ""
@@ -107,7 +98,9 @@ class Engine:
         self._assignment = Assignment(plan=plan, peaks=peaks)
         self._listener = listener
         self._run = uuid.uuid4().hex
-        self._process: asyncio.subprocess.Process | None = None
+        self._hosts = hosts_of(plan)
+        self._signal: Callable[[int], None] | None = None
+        self._fatal = False
         self._culprit: str | None = None
         self._stopping = asyncio.Event()
         self._hung: str | None = None
@@ -121,9 +114,14 @@ class Engine:
             reason = await self._run_worker()
             if self.stopped or self.record.done or self.record.refused:
                 return
+            if self._grouped and self._fatal:
+                self._give_up_group(reason)
+                continue
             self._resume_after(reason)
             fruitless = fruitless + 1 if self._assignment == before else 0
-            if fruitless == 2:
+            if fruitless == 2 and self._grouped:
+                self._give_up_group(reason)
+            elif fruitless == 2:
                 what = "the engine cannot start"
                 if self._culprit:
                     what = f"implementation: '{self._culprit}' cannot be loaded"
@@ -133,14 +131,14 @@ class Engine:
         """End the worker, by force after PATIENCE_S; what was measured stays in the record."""
         self.stopped = True
         self._stopping.set()
-        if self._process is not None:
-            _signal_group(self._process, signal.SIGTERM)
+        if self._signal is not None:
+            self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """Kill the worker and its children at once."""
         self.stop()
-        if self._process is not None:
-            _signal_group(self._process, signal.SIGKILL)
+        if self._signal is not None:
+            self._signal(signal.SIGKILL)
 
     def _dispatch(self, event: on.AnyEvent) -> None:
         if isinstance(event, on.RunStarted):
@@ -149,86 +147,107 @@ class Engine:
         self._listener(event)
 
     async def _run_worker(self) -> str:
-        """Run one worker to its end, and return a description of how it ended."""
-        mark = _mark_file()
-        events, events_end = os.pipe()
-        errors, errors_end = os.pipe()
-        tail = PipeTail(errors)
-        self._hung = None
+        """Run one worker, or the ranks of one group, to the end; return a description of how it ended."""
+        self._hung = self._culprit = None
+        mark = mark_file()
         try:
-            try:
-                process = await self._start(mark, events_end, errors_end)
-            finally:
-                os.close(events_end)
-                os.close(errors_end)
-            try:
-                await self._follow(process, events)
-            finally:
-                await _end(process)
-                _kill_marked(self._run)
-                self._process = self.process_id = None
-            self._culprit = _marked(mark, self.record.plan.ordered)
+            if self._grouped:
+                ranks = ranks_of(self.record.plan.cases[self._assignment.first_case])
+                return await self._run_group(mark, rank_launches(ranks, self._hosts))
+            return await self._run_alone(mark)
         finally:
-            tail.close()
             os.close(mark)
-        return self._hung or _exit_reason(process.returncode or 0, tail.lines)
 
-    async def _start(self, mark: int, events: int, errors: int) -> asyncio.subprocess.Process:
-        """Start a worker that writes its events to one pipe and its stderr to another.
+    def _give_up_group(self, reason: str) -> None:
+        """End the rows of all cases for a number of ranks that cannot be started; without others, refuse the run."""
+        plan, first = self.record.plan, self._assignment.first_case
+        ranks = ranks_of(plan.cases[first])
+        hopeless = [case for case in range(first, len(plan.cases)) if ranks_of(plan.cases[case]) == ranks]
+        if len(hopeless) == len(plan.cases):
+            self._dispatch(on.RunRefused(kind="cannot start", reason=f"ranks: {ranks} cannot be started: {reason}"))
+            return
+        for case in hopeless:
+            for name in plan.ordered:
+                if self.record.cases[case].rows[name].ended is None:
+                    self._dispatch(on.RowEnded(case=case, implementation=name, status="failed", reason=reason))
+            self._dispatch(on.CaseDone(case=case, stopped_by="failed"))
+        going_on = next((case for case in range(first, len(plan.cases)) if case not in hopeless), None)
+        if going_on is None:
+            self._dispatch(on.RunDone())
+        else:
+            self._assignment = Assignment(plan=plan, first_case=going_on, peaks=self._assignment.peaks)
 
-        The pipes are not asyncio's own: with those, a process counts as running while any of its children, even a
-        detached one, holds a pipe open.
-        """
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "attention.engine.worker", "--mark", str(mark)),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=events,
-            stderr=errors,
-            pass_fds=(mark,),
-            start_new_session=True,
-            env={**os.environ, RUN_MARK: self._run},
-        )
-        self._process, self.process_id = process, process.pid
-        assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(self._assignment) + b"\n")
-        return process
+    @property
+    def _grouped(self) -> bool:
+        """Whether the current assignment begins with a case for a group."""
+        return bool(self._hosts) or ranks_of(self.record.plan.cases[self._assignment.first_case]) > 1
 
-    async def _follow(self, process: asyncio.subprocess.Process, events: int) -> None:
-        """Read events until the worker closes its stdout, ends, hangs, or is stopped."""
-        reader = asyncio.StreamReader(limit=LINE_LIMIT)
-        protocol = asyncio.StreamReaderProtocol(reader)
-        transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, os.fdopen(events, "rb", 0))
-        self.silence = Silence()
-        reading = asyncio.create_task(self._read_events(reader))
-        ended = asyncio.create_task(_wait_for(process))
-        others = (ended, asyncio.create_task(self._stopping.wait()), asyncio.create_task(self._wait_for_hang()))
+    async def _run_alone(self, mark: int) -> str:
+        worker = await Worker.start((*WORKER, "--mark", str(mark)), self._run, (mark,))
+        self._signal, self.process_id = worker.signal, worker.process.pid
         try:
-            await asyncio.wait({reading, *others}, return_when=asyncio.FIRST_COMPLETED)
+            worker.send(msgspec.json.encode(self._assignment))
+            await self._follow(worker)
+        finally:
+            await worker.end()
+            kill_marked(self._run)
+            self._signal = self.process_id = None
+        self._culprit = _marked(mark, self.record.plan.ordered)
+        return self._hung or worker.reason()
+
+    async def _run_group(self, mark: int, launches: list[RankLaunch]) -> str:
+        """Run a group; a failure of one rank ends all of them, and is reported with its cause."""
+        group = RankProcesses(launches, self._run)
+        self.record.ranks.clear()
+        try:
+            await group.start(mark)
+            self._signal, self.process_id = group.signal, group.first.process.pid
+            await self._until(group.follow(msgspec.json.encode(self._assignment), self._take))
+        finally:
+            await group.end()
+            kill_marked(self._run)
+            self._signal = self.process_id = None
+        fault = group.watch.verdict
+        self._fatal = fault is not None and fault.fatal
+        self._culprit = _marked(mark, self.record.plan.ordered) or (fault.running if fault else None)
+        return self._hung or (fault.reason if fault else group.first.reason())
+
+    async def _follow(self, worker: Worker) -> None:
+        """Take events until the worker closes its stdout, ends, hangs, or is stopped."""
+        reading = asyncio.create_task(worker.read(self._take))
+        ended = asyncio.create_task(worker.wait())
+        try:
+            await self._until(_first_of(reading, ended))
             if ended.done():  # the rest of the pipe is still to be read; a child may hold it open
                 await asyncio.wait({reading}, timeout=PATIENCE_S)
             if reading.done():
                 reading.result()
         finally:
-            for task in (reading, *others):
+            for task in (reading, ended):
                 task.cancel()
-            await asyncio.gather(reading, *others, return_exceptions=True)
-            transport.close()
+            await asyncio.gather(reading, ended, return_exceptions=True)
 
-    async def _read_events(self, reader: asyncio.StreamReader) -> None:
-        while not self.stopped:
-            try:
-                line = await reader.readline()
-            except ValueError:
-                self._dispatch(on.Message(level="warning", text="a line of the engine was too long, and is ignored"))
-                continue
-            if not line:
-                return
-            try:
-                event = escape_all(on.decode(line), MAX_SHOWN)
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                event = on.Message(level="warning", text=f"a line of the engine could not be read: {error}")
-            self.silence.record_event(event)
-            self._dispatch(event)
+    async def _until(self, following: Coroutine[None, None, None]) -> None:
+        """Await the end of a worker or a group, that it hangs, or is stopped."""
+        self.silence = Silence()
+        tasks = [asyncio.create_task(each) for each in (following, self._wait_for_stop(), self._wait_for_hang())]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                tasks[0].result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _take(self, event: on.AnyEvent) -> None:
+        if self.stopped:
+            return
+        self.silence.record_event(event)
+        self._dispatch(event)
+
+    async def _wait_for_stop(self) -> None:
+        await self._stopping.wait()
 
     async def _wait_for_hang(self) -> None:
         """Return once the silence is so long that the worker must have hung."""
@@ -272,7 +291,8 @@ class Engine:
     def _fail(self, case: int, name: str, reason: str) -> None:
         if self.record.cases[case].rows[name].ended is None:
             self._dispatch(on.RowEnded(case=case, implementation=name, status="failed", reason=reason))
-        self._dispatch(on.Message(level="info", text=f"{name} crashed the engine; it is restarted without it"))
+        what = "ended the group of ranks; it is formed anew" if self._grouped else "crashed the engine; it is restarted"
+        self._dispatch(on.Message(level="info", text=f"{name} {what} without it"))
 
 
 def _model_flops(work: Generation | FineTuning, weights_bytes: int) -> float:
@@ -288,92 +308,5 @@ def _marked(mark: int, names: tuple[str, ...]) -> str | None:
     return names[number - 1] if number else None
 
 
-def _signal_group(process: asyncio.subprocess.Process, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, number)
-
-
-def _kill_marked(run: str) -> None:
-    """Kill the processes of a run that left the worker's session; what they start inherits the mark.
-
-    A process whose environment cannot be read, another user's say, is none of them.
-    """
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(RUN_MARK) == run:
-                process.kill()
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """Wait for the worker to exit; kill it and its children if it does not."""
-    if process.stdin is not None:
-        process.stdin.close()
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            await _wait_for(process)
-    except TimeoutError:
-        _signal_group(process, signal.SIGKILL)
-        await _wait_for(process)
-    finally:
-        _signal_group(process, signal.SIGKILL)
-
-
-async def _wait_for(process: asyncio.subprocess.Process) -> None:
-    """Wait for a process to end, even if its pipes are still open, which asyncio's own wait may wait for."""
-    while process.returncode is None:
-        await asyncio.sleep(POLL_S)
-
-
-class PipeTail:
-    """Reader of a pipe while the event loop runs; keeps the last STDERR_BYTES.
-
-    Lines may be of any length; other processes that hold the pipe open are not waited for.
-    """
-
-    def __init__(self, pipe: int) -> None:
-        """Read from the given end of a pipe, which close() closes."""
-        self._pipe, self._kept = pipe, bytearray()
-        os.set_blocking(pipe, False)
-        asyncio.get_running_loop().add_reader(pipe, self._read)
-
-    def close(self) -> None:
-        """Read what is left in the pipe, and close it."""
-        asyncio.get_running_loop().remove_reader(self._pipe)
-        for _ in range(STDERR_BYTES // 4096):  # a child that keeps writing must not keep this loop going
-            if not self._read():
-                break
-        os.close(self._pipe)
-
-    @property
-    def lines(self) -> list[str]:
-        """The last lines."""
-        return bytes(self._kept).decode(errors="replace").splitlines()
-
-    def _read(self) -> bool:
-        """Read one chunk; return whether there may be more."""
-        try:
-            chunk = os.read(self._pipe, STDERR_BYTES)
-        except BlockingIOError:
-            return False
-        if not chunk:
-            asyncio.get_running_loop().remove_reader(self._pipe)
-        self._kept += chunk
-        del self._kept[:-STDERR_BYTES]
-        return bool(chunk)
-
-
-def _mark_file() -> int:
-    """Create a file of one byte, in memory where possible: a full disk must not lose the mark."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("fatui-mark")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
-
-
-def _exit_reason(code: int, stderr: list[str]) -> str:
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
-        return f"killed by signal {-code} ({name}){hint}"
-    last = next((line for line in reversed(stderr) if line.strip()), "")
-    return f"the engine ended with code {code}" + (f": {truncated(last)}" if last else "")
+async def _first_of(*tasks: asyncio.Task[None]) -> None:
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

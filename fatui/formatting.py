@@ -6,7 +6,19 @@ from typing import Final
 
 from attention.core.errors import NoBackendError, Remedy
 from attention.core.events import CaseTimeEstimated, RunRefused
-from attention.core.results import AnyCase, Case, Interval, Ratio, Report, Row, Share, StreamCase, StreamRow, Summary
+from attention.core.results import (
+    AnyCase,
+    Case,
+    Interval,
+    RankFigures,
+    Ratio,
+    Report,
+    Row,
+    Share,
+    StreamCase,
+    StreamRow,
+    Summary,
+)
 from attention.core.stream import FULL, RECOMPUTED, STREAMING, WINDOW
 from attention.core.workload import COUNTERPARTS, PHASES, Counterpart, Workload, short_name
 from attention.engine.record import summarise
@@ -273,19 +285,70 @@ def counterparts_of(cases: Sequence[AnyCase]) -> tuple[Counterpart, ...]:
     return tuple(name for name in COUNTERPARTS if any(over(row, name) for row in rows))
 
 
-OVER: Final[dict[Counterpart, str]] = {"dense": "over dense", "unquantized": "K/V speedup"}
+OVER: Final[dict[Counterpart, str]] = {
+    "dense": "over dense",
+    "unquantized": "K/V speedup",
+    "one_device": "of ideal",
+}
 """Headings of the speedups over the counterparts of a case."""
 
 
 def over(row: Row, counterpart: Counterpart) -> Ratio | None:
     """Return the speedup over the implementation's own time on a counterpart of the case."""
-    return row.over_dense if counterpart == "dense" else row.over_unquantized
+    ratio: Ratio | None = getattr(row, f"over_{counterpart}")
+    return ratio
 
 
 def over_text(row: Row, counterpart: Counterpart) -> str:
-    """Format the speedup over the implementation's own time on a counterpart; "-" if that was not measured."""
+    """Format the speedup over the implementation's own time on a counterpart; "-" if that was not measured.
+
+    The speedup over one device is a share of the number of ranks, which would be ideal: "93.4 ±0.6 %".
+    """
+    if counterpart == "one_device":
+        return ideal_text(row.share_of_ideal)
     ratio = over(row, counterpart)
     return speedup_text(ratio) if ratio else "-"
+
+
+def ideal_text(share: Ratio | None) -> str:
+    """Format the share of ideal with its interval: "93.4 ±0.6 %", "61 to 98 %"; "-" if it was not measured."""
+    if share is None:
+        return "-"
+    if half_width(share) > WIDE * share.value:
+        return f"{_span(100 * share.low, 100 * share.high)} %"
+    return f"{100 * share.value:.1f} ±{_outward(100 * half_width(share), 1)} %"
+
+
+def over_ranks(cases: Sequence[AnyCase]) -> bool:
+    """Return whether a row ran on several ranks, so that tables have columns for what they sent."""
+    return any(row.per_rank for case in cases for row in case.rows)
+
+
+def sent_text(row: Row) -> str:
+    """Format the bytes that all ranks send in one call."""
+    return "-" if row.sent_bytes is None else size(row.sent_bytes)
+
+
+def exposed_text(row: Row) -> str:
+    """Format the time of communication in one call that computing did not hide."""
+    return "-" if row.exposed_s is None else seconds(row.exposed_s)
+
+
+def rank_notes(row: Row) -> list[str]:
+    """Format a line for each rank: "rank 1: 3.12 ms per call, 0.21 ms of it waiting, 33.6 MiB sent"."""
+    return [f"rank {each.rank}: {rank_words(each)}" for each in row.per_rank]
+
+
+def rank_words(rank: RankFigures) -> str:
+    """Format a rank's figures: "3.12 ms per call, 0.21 ms of it waiting, 33.6 MiB sent"."""
+    words = [f"{seconds(rank.call_s)} per call"]
+    if rank.waiting_s is not None:
+        words.append(f"{seconds(rank.waiting_s)} of it waiting")
+    if rank.sent_bytes is not None:
+        words.append(f"{size(rank.sent_bytes)} sent")
+    if rank.peak_bytes is not None:
+        words.append(f"{size(rank.peak_bytes)} of memory")
+    return ", ".join(words)
 
 
 def has_kv_error(cases: Sequence[AnyCase]) -> bool:

@@ -55,6 +55,7 @@ STOPS: Final[dict[str, tuple[int, ...]]] = {
     "seq": (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072),
     "head_dim": (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 512),
     "heads": (1, 2, 4, 6, 8, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128),
+    "ranks": (1,),
 }
 MAX_VALUES: Final = 32
 """Maximum number of values of one axis in a sweep."""

@@ -132,4 +132,8 @@ def _options(plan: RunOptions, preset: Preset | None = None) -> dict[str, object
         options["seconds"] = f"{plan.seconds:g}"
     if limit is not None and (preset is None or limit != preset.memory_limit_bytes):
         options["memory-limit"] = size_text(limit)
+    if plan.hosts and (preset is None or plan.hosts != preset.hosts):
+        options["hosts"] = ",".join(plan.hosts)
+    if plan.hostfile and (preset is None or plan.hostfile != preset.hostfile):
+        options["hostfile"] = plan.hostfile
     return {**options, "force": plan.force}

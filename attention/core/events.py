@@ -8,7 +8,7 @@ from typing import Final, Literal, get_args
 import msgspec
 
 from attention.core.errors import Remedy
-from attention.core.results import Environment, Peaks, Ratio
+from attention.core.results import Environment, Peaks, RankFigures, Ratio
 from attention.core.route import Route
 from attention.core.stream import StreamBlock
 from attention.core.workload import Counterpart
@@ -107,6 +107,14 @@ class LatencyMeasured(Event, tag="latency_measured"):
     case: int
     implementation: str
     seconds: float
+
+
+class RanksMeasured(Event, tag="ranks_measured"):
+    """Time, waiting and bytes of each rank in an implementation's calls, up to now."""
+
+    case: int
+    implementation: str
+    per_rank: tuple[RankFigures, ...]
 
 
 class ReferenceChosen(Event, tag="reference_chosen"):
@@ -278,6 +286,51 @@ class Switched(Event, tag="switched"):
     """Why the alternative was tried."""
 
 
+class RankStarted(Event, tag="rank_started"):
+    """A rank's process is ready; the ranks of a group must agree in `code`, `mlx` and `python`."""
+
+    rank: int
+    process_id: int
+    host: str
+    device: str
+    backend: str
+    code: str
+    """Digest of the engine's source."""
+    mlx: str
+    python: str
+
+
+class RankAlive(Event, tag="rank_alive"):
+    """A rank's process runs; sent about once a second."""
+
+    rank: int
+    commands: int
+    """Commands of rank 0 that it has begun."""
+    busy: bool
+    """Whether it executes one."""
+    joined: bool = True
+    """Whether its group has been formed."""
+    running: str | None = None
+    """The implementation of the latest command."""
+    silent_link_s: float | None = None
+    """Seconds since anything arrived from the rank before it, checked apart from MLX; None if that is not known."""
+    active_bytes: int | None = None
+    """MLX's active memory."""
+
+
+class RankFailed(Event, tag="rank_failed"):
+    """A rank cannot go on; the others wait for it, so that the whole group must be started anew."""
+
+    rank: int
+    reason: str
+    running: str | None = None
+    """The implementation whose call it was executing."""
+    lost_peer: bool = False
+    """Whether it only lost its connection to another rank, whose end is the cause."""
+    fatal: bool = False
+    """Whether no group can be formed, so that another attempt would fail alike."""
+
+
 class RunDone(Event, tag="run_done"):
     """All cases are complete; the worker ends."""
 
@@ -298,8 +351,10 @@ class RunRefused(Event, tag="run_refused"):
     remedy: Remedy | None = None
 
 
-RowEvent = RouteFound | StepStarted | RowEnded | FirstCall | AccuracyChecked | MemoryMeasured | LatencyMeasured
 StreamRowEvent = StreamAdvanced | BoundMeasured
+RowEvent = (
+    RouteFound | StepStarted | RowEnded | FirstCall | AccuracyChecked | MemoryMeasured | LatencyMeasured | RanksMeasured
+)
 ModelRowEvent = CallsCounted | LayersTimed
 CaseEvent = (
     CaseStarted
@@ -316,8 +371,18 @@ CaseEvent = (
     | StreamRowEvent
 )
 TuningEvent = TrialStarted | Tuned | Switched
+RankEvent = RankStarted | RankAlive | RankFailed
 AnyEvent = (
-    RunStarted | PeaksMeasured | Progress | Message | WorkerUnusable | RunRefused | RunDone | TuningEvent | CaseEvent
+    RunStarted
+    | PeaksMeasured
+    | Progress
+    | Message
+    | WorkerUnusable
+    | RunRefused
+    | RunDone
+    | TuningEvent
+    | CaseEvent
+    | RankEvent
 )
 
 

@@ -34,6 +34,10 @@ class RunOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Run cases even if they are predicted not to fit."""
     seed: int = 0
     """Seed of the random inputs."""
+    hosts: tuple[str, ...] = ()
+    """Machines for the ranks, as names for ssh or "HOST:PORT"; empty: all ranks run on this machine."""
+    hostfile: str | None = None
+    """A hostfile of `mlx.launch` instead of `hosts`."""
 
     @property
     def ordered(self) -> tuple[str, ...]:
@@ -93,6 +97,35 @@ class StreamPlan(RunOptions, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 ModelPlan = GenerationPlan | FineTuningPlan | StreamPlan
 AnyPlan = Plan | ModelPlan
+
+
+def ranks_of(case: Workload | Generation | FineTuning | Stream) -> int:
+    """Return the number of ranks among which a case is divided."""
+    return case.ranks if isinstance(case, Workload) else 1
+
+
+class RankSetting(Struct, frozen=True, kw_only=True):
+    """What makes a worker process one rank of a group: the arguments of MLX's own environment variables.
+
+    It is one word of JSON on the worker's command line.
+    """
+
+    rank: int
+    ranks: int
+    addresses: tuple[str, ...] = ()
+    """"IP:PORT" of each rank, for the ring backend: MLX_HOSTFILE."""
+    coordinator: str = ""
+    """"IP:PORT" at which rank 0 of the NCCL and JACCL backends listens: NCCL_HOST_IP and NCCL_PORT."""
+    backend: str | None = None
+    """"ring", "nccl" or "jaccl"; None chooses NCCL on CUDA and the ring elsewhere."""
+    rdma: tuple[tuple[str | None, ...], ...] = ()
+    """JACCL: the RDMA device from each rank to each other: MLX_IBV_DEVICES."""
+    place: int = 0
+    """Number of the rank among those of its host: which GPU it takes, and which cores."""
+    places: int = 1
+    """Number of ranks of its host."""
+    orphan_s: float | None = None
+    """Seconds without a line on stdin after which the process ends, on a host that may lose its link; None: never."""
 
 
 class Assignment(Struct, frozen=True, kw_only=True):

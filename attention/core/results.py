@@ -51,6 +51,24 @@ class NoiseFloor(Struct, frozen=True, kw_only=True):
     """The largest relative deviation from 1 that the interval allows; a speedup inside it is printed as ≈ 1."""
 
 
+class RankFigures(Struct, frozen=True, kw_only=True):
+    """One rank's part in the calls of a row; times are medians of the same samples on all ranks."""
+
+    rank: int
+    call_s: float
+    """Seconds of one call on this rank, from the start common to all ranks."""
+    compute_s: float | None = None
+    """Seconds of the same call without communication."""
+    sent_bytes: int | None = None
+    """Bytes that this rank sends in one call."""
+    peak_bytes: int | None = None
+
+    @property
+    def waiting_s(self) -> float | None:
+        """Seconds of a call spent in communication that was not hidden, and in waiting for other ranks."""
+        return None if self.compute_s is None else max(0.0, self.call_s - self.compute_s)
+
+
 class Row(Struct, frozen=True, kw_only=True):
     """One implementation on one case."""
 
@@ -77,6 +95,12 @@ class Row(Struct, frozen=True, kw_only=True):
     """Relative to the implementation's own time with keys and values in the query's dtype, paired."""
     unquantized_s: Interval | None = None
     """Seconds per call with keys and values in the query's dtype."""
+    over_one_device: Ratio | None = None
+    """Of several ranks: relative to the implementation's own time on one device, paired."""
+    one_device_s: Interval | None = None
+    """Seconds per call on one device."""
+    per_rank: tuple[RankFigures, ...] = ()
+    """One entry for each rank, if there are several."""
     flops_per_s: float | None = None
     efficiency: float | None = None
     """Achieved FLOP/s over the best rate measured in the same run; None above that rate, which is then not a peak."""
@@ -101,9 +125,9 @@ class Row(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Drop values that fewer than MIN_ROUNDS samples cannot support, also in rows read from a file."""
         if self.too_few_rounds:
-            for name in ("speedup", "over_dense", "over_unquantized"):
+            for name in ("speedup", "over_dense", "over_unquantized", "over_one_device"):
                 structs.force_setattr(self, name, None)
-            for name in ("call_s", "dense_s", "unquantized_s"):
+            for name in ("call_s", "dense_s", "unquantized_s", "one_device_s"):
                 interval: Interval | None = getattr(self, name)
                 if interval is not None:
                     structs.force_setattr(self, name, Interval(median=interval.median))
@@ -112,6 +136,28 @@ class Row(Struct, frozen=True, kw_only=True):
     def too_few_rounds(self) -> bool:
         """Whether the row has samples, but too few for an interval, a verdict or a star."""
         return 0 < len(self.samples) < MIN_ROUNDS
+
+    @property
+    def sent_bytes(self) -> int | None:
+        """Bytes that all ranks send in one call; None if unknown."""
+        sent = [each.sent_bytes for each in self.per_rank if each.sent_bytes is not None]
+        return sum(sent) if sent and len(sent) == len(self.per_rank) else None
+
+    @property
+    def exposed_s(self) -> float | None:
+        """Seconds of communication in one call that computing did not hide, from the slowest ranks of both kinds."""
+        computing = [each.compute_s for each in self.per_rank if each.compute_s is not None]
+        if not computing or len(computing) < len(self.per_rank):
+            return None
+        return max(0.0, max(each.call_s for each in self.per_rank) - max(computing))
+
+    @property
+    def share_of_ideal(self) -> Ratio | None:
+        """The speedup over one device, over the number of ranks: 1 if each added its whole speed."""
+        ratio, ranks = self.over_one_device, len(self.per_rank)
+        if ratio is None or not ranks:
+            return None
+        return structs.replace(ratio, value=ratio.value / ranks, low=ratio.low / ranks, high=ratio.high / ranks)
 
     @property
     def collecting(self) -> str | None:

@@ -14,13 +14,14 @@ from attention.core.mask_text import MaskSpec, parse_mask, visible_pairs
 
 DType = Literal["float32", "float16", "bfloat16"]
 Pass = Literal["forward", "training", "decode"]
-Counterpart = Literal["dense", "unquantized"]
+Counterpart = Literal["dense", "unquantized", "one_device"]
 
 DTYPES: Final[tuple[DType, ...]] = ("float32", "float16", "bfloat16")
 PASSES: Final[tuple[Pass, ...]] = ("forward", "training", "decode")
 COUNTERPARTS: Final[dict[Counterpart, str]] = {
     "dense": "with every pair visible",
     "unquantized": "with unquantized keys and values",
+    "one_device": "on one device",
 }
 """What differs in a case's counterpart, in words."""
 ITEM_BYTES: Final = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -32,6 +33,7 @@ MAX_SIZES: Final = {
     "kv_heads": 4_096,
     "head_dim": 4_096,
     "value_dim": 4_096,
+    "ranks": 64,
 }
 SEQ: Final = 512
 DEFAULTS_FROM: Final = {"kv_seq": "seq", "kv_heads": "heads", "value_dim": "head_dim"}
@@ -71,6 +73,8 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
     """"forward", "training" (forward and backward) or "decode"."""
     kv_format: str = DENSE
     """How key and value are quantized: "none", "int8", "int4:32", "int8+int4", "mxfp4"; see `core.kv_format`."""
+    ranks: int = 1
+    """Processes, each with a device of its own, among which the call is divided."""
 
     def __post_init__(self) -> None:
         """Resolve the defaulted fields, then validate all fields."""
@@ -149,7 +153,10 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
 
     @property
     def counterparts(self) -> "Mapping[Counterpart, Workload]":
-        """What the case is compared with: every pair visible (of a mask or window), K and V in the query's dtype."""
+        """What the case is compared with: every pair visible (of a mask or window), K and V in the query's dtype.
+
+        On several ranks it is the same call on one device alone.
+        """
         return _counterparts(self)
 
     @property
@@ -166,7 +173,8 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
         mask = "" if self.mask == "none" else f" {self.mask}"
         work = "" if self.pass_ == "forward" else f" {self.pass_}"
         form = "" if self.kv_format == DENSE else f" K/V {self.kv_format}"
-        return f"B={self.batch} L={seq} D={dim} H={heads} {self.dtype}{form}{mask}{work}"
+        ranks = "" if self.ranks == 1 else f" on {self.ranks} ranks"
+        return f"B={self.batch} L={seq} D={dim} H={heads} {self.dtype}{form}{mask}{work}{ranks}"
 
     @property
     def tokens(self) -> int:
@@ -232,9 +240,13 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of a measured case's inputs; quantized keys and values are kept beside those they were made from."""
+        """Bytes of a measured case's inputs on one device.
+
+        Quantized keys and values are kept beside those they were made from, a rank's part beside the whole.
+        """
         before = self.counterparts.get("unquantized")
-        return self.input_bytes + (before.key_value_bytes if before else 0)
+        part = self.input_bytes // self.ranks if self.ranks > 1 else 0
+        return self.input_bytes + part + (before.key_value_bytes if before else 0)
 
     @property
     def output_bytes(self) -> int:
@@ -256,6 +268,8 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
 @lru_cache(maxsize=256)
 def _counterparts(case: Workload) -> Mapping[Counterpart, Workload]:
     """Return the counterparts of a case; cached, since each event of a run's progress asks for them."""
+    if case.ranks > 1:
+        return MappingProxyType({"one_device": structs.replace(case, ranks=1)})
     made: dict[Counterpart, Workload] = {}
     if case.structured or case.window is not None:
         made["dense"] = structs.replace(case, mask="none")

@@ -14,10 +14,11 @@ from attention.engine.case_runner import CaseRunner
 from attention.engine.peaks import measure_peaks
 from attention.engine.progress import MAX_COUNTERPART_SHARE
 from attention.measure.device import Device, probe
-from attention.measure.rounds import Arm, shared_calls
+from attention.measure.rounds import Arm, TakesSamples, shared_calls
 
 if TYPE_CHECKING:
     from attention.engine.prepare import CaseSetting
+    from attention.engine.ranks import RankCalls
 
 TARGET_ROUNDS: Final = 400
 """Target number of rounds. Many short samples beat few long ones: both of a pair then see the same machine state."""
@@ -40,7 +41,7 @@ class Bench(CaseRunner[Plan]):
         super()._on_tuning_event(event)
         if isinstance(event, on.Switched):
             workload = self._plan.cases[self._progress.case]
-            route = validated_route(implementations.load_implementation(event.implementation).route(workload, probe()))
+            route = self._route(implementations.load_implementation(event.implementation), workload, probe())
             found = on.RouteFound(case=self._progress.case, implementation=event.implementation, route=route)
             self._progress.emit(found)
 
@@ -59,7 +60,8 @@ class Bench(CaseRunner[Plan]):
             return "failed"
         slow = [name for name in names if self._needs_building(name, workload, device)]
         if slow:
-            self._preview([name for name in names if name not in slow], setting)
+            if self._member is None:
+                self._preview([name for name in names if name not in slow], setting)
             self._build(slow, workload, device)
             self._measure_peaks(device)  # what was built may know a better one
             self._progress.begin_case(case)  # all are measured together, anew
@@ -68,6 +70,9 @@ class Bench(CaseRunner[Plan]):
             return "failed"
         beside = self._counterpart_arms(arms, setting)
         self._set_calls([*arms, *beside], setting)
+        for arm in arms:
+            if isinstance(arm.runner, TakesSamples):
+                arm.runner.begin_rounds()
         return self._run_rounds(arms, self._plan.seconds, beside)
 
     def _admit(self, name: str, workload: Workload, device: Device) -> bool:
@@ -110,7 +115,16 @@ class Bench(CaseRunner[Plan]):
             accuracy=AccuracyChecker(workload, inputs, unquantized=unquantized),
             sample_s=min(max(sample_s, MIN_SAMPLE_S), MAX_SAMPLE_S),
             progress=self._progress,
+            route=lambda implementation: self._route(implementation, workload, device),
+            bind=self._bind_on_ranks if self._member else None,
         )
+
+    def _bind_on_ranks(self, name: str) -> "RankCalls":
+        """Bind an implementation to the case's inputs on all ranks."""
+        from attention.engine.ranks import RankCalls
+
+        assert self._member is not None
+        return RankCalls(self._member, self._progress.case, name, self._plan.ordered)
 
     def _arms(self, names: list[str], setting: "CaseSetting") -> list[Arm]:
         return [arm for name in names if (arm := self._prepare(name, setting)) is not None]
@@ -157,6 +171,7 @@ class Bench(CaseRunner[Plan]):
         if needed > limit and not self._plan.force:
             return f"needs {needed / 2**30:.4g} GiB of {limit / 2**30:.4g}"
         call_s = arm.call_s * workload.pairs / max(1, setting.workload.pairs) if route.fused else arm.call_s
+        call_s *= setting.workload.ranks / workload.ranks
         if MIN_ROUNDS * call_s > MAX_COUNTERPART_SHARE * self._plan.seconds and not self._plan.force:
             return f"a call takes about {call_s:.2g} s, too long for the {self._plan.seconds:g} s of a case"
         return None
@@ -171,7 +186,13 @@ class Bench(CaseRunner[Plan]):
             return None
 
     def _emit_arm_results(self, arm: Arm) -> None:
-        """Record samples of single calls as latencies: the only ones for slow calls, the more reliable for others."""
+        """Emit the ranks' figures, and samples of single calls as latencies.
+
+        They are the only latencies of slow calls, and the more reliable ones of others.
+        """
+        if isinstance(arm.runner, TakesSamples):
+            figures = arm.runner.figures()
+            self._progress.emit(on.RanksMeasured(case=self._progress.case, implementation=arm.name, per_rank=figures))
         if arm.calls == 1 and arm.valid_samples:
             seconds = median(arm.valid_samples)
             self._progress.emit(on.LatencyMeasured(case=self._progress.case, implementation=arm.name, seconds=seconds))

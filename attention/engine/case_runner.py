@@ -4,21 +4,24 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from msgspec import structs
 
 from attention import implementations
 from attention.core import events as on
 from attention.core.errors import InputsOverwrittenError, error_line
-from attention.core.plan import AnyPlan, Assignment
+from attention.core.plan import AnyPlan, Assignment, ranks_of
 from attention.core.results import MIN_ROUNDS
 from attention.core.route import Route, unsupported, validated_route
 from attention.core.workload import COUNTERPARTS, Counterpart, Workload
 from attention.engine.progress import EMIT_INTERVAL_S, Emit, Progress
-from attention.implementations.protocol import NeedsBuilding, NeedsBuildingPerCall, missing_feature
+from attention.implementations.protocol import Implementation, NeedsBuilding, NeedsBuildingPerCall, missing_feature
 from attention.measure.device import Device, environment, probe
-from attention.measure.rounds import Arm, Limits, min_rounds_s, run_rounds, set_strides
+from attention.measure.rounds import Arm, Limits, TakesSamples, min_rounds_s, run_rounds, set_strides
+
+if TYPE_CHECKING:
+    from attention.engine.ranks import Member
 
 P = TypeVar("P", bound=AnyPlan)
 M = TypeVar("M")
@@ -35,14 +38,25 @@ class DeviceStateUnknown(RuntimeError):
 class CaseRunner(ABC, Generic[P]):
     """The part of a run that one worker executes; subclasses define what a case is."""
 
-    def __init__(self, assignment: Assignment, plan: P, emit: Emit, mark: Mark = NO_MARK) -> None:
-        """Create it with the assignment, the plan, the sink for events and the marker of the running implementation."""
+    def __init__(
+        self, assignment: Assignment, plan: P, emit: Emit, mark: Mark = NO_MARK, member: "Member | None" = None
+    ) -> None:
+        """Create it for one worker.
+
+        Args:
+            assignment: the part of the plan that it runs.
+            plan: the plan.
+            emit: the sink for events.
+            mark: marks the running implementation.
+            member: rank 0 of the group that cases of several ranks run on; None for cases on one device.
+        """
         self._assignment = assignment
         self._plan = plan
+        self._member = member
         self._progress = Progress(plan, assignment.first_case, emit, mark)
 
     def run(self) -> None:
-        """Measure all remaining cases.
+        """Measure all remaining cases, up to the first one for another number of ranks.
 
         Raises:
             UsageError, NoBackendError: nothing can run.
@@ -54,6 +68,8 @@ class CaseRunner(ABC, Generic[P]):
         self._prepare_all(device)
         with on.listening_to_tuning(self._on_tuning_event):
             for case in range(self._assignment.first_case, len(self._plan.cases)):
+                if ranks_of(self._plan.cases[case]) != self._ranks:
+                    return
                 self._progress.begin_case(case)
                 self._progress.end_case(self._run_case(case))
         self._progress.emit(on.RunDone())
@@ -64,6 +80,21 @@ class CaseRunner(ABC, Generic[P]):
             self._progress.mark_running(name)
             implementations.load_implementation(name)
         self._progress.mark_idle()
+
+    @property
+    def _ranks(self) -> int:
+        """Number of ranks of this worker's group."""
+        return self._member.group.size() if self._member else 1
+
+    def _route(self, implementation: Implementation, workload: Workload, device: Device) -> Route:
+        """Return an implementation's route on this worker's group."""
+        if self._member:
+            from attention.engine.ranks import ranks_route
+
+            return ranks_route(implementation, workload, device)
+        if missing := missing_feature(implementation, workload):
+            return unsupported(missing)
+        return validated_route(implementation.route(workload, device))
 
     def _on_tuning_event(self, event: on.TuningEvent | on.Message) -> None:
         """Emit an event of an autotuning implementation."""
@@ -83,11 +114,7 @@ class CaseRunner(ABC, Generic[P]):
         """Emit and return an implementation's route; if it fails or is unsupported, end the row and return None."""
         self._progress.mark_running(name)
         try:
-            implementation = implementations.load_implementation(name)
-            if missing := missing_feature(implementation, workload):
-                route = unsupported(missing)
-            else:
-                route = validated_route(implementation.route(workload, device))
+            route = self._route(implementations.load_implementation(name), workload, device)
         except BaseException as error:
             self._fail(name, error)
             return None
@@ -182,7 +209,15 @@ class CaseRunner(ABC, Generic[P]):
         """Emit an arm's further results after the rounds."""
 
     def _fail(self, name: str, error: BaseException) -> None:
-        """End a row; raise DeviceStateUnknown if the device or the inputs may be broken for the other rows too."""
+        """End a row; raise DeviceStateUnknown if the device or the inputs may be broken for the other rows too.
+
+        On several ranks the others may be waiting for this one: the whole group ends.
+        """
+        if self._member:
+            from attention.engine.ranks import failure
+
+            self._progress.emit(failure(0, error, name))
+            raise DeviceStateUnknown from error
         self._progress.end_row(name, "failed", error_line(error))
         broken = self._backend == "cuda" and isinstance(error, RuntimeError)
         if broken or isinstance(error, InputsOverwrittenError):
@@ -242,7 +277,15 @@ class SampleStream:
                     peak_bytes=peak,
                 )
             )
+            self._emit_ranks()
             self._progress.emit_progress(f"round {rounds}", self._left_s())
+
+    def _emit_ranks(self) -> None:
+        """Emit the figures of each rank so far, of implementations that run on several."""
+        for arm in self._arms:
+            if isinstance(arm.runner, TakesSamples) and arm.name != on.REPEATED_REFERENCE:
+                figures, case = arm.runner.figures(), self._progress.case
+                self._progress.emit(on.RanksMeasured(case=case, implementation=arm.name, per_rank=figures))
 
     def _left_s(self) -> float:
         """Estimate the seconds left: of the time limit, or of the rounds still missing at the pace so far."""

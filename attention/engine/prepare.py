@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, cast
 
 import mlx.core as mx
@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from attention.core import events as on
 from attention.core.errors import InputsOverwrittenError
-from attention.core.route import Route, validated_route
+from attention.core.route import Route
 from attention.core.workload import COUNTERPARTS, Counterpart, Workload
 from attention.engine.progress import Progress
 from attention.implementations.calls import runner_for
@@ -91,6 +91,10 @@ class CaseSetting(Struct, frozen=True, kw_only=True, eq=False):
     sample_s: float
     """Seconds that one sample should last."""
     progress: Progress
+    route: Callable[[Implementation], Route]
+    """Returns an implementation's route on the case, validated."""
+    bind: Callable[[str], Runner] | None = None
+    """Binds an implementation on several ranks; None on one device."""
 
 
 def prepare(name: str, implementation: Implementation, setting: CaseSetting) -> Arm:
@@ -101,7 +105,7 @@ def prepare(name: str, implementation: Implementation, setting: CaseSetting) -> 
     """
     setting.progress.mark_running(name)  # an autotuning implementation runs its trial while it is bound
     inputs = setting.inputs.views()
-    runner = _bind_runner(implementation, setting, inputs)
+    runner = setting.bind(name) if setting.bind else _bind_runner(implementation, setting, inputs)
     results, call_s = _first_call(name, runner, setting)
     setting.inputs.check(inputs)
     _check(name, implementation, results, setting)
@@ -133,7 +137,7 @@ def prepare_counterpart(
     workload = setting.workload.counterparts[counterpart]
     setting.progress.begin_step(name, "warm up")
     setting.progress.emit_progress(f"{name}: {COUNTERPARTS[counterpart]}")
-    shared = setting.inputs if counterpart == "dense" else setting.unquantized
+    shared = setting.unquantized if counterpart == "unquantized" else setting.inputs
     assert shared is not None
     inputs = shared.views()
     runner = runner_for(implementation, workload, inputs, workload.scale)
@@ -177,11 +181,10 @@ def _check(name: str, implementation: Implementation, results: list[mx.array], s
     """Compare the results with float64 and emit the outcome."""
     progress, checker = setting.progress, setting.accuracy
     progress.begin_step(name, "accuracy")
-    of_rows = (
-        _bind_runner(implementation, setting, views_of(checker.row_inputs)).results() if checker.row_inputs else None
-    )
-    route = validated_route(implementation.route(setting.workload, setting.device))
-    result = checker.check(results, of_rows, route.approximate)
+    of_rows = None
+    if checker.row_inputs and setting.bind is None:  # ranks make their inputs themselves, from the seed
+        of_rows = _bind_runner(implementation, setting, views_of(checker.row_inputs)).results()
+    result = checker.check(results, of_rows, setting.route(implementation).approximate)
     progress.emit(
         on.AccuracyChecked(
             case=progress.case,
@@ -202,7 +205,7 @@ def _finite(value: float) -> float | None:
 
 def _emit_final_route(name: str, implementation: Implementation, setting: CaseSetting) -> Route:
     """Emit the route again: an autotuning implementation knows its path only after the first call."""
-    route = validated_route(implementation.route(setting.workload, setting.device))
+    route = setting.route(implementation)
     setting.progress.emit(on.RouteFound(case=setting.progress.case, implementation=name, route=route))
     return route
 

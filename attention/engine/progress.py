@@ -31,7 +31,7 @@ def counterpart_calls(call_s: Sequence[float], case: object, seconds: float) -> 
     """
     if not isinstance(case, Workload):
         return []
-    factors = [workload.pairs / max(1, case.pairs) for workload in case.counterparts.values()]
+    factors = [case.ranks / each.ranks * each.pairs / max(1, case.pairs) for each in case.counterparts.values()]
     beside = [each * factor for factor in factors for each in call_s]
     return [each for each in beside if MIN_ROUNDS * each <= MAX_COUNTERPART_SHARE * seconds]
 

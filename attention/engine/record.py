@@ -23,6 +23,7 @@ from attention.core.results import (
     ModelRow,
     NoiseFloor,
     Peaks,
+    RankFigures,
     Ratio,
     Report,
     Row,
@@ -64,11 +65,20 @@ class RowState(Struct):
     """The blocks of a stream's tokens so far."""
     bound_s: float | None = None
     ended: on.RowEnded | None = None
+    per_rank: tuple[RankFigures, ...] = ()
 
     def forget_times(self) -> None:
         """Drop what a repeated case will measure again; a row that has ended is unchanged."""
         if self.ended is None:
             self.step, self.samples, self.counterparts, self.losses, self.blocks = None, [], {}, [], []
+
+
+class RankState(Struct):
+    """What is known of one rank's process."""
+
+    started: on.RankStarted | None = None
+    alive: on.RankAlive | None = None
+    failed: str | None = None
 
 
 class CaseState(Struct):
@@ -101,6 +111,7 @@ class RunRecord(ABC, Generic[P, C]):
         last_rounds: the latest RoundsDone event, with its memory figures.
         log: the latest messages, at most LOG_LINES.
         refused: why nothing could run, or None.
+        ranks: the processes of a run over several devices, by rank.
         done: whether the worker reported completion.
     """
 
@@ -116,6 +127,7 @@ class RunRecord(ABC, Generic[P, C]):
         self.log: deque[on.Message] = deque(maxlen=LOG_LINES)
         self.refused: on.RunRefused | None = None
         self.current_case: int | None = None
+        self.ranks: dict[int, RankState] = {}
         self.done = False
 
     def apply(self, event: on.AnyEvent) -> None:
@@ -133,10 +145,22 @@ class RunRecord(ABC, Generic[P, C]):
                 self.refused = event
             case on.RunDone():
                 self.done = True
+            case on.RankStarted() | on.RankAlive() | on.RankFailed():
+                self._take_rank(event)
             case on.WorkerUnusable() | on.TrialStarted() | on.Tuned() | on.Switched():
                 pass
             case _:
                 self._apply_to_case(event, self.cases[event.case])
+
+    def _take_rank(self, event: on.RankEvent) -> None:
+        state = self.ranks.setdefault(event.rank, RankState())
+        match event:
+            case on.RankStarted():
+                self.ranks[event.rank] = RankState(started=event)
+            case on.RankAlive():
+                state.alive = event
+            case on.RankFailed():
+                state.failed = event.reason
 
     def _apply_to_case(self, event: on.CaseEvent, case: CaseState) -> None:
         match event:
@@ -207,6 +231,8 @@ class RunRecord(ABC, Generic[P, C]):
                 row.blocks += event.blocks
             case on.BoundMeasured():
                 row.bound_s = event.seconds
+            case on.RanksMeasured():
+                row.per_rank = event.per_rank
 
     @abstractmethod
     def case(self, index: int) -> C:
@@ -314,6 +340,7 @@ def timed_row(
         rms_error=check.rms_error if check else None,
         kv_error=check.kv_error if check else None,
         approximate=route.approximate if route else None,
+        per_rank=measured.per_rank,
         samples=taken,
         stopped_by="failed" if ended else record.stopped_by or INTERRUPTED,
         throttled=throttled,

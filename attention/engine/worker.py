@@ -1,42 +1,63 @@
-"""Entry point of the worker process: reads an assignment from stdin, writes events to stdout, ends with its parent."""
+"""Entry point of the worker process: reads an assignment from stdin, writes events to stdout, ends with its parent.
+
+Of a group of ranks each is such a process (`--rank`). It reports its versions first, and reads its assignment then.
+"""
 
 import argparse
 import os
+import platform
+import select
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import msgspec
 
 from attention.core import events as on
 from attention.core.errors import NoBackendError, UsageError
-from attention.core.plan import Assignment, FineTuningPlan, GenerationPlan, Plan, StreamPlan
+from attention.core.plan import Assignment, FineTuningPlan, GenerationPlan, Plan, RankSetting, StreamPlan
 from attention.engine.case_runner import CaseRunner, DeviceStateUnknown, Mark
 from attention.engine.progress import Emit
+
+if TYPE_CHECKING:
+    from attention.engine.ranks import Member, RankStatus
+
+HEARTBEAT_S: Final = 1.0
 
 
 def main() -> int:
     """Run one assignment; return 0 if it is complete, 1 if this process must not continue."""
     parser = argparse.ArgumentParser(prog="python -m attention.engine.worker", description=__doc__)
     parser.add_argument("--mark", type=int, help="file descriptor of the number of the running implementation")
-    mark_file: int | None = parser.parse_args().mark
-    assignment = msgspec.json.decode(sys.stdin.buffer.readline(), type=Assignment)
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    _prefer_oom_kill()
+    parser.add_argument("--rank", help="settings of a rank, as JSON")
+    arguments = parser.parse_args()
+    mark_file: int | None = arguments.mark
     stream = _private_stdout()
+    writing = threading.Lock()
 
     def emit(event: on.AnyEvent) -> None:
-        stream.write(on.encode(event))
-        stream.flush()
+        with writing:
+            stream.write(on.encode(event))
+            stream.flush()
 
     def mark(number: int) -> None:
         if mark_file is not None:
             os.pwrite(mark_file, bytes([number]), 0)
 
+    _prefer_oom_kill()
+    if arguments.rank is not None:
+        return _run_rank(msgspec.json.decode(arguments.rank, type=RankSetting), emit, mark)
+    assignment = msgspec.json.decode(sys.stdin.buffer.readline(), type=Assignment)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    return _run(assignment, emit, mark)
+
+
+def _run(assignment: Assignment, emit: Emit, mark: Mark, member: "Member | None" = None) -> int:
     try:
-        _runner(assignment, emit, mark).run()
+        _runner(assignment, emit, mark, member).run()
     except UsageError as error:
         emit(on.RunRefused(kind="usage", reason=str(error)))
     except NoBackendError as error:
@@ -46,13 +67,13 @@ def main() -> int:
     return 0
 
 
-def _runner(assignment: Assignment, emit: Emit, mark: Mark) -> CaseRunner[Any]:
+def _runner(assignment: Assignment, emit: Emit, mark: Mark, member: "Member | None") -> CaseRunner[Any]:
     """Return the runner of a plan, imported lazily: models need mlx-lm, which may not be installed."""
     match assignment.plan:
         case Plan() as plan:
             from attention.engine.bench import Bench
 
-            return Bench(assignment, plan, emit, mark)
+            return Bench(assignment, plan, emit, mark, member)
         case GenerationPlan() as generation:
             from attention.mlx_lm.generation import GenerationBench
 
@@ -71,6 +92,85 @@ def _runner(assignment: Assignment, emit: Emit, mark: Mark) -> CaseRunner[Any]:
             return AttentionStreamBench(assignment, stream, emit, mark)
 
 
+def _run_rank(setting: RankSetting, emit: Emit, mark: Mark) -> int:
+    """Run one rank of a group: rank 0 runs the assignment, the others obey it."""
+    _choose_gpu(setting)  # before MLX is imported
+    from attention.engine import ranks
+
+    status = ranks.RankStatus()
+    try:
+        return _join_and_run(setting, emit, mark, status)
+    except BaseException as error:  # sys.exit() in a call, too
+        emit(ranks.failure(setting.rank, error, status.running))
+        return 1
+
+
+def _join_and_run(setting: RankSetting, emit: Emit, mark: Mark, status: "RankStatus") -> int:
+    from attention.engine.ranks import Member, backend_of, join, pin_cores
+    from attention.kernels.common.cache import code_fingerprint
+    from attention.measure.device import probe
+
+    device = probe()
+    if device.backend == "cpu":
+        pin_cores(setting)
+    emit(
+        on.RankStarted(
+            rank=setting.rank,
+            process_id=os.getpid(),
+            host=platform.node(),
+            device=device.name,
+            backend=device.backend,
+            code=code_fingerprint(""),
+            mlx=device.mlx,
+            python=platform.python_version(),
+        )
+    )
+    assignment = msgspec.json.decode(sys.stdin.buffer.readline(), type=Assignment)
+    threading.Thread(target=_exit_with_parent, args=(setting.orphan_s,), daemon=True).start()
+    threading.Thread(target=_beat, args=(setting, emit, status), daemon=True).start()
+    group = join(setting, backend_of(setting, device))
+    status.joined = True
+    assert isinstance(assignment.plan, Plan)
+    member = Member(group, assignment.plan, device, status)
+    if setting.rank:
+        member.obey()
+        return 0
+    code = _run(assignment, emit, mark, member)
+    if code == 0:
+        member.end()
+    return code
+
+
+def _choose_gpu(setting: RankSetting) -> None:
+    """Give each rank of a host its own GPU; devices hidden by CUDA_VISIBLE_DEVICES stay hidden."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(number) for number in range(setting.places)]
+    if setting.place < len(devices):
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[setting.place].strip()
+
+
+def _beat(setting: RankSetting, emit: Emit, status: "RankStatus") -> None:
+    """Report once a second that this process runs, and whether the rank before it is reachable."""
+    from attention.engine.ranks import LinkCheck
+
+    link = LinkCheck(setting.addresses, setting.rank) if setting.addresses else None
+    while True:
+        silent_link_s = link.beat() if link else None
+        mlx = sys.modules.get("mlx.core")
+        emit(
+            on.RankAlive(
+                rank=setting.rank,
+                commands=status.commands,
+                busy=status.busy,
+                joined=status.joined,
+                running=status.running,
+                silent_link_s=silent_link_s,
+                active_bytes=mlx.get_active_memory() if mlx and status.joined else None,
+            )
+        )
+        time.sleep(HEARTBEAT_S)
+
+
 def _private_stdout() -> BinaryIO:
     """Reserve stdout for events: redirect everything else printed in this process to stderr."""
     stream = os.fdopen(os.dup(1), "wb")
@@ -78,10 +178,13 @@ def _private_stdout() -> BinaryIO:
     return stream
 
 
-def _exit_with_parent() -> None:
-    """End this process when stdin closes, however the parent ended."""
-    while os.read(0, 4096):  # not through sys.stdin, whose lock this thread would hold when the interpreter ends
-        pass
+def _exit_with_parent(orphan_s: float | None = None) -> None:
+    """End this process when stdin closes, however the parent ended, or is silent for too long."""
+    while True:
+        if orphan_s is not None and not select.select([0], [], [], orphan_s)[0]:
+            break
+        if not os.read(0, 4096):  # not through sys.stdin, whose lock this thread would hold when the interpreter ends
+            break
     os._exit(1)
 
 

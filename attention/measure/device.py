@@ -13,6 +13,7 @@ from attention.core.errors import ForkedError, NoBackendError, Remedy
 from attention.core.results import Environment
 
 Backend = Literal["cpu", "metal", "cuda"]
+MAX_CPU_RANKS: Final = 8
 NOT_MLX: Final = ("numpy", "scipy", "torch")
 
 
@@ -32,6 +33,13 @@ class Device(Struct, frozen=True, kw_only=True):
     """Architecture as MLX names it: "x86_64", "applegpu_g15s", "sm_90a"."""
     mlx: str = ""
     """MLX's version."""
+    count: int = 1
+    """Number of such devices of this machine."""
+
+    @property
+    def max_ranks(self) -> int:
+        """Number of ranks that this machine can run: one for each GPU, or shares of a CPU's cores."""
+        return MAX_CPU_RANKS if self.backend == "cpu" else self.count
 
 
 def probe() -> Device:
@@ -59,6 +67,7 @@ def probe() -> Device:
         available_bytes=available,
         architecture=str(info.get("architecture", "")),
         mlx=version("mlx"),
+        count=max(1, mx.device_count(default.type)),
     )
 
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import expm1
 from statistics import median
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 from msgspec import Struct, field
 
-from attention.core.results import MIN_ROUNDS
+from attention.core.results import MIN_ROUNDS, RankFigures
 from attention.core.statistics import log_ratios, ratio_interval
 from attention.core.workload import Counterpart
 
@@ -33,6 +33,23 @@ class TimedCall(Protocol):
 
     def wait(self, outputs: Sequence[object]) -> None:
         """Evaluate all outputs of the queued calls and wait for the device."""
+        ...
+
+
+@runtime_checkable
+class TakesSamples(Protocol):
+    """A call that times its samples itself, because other processes take part in them."""
+
+    def take_sample(self, calls: int) -> float:
+        """Make some calls, and return the seconds per call."""
+        ...
+
+    def begin_rounds(self) -> None:
+        """Forget the samples taken before the rounds."""
+        ...
+
+    def figures(self) -> tuple[RankFigures, ...]:
+        """Return the figures of each process, from the samples of the rounds."""
         ...
 
 
@@ -62,6 +79,8 @@ Clock = Callable[[], float]
 
 def take_sample(runner: TimedCall, calls: int, clock: Clock = time.perf_counter) -> float:
     """Queue independent calls, evaluate every output, and return the seconds per call."""
+    if isinstance(runner, TakesSamples):
+        return runner.take_sample(calls)
     started = clock()
     runner.wait([runner.queue() for _ in range(calls)])
     return (clock() - started) / calls

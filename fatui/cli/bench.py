@@ -13,19 +13,23 @@ EXAMPLE: Final = """examples:
   fatui bench quick
   fatui bench llama-7b --impl baseline,mlx --json llama.json
   fatui bench --batch 1,2 --seq 512,2048 --head-dim 128 --mask causal
+  fatui bench --ranks 1,2 --seq 32k --mask causal
+  fatui bench --ranks 2 --hosts mac-a,mac-b
 
 Options override the preset's; without a preset they change the one case of `quick`.
+Ranks are processes with a device each: the GPUs of this machine, shares of its cores, or hosts over ssh.
 Exit codes: 0 done, 1 a case failed or is inaccurate, 2 wrong usage or preset, 3 no backend, 130 interrupted."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    from fatui.cli.options import add_limit_options, add_workload_options
+    from fatui.cli.options import add_host_options, add_limit_options, add_workload_options
     from fatui.cli.output import add_export_options
 
     parser.add_argument("preset", nargs="?", metavar="PRESET", help=f"a preset's name or file ({DEFAULT_PRESET})")
     add_workload_options(parser)
     add_limit_options(parser, "time for the rounds of one case")
+    add_host_options(parser)
     add_export_options(parser)
 
 
@@ -51,7 +55,8 @@ def request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Export]]
 
     mistakes = cli_options.Problems()
     preset = mistakes.catch(lambda: load(preset_name(arguments))) or load(DEFAULT_PRESET)
-    cases = mistakes.catch(lambda: cli_options.with_overrides(preset.cases, cli_options.given_values(arguments)))
+    values = {**cli_options.ranks_of_hosts(arguments), **cli_options.given_values(arguments)}
+    cases = mistakes.catch(lambda: cli_options.with_overrides(preset.cases, values))
     plan = cli_options.override_options(preset.plan(), arguments, mistakes)
     exports = mistakes.catch(lambda: requested_exports(arguments))
     mistakes.raise_all()
@@ -72,6 +77,8 @@ def _command(arguments: argparse.Namespace, preset: "Preset") -> str:
         "seconds": arguments.seconds,
         "memory-limit": arguments.memory_limit,
         "force": arguments.force,
+        "hosts": arguments.hosts,
+        "hostfile": arguments.hostfile,
     }
     return bench_command(
         preset.name if arguments.preset is None else arguments.preset, given_values(arguments), further

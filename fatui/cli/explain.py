@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = probe()
     for case in cases:
         show(_explained(case, names, device), "")
-        if "practical" in names:
+        if "practical" in names and case.ranks == 1:
             show(_chosen(case, device), "")
     return cli.DONE
 
@@ -99,10 +99,11 @@ def _chosen(case: "Workload", device: "Device") -> "RenderableType":
 def _route(name: str, case: "Workload", device: "Device") -> "Route":
     from attention.core.errors import UsageError
     from attention.core.route import unsupported
+    from attention.engine.ranks import route_here
     from attention.implementations import load_implementation
 
     try:
-        return load_implementation(name).route(case, device)
+        return route_here(load_implementation(name), case, device)
     except UsageError:
         raise
     except Exception as error:

@@ -26,6 +26,7 @@ HELP: Final = {
     "kv_heads": "key and value heads, a divisor of heads (as heads, unless given)",
     "head_dim": "width of a query and of a key",
     "value_dim": "width of a value (as head-dim, unless given)",
+    "ranks": "processes, each with its own device, among which a call is divided (1)",
     "dtype": "float32, float16 or bfloat16",
     "kv_format": "none, int8, int4 and others of mx.quantize; int4:32 has groups of 32, int8+int4 int8 K and int4 V",
     "mask": "none, causal, window:N, documents:N, prefix:N, strided:N,S, blocks:DENSITY, or several joined by +; "
@@ -156,6 +157,35 @@ def add_limit_options(parser: argparse.ArgumentParser, seconds: str) -> None:
     parser.add_argument("--force", action="store_true", help="also run cases predicted not to fit in memory")
 
 
+def add_host_options(parser: argparse.ArgumentParser) -> None:
+    """Add --hosts and --hostfile."""
+    parser.add_argument(
+        "--hosts", metavar="A,B", help="machines for the ranks: names for ssh, HOST or HOST:PORT (this machine alone)"
+    )
+    parser.add_argument("--hostfile", metavar="FILE", help="the machines as a hostfile of mlx.launch")
+
+
+def ranks_of_hosts(arguments: argparse.Namespace) -> Values:
+    """Return a rank for each host given on the command line, as a field's value; empty without valid hosts."""
+    from fatui.rank_launch import hosts_of
+
+    try:
+        hosts = hosts_of(override_hosts(RunOptions(), arguments))
+    except UsageError:  # reported with the other options
+        return {}
+    return {"ranks": [len(hosts.hosts)]} if hosts else {}
+
+
+def override_hosts(defaults: P, arguments: argparse.Namespace) -> P:
+    """Return options with the hosts given on the command line, which replace those of the defaults."""
+    hosts: str | None = getattr(arguments, "hosts", None)
+    hostfile: str | None = getattr(arguments, "hostfile", None)
+    if hosts is None and hostfile is None:
+        return defaults
+    names = tuple(part.strip() for part in hosts.split(",")) if hosts else ()
+    return structs.replace(defaults, hosts=names, hostfile=hostfile)
+
+
 def override_options(defaults: P, arguments: argparse.Namespace, problems: Problems) -> P:
     """Return the options of a run as given on the command line, and otherwise as in the defaults.
 
@@ -164,6 +194,10 @@ def override_options(defaults: P, arguments: argparse.Namespace, problems: Probl
         arguments: the parsed command line with --impl, --seconds, --memory-limit and --force.
         problems: collects what is wrong with them.
     """
+    from fatui.rank_launch import hosts_of
+
+    defaults = override_hosts(defaults, arguments)
+    problems.catch(lambda: hosts_of(defaults))
     given: dict[str, Any] = {"force": arguments.force}
     if arguments.impl is not None:
         given["implementations"] = problems.catch(lambda: parse_names(arguments.impl))

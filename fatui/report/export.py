@@ -11,7 +11,17 @@ from attention.core.results import AnyCase, Case, FineTuningCase, ModelCase, Rep
 from attention.core.stream import Stream
 from attention.core.workload import FineTuning, Generation
 from fatui import formatting
-from fatui.report.table import KV_ERROR, FurtherColumns, further_columns, kv_notes, model_columns, model_notes
+from fatui.report.table import (
+    EXPOSED,
+    KV_ERROR,
+    SENT,
+    FurtherColumns,
+    further_columns,
+    kv_notes,
+    model_columns,
+    model_notes,
+    rank_notes,
+)
 from fatui.storage.presets import FIELDS
 from fatui.untrusted_text import escape_all, markdown, markdown_cell, markdown_code, spreadsheet
 
@@ -22,7 +32,10 @@ FIGURES: Final = (
     *("over_dense_value", "over_dense_low", "over_dense_high", "over_dense_significant"),
     *("dense_s_median", "dense_s_low", "dense_s_high"),
     *("over_unquantized_value", "over_unquantized_low", "over_unquantized_high", "over_unquantized_significant"),
-    *("unquantized_s_median", "unquantized_s_low", "unquantized_s_high", "flops_per_s", "efficiency"),
+    *("unquantized_s_median", "unquantized_s_low", "unquantized_s_high"),
+    *("over_one_device_value", "over_one_device_low", "over_one_device_high", "over_one_device_significant"),
+    *("one_device_s_median", "one_device_s_low", "one_device_s_high", "sent_bytes", "exposed_s"),
+    *("rank_call_s", "rank_waiting_s", "rank_sent_bytes", "flops_per_s", "efficiency"),
     *("peak_bytes", "predicted_bytes", "max_error", "rms_error", "kv_error", "approximate"),
     *("sample_count", "stopped_by", "throttled"),
 )
@@ -30,7 +43,7 @@ ORIGIN: Final = ("run_id", "started", "fatui", "mlx", "backend", "device")
 COLUMNS: Final = (*ORIGIN, "case", *FIELDS, "kv_token_bytes", "reference", "noise_floor", *FIGURES)
 INTERVALS: Final = (
     *("call_s", "speedup", "over_dense", "dense_s", "over_unquantized", "unquantized_s"),
-    "attention_share",
+    *("over_one_device", "one_device_s", "attention_share"),
 )
 SHARE: Final = tuple(f"attention_share_{part}" for part in ("value", "low", "high"))
 CALLS: Final = ("replaced_calls", "passed_on_calls")
@@ -112,6 +125,8 @@ def _line(number: int, case: AnyCase, row: Row) -> dict[str, object]:
     if isinstance(row, StreamRow):
         del fields["blocks"]  # the curves are in the JSON
         fields["seen_tokens"] = fields.pop("tokens")  # the workload's are those that were asked for
+    fields.update(_rank_fields(row))
+    del fields["per_rank"]
     for name in INTERVALS:
         parts = fields.pop(name, None) or {}
         fields.update({f"{name}_{part}": value for part, value in parts.items()})
@@ -123,6 +138,18 @@ def _line(number: int, case: AnyCase, row: Row) -> dict[str, object]:
         **_sizes(case),
         "sample_count": len(samples),
         **fields,
+    }
+
+
+def _rank_fields(row: Row) -> dict[str, object]:
+    """Return what the ranks sent and waited, with one value for each rank where they differ."""
+    ranks = row.per_rank
+    return {
+        "sent_bytes": row.sent_bytes,
+        "exposed_s": row.exposed_s,
+        "rank_call_s": [rank.call_s for rank in ranks],
+        "rank_waiting_s": [rank.waiting_s for rank in ranks],
+        "rank_sent_bytes": [rank.sent_bytes for rank in ranks],
     }
 
 
@@ -179,14 +206,14 @@ def _rows(case: AnyCase) -> str:
         further = further_columns([case])
         heads = (*HEADS[:5], *further, *HEADS[5:])
         lines = [_cells(row, case, further) for row in case.rows]
-        return _noted(_table(heads, lines), [*kv_notes(case), *formatting.same_paths(case)])
+        return _noted(_table(heads, lines), [*kv_notes(case), *rank_notes(case), *formatting.same_paths(case)])
     columns = model_columns(case)
     lines = [
         (*cells[:-1], formatting.verdict(row, case))
         for row, cells in zip(case.rows, zip(*(column.cells for column in columns), strict=True), strict=True)
     ]
     heads = ("implementation", *(column.head for column in columns[1:]))
-    return _noted(_table(heads, lines), [*model_notes(case), *formatting.same_paths(case)])
+    return _noted(_table(heads, lines), [*model_notes(case), *rank_notes(case), *formatting.same_paths(case)])
 
 
 def _noted(table: str, notes: Sequence[str]) -> str:
@@ -227,6 +254,8 @@ def _table(heads: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
         "speedup",
         *formatting.OVER.values(),
         KV_ERROR,
+        SENT,
+        EXPOSED,
         "TFLOP/s",
         "efficiency",
         "peak memory",

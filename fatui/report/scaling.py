@@ -14,7 +14,9 @@ from attention.core.workload import Workload
 from fatui.report.document import Block, Claim, MissingData, joined
 from fatui.report.evidence import sound_rows
 
-AXES: Final = ("batch", "seq", "kv_seq", "heads", "kv_heads", "head_dim", "dtype", "kv_format", "mask", "pass_")
+AXES: Final = (
+    *("batch", "seq", "kv_seq", "heads", "kv_heads", "head_dim", "ranks", "dtype", "kv_format", "mask", "pass_"),
+)
 MUCH: Final = 20
 Value = int | str
 

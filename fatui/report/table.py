@@ -63,6 +63,9 @@ def _add(table: Table, row: StudyRow, case: Case) -> None:
 
 
 KV_ERROR: Final = "K/V error"
+SENT: Final = "sent"
+EXPOSED: Final = "exposed"
+"""Heading of the time of communication that computing did not hide."""
 MAX_NAME_LENGTH: Final = 14
 IMPLEMENTATION: Final = ""
 """The heading of the first column."""
@@ -344,7 +347,8 @@ def _case(case: AnyCase, columns: list[TextColumn], number: int | None, count: i
     chosen, gap = _fitted(columns, width)
     dropped = [column.head for column in columns if column.head not in {kept.head for kept in chosen}]
     parts: list[RenderableType] = [_title(case, number, count), _grid(chosen, gap, case, width)]
-    notes = [*(kv_notes(case) if isinstance(case, Case) else model_notes(case)), *_notes(case, dropped)]
+    notes = [*(kv_notes(case) if isinstance(case, Case) else model_notes(case)), *rank_notes(case)]
+    notes += _notes(case, dropped)
     parts += [Text(f"  {note}", style="dim") for note in notes]
     return Group(*parts)
 
@@ -353,14 +357,21 @@ FurtherColumns = dict[str, Callable[[Row], str]]
 
 
 def further_columns(cases: Sequence[AnyCase]) -> FurtherColumns:
-    """Return the columns that only masked or quantized cases have, each with what formats a cell."""
+    """Return the columns that only masked, quantized or divided cases have, each with what formats a cell."""
     columns: FurtherColumns = {
         formatting.OVER[counterpart]: partial(formatting.over_text, counterpart=counterpart)
         for counterpart in formatting.counterparts_of(cases)
     }
+    if formatting.over_ranks(cases):
+        columns.update({SENT: formatting.sent_text, EXPOSED: formatting.exposed_text})
     if formatting.has_kv_error(cases):
         columns[KV_ERROR] = formatting.kv_error_text
     return columns
+
+
+def rank_notes(case: AnyCase) -> list[str]:
+    """Return a note for each rank of each row."""
+    return [f"{short_name(row.implementation)}, {note}" for row in case.rows for note in formatting.rank_notes(row)]
 
 
 def kv_notes(case: Case) -> list[str]:

@@ -23,6 +23,7 @@ SCHEMA: Final = 1
 FIELDS: Final = (*MAX_SIZES, "dtype", "kv_format", "mask", "pass")
 KEYS: Final = (
     *("schema", "title", "summary", "implementations", "seconds", "precision", "memory_limit", "seed"),
+    *("hosts", "hostfile"),
     *("workload", "sweep", "case"),
 )
 MAX_SECONDS: Final = 3_600.0
@@ -93,6 +94,8 @@ class _Reader:
             precision=self._number("precision", DEFAULTS.precision, 1e-6, 1.0),
             memory_limit_bytes=self._memory_limit(),
             seed=self._seed(),
+            hosts=self._hosts(),
+            hostfile=self._text("hostfile") or None,
             cases=self._cases(),
         )
 
@@ -142,6 +145,13 @@ class _Reader:
         except UsageError as error:
             self.problems.extend(error.problems)
             return None
+
+    def _hosts(self) -> tuple[str, ...]:
+        got = self.document.get("hosts", [])
+        if isinstance(got, list) and all(isinstance(name, str) and name for name in got):
+            return tuple(got)
+        self.problems.append(f"hosts: got {got!r}; it takes a list of names, such as ['mac-a', 'mac-b']")
+        return ()
 
     def _implementations(self) -> tuple[str, ...]:
         got = self.document.get("implementations", list(DEFAULTS.implementations))
@@ -271,6 +281,10 @@ def to_toml(preset: Preset) -> str:
         document["memory_limit"] = size_text(preset.memory_limit_bytes)
     if preset.seed:
         document["seed"] = preset.seed
+    if preset.hosts:
+        document["hosts"] = list(preset.hosts)
+    if preset.hostfile:
+        document["hostfile"] = preset.hostfile
     document.update(_tables(preset.cases))
     return _dumps(document)
 
@@ -290,7 +304,7 @@ def given_fields(workload: Workload) -> Fields:
 def factor_cases(cases: Sequence[Workload]) -> tuple[Fields, dict[str, list[Any]]] | None:
     """Split cases into shared fields and axes whose product they are; return None if they are not a product.
 
-    Keys and values that are not quantized have no field, unless other cases' are.
+    Keys and values that are not quantized have no field, unless other cases' are; so has a single rank.
     """
     given = [given_fields(case) for case in cases]
     shared = _shared(given)
@@ -307,7 +321,7 @@ def factor_cases(cases: Sequence[Workload]) -> tuple[Fields, dict[str, list[Any]
 
 
 def _without_default(shared: Fields) -> Fields:
-    return {name: value for name, value in shared.items() if (name, value) != ("kv_format", DENSE)}
+    return {name: value for name, value in shared.items() if (name, value) not in (("kv_format", DENSE), ("ranks", 1))}
 
 
 def _shared(given: Sequence[Fields]) -> Fields:

@@ -15,6 +15,7 @@ import msgspec
 
 from attention.core.route import Route
 from attention.core.workload import Workload
+from attention.implementations.protocol import Implementation
 from attention.measure.device import Device
 
 
@@ -27,6 +28,8 @@ class AdviceRequest(msgspec.Struct, kw_only=True):
     names: tuple[str, ...]
     others: tuple[Workload, ...] = ()
     """Further cases of the plan, for the memory that they need."""
+    elsewhere: bool = False
+    """Whether ranks run on other hosts, with as many devices as needed."""
 
 
 class AdviceReply(msgspec.Struct, kw_only=True):
@@ -48,13 +51,18 @@ class AdviceReply(msgspec.Struct, kw_only=True):
 def answer(question: AdviceRequest, device: Device) -> AdviceReply:
     """Route each implementation; an exception becomes its entry in `problems`."""
     from attention import implementations
+    from attention.engine.ranks import ranks_route, route_here
+
+    def route_of(implementation: Implementation, workload: Workload) -> Route:
+        route = ranks_route if question.elsewhere and workload.ranks > 1 else route_here
+        return route(implementation, workload, device)
 
     made = AdviceReply(number=question.number)
     for name in question.names:
         try:
             implementation = implementations.load_implementation(name)
-            made.routes[name] = implementation.route(question.workload, device)
-            cases = [(case, implementation.route(case, device)) for case in question.others]
+            made.routes[name] = route_of(implementation, question.workload)
+            cases = [(case, route_of(implementation, case)) for case in question.others]
         except Exception as error:
             made.problems[name] = str(error) or type(error).__name__
             continue
@@ -125,13 +133,22 @@ class Advice:
         """Whether the answer belongs to the latest question."""
         return self.answer.number == self._number
 
-    def ask(self, workload: Workload, names: tuple[str, ...], others: tuple[Workload, ...] = ()) -> None:
+    def ask(
+        self,
+        workload: Workload,
+        names: tuple[str, ...],
+        others: tuple[Workload, ...] = (),
+        *,
+        elsewhere: bool = False,
+    ) -> None:
         """Request the routes of a workload, and the memory that the other cases need.
 
-        An older question that was not sent yet is dropped.
+        An older question that was not sent yet is dropped. `elsewhere`: ranks run on other hosts.
         """
         self._number += 1
-        self._next = AdviceRequest(number=self._number, workload=workload, names=names, others=others)
+        self._next = AdviceRequest(
+            number=self._number, workload=workload, names=names, others=others, elsewhere=elsewhere
+        )
         self._send()
 
     def _send(self) -> None:

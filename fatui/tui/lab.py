@@ -170,7 +170,8 @@ class Lab(App[int]):
         """Request the routes for the workload on the sliders, and the memory of all cases."""
         with contextlib.suppress(UsageError):
             first, *others = self.draft.workloads()
-            self.advice.ask(first, names_for(self.draft), tuple(others))
+            elsewhere = bool(self.draft.hosts or self.draft.hostfile)
+            self.advice.ask(first, names_for(self.draft), tuple(others), elsewhere=elsewhere)
 
     def _advised(self) -> None:
         if self.is_running and self.main.is_mounted:

@@ -14,8 +14,16 @@ from fatui.storage.settings import SavedState
 
 KEPT = b"""{"draft": {"axes": {"batch": [2], "seq": [512], "head_dim": [64], "heads": [8], "kv_heads": []},
  "implementations": ["baseline"], "seconds": 2.5, "precision": 0.02, "memory_limit_bytes": 5, "force": true,
- "seed": 3, "a_later_field": 1}}"""
-OPTIONS = {"implementations": ("baseline",), "seconds": 2.5, "precision": 0.02, "memory_limit_bytes": 5, "seed": 3}
+ "seed": 3, "hosts": ["a", "b:4000"], "hostfile": "hosts.json", "a_later_field": 1}}"""
+OPTIONS = {
+    "implementations": ("baseline",),
+    "seconds": 2.5,
+    "precision": 0.02,
+    "memory_limit_bytes": 5,
+    "seed": 3,
+    "hosts": ("a", "b:4000"),
+    "hostfile": "hosts.json",
+}
 
 
 def test_a_state_of_another_version_keeps_its_options():

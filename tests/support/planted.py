@@ -319,3 +319,52 @@ class KeepsScratch(Planted):
 
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         return structs.replace(super().route(workload, device, needs), scratch_bytes=2**20)
+
+
+class OnRankOne(Planted):
+    """Misbehaves on rank 1 of a group only, once its calls have been measured for a while."""
+
+    first_calls = 12
+
+    def before_call(self) -> None:
+        if os.environ.get("MLX_RANK") == "1" and self.calls == self.first_calls:
+            self.misbehave()
+
+    def misbehave(self) -> None:
+        """Run the planted behaviour."""
+
+
+class KilledOnRankOne(OnRankOne):
+    """Dies there as if killed by the system."""
+
+    def misbehave(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class StoppedOnRankOne(OnRankOne):
+    """Stops there, as by SIGSTOP, and never goes on."""
+
+    def misbehave(self) -> None:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+class OutOfMemoryOnRankOne(OnRankOne):
+    """Raises there what MLX raises when a GPU's memory is full."""
+
+    def misbehave(self) -> None:
+        raise RuntimeError("[cuda] out of memory: 68719476736 bytes")
+
+
+class ExitsOnRankOne(OnRankOne):
+    """Ends the process there."""
+
+    def misbehave(self) -> None:
+        sys.exit("planted exit")
+
+
+class OtherRouteOnRankOne(Planted):
+    """Takes another path there, as after a failed compilation."""
+
+    def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
+        route = super().route(workload, device, needs)
+        return structs.replace(route, path="another path") if os.environ.get("MLX_RANK") == "1" else route

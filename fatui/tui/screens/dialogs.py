@@ -144,21 +144,31 @@ def figure_lines(row: Row, case: Case) -> list[str]:
         ("memory", f"{formatting.size(row.peak_bytes)} at the peak, {formatting.size(row.predicted_bytes)} predicted"),
         ("error", f"{formatting.row_error(row)} at most, {formatting.error(row.rms_error)} rms, against float64"),
         *_quantization(row, case),
+        *_ranks(row),
         ("samples", f"{len(row.samples)}, {ENDED_BY.get(row.stopped_by or '', row.stopped_by or formatting.UNKNOWN)}"),
     ]
     return [f"{name:<12}{text}" for name, text in pairs]
 
 
 def _counterparts(row: Row) -> list[tuple[str, str]]:
-    times: dict[Counterpart, Interval | None] = {"dense": row.dense_s, "unquantized": row.unquantized_s}
+    times: dict[Counterpart, Interval | None] = {name: getattr(row, f"{name}_s") for name in COUNTERPARTS}
     return [
         (
             formatting.OVER[name],
-            f"{formatting.over_text(row, name)}, {name} takes {formatting.interval_text(call)} per call",
+            f"{formatting.over_text(row, name)}, {name.replace('_', ' ')} {formatting.interval_text(call)} per call",
         )
         for name in COUNTERPARTS
         if (call := times[name])
     ]
+
+
+def _ranks(row: Row) -> list[tuple[str, str]]:
+    if not row.per_rank:
+        return []
+    hidden = f"{formatting.exposed_text(row)} of communication not hidden by computing"
+    notes = [note.partition(": ") for note in formatting.rank_notes(row)]
+    lines = [(head, text) for head, _, text in notes]
+    return [("link", f"{formatting.sent_text(row)} sent per call, {hidden}"), *lines]
 
 
 def _quantization(row: Row, case: Case) -> list[tuple[str, str]]:

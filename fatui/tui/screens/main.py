@@ -121,7 +121,9 @@ class MainScreen(Screen[None]):
             availability.make_picker_rows(app.draft, workload, app.advice, self._paths_taken(workload))
         )
         pane = self.query_one(WorkloadPane)
-        if pane.draft is not app.draft:
+        devices = app.advice.device.max_ranks if app.advice.device else 1
+        if pane.draft is not app.draft or pane.devices != devices:
+            pane.devices = devices
             pane.show(app.draft)
         needs = availability.needs_text(app.draft, app.advice) if workload else ""
         pane.show_words(needs, self._estimate_text() if workload else "", app.keys)

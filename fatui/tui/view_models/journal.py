@@ -92,7 +92,11 @@ def event_line(event: on.AnyEvent, plan: AnyPlan) -> LeveledText:
             return "the device is in an unknown state; the engine is restarted", "warning"
         case on.TrialStarted() | on.Tuned() | on.Switched():
             return on.tuning_log_line(event), "info"
-        case on.Progress():
+        case on.RankStarted():
+            return f"rank {event.rank}: {event.device} of {event.host}, process {event.process_id}", "info"
+        case on.RankFailed():
+            return f"rank {event.rank}: {event.reason}", "warning"
+        case on.Progress() | on.RankAlive():
             return UNLOGGED
         case _:
             return _case_line(event, plan)

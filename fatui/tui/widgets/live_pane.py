@@ -29,12 +29,14 @@ class LivePane(Vertical, can_focus=True):
         super().__init__(id=id, classes="pane")
         self.border_title = "Live"
         self._least: int | None = None
+        self._devices = 0
 
     def compose(self) -> ComposeResult:
         """Yield the progress, two charts and the telemetry line."""
         yield Static(IDLE, id="progress", markup=False)
         yield TrendChart(Scale("tokens/s"), id="rates")
         yield TrendChart(Scale("memory", columns=("now", "peak")), id="memory")
+        yield Static(id="devices", markup=False)
         yield Static(id="telemetry", markup=False)
 
     def show(self, session: Session | None, opened: Report | None = None) -> None:
@@ -44,6 +46,7 @@ class LivePane(Vertical, can_focus=True):
             self._set_least(None)
             self.query_one("#progress", Static).update(opened_line(opened) if opened else IDLE, layout=False)
             self.query_one("#telemetry", Static).update("", layout=False)
+            self._show_devices([])
             self.border_title = "Live"
             return
         self.query_one("#progress", Static).update(progress_line(session), layout=False)
@@ -56,10 +59,19 @@ class LivePane(Vertical, can_focus=True):
         memory.show(Scale("memory", top, formatting.size(top), ("now", "peak")), drawn)
         self._fit(rates, len(trends))
         self._fit(memory, len(drawn))
-        needed = len(trends) + len(drawn) + AROUND
+        devices = device_lines(session)
+        self._show_devices(devices)
+        needed = len(trends) + len(drawn) + len(devices) + AROUND
         self._set_least(min(needed, self.app.size.height - AROUND))
         label = session.plan.cases[session.case_number].label if session.case_number is not None else ""
         self.border_title = literal(f"Live · {label}" if label else "Live")
+
+    def _show_devices(self, lines: list[str]) -> None:
+        """Draw a line for each rank's device; none in a run on one."""
+        shown = self.query_one("#devices", Static)
+        shown.display = bool(lines)
+        shown.update("\n".join(lines), layout=len(lines) != self._devices)
+        self._devices = len(lines)
 
     def _fit(self, chart: TrendChart, rows: int) -> None:
         share = max(1, rows) + 1
@@ -106,6 +118,30 @@ def progress_line(session: AnySession) -> str:
     case = f"case {(session.case_number or 0) + 1} of {many} · " if many > 1 else ""
     bar = "█" * filled + "░" * (BAR - filled)
     return f"{bar} {done:>4.0%}  {f'{left.words} · ' if left else ''}{case}{progress.now}"
+
+
+def device_lines(session: AnySession) -> list[str]:
+    """Return a line for each rank: its device, what it does, and its time, waiting and bytes in the latest calls."""
+    record, index = session.record, session.case_number
+    rows = record.cases[index].rows if index is not None else {}
+    several = len({state.started.host for state in record.ranks.values() if state.started}) > 1
+    lines = []
+    for rank, state in sorted(record.ranks.items()):
+        alive, started = state.alive, state.started
+        running = alive.running if alive else None
+        where = (
+            f"{started.device} of {started.host}" if started and several else started.device if started else "starting"
+        )
+        parts = [f"rank {rank}  {where}"]
+        if state.failed:
+            parts.append(state.failed)
+        elif alive:
+            parts.append(f"{formatting.size(alive.active_bytes)} active")
+            found = rows[running].per_rank if running in rows else ()
+            own = next((each for each in found if each.rank == rank), None)
+            parts.append(f"{running}: {formatting.rank_words(own)}" if own else running or "waits")
+        lines.append(" · ".join(parts))
+    return lines
 
 
 def rate_trends(session: AnySession) -> tuple[Trend, ...]:

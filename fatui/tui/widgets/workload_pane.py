@@ -20,14 +20,26 @@ from fatui.tui.view_models import kv_format, mask_editor
 from fatui.tui.widgets.choice import Choice
 from fatui.tui.widgets.slider import Slider
 
-LABELS: Final = {"batch": "batch", "seq": "seq", "head_dim": "head dim", "heads": "heads", "kv_heads": "K/V heads"}
+LABELS: Final = {
+    "batch": "batch",
+    "seq": "seq",
+    "head_dim": "head dim",
+    "heads": "heads",
+    "kv_heads": "K/V heads",
+    "ranks": "devices",
+}
 CHOICES: Final = {"dtype": "dtype", "mask": "mask", "pass_": "pass", "kv_format": "K/V"}
 CANNOT: Final = "cannot run"
 BUTTONS: Final = "[@click=app.start_run]▸ Run[/]  [dim]{run}[/]    [@click=app.sweep]{sweep}[/]  [dim]{sweep_key}[/]"
 
 
 class WorkloadPane(Vertical):
-    """Editor of a draft; it posts each change, and draws the draft that is set."""
+    """Editor of a draft; it posts each change, and draws the draft that is set.
+
+    Attributes:
+        draft: the draft drawn.
+        devices: the stops of the slider of devices: those of this machine.
+    """
 
     class Edited(Message):
         """Posted when the user changed the draft."""
@@ -39,6 +51,7 @@ class WorkloadPane(Vertical):
     def __init__(self, draft: Draft, *, id: str) -> None:
         super().__init__(id=id, classes="pane")
         self.draft = draft
+        self.devices = 1
         self._parameters: list[tuple[mask_editor.Parameter, tuple[int, ...]]] = []
         self.border_title = "Workload"
 
@@ -77,8 +90,10 @@ class WorkloadPane(Vertical):
         self.draft = draft
         for name in AXES:
             values = draft.kv_heads if name == "kv_heads" else draft.axes[name]
-            stops = divisors(max(draft.axes["heads"])) if name == "kv_heads" else STOPS[name]
-            self.query_one(f"#axis-{name}", Slider).show(values, stops=stops, sweeping=draft.sweeping)
+            slider = self.query_one(f"#axis-{name}", Slider)
+            slider.show(values, stops=self._stops(name, draft), sweeping=draft.sweeping)
+            if name == "ranks":  # of a single device there is nothing to choose
+                slider.display = self.devices > 1 or values != (1,)
         for name in ("dtype", "pass_"):
             self.query_one(f"#choice-{name}", Choice).show(draft.choices(name), sweeping=draft.sweeping)
         widths = draft.axes["head_dim"] if draft.value_dim is None else (*draft.axes["head_dim"], draft.value_dim)
@@ -92,6 +107,11 @@ class WorkloadPane(Vertical):
         self._line("cases", cases)
         self.query_one("#workload-cases").set_class(cases.startswith(CANNOT), "-bad")
         self._line("counts", counts_text(draft))
+
+    def _stops(self, name: str, draft: Draft) -> tuple[int, ...]:
+        if name == "kv_heads":
+            return divisors(max(draft.axes["heads"]))
+        return tuple(range(1, self.devices + 1)) if name == "ranks" else STOPS[name]
 
     def _say_format(self, text: str) -> str:
         return kv_format.say(text, self.draft.dtype)

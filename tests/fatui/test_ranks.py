@@ -1,0 +1,155 @@
+"""Runs over several ranks on the ring backend: figures of each rank, and failures that cost one row."""
+
+import asyncio
+import socket
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from msgspec import Struct
+
+from attention.core import events as on
+from attention.core.plan import Plan
+from attention.core.results import Case, Peaks, Row
+from attention.core.workload import Workload
+from fatui import engine_process
+from fatui.engine_process import Engine
+from fatui.rank_launch import RankLaunch
+
+PLANTED = Path(__file__).parents[1] / "support" / "planted.py"
+PEAKS = Peaks(matmul_flops_per_s=1e10, copy_bytes_per_s=1e10)
+SMALL = Workload(seq=64, heads=2, head_dim=16, dtype="float32")
+ON_TWO = Workload(seq=64, heads=2, head_dim=16, dtype="float32", ranks=2)
+
+
+def plan(*planted: str, cases: tuple[Workload, ...] = (ON_TWO,), **fields: object) -> Plan:
+    names = ("baseline", *(f"{PLANTED}:{name}" for name in planted))
+    return Plan(cases=cases, implementations=names, seconds=0.5, **fields)  # type: ignore[arg-type]
+
+
+class Ran(Struct):
+    engine: Engine
+    events: list[tuple[float, on.AnyEvent]]
+
+    def case(self, index: int = 0) -> Case:
+        return self.engine.record.case(index)
+
+    def row(self, name: str, index: int = 0) -> Row:
+        return next(row for row in self.case(index).rows if row.implementation.endswith(name))
+
+    def left_over(self) -> list[int]:
+        """Return the processes of the run's ranks that still run."""
+        pids = {event.process_id for _, event in self.events if isinstance(event, on.RankStarted)}
+        return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
+
+
+def run(planned: Plan, seconds: float = 120) -> Ran:
+    events: list[tuple[float, on.AnyEvent]] = []
+    engine = Engine(planned, lambda event: events.append((time.monotonic(), event)), peaks=PEAKS)
+    asyncio.run(asyncio.wait_for(engine.run(), seconds))
+    return Ran(engine, events)
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Ran:
+    return run(plan(cases=(SMALL, ON_TWO)))
+
+
+def test_each_rank_has_its_time_waiting_and_bytes(two_ranks: Ran) -> None:
+    row = two_ranks.row("baseline", 1)
+    assert row.status == "ok"
+    assert [each.rank for each in row.per_rank] == [0, 1]
+    assert all(each.call_s > 0 and each.compute_s and each.sent_bytes for each in row.per_rank)
+
+
+def test_one_device_is_timed_in_the_same_rounds(two_ranks: Ran) -> None:
+    assert two_ranks.row("baseline", 1).one_device_s is not None
+    assert two_ranks.row("baseline").one_device_s is None
+
+
+def test_no_rank_is_left_after_the_run(two_ranks: Ran) -> None:
+    assert not two_ranks.left_over()
+
+
+FAULTS = {
+    "KilledOnRankOne": "rank 1: killed by signal 9 (SIGKILL)",
+    "StoppedOnRankOne": "rank 1 has not answered for",
+    "OutOfMemoryOnRankOne": "rank 1: RuntimeError: [cuda] out of memory: 68719476736 bytes",
+    "ExitsOnRankOne": "rank 1: SystemExit: planted exit",
+    "OtherRouteOnRankOne": "rank 1: it would run B=1 L=64",
+}
+
+
+@pytest.fixture(scope="module")
+def faulty_run() -> Ran:
+    return run(plan(*FAULTS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("planted", FAULTS)
+def test_a_failing_rank_costs_one_row(faulty_run: Ran, planted: str) -> None:
+    row = faulty_run.row(planted)
+    assert row.status == "failed"
+    assert row.reason is not None
+    assert row.reason.startswith(FAULTS[planted])
+    assert "\n" not in row.reason
+
+
+@pytest.mark.slow
+def test_the_others_go_on_after_failing_ranks(faulty_run: Ran) -> None:
+    assert faulty_run.row("baseline").status == "ok"
+    assert not faulty_run.left_over()
+
+
+@pytest.mark.slow
+def test_each_failure_is_told_within_15_s(faulty_run: Ran) -> None:
+    """From the last step of the row to its end."""
+    steps: dict[str, float] = {}
+    for at, event in faulty_run.events:
+        if isinstance(event, on.StepStarted):
+            steps[event.implementation] = at
+        elif isinstance(event, on.RowEnded):
+            assert at - steps[event.implementation] < 15
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ran = run(plan(hosts=("127.0.0.1", f"127.0.0.1:{port}")))
+    assert ran.engine.record.refused is not None
+    assert f"rank 1: its address 127.0.0.1:{port} is in use" in ran.engine.record.refused.reason
+    assert not ran.left_over()
+
+
+DIFFERING = """import sys
+from attention.core import events
+from attention.engine import worker
+started = events.RankStarted
+events.RankStarted = lambda **fields: started(**(fields | {{"{field}": "0.1"}} if fields["rank"] else fields))
+sys.exit(worker.main())"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("field", "words"), [("mlx", "MLX 0.1"), ("code", "another version of fatui")])
+def test_ranks_of_different_versions_are_refused(monkeypatch: pytest.MonkeyPatch, field: str, words: str) -> None:
+    def differing(launch: RankLaunch) -> RankLaunch:
+        script = DIFFERING.format(field=field)
+        return RankLaunch(
+            setting=launch.setting,
+            host=launch.host,
+            command=(launch.command[0], "-c", script, *launch.command[3:]),
+            where=launch.where,
+        )
+
+    launches = engine_process.rank_launches
+    monkeypatch.setattr(
+        engine_process, "rank_launches", lambda ranks, hosts: [differing(each) for each in launches(ranks, hosts)]
+    )
+    ran = run(plan(cases=(ON_TWO, SMALL)))
+    assert ran.row("baseline", 0).status == "failed"
+    assert words in (ran.row("baseline", 0).reason or "")
+    assert ran.row("baseline", 1).status == "ok"
