@@ -354,7 +354,9 @@ def quantized_strategy(
     widened, packed = computes_in_float32(workload.dtype, backend), reads_packed(workload, backend)
     simple = not (needs.softcap or needs.alibi or needs.sinks or needs.logsumexp or needs.pattern)
     scores = int(UNFUSED_SAFETY_FACTOR * (packed_bytes(workload, needs, widened) - workload.output_bytes))
-    blocks = block_size(workload, backend, budget)
+    # On a CPU a tile gains nothing from outgrowing the caches, and quantized keys and values are there to save memory.
+    tiles_budget = min(budget, tile_target_bytes(backend) or budget)
+    blocks = block_size(workload, backend, tiles_budget)
     if packed and simple and scores <= budget:
         reason = "few rows: each reads the keys and values packed, and the scores fit the budget"
         return Strategy(Method.WHOLE, Method.WHOLE, blocks, blocks, reason)
@@ -367,7 +369,7 @@ def quantized_strategy(
             return Strategy(Method.SLICES, Method.SLICES, blocks, blocks, reason, slices, slices, waits=True)
     if pattern is not None:
         tiles = pattern.block_list((workload.batch, workload.heads, workload.seq, workload.kv_seq))
-        within, target = int(budget / RESIDENT_TILES[backend]), tile_target_bytes(backend)
+        within, target = int(tiles_budget / RESIDENT_TILES[backend]), tile_target_bytes(backend)
         blocks = choose_listed_blocks(problem_size(workload, backend), tiles, within, target)
     how = "read packed" if packed else "dequantized"
     reason = f"keys and values are {how} a tile at a time, {blocks.rows} rows x {blocks.keys} keys"

@@ -142,8 +142,15 @@ def _rules(given: Inputs, call: CallParams) -> RulesOf:
 
 
 def reference(given: Inputs, call: CallParams) -> tuple[Floats, Floats]:
-    """Return output and logsumexp; fully masked rows give 0 and -inf."""
-    return selfcheck.results(exact(given.q), exact_rows(given.k), exact_rows(given.v), _rules(given, call))
+    """Return output and logsumexp; fully masked rows give 0 and -inf.
+
+    The logsumexp with quantized keys is that of keys rounded to the dtype of q, as the kernels round them.
+    """
+    q, values, rules = exact(given.q), exact_rows(given.v), _rules(given, call)
+    output, logsumexp = selfcheck.results(q, exact_rows(given.k), values, rules)
+    if isinstance(given.k, QuantizedArray):
+        logsumexp = selfcheck.results(q, exact(given.k.dequantized(given.q.dtype)), values, rules)[1]
+    return output, logsumexp
 
 
 def reference_gradients(given: Inputs, call: CallParams) -> list[Floats]:

@@ -235,7 +235,7 @@ QUANTIZED: Final = (
     Mutant("quantized: a number across two words", PACKED, "low >> place | high << (32 - place) % 32", "low >> place", "output", shape=packed("int6")),
     Mutant("quantized: neighbours in a number", PACKED, "bits & LOWEST", "bits", "output", shape=packed("int4")),
     Mutant("quantized: rows past the end are loaded", PACKED, "if (from + row < end) {", "if (true) {", "out-of-bounds: k ", shape=packed("int4")),
-    Mutant("quantized: half of a thread's values", PACKED, "column + 4) = moved[1]", "column) = moved[1]", "uninitialised read: threadgroup array key_tile", shape=packed("int4")),
+    Mutant("quantized: half of a thread's values", PACKED, "column + 4) = moved[1]", "column) = moved[1]", "uninitialised read: key_tile", shape=packed("int4")),
     Mutant("quantized: half of e4m3", PACKED, "* 256.0f", "* 128.0f", "output", shape=packed("mxfp8")),
     Mutant("quantized: e4m3 has no sign", PACKED, "(bits & 128) != 0 ? -size : size", "size", "output", shape=packed("mxfp8")),
     Mutant("quantized: e2m1 has no sign", PACKED, "(bits & 8) != 0 ? -size : size", "size", "output", shape=packed("mxfp4")),

@@ -30,7 +30,7 @@ def test_on_a_mac_the_gpu_runs_the_kernels(monkeypatch):
     with on_a_mac(Device(is_reversed=True)) as device:
         assert problems(SHAPE, KINDS["full"])  # zeros are wrong
     assert seen == [
-        ("fatui_forward", 14, (128, 1, 1)),
+        ("fatui_forward", 13, (128, 1, 1)),
         ("fatui_backward_query", 16, (128, 1, 1)),
         ("fatui_backward_key", 15, (256, 1, 1)),
     ]

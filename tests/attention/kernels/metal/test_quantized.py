@@ -35,10 +35,10 @@ def shape_of(queries, keys, head_dim, dtype, kv_format):
     ("kv_format", "kind"),
     [("int4+int8", "all at once"), ("mxfp4+nvfp4", "lists and all"), ("int3:32+mxfp8", "bool mask")],
 )
-@pytest.mark.parametrize(("queries", "keys"), [(37, 51), (3, 530)])
-def test_results_are_right_and_clean(kv_format, kind, queries, keys):
+@pytest.mark.parametrize(("queries", "keys", "dtype"), [(37, 51, "float16"), (3, 530, "bfloat16")])
+def test_results_are_right_and_clean(kv_format, kind, queries, keys, dtype):
     with on_a_mac(Device(is_reversed=True, is_misaligned=True)) as device:
-        assert problems(shape_of(queries, keys, 64, "float16", kv_format), ALL_KINDS[kind], backward=False) == []
+        assert problems(shape_of(queries, keys, 64, dtype, kv_format), ALL_KINDS[kind], backward=False) == []
     assert device.launches[0].kernel == "forward_quantized"
 
 
@@ -79,6 +79,14 @@ def test_the_layout_of_a_cache_is_read_in_place():
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     expected = weights / weights.sum(-1, keepdims=True) @ np.repeat(exact(values), 2, 1)
     assert np.allclose(np.array(found), expected, atol=2e-6)
+
+
+def test_a_call_passes_the_check_on_first_use():
+    q = mx.random.normal((1, 4, 40, 64)).astype(mx.bfloat16)
+    keys, values = (quantized(mx.random.normal((1, 2, 50, 64)), form) for form in ("int3", "mxfp4"))
+    with on_a_mac(Device()) as device:
+        mx.eval(metal.flash_attention(q, keys, values, scale=0.2))
+        assert len(device.launches) == 2  # the check's, and the call's
 
 
 def test_vmap_joins_the_batch():
