@@ -18,7 +18,7 @@ from pydoc_data.topics import topics
 from typing import Any, Final
 
 import mlx.core as mx
-import mlx.nn as nn
+import mlx.nn
 import numpy as np
 from mlx.optimizers import AdamW
 from mlx.utils import tree_flatten
@@ -26,6 +26,7 @@ from mlx_lm.models import llama
 
 from attention import patch_mlx_lm
 
+nn: Any = mlx.nn  # which exports its classes by a star
 BEGIN: Final = 256
 """The token before every sequence; those below it are bytes."""
 VOCABULARY: Final = 260
@@ -68,9 +69,10 @@ def batches(data: bytes, context: int, batch: int, seed: int) -> Iterator[tuple[
         yield mx.array(inputs), mx.array(targets)
 
 
-def loss_of(model: nn.Module, inputs: mx.array, targets: mx.array) -> mx.array:
+def loss_of(model: Any, inputs: mx.array, targets: mx.array) -> mx.array:
     """Return the mean loss of a byte, in nats."""
-    return nn.losses.cross_entropy(model(inputs), targets, reduction="mean")
+    loss: mx.array = nn.losses.cross_entropy(model(inputs), targets, reduction="mean")
+    return loss
 
 
 def rate(steps: int, highest: float) -> Callable[[int], float]:
@@ -81,13 +83,13 @@ def rate(steps: int, highest: float) -> Callable[[int], float]:
     )
 
 
-@mx.custom_function  # type: ignore[untyped-decorator,unused-ignore]
+@mx.custom_function
 def product(x: mx.array, weight: mx.array) -> mx.array:
     """Multiply (..., n) by the transpose of (m, n) in numpy: MLX's wheel for Linux CPUs has a BLAS 20 times as slow."""
     return mx.array(np.matmul(np.array(x, copy=False), np.array(weight, copy=False).T))
 
 
-@product.vjp  # type: ignore[untyped-decorator,unused-ignore]
+@product.vjp
 def _gradients(inputs: tuple[mx.array, mx.array], gradient: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
     x, weight, above = (np.array(array, copy=False) for array in (*inputs, gradient))
     rows = above.reshape(-1, above.shape[-1])
@@ -101,12 +103,12 @@ def products_in_numpy() -> Iterator[None]:
         yield
         return
     linear, tied = nn.Linear.__call__, nn.Embedding.as_linear
-    nn.Linear.__call__ = lambda self, x: product(x, self.weight)  # type: ignore[method-assign]  # no biases here
-    nn.Embedding.as_linear = lambda self, x: product(x, self.weight)  # type: ignore[method-assign]
+    nn.Linear.__call__ = lambda self, x: product(x, self.weight)  # no biases here
+    nn.Embedding.as_linear = lambda self, x: product(x, self.weight)
     try:
         yield
     finally:
-        nn.Linear.__call__, nn.Embedding.as_linear = linear, tied  # type: ignore[method-assign]
+        nn.Linear.__call__, nn.Embedding.as_linear = linear, tied
 
 
 def train(model: Any, data: bytes, arguments: argparse.Namespace) -> float:
@@ -165,18 +167,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to write the model")
     parser.add_argument("--context", type=int, default=128, help="tokens of a training sequence (128)")
-    parser.add_argument("--layers", type=int, default=4, help="layers (4)")
-    parser.add_argument("--width", type=int, default=128, help="width of the model, a multiple of 64 (128)")
+    parser.add_argument("--layers", type=int, default=8, help="layers (8)")
+    parser.add_argument("--width", type=int, default=64, help="width of the model, a multiple of 64 (64)")
     parser.add_argument("--batch", type=int, default=32, help="sequences of a step (32)")
-    parser.add_argument("--steps", type=int, default=2000, help="steps at most (2000)")
-    parser.add_argument("--seconds", type=float, default=300, help="seconds at most (300)")
-    parser.add_argument("--rate", type=float, default=3e-3, help="highest learning rate (3e-3)")
+    parser.add_argument("--steps", type=int, default=650, help="steps at most (650)")
+    parser.add_argument("--seconds", type=float, default=900, help="seconds at most (900)")
+    parser.add_argument("--rate", type=float, default=6e-3, help="highest learning rate (6e-3)")
     parser.add_argument("--decay", type=float, default=0.01, help="weight decay (0.01)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (0)")
     arguments = parser.parse_args()
     mx.random.seed(arguments.seed)
     fields = configuration(arguments.context, arguments.layers, arguments.width)
-    model = llama.Model(llama.ModelArgs.from_dict(fields))
+    model = llama.Model(llama.ModelArgs.from_dict(fields))  # type: ignore[no-untyped-call]
     whole = text()
     cut = int(len(whole) * (1 - HELD_OUT))
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
