@@ -41,6 +41,18 @@ class Recorder:
         plan = self.calls.get((q.shape, k.shape, v.shape, *keywords))
         return plan and plan(q, k, v)[0]
 
+    def keep_packed_call(self, *arrays_keywords_and_plan):
+        *given, plan = arrays_keywords_and_plan
+        self.calls[self._packed(given)] = plan
+
+    def find_packed_call(self, *given):
+        plan = self.calls.get(self._packed(given))
+        return plan and plan([x for x in given[:7] if x is not None])[0]
+
+    @staticmethod
+    def _packed(given):
+        return (*(x if x is None else (x.shape, x.dtype) for x in given[:7]), *given[7:])
+
     def forget_calls(self):
         self.calls.clear()
 

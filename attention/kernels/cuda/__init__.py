@@ -160,19 +160,22 @@ def flash_attention_quantized(
         ValueError: shapes, dtypes or values are inconsistent or unsupported, or a gradient is requested.
         KernelUnavailable: the kernel does not take the call, or cannot run on this machine.
     """
+    if not logsumexp:
+        try:
+            found = _find_packed_call(
+                q, k.numbers, k.scales, k.biases, v.numbers, v.scales, v.biases, scale, causal, window, softcap
+            )
+        except TypeError:  # an argument of the wrong type: reported by the checks of `_resolve_packed_call`
+            found = None
+        if found is not None:
+            return [found]
     key = (
         q.shape, q.dtype, k.numbers.shape, k.format, k.scales.dtype, v.numbers.shape, v.format, v.scales.dtype,
         scale, causal, window, softcap, logsumexp,
     )  # fmt: skip
     known = _known.get(key)
     if known is None:
-        from attention.kernels.cuda.attend import repeated_packed_call
-        from attention.kernels.cuda.quantized.formats import PackedKV, check_packed
-        from attention.kernels.cuda.runtime.call import normalize
-
-        dtype = check_packed(q, k, v)
-        call = normalize(scale, causal, window, softcap, k.shape[2])
-        known = repeated_packed_call(q.shape, k.shape[1], k.shape[2], dtype, call, PackedKV.of(k, v), logsumexp)
+        known = _resolve_packed_call(q, k, v, scale, causal, window, softcap, logsumexp)
         _known[key] = known
     return known([q, *k.arrays, *v.arrays])[: 2 if logsumexp else 1]
 
@@ -210,12 +213,14 @@ def _find_nothing(*_: object) -> mx.array | None:
 
 _find_call: Callable[..., mx.array | None] = _find_nothing
 """Lookup in the launcher's table of repeated calls, once it has an entry: faster than a key built in Python."""
+_find_packed_call: Callable[..., mx.array | None] = _find_nothing
+"""The same of calls with quantized keys and values."""
 
 
 def forget_calls() -> None:
     """Clear the cache of repeated calls, so that their kernels are selected again."""
     _known.clear()
-    if _find_call is not _find_nothing:
+    if _find_call is not _find_nothing or _find_packed_call is not _find_nothing:
         from attention.kernels.cuda.runtime import launcher
 
         launcher.module().forget_calls()
@@ -246,4 +251,31 @@ def _resolve_call(
     if mask is None and pattern is None and alibi is None and not with_logsumexp and launcher.is_plan(made):
         launcher.module().keep_call(q, k, v, scale, causal, window, softcap, made)
         _find_call = launcher.module().find_call
+    return made
+
+
+def _resolve_packed_call(
+    q: mx.array,
+    k: QuantizedArray,
+    v: QuantizedArray,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    logsumexp: bool,
+) -> Attend:
+    """Select the kernel of a call with quantized keys and values; without logsumexp, the launcher's table keeps it."""
+    from attention.kernels.cuda.attend import repeated_packed_call
+    from attention.kernels.cuda.quantized.formats import PackedKV, check_packed
+    from attention.kernels.cuda.runtime import launcher
+    from attention.kernels.cuda.runtime.call import normalize
+
+    global _find_packed_call  # noqa: PLW0603  the fast path of every call
+    dtype = check_packed(q, k, v)
+    call = normalize(scale, causal, window, softcap, k.shape[2])
+    made = repeated_packed_call(q.shape, k.shape[1], k.shape[2], dtype, call, PackedKV.of(k, v), logsumexp)
+    if not logsumexp and launcher.is_plan(made):
+        parts = (k.numbers, k.scales, k.biases, v.numbers, v.scales, v.biases)
+        launcher.module().keep_packed_call(q, *parts, scale, causal, window, softcap, made)
+        _find_packed_call = launcher.module().find_packed_call
     return made

@@ -45,6 +45,17 @@ constexpr int CHUNKS = HEAD_DIM / (8 * VALUE_COUNT);
 constexpr int VALUE_GROUPS = (HEAD_DIM + VALUE_GROUP - 1) / VALUE_GROUP;
 static_assert(PIECES % KEY_GROUPS == 0);
 
+// A warp's buffer of 16 keys and values: numbers of keys and of values, scales and biases of keys, then those of values; each
+// array has rows without gaps, HEAD_DIM columns wide.
+constexpr int KEY_ROW = HEAD_DIM * KEY_BITS / 8, KEY_SCALES = KEY_GROUPS * Key::SCALE_BYTES;  // bytes of a row
+constexpr int VALUE_ROW = HEAD_DIM * VALUE_BITS / 8, VALUE_SCALES = VALUE_GROUPS * Value::SCALE_BYTES;
+constexpr int VALUE_AT = STEP * KEY_ROW, KEY_SCALES_AT = VALUE_AT + STEP * VALUE_ROW;
+constexpr int KEY_BIASES_AT = KEY_SCALES_AT + STEP * KEY_SCALES;
+constexpr int VALUE_SCALES_AT = KEY_BIASES_AT + (Key::BIASED ? STEP * KEY_SCALES : 0);
+constexpr int VALUE_BIASES_AT = VALUE_SCALES_AT + STEP * VALUE_SCALES;
+constexpr int BUFFER = VALUE_BIASES_AT + (Value::BIASED ? STEP * VALUE_SCALES : 0);
+constexpr int SCALE_UNITS = (BUFFER - KEY_SCALES_AT) / 16, SCALE_PASSES = (SCALE_UNITS + 31) / 32;
+
 // c (16 x 8) += a (16 x 16) @ b (16 x 8) in float16
 DEVICE void multiply_add_f16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -56,107 +67,203 @@ DEVICE u32 transpose_matrix(u32 word) {
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(made) : "r"(word));
   return made;
 }
-DEVICE void prefetch_l2(const char* place) { asm volatile("prefetch.global.L2 [%0];" ::"l"(place)); }
 
-// A lane's place: planes of keys and values from its first column on, and what it asks for in advance.
+// ---- copies to a warp's buffers ----------------------------------------------------------------------------------
+
+// Starts an asynchronous copy of BYTES bytes, 4, 8 or 16; zero-fills if not `valid`.
+template <int BYTES>
+DEVICE void copy_unit(u32 destination, const char* source, bool valid) {
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(destination), "l"(source), "n"(BYTES),
+                 "r"(valid ? BYTES : 0)
+                 : "memory");
+  }
+}
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING>
+DEVICE void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Copies one scale or bias of BYTES bytes, 1 or 2, which asynchronous copies do not do; zero if not `valid`.
+template <int BYTES>
+DEVICE void copy_scale(u32 destination, const char* source, bool valid) {
+  const u32 x = valid ? load_scale<BYTES>(source) : 0;
+  if constexpr (BYTES == 2) asm volatile("{.reg .u16 h; cvt.u16.u32 h, %1; st.shared.u16 [%0], h;}" ::"r"(destination), "r"(x) : "memory");
+  else asm volatile("st.shared.u8 [%0], %1;" ::"r"(destination), "r"(x) : "memory");
+}
+
+// Copies 16 rows of an array, of PITCH bytes in the buffer and `width` in memory, in units of UNIT bytes, to which its rows are
+// aligned; rows beyond the last one are copies of it.
+template <int PITCH, int UNIT>
+DEVICE void copy_rows(u32 destination, const char* from, int stride, int key, int last, int width) {
+  constexpr int UNITS = PITCH / UNIT;
+#pragma unroll 4
+  for (int i = threadIdx.x % 32; i < STEP * UNITS; i += 32) {
+    const int row = i / UNITS, place = i % UNITS * UNIT;
+    const bool valid = WHOLE || place < width;
+    const char* source = from + static_cast<i64>(min(key + row, last)) * stride + (valid ? place : 0);
+    if constexpr (UNIT >= 4) copy_unit<UNIT>(destination + i * UNIT, source, valid);
+    else copy_scale<UNIT>(destination + i * UNIT, source, valid);
+  }
+}
+// Largest power of two that divides `bytes`, at most 16: rows of so many bytes are aligned to it.
+constexpr DEVICE int unit_of(int bytes) { return (bytes & -bytes) < 16 ? bytes & -bytes : 16; }
+// Units of numbers: a word at least, and 16 numbers at most.
+constexpr DEVICE int number_unit(int bits) { return unit_of(2 * bits) < 4 ? 4 : unit_of(2 * bits); }
+
+// Where a warp's tiles come from. If the rows of all arrays are adjacent in memory and aligned, a tile of an array is one
+// range of bytes, of which a lane copies every 32nd unit of 16 bytes.
+struct Source {
+  Plane keys, values;
+  const char *key_units, *value_units, *scales[SCALE_PASSES];  // the lane's first units of numbers, and those of scales
+  int scale_rows[SCALE_PASSES];                                // bytes of a row of the scales' arrays
+  bool adjacent;
+
+  DEVICE Source(const Plane& k, const Plane& v) : keys(k), values(v) {
+    const u64 places = address(k.numbers) | address(k.scales) | address(k.biases) | address(v.numbers) | address(v.scales) |
+                       address(v.biases);
+    adjacent = WHOLE && places % 16 == 0 && is_dense<Key>(k, KEY_ROW, KEY_SCALES) && is_dense<Value>(v, VALUE_ROW, VALUE_SCALES);
+#pragma unroll
+    for (int i = 0; i < SCALE_PASSES; ++i) {
+      const int at = KEY_SCALES_AT + (threadIdx.x % 32 + 32 * i) * 16;
+      const bool of_key = at < VALUE_SCALES_AT, bias = at >= (of_key ? KEY_BIASES_AT : VALUE_BIASES_AT);
+      const char* array = of_key ? (bias ? k.biases : k.scales) : (bias ? v.biases : v.scales);
+      const int first = of_key ? (bias ? KEY_BIASES_AT : KEY_SCALES_AT) : (bias ? VALUE_BIASES_AT : VALUE_SCALES_AT);
+      scales[i] = opaque(array + (at - first)), scale_rows[i] = of_key ? KEY_SCALES : VALUE_SCALES;
+    }
+    key_units = opaque(k.numbers + threadIdx.x % 32 * 16), value_units = opaque(v.numbers + threadIdx.x % 32 * 16);
+  }
+  // Keeps the compiler from computing a place again in every tile.
+  static DEVICE const char* opaque(const char* place) {
+    asm volatile("" : "+l"(place));
+    return place;
+  }
+  static DEVICE u64 address(const char* place) { return reinterpret_cast<u64>(place); }
+  template <typename F>
+  static DEVICE bool is_dense(const Plane& plane, int numbers, int scales) {
+    return plane.number_row == numbers && plane.scale_row == scales && (!F::BIASED || plane.bias_row == scales);
+  }
+
+  // Copies the lane's of COUNT units of 16 bytes.
+  template <int COUNT>
+  static DEVICE void copy_range(u32 destination, const char* from) {
+#pragma unroll
+    for (int i = 0; 32 * i < COUNT; ++i) {
+      if (COUNT >= 32 * (i + 1) || threadIdx.x % 32 < COUNT - 32 * i) copy_unit<16>(destination + 512 * i, from + 512 * i, true);
+    }
+  }
+
+  // Starts copying 16 keys and values from `key` on, a multiple of 16.
+  DEVICE void copy(u32 buffer, int key, const Problem& problem) const {
+    if (adjacent && key + STEP <= problem.keys) {
+      const u32 unit = buffer + threadIdx.x % 32 * 16;
+      copy_range<KEY_ROW>(unit, key_units + static_cast<i64>(key) * KEY_ROW);
+      copy_range<VALUE_ROW>(unit + VALUE_AT, value_units + static_cast<i64>(key) * VALUE_ROW);
+#pragma unroll
+      for (int i = 0; i < SCALE_PASSES; ++i) {
+        if (SCALE_UNITS >= 32 * (i + 1) || threadIdx.x % 32 < SCALE_UNITS - 32 * i) {
+          copy_unit<16>(unit + KEY_SCALES_AT + 512 * i, scales[i] + static_cast<i64>(key) * scale_rows[i], true);
+        }
+      }
+    } else {
+      const int last = problem.keys - 1, columns = problem.columns;
+      const int key_scales = columns / KEY_GROUP * Key::SCALE_BYTES, value_scales = columns / VALUE_GROUP * Value::SCALE_BYTES;
+      copy_rows<KEY_ROW, number_unit(KEY_BITS)>(buffer, keys.numbers, keys.number_row, key, last, columns * KEY_BITS / 8);
+      copy_rows<VALUE_ROW, number_unit(VALUE_BITS)>(buffer + VALUE_AT, values.numbers, values.number_row, key, last,
+                                                    columns * VALUE_BITS / 8);
+      constexpr int KEY_UNIT = SCALE_UNIT<Key, KEY_SCALES>, VALUE_UNIT = SCALE_UNIT<Value, VALUE_SCALES>;
+      copy_rows<KEY_SCALES, KEY_UNIT>(buffer + KEY_SCALES_AT, keys.scales, keys.scale_row, key, last, key_scales);
+      copy_rows<VALUE_SCALES, VALUE_UNIT>(buffer + VALUE_SCALES_AT, values.scales, values.scale_row, key, last, value_scales);
+      if constexpr (Key::BIASED) {
+        copy_rows<KEY_SCALES, KEY_UNIT>(buffer + KEY_BIASES_AT, keys.biases, keys.bias_row, key, last, key_scales);
+      }
+      if constexpr (Value::BIASED) {
+        copy_rows<VALUE_SCALES, VALUE_UNIT>(buffer + VALUE_BIASES_AT, values.biases, values.bias_row, key, last, value_scales);
+      }
+    }
+  }
+  // Rows of scales are aligned to what divides their length; that of narrower heads is not known here.
+  template <typename F, int SCALES>
+  static constexpr int SCALE_UNIT = WHOLE ? unit_of(SCALES) : F::SCALE_BYTES;
+};
+
+// ---- a tile in registers -----------------------------------------------------------------------------------------
+
+// A lane's places. Keys r of the tile are read by quad r ^ (r / 2 % 2), so that the rows which the members of a quad read as
+// values, 2 t and 2 t + 1 exchanged for odd t, start in different banks if a row has 64 bytes.
 struct Lane {
   int quad, member;
-  Plane keys, values;
-  const char *early_numbers, *early_scales;  // of keys or values: lanes share the rows of both out
-  int early_number_row, early_scale_row;
-  bool dense;  // rows of all parts are adjacent in memory
+  int row;  // the quad's keys: row and row + 8
+  u32 key_numbers, key_scales, value_numbers[2], value_scales[2];  // in the warp's first buffer
 
-  DEVICE Lane(const Plane& k, const Plane& v) {
+  DEVICE explicit Lane(u32 ring) {
     u32 lane = threadIdx.x % 32;
     asm volatile("" : "+r"(lane));  // opaque, so that it is not read from the special register in every tile
     quad = lane / 4, member = lane % 4;
-    keys = k, values = v;
-    keys.numbers += KEY_COUNT * member * KEY_BITS / 8;
-    if constexpr (SCALED_WEIGHTS) values.numbers += VALUE_COUNT * quad * VALUE_BITS / 8;
-    else values = from_column<Value>(v, VALUE_COUNT * quad);
-    const bool first = lane < 16;
-    early_numbers = first ? k.numbers : v.numbers, early_number_row = first ? k.number_row : v.number_row;
-    const bool scale = lane % 16 < 8 || !(first ? Key::BIASED : Value::BIASED);
-    early_scales = first ? (scale ? k.scales : k.biases) : (scale ? v.scales : v.biases);
-    early_scale_row = first ? (scale ? k.scale_row : k.bias_row) : (scale ? v.scale_row : v.bias_row);
-    dense = WHOLE && is_dense<Key>(k) && is_dense<Value>(v);
+    row = quad ^ (quad >> 1 & 1);
+    key_numbers = opaque(ring + row * KEY_ROW + KEY_COUNT * member * KEY_BITS / 8);
+    key_scales = opaque(ring + row * KEY_SCALES);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int value = 2 * member + (i ^ (member & 1));
+      value_numbers[i] = opaque(ring + VALUE_AT + value * VALUE_ROW + VALUE_COUNT * quad * VALUE_BITS / 8);
+      value_scales[i] = SCALED_WEIGHTS ? 0 : opaque(ring + value * VALUE_SCALES + VALUE_COUNT * quad / VALUE_GROUP * Value::SCALE_BYTES);
+    }
   }
-  template <typename F>
-  static DEVICE bool is_dense(const Plane& plane) {
-    constexpr int SCALES = HEAD_DIM / F::GROUP * F::SCALE_BYTES;
-    return plane.number_row == HEAD_DIM * F::BITS / 8 && plane.scale_row == SCALES && (!F::BIASED || plane.bias_row == SCALES);
-  }
-  DEVICE int index() const { return 4 * quad + member; }
-
-  // Asks for the numbers, scales and biases of 16 keys and values to be brought to the L2 cache.
-  DEVICE void prefetch(int key, int last) const {
-    const PlaneRow row({early_numbers, early_scales, nullptr, early_number_row, early_scale_row, 0},
-                       min(key + index() % 16, last));
-    prefetch_l2(row.numbers);
-    if constexpr (HEAD_DIM * KEY_BITS > 1024 || HEAD_DIM * VALUE_BITS > 1024) prefetch_l2(row.numbers + 128);
-    prefetch_l2(row.scales);
+  // Keeps the compiler from computing a place again in every tile.
+  static DEVICE u32 opaque(u32 place) {
+    asm volatile("" : "+r"(place));
+    return place;
   }
 };
 
-// Row `key` + `offset` of a plane, or the last one if that is beyond it. With DENSE all such rows exist, at constant distances.
-template <typename F, bool DENSE>
-DEVICE PlaneRow row_at(const Plane& plane, int key, int offset, int last) {
-  if constexpr (!DENSE) return PlaneRow(plane, min(key + offset, last));
-  constexpr int NUMBERS = HEAD_DIM * F::BITS / 8, SCALES = HEAD_DIM / F::GROUP * F::SCALE_BYTES;
-  const PlaneRow first({plane.numbers, plane.scales, plane.biases, NUMBERS, SCALES, SCALES}, key);
-  return PlaneRow(first, offset * NUMBERS, offset * SCALES);
-}
-
-// 16 keys as loaded: quad r has keys r and r + 8. Lanes of columns beyond the head dim have zeros.
+// 16 keys: a quad has keys `row` and `row` + 8.
 struct Keys {
   Packed<KEY_BITS, KEY_COUNT> numbers[2][PIECES];
   RowScales<Key, KEY_GROUPS> scales[2], biases[2];
 
-  // Loads the keys from `key` on; those beyond the last one are copies of it.
-  template <bool DENSE>
-  DEVICE void load(const Lane& lane, int key, int last, int columns) {
+  DEVICE void load(const Lane& lane, int buffer) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const PlaneRow row = row_at<Key, DENSE>(lane.keys, key + lane.quad, 8 * i, last);
-      scales[i].load(row.scales, columns / KEY_GROUP);
-      if constexpr (Key::BIASED) biases[i].load(row.biases, columns / KEY_GROUP);
+      scales[i].load_shared(buffer + KEY_SCALES_AT + lane.key_scales + 8 * i * KEY_SCALES);
+      if constexpr (Key::BIASED) biases[i].load_shared(buffer + KEY_BIASES_AT + lane.key_scales + 8 * i * KEY_SCALES);
 #pragma unroll
       for (int p = 0; p < PIECES; ++p) {
-        const int column = 4 * KEY_COUNT * p;
-        if (WHOLE || column + KEY_COUNT * lane.member < columns) numbers[i][p].load(row.numbers + column * KEY_BITS / 8);
-        else numbers[i][p].clear();
+        numbers[i][p].load_shared(buffer + lane.key_numbers + 8 * i * KEY_ROW + 4 * KEY_COUNT * p * KEY_BITS / 8);
       }
     }
   }
 };
 
-// The values of 16 keys as loaded: member t of a quad has numbers of keys 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. Scales are those
-// of the keys of the weights, quad r's r and r + 8, if the weights are scaled, else those of the numbers.
+// The values of 16 keys: member t of a quad has numbers of keys 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 (for odd t exchanged in
+// pairs). Scales are those of the keys of the weights, the quad's, if the weights are scaled, else those of the numbers.
 struct Values {
   Packed<VALUE_BITS, VALUE_COUNT> numbers[4][CHUNKS];
   RowScales<Value, VALUE_GROUPS> scales[2], biases[2];
   RawScale<Value> own[4][CHUNKS];
 
-  template <bool DENSE>
-  DEVICE void load(const Lane& lane, int key, int last, int columns) {
+  DEVICE void load(const Lane& lane, int buffer) {
     if constexpr (SCALED_WEIGHTS) {
+      const u32 weight_scales = buffer + lane.key_scales + lane.row * (VALUE_SCALES - KEY_SCALES);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const PlaneRow row = row_at<Value, DENSE>(lane.values, key + lane.quad, 8 * i, last);
-        scales[i].load(row.scales, columns / VALUE_GROUP);
-        if constexpr (Value::BIASED) biases[i].load(row.biases, columns / VALUE_GROUP);
+        scales[i].load_shared(weight_scales + VALUE_SCALES_AT + 8 * i * VALUE_SCALES);
+        if constexpr (Value::BIASED) biases[i].load_shared(weight_scales + VALUE_BIASES_AT + 8 * i * VALUE_SCALES);
       }
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const PlaneRow row = row_at<Value, DENSE>(lane.values, key + 2 * lane.member, i % 2 + i / 2 * 8, last);
 #pragma unroll
       for (int c = 0; c < CHUNKS; ++c) {
-        const int column = 8 * VALUE_COUNT * c;
-        const bool valid = WHOLE || column + VALUE_COUNT * lane.quad < columns;
-        if constexpr (!SCALED_WEIGHTS) row.load<Value>(numbers[i][c], own[i][c], column, valid);
-        else if (valid) numbers[i][c].load(row.numbers + column * VALUE_BITS / 8);
-        else numbers[i][c].clear();
+        const int further = 8 * (i / 2), column = 8 * VALUE_COUNT * c;
+        numbers[i][c].load_shared(buffer + lane.value_numbers[i % 2] + further * VALUE_ROW + column * VALUE_BITS / 8);
+        if constexpr (!SCALED_WEIGHTS) {
+          const u32 place = buffer + lane.value_scales[i % 2] + further * VALUE_SCALES + column / VALUE_GROUP * Value::SCALE_BYTES;
+          own[i][c].load_shared(place + VALUE_SCALES_AT, place + VALUE_BIASES_AT);
+        }
       }
     }
   }
@@ -254,8 +361,10 @@ DEVICE void finish_scores(float (&scores)[4], const State& state, int n, const L
   if (masked) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int row = first_row + 8 * n + 2 * lane.member + i % 2, column = key + lane.quad + i / 2 * 8;
-      if (column >= problem.last_seen_by(row) || (WINDOW && column < problem.first_seen_by(row))) scores[i] = MINUS_INFINITY;
+      const int row = first_row + 8 * n + 2 * lane.member + i % 2, column = key + lane.row + i / 2 * 8;
+      if (column >= problem.last_seen_by(row) || column < (WINDOW ? problem.first_seen_by(row) : problem.first_seen_by_all())) {
+        scores[i] = MINUS_INFINITY;
+      }
     }
   }
 }
@@ -361,44 +470,43 @@ DEVICE void add_dequantized(State& state, const Values& values, const float (&sc
   }
 }
 
-// A warp's share of a split: every WARPS-th tile of 16 keys of [begin, end).
-DEVICE void attend(State& state, const Lane& lane, const Problem& problem, int first_row, int begin, int end) {
+// A warp's share of a split: every WARPS-th tile of 16 keys of [begin, end). The copies of its first tiles are under way.
+DEVICE void attend(State& state, const Lane& lane, const Source& source, const Problem& problem, u32 ring, int first_row,
+                   int begin, int end) {
   constexpr int ROUND = WARPS * STEP;
-  const int last = problem.keys - 1;
   // rows see different keys from here on, and up to there
   const int masked_from = CAUSAL ? problem.keys - problem.queries + 1 : problem.keys;
-  const int masked_below = WINDOW ? problem.keys - problem.window : 0;
-  int key = begin + threadIdx.x / 32 * STEP;
-  if (key >= end) return;
-  Keys keys;
-  Values values;
-  auto load_keys = [&](int key) {
-    if (lane.dense && key + STEP <= problem.keys) keys.load<true>(lane, key, last, problem.columns);
-    else keys.load<false>(lane, key, last, problem.columns);
-  };
-  auto load_values = [&](int key) {
-    if (lane.dense && key + STEP <= problem.keys) values.load<true>(lane, key, last, problem.columns);
-    else values.load<false>(lane, key, last, problem.columns);
-  };
-  load_keys(key);
-  load_values(key);
-#pragma unroll
-  for (int i = 1; i < PREFETCH; ++i) {
-    if (key + i * ROUND < end) lane.prefetch(key + i * ROUND, last);
-  }
+  const int masked_below = WINDOW ? problem.keys - problem.window : problem.first_seen_by_all();
+  int stage = 0;
 #pragma unroll 1
-  while (true) {
-    const int next = key + ROUND;
-    if (PREFETCH > 0 && key + PREFETCH * ROUND < end) lane.prefetch(key + PREFETCH * ROUND, last);
+  for (int key = begin + threadIdx.x / 32 * STEP; key < end; key += ROUND) {
+    wait_copies<STAGES - 2>();
+    __syncwarp();  // the copies of all lanes are complete, and no lane reads the buffer that is filled next
+    const int early = key + (STAGES - 1) * ROUND;
+    if (early < end) source.copy(ring + (stage == 0 ? STAGES - 1 : stage - 1) * BUFFER, early, problem);
+    commit_copies();
+    const int buffer = stage * BUFFER;
+    Keys keys;
+    keys.load(lane, buffer);
     float scores[QUERY_TILES][4];
     score(scores, state, keys);
-    if (next < end) load_keys(next);
-    softmax(scores, state, lane, problem, first_row, key, key + STEP > masked_from || (WINDOW && key < masked_below));
+    Values values;
+    values.load(lane, buffer);
+    softmax(scores, state, lane, problem, first_row, key, key + STEP > masked_from || key < masked_below);
     if constexpr (SCALED_WEIGHTS) add_scaled(state, values, scores);
     else add_dequantized(state, values, scores);
-    if (next >= end) return;
-    load_values(next);
-    key = next;
+    stage = stage == STAGES - 1 ? 0 : stage + 1;
+  }
+  wait_copies<0>();
+}
+
+// Starts the copies of a warp's first tiles.
+DEVICE void start(const Source& source, const Problem& problem, u32 ring, int begin, int end) {
+#pragma unroll 1
+  for (int i = 0; i < STAGES - 1; ++i) {
+    const int key = begin + (i * WARPS + threadIdx.x / 32) * STEP;
+    if (key < end) source.copy(ring + i * BUFFER, key, problem);
+    commit_copies();
   }
 }
 
@@ -457,7 +565,7 @@ DEVICE void load_queries(State& state, int n, const Lane& lane, const char* plac
   }
 }
 
-// Writes a warp's result of `count` rows to shared memory: output [ROWS][HEAD_DIM], then bases and sums.
+// Writes a warp's result of `count` rows to shared memory: output [ROWS][RESULT_ROW], then bases and sums.
 DEVICE void leave_warp(float* place, const State& state, const Lane& lane, int count) {
   const float unscale = power_of_two(Value::UNIT) * state.value_factor.inverse();
 #pragma unroll
@@ -478,8 +586,8 @@ DEVICE void leave_warp(float* place, const State& state, const Lane& lane, int c
       }
       if (row >= count) continue;
       if (lane.quad == 0) {
-        place[ROWS * HEAD_DIM + row] = sum > 0 ? state.base[n][j] : MINUS_INFINITY;
-        place[ROWS * HEAD_DIM + ROWS + row] = sum;
+        place[ROWS * RESULT_ROW + row] = sum > 0 ? state.base[n][j] : MINUS_INFINITY;
+        place[ROWS * RESULT_ROW + ROWS + row] = sum;
       }
 #pragma unroll
       for (int i = 0; i < HEAD_DIM / 16; ++i) {
@@ -494,7 +602,7 @@ DEVICE void leave_warp(float* place, const State& state, const Lane& lane, int c
                       bias[8 * VALUE_COUNT * chunk / VALUE_GROUP];
           }
         }
-        *reinterpret_cast<float2*>(place + row * HEAD_DIM + VALUE_COUNT * (8 * chunk + lane.quad) + of_chunk) =
+        *reinterpret_cast<float2*>(place + row * RESULT_ROW + VALUE_COUNT * (8 * chunk + lane.quad) + of_chunk) =
             make_float2(made[0], made[1]);
       }
     }
@@ -504,7 +612,7 @@ DEVICE void leave_warp(float* place, const State& state, const Lane& lane, int c
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     KERNEL_NAME(const char* query, const char* key, const char* key_scales, const char* key_biases, const char* value,
                 const char* value_scales, const char* value_biases, char* output, float* logsumexp, float2* stats,
-                float* parts, u64* marks, int heads, int group, int queries, int keys, int columns, int scale_log2_bits,
+                float* parts, u64* counts, int heads, int group, int queries, int keys, int columns, int scale_log2_bits,
                 int into_cap_bits, int window, int first_key, int split_keys, int splits, i64 query_batch, i64 query_head,
                 i64 query_row, i64 key_batch, i64 key_head, i64 key_row, i64 key_scale_batch, i64 key_scale_head,
                 i64 key_scale_row, i64 key_bias_batch, i64 key_bias_head, i64 key_bias_row, i64 value_batch, i64 value_head,
@@ -527,7 +635,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
                 static_cast<int>(value_row) * 4, static_cast<int>(value_scale_row) * VS,
                 static_cast<int>(value_bias_row) * VS};
 
-  const Lane lane(k, v);
+  const Source source(k, v);
+  const int begin = first_key + split * split_keys, end = min(keys, begin + split_keys);
+  const u32 ring = Lane::opaque(shared_address(shared) + threadIdx.x / 32 * STAGES * BUFFER);
+  const Lane lane(ring);
+  start(source, problem, ring, begin, end);
+  const Parts own{parts, counts + tile, serial, tile * splits, split, splits};
+  const Counter counter(own);
   State state = {};
 #pragma unroll
   for (int n = 0; n < QUERY_TILES; ++n) {
@@ -537,13 +651,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     load_queries(state, n, lane, query + (batch * query_batch + (head * group + of_head) * query_head + of_query * query_row) * 2,
                  valid, problem);
   }
-  const int begin = first_key + split * split_keys;
-  attend(state, lane, problem, first_row, begin, min(keys, begin + split_keys));
+  counter.reset(own);
+  attend(state, lane, source, problem, ring, first_row, begin, end);
 
   const u64 place = static_cast<u64>(plane) * problem.rows() + first_row;
   const Results results{output + place * columns * 2, RowResults{logsumexp, stats}.from(place), 1, columns,
                         min(ROWS, problem.rows() - first_row)};
   float* left = reinterpret_cast<float*>(shared);
+  __syncthreads();  // no warp reads its buffers any more
   leave_warp(left + threadIdx.x / 32 * WARP_RESULT, state, lane, results.rows);
-  join_block(left, results, {parts, marks, serial, tile * splits, split, splits});
+  join_block(left, results, own);
 }

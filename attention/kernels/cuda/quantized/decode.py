@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from attention.core.kv_format import Format
-from attention.kernels.cuda.quantized.formats import PackedKV
+from attention.kernels.cuda.quantized.formats import SCALE_BYTES, PackedKV
 from attention.kernels.cuda.runtime.program import Element, Program
 from attention.kernels.cuda.sm90.decode import MAX_SPLITS, divide_keys
 
@@ -15,6 +15,8 @@ QUERY_ROWS: Final = 8
 """Query rows per tile of the tensor cores."""
 MAX_ROWS: Final = 64
 """Largest number of rows (queries times heads that share a key head) for this kernel."""
+RESULT_GAP: Final = 2
+"""Floats between the rows of a warp's partial result in shared memory: lanes that write at once are in other banks."""
 KINDS: Final = {"affine": 0, "mxfp4": 1, "nvfp4": 1, "mxfp8": 2}
 """Numbers of a mode, as in quantized/numbers.cuh."""
 SCALES: Final = {"float32": 0, "float16": 1, "bfloat16": 2, "mxfp8": 3, "mxfp4": 3, "nvfp4": 4}
@@ -40,8 +42,8 @@ class QuantizedDecode:
     """Whether the inputs are as wide as `head_dim`."""
     warps: int = 8
     resident_blocks: int = 1
-    prefetch: int = 3
-    """Tiles ahead that a warp asks for in the L2 cache; 0 for none."""
+    shared_memory_limit: int = 232_448
+    max_stages: int = 8
 
     @property
     def rows(self) -> int:
@@ -59,9 +61,21 @@ class QuantizedDecode:
         return self.rows * (self.head_dim + 2)
 
     @property
+    def buffer_bytes(self) -> int:
+        """Bytes of a warp's buffer: the numbers, scales and biases of `STEP` keys and values."""
+        return sum(_buffer_bytes(*part, self.head_dim) for part in self.packed.parts)
+
+    @property
+    def stages(self) -> int:
+        """Buffers per warp: as many as shared memory permits, 2 to `max_stages`."""
+        share = (self.shared_memory_limit + 1024) // self.resident_blocks - 1024  # the driver keeps 1 KiB of each block
+        return max(2, min(self.max_stages, share // (self.warps * self.buffer_bytes)))
+
+    @property
     def shared_memory(self) -> int:
-        """Bytes: the partial results of the warps, or the weights of the splits."""
-        return self.warps * max(self.part_floats * 4, MAX_SPLITS * 8)
+        """Bytes: the buffers of the warps, or their partial results, or the weights of the splits."""
+        result = self.rows * (self.head_dim + RESULT_GAP + 2) * 4
+        return self.warps * max(self.stages * self.buffer_bytes, result, MAX_SPLITS * 8)
 
     def splits(self, tiles: int, keys: int, multiprocessors: int) -> tuple[int, int]:
         """Return the number of splits and the keys per split that minimise the rounds of a multiprocessor.
@@ -80,8 +94,9 @@ class QuantizedDecode:
             "HEAD_DIM": self.head_dim,
             "QUERY_TILES": self.query_tiles,
             "ROWS": self.rows,
+            "RESULT_GAP": RESULT_GAP,
             "WARPS": self.warps,
-            "PREFETCH": self.prefetch,
+            "STAGES": self.stages,
             "WHOLE": self.whole,
             "BLOCKS_AT_ONCE": self.resident_blocks,
             "CAUSAL": self.causal,
@@ -111,6 +126,12 @@ def constants_of(packed: PackedKV) -> dict[str, int]:
     """Return the constants of numbers.cuh for the formats of keys and values."""
     form = packed.format
     return _numbers_of("KEY", form.key, packed.key_scale) | _numbers_of("VALUE", form.value, packed.value_scale)
+
+
+def _buffer_bytes(form: Format, scale: str, head_dim: int) -> int:
+    """Return the bytes of `STEP` rows of numbers, scales and biases."""
+    scales = -(-head_dim // form.group_size) * SCALE_BYTES[scale] * (1 + form.has_biases)
+    return STEP * (head_dim * form.bits // 8 + scales)
 
 
 def _numbers_of(name: str, form: Format, scale: str) -> dict[str, int]:

@@ -48,6 +48,11 @@ class PackedKV:
         return PackedKV(found, *scales)
 
     @property
+    def parts(self) -> tuple[tuple[Format, str], tuple[Format, str]]:
+        """Format and dtype of the scales, of keys and of values."""
+        return (self.format.key, self.key_scale), (self.format.value, self.value_scale)
+
+    @property
     def missing(self) -> frozenset[str]:
         """Inputs of the kernels that a format lacks."""
         without = {"k_biases": self.format.key, "v_biases": self.format.value}

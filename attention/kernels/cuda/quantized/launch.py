@@ -4,7 +4,7 @@ import functools
 import math
 from typing import Final
 
-from attention.kernels.cuda.quantized.decode import MAX_ROWS, QUERY_ROWS, QuantizedDecode
+from attention.kernels.cuda.quantized.decode import MAX_ROWS, QUERY_ROWS, STEP, QuantizedDecode
 from attention.kernels.cuda.quantized.formats import PackedKV
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.gpu import gpu
@@ -40,9 +40,10 @@ def refusal(shape: CallShape, call: CallParams) -> str | None:
 def make_key_split(shape: CallShape, call: CallParams, packed: PackedKV) -> KeySplit[QuantizedDecode]:
     """Return the split-K specialisation for a call, and its splits."""
     width = next(width for width in (64, 128, 256) if shape.head_dim <= width)
-    # a single query attends to all keys up to the last: the window is applied by the first key, without masking
+    # a single query attends to all keys up to the last: of a window the kernel masks only what precedes it in its tile
     alone = shape.queries == 1
     first_seen = max(0, shape.keys - shape.queries + 1 - call.window) if call.window is not None else 0
+    first_key = first_seen // STEP * STEP
     found, rows = gpu(), shape.group * shape.queries
     query_tiles = 1 if rows <= QUERY_ROWS or width > 128 else 2
     kernel = QuantizedDecode(
@@ -55,11 +56,12 @@ def make_key_split(shape: CallShape, call: CallParams, packed: PackedKV) -> KeyS
         architecture=found.architecture,
         packed=packed,
         whole=shape.head_dim == width,
-        warps=12 if width <= 128 and query_tiles == 1 else 8,
+        warps=16 if width <= 128 and query_tiles == 1 else 8,
+        shared_memory_limit=found.shared_memory_limit,
     )
     tiles = shape.batch * shape.kv_heads * math.ceil(rows / kernel.rows)
-    splits, keys = kernel.splits(tiles, shape.keys - first_seen, found.multiprocessors)
-    return KeySplit(kernel, tiles, first_seen, splits, keys)
+    splits, keys = kernel.splits(tiles, shape.keys - first_key, found.multiprocessors)
+    return KeySplit(kernel, tiles, first_key, splits, keys)
 
 
 def stages(

@@ -83,6 +83,24 @@ struct Format {
 
 // ---- packed numbers of a lane ------------------------------------------------------------------------------------
 
+template <int BYTES>
+DEVICE u32 load_scale(const char* place) {
+  u32 x;
+  if constexpr (BYTES == 4) asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(x) : "l"(place));
+  if constexpr (BYTES == 2) asm volatile("{.reg .u16 h; ld.global.nc.u16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(x) : "l"(place));
+  if constexpr (BYTES == 1) asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(x) : "l"(place));
+  return x;
+}
+
+template <int BYTES>
+DEVICE u32 load_shared_scale(u32 place) {
+  u32 x;
+  if constexpr (BYTES == 4) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(place));
+  if constexpr (BYTES == 2) asm volatile("{.reg .u16 h; ld.shared.u16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(x) : "r"(place));
+  if constexpr (BYTES == 1) asm volatile("ld.shared.u8 %0, [%1];" : "=r"(x) : "r"(place));
+  return x;
+}
+
 // COUNT consecutive numbers of a row.
 template <int BITS, int COUNT>
 struct Packed {
@@ -114,6 +132,31 @@ struct Packed {
       }
     }
   }
+  // Loads from shared memory, with the same alignment.
+  DEVICE void load_shared(u32 place) {
+    if constexpr (BYTES % 16 == 0) {
+#pragma unroll
+      for (int i = 0; i < WORDS; i += 4) {
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[i]), "=r"(words[i + 1]), "=r"(words[i + 2]), "=r"(words[i + 3])
+                     : "r"(place + 4 * i));
+      }
+    } else if constexpr (BYTES % 8 == 0) {
+#pragma unroll
+      for (int i = 0; i < WORDS; i += 2) {
+        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[i]), "=r"(words[i + 1]) : "r"(place + 4 * i));
+      }
+    } else if constexpr (BYTES % 4 == 0) {
+#pragma unroll
+      for (int i = 0; i < WORDS; ++i) asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[i]) : "r"(place + 4 * i));
+    } else {
+      constexpr int STEP = BYTES % 2 == 0 ? 2 : 1;
+#pragma unroll
+      for (int i = 0; i < WORDS; ++i) words[i] = 0;
+#pragma unroll
+      for (int i = 0; i < BYTES; i += STEP) words[i / 4] |= load_shared_scale<STEP>(place + i) << i % 4 * 8;
+    }
+  }
   DEVICE void clear() {
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) words[i] = 0;
@@ -127,15 +170,6 @@ struct Packed {
   }
 };
 
-template <int BYTES>
-DEVICE u32 load_scale(const char* place) {
-  u32 x;
-  if constexpr (BYTES == 4) asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(x) : "l"(place));
-  if constexpr (BYTES == 2) asm volatile("{.reg .u16 h; ld.global.nc.u16 h, [%1]; cvt.u32.u16 %0, h;}" : "=r"(x) : "l"(place));
-  if constexpr (BYTES == 1) asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(x) : "l"(place));
-  return x;
-}
-
 // Scale and bias of numbers that share them, as loaded; zero for numbers that do not exist.
 template <typename F>
 struct RawScale {
@@ -145,33 +179,36 @@ struct RawScale {
     scale = load_scale<F::SCALE_BYTES>(scales + offset);
     if constexpr (F::BIASED) bias = load_scale<F::SCALE_BYTES>(biases + offset);
   }
+  DEVICE void load_shared(u32 scales, u32 biases) {
+    scale = load_shared_scale<F::SCALE_BYTES>(scales);
+    if constexpr (F::BIASED) bias = load_shared_scale<F::SCALE_BYTES>(biases);
+  }
   DEVICE void clear() { scale = bias = 0; }
 };
 
-// The N scales or biases of a row, as loaded.
+// The N scales or biases of a row in shared memory, as loaded.
 template <typename F, int N>
 struct RowScales {
   static constexpr int BYTES = N * F::SCALE_BYTES;
-  static constexpr bool WHOLE_ROW = WHOLE && BYTES <= 16 && (BYTES & BYTES - 1) == 0;  // one load
-  static constexpr int WORDS = WHOLE_ROW ? (BYTES + 3) / 4 : N;
+  static constexpr bool AT_ONCE = BYTES <= 16 && (BYTES & BYTES - 1) == 0;  // one load
+  static constexpr int WORDS = AT_ONCE ? (BYTES + 3) / 4 : N;
   u32 words[WORDS];
 
-  // `count` scales exist; the others are zero.
-  DEVICE void load(const char* place, int count) {
-    if constexpr (WHOLE_ROW && BYTES >= 8) {
+  DEVICE void load_shared(u32 place) {
+    if constexpr (AT_ONCE && BYTES >= 4) {
       Packed<8, BYTES> row;
-      row.load(place);
+      row.load_shared(place);
 #pragma unroll
       for (int i = 0; i < WORDS; ++i) words[i] = row.words[i];
-    } else if constexpr (WHOLE_ROW) {
-      words[0] = load_scale<BYTES>(place);
+    } else if constexpr (AT_ONCE) {
+      words[0] = load_shared_scale<BYTES>(place);
     } else {
 #pragma unroll
-      for (int i = 0; i < N; ++i) words[i] = WHOLE || i < count ? load_scale<F::SCALE_BYTES>(place + i * F::SCALE_BYTES) : 0;
+      for (int i = 0; i < N; ++i) words[i] = load_shared_scale<F::SCALE_BYTES>(place + i * F::SCALE_BYTES);
     }
   }
   DEVICE float operator[](int i) const {
-    if constexpr (!WHOLE_ROW || F::SCALE_BYTES == 4) return F::scale(words[i]);
+    if constexpr (!AT_ONCE || F::SCALE_BYTES == 4) return F::scale(words[i]);
     constexpr int EACH = 4 / F::SCALE_BYTES;
     return F::scale_of(words[i / EACH], i % EACH);
   }

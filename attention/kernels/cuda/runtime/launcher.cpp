@@ -210,6 +210,32 @@ void define_calls(nb::module_& m) {
           const auto key = fatui::key_of({&q, &k, &v}, {scale, causal, window, softcap});
           if (key) known_calls().keep(*key, handle.plan);
         });
+  m.def("find_packed_call",
+        [](const Array& q, const Array& k, const Array& k_scales, const Array* k_biases, const Array& v, const Array& v_scales,
+           const Array* v_biases, double scale, bool causal, Window window, Optional softcap) -> std::optional<Array> {
+          const auto key =
+              fatui::key_of({&q, &k, &k_scales, k_biases, &v, &v_scales, v_biases}, {scale, causal, window, softcap});
+          const auto* plan = key ? known_calls().find(*key) : nullptr;
+          if (plan == nullptr) return std::nullopt;
+          std::vector<Array> inputs{q, k, k_scales};
+          if (k_biases != nullptr) inputs.push_back(*k_biases);
+          inputs.push_back(v), inputs.push_back(v_scales);
+          if (v_biases != nullptr) inputs.push_back(*v_biases);
+          return fatui::run(*plan, std::move(inputs))[0];
+        },
+        nb::arg("q"), nb::arg("k"), nb::arg("k_scales"), nb::arg("k_biases").none(), nb::arg("v"), nb::arg("v_scales"),
+        nb::arg("v_biases").none(), nb::arg("scale"), nb::arg("causal"), nb::arg("window").none(), nb::arg("softcap").none(),
+        "As find_call, with the parts of quantized keys and values.");
+  m.def("keep_packed_call",
+        [](const Array& q, const Array& k, const Array& k_scales, const Array* k_biases, const Array& v, const Array& v_scales,
+           const Array* v_biases, double scale, bool causal, Window window, Optional softcap, const Handle& handle) {
+          const auto key =
+              fatui::key_of({&q, &k, &k_scales, k_biases, &v, &v_scales, v_biases}, {scale, causal, window, softcap});
+          if (key) known_calls().keep(*key, handle.plan);
+        },
+        nb::arg("q"), nb::arg("k"), nb::arg("k_scales"), nb::arg("k_biases").none(), nb::arg("v"), nb::arg("v_scales"),
+        nb::arg("v_biases").none(), nb::arg("scale"), nb::arg("causal"), nb::arg("window").none(), nb::arg("softcap").none(),
+        nb::arg("plan"));
   m.def("forget_calls", [] { known_calls().clear(); });
 }
 

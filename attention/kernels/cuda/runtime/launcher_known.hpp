@@ -3,6 +3,7 @@
 #pragma once
 #include <array>
 #include <cstring>
+#include <initializer_list>
 #include <optional>
 #include <unordered_map>
 
@@ -18,8 +19,10 @@ struct Keywords {
   std::optional<double> softcap;
 };
 
-// Everything that a plan depends on.
-using CallKey = std::array<int64_t, 17>;
+// Everything that a plan depends on. The formats of quantized keys and values follow from the shapes of their parts, and from
+// which of these there are.
+constexpr size_t MOST_INPUTS = 7;
+using CallKey = std::array<int64_t, 4 * MOST_INPUTS + 5>;
 
 struct CallHash {
   size_t operator()(const CallKey& key) const {
@@ -35,14 +38,16 @@ inline int64_t bits_of(double x) {
   return bits;
 }
 
-inline std::optional<CallKey> key_of(const std::array<const mx::array*, 3>& arrays, const Keywords& keywords) {
+// The key of a call; an array that the call lacks is null.
+inline std::optional<CallKey> key_of(std::initializer_list<const mx::array*> arrays, const Keywords& keywords) {
   CallKey key{};
   size_t n = 0;
-  int64_t types = 0;
+  int64_t types = 1;  // a digit for each array
   for (const mx::array* a : arrays) {
+    types = types * 64 + (a != nullptr ? int64_t(a->dtype().val()) + 1 : 0);
+    if (a == nullptr) continue;
     if (a->ndim() != 4) return std::nullopt;
     for (const int size : a->shape()) key[n++] = size;
-    types = types * 64 + int64_t(a->dtype().val());
   }
   key[n++] = types;
   key[n++] = bits_of(keywords.scale);

@@ -120,12 +120,15 @@ DEVICE void start_copies(const Problem& problem, const Keys& keys, int key, u32 
 }
 
 // A warp's share of a split: every WARPS-th step of 16 keys.
-DEVICE void attend(const Problem& problem, u32 query, u32 ring, const Keys& keys, int first_row, Output& out, Rows& rows) {
+DEVICE void attend(const Problem& problem, u32 query, u32 ring, const Keys& keys, int first_row, Output& out, Rows& rows,
+                   const Parts& parts) {
   const int first = keys.begin + threadIdx.x / 32 * STEP;
 #pragma unroll
   for (int i = 0; i < STAGES - 1; ++i) start_copies(problem, keys, first + i * WARPS * STEP, ring + i * STAGE_BYTES);
+  const Counter counter(parts);
   wait_copies<STAGES - 1>();  // for the queries, whose copy one warp issued earlier
   __syncthreads();
+  counter.reset(parts);
   int stage = 0;
 #pragma unroll 1
   for (int key = first; key < keys.end; key += WARPS * STEP) {
@@ -144,7 +147,7 @@ DEVICE void attend(const Problem& problem, u32 query, u32 ring, const Keys& keys
   wait_copies<0>();
 }
 
-// Writes a warp's result of `count` rows to shared memory: output [ROWS][HEAD_DIM], then maxima and sums.
+// Writes a warp's result of `count` rows to shared memory: output [ROWS][RESULT_ROW], then maxima and sums.
 DEVICE void leave_warp(float* place, const Output& out, Rows& rows, int count) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -154,12 +157,12 @@ DEVICE void leave_warp(float* place, const Output& out, Rows& rows, int count) {
     rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 2);
     if (row >= count) continue;
     if (lane % 4 == 0) {
-      place[ROWS * HEAD_DIM + row] = rows.max[r];
-      place[ROWS * HEAD_DIM + ROWS + row] = rows.sum[r];
+      place[ROWS * RESULT_ROW + row] = rows.max[r];
+      place[ROWS * RESULT_ROW + ROWS + row] = rows.sum[r];
     }
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 8; ++i) {
-      *reinterpret_cast<float2*>(place + row * HEAD_DIM + i * 8 + lane % 4 * 2) =
+      *reinterpret_cast<float2*>(place + row * RESULT_ROW + i * 8 + lane % 4 * 2) =
           make_float2(out[i][2 * r], out[i][2 * r + 1]);
     }
   }
@@ -171,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
                 const float* slopes,
 #endif
                 char* output, float* logsumexp, float2* stats,
-                float* parts, u64* marks, int heads, int group, int queries, int keys, int columns, int scale_log2_bits,
+                float* parts, u64* counts, int heads, int group, int queries, int keys, int columns, int scale_log2_bits,
                 int into_cap_bits,
 #if ALIBI
                 int slope_factor_bits,
@@ -206,15 +209,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     for (int r = 0; r < 2; ++r) rows.slope[r] = problem.slope_of(first_row + threadIdx.x % 32 / 4 + 8 * r);
   }
   const int begin = first_key + split * split_keys;
+  const Parts own{parts, counts + tile, serial, tile * splits, split, splits};
   attend(problem, queries_at, ring,
          {key + (batch * key_batch + head * key_head) * 2, value + (batch * value_batch + head * value_head) * 2,
           static_cast<u64>(key_row) * 2, static_cast<u64>(value_row) * 2, begin, min(keys, begin + split_keys)},
-         first_row, out, rows);
+         first_row, out, rows, own);
   const u64 place = static_cast<u64>(plane) * problem.rows() + first_row;
   const Results results{output + place * columns * 2, RowResults{logsumexp, stats}.from(place), problem.scale_log2, columns,
                         min(ROWS, problem.rows() - first_row)};
   float* left = reinterpret_cast<float*>(shared);
   __syncthreads();  // no warp reads its ring any more
   leave_warp(left + warp * WARP_RESULT, out, rows, results.rows);
-  join_block(left, results, {parts, marks, serial, tile * splits, split, splits});
+  join_block(left, results, own);
 }

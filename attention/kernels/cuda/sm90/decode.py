@@ -10,6 +10,8 @@ ROWS, STEP = 16, 16
 """Query rows per block, and keys per step of a warp."""
 MAX_ROWS = 64
 """Largest number of rows (queries times heads that share a key head) for this kernel."""
+RESULT_GAP: Final = 8
+"""Floats between rows of a warp's partial result in shared memory: rows written at once are in other banks."""
 MAX_SPLITS: Final = 128
 RESIDENT_BLOCKS = 2
 """Resident blocks per multiprocessor: one loads during the prologue or epilogue of the other."""
@@ -57,7 +59,7 @@ class Decode:
     @property
     def shared_memory(self) -> int:
         """Bytes: the queries and the rings of the warps, or the partial results of the warps if larger."""
-        return max(self._ring(self.warps, self.stages), self.warps * ROWS * (self.head_dim + 2) * 4)
+        return max(self._ring(self.warps, self.stages), self.warps * ROWS * (self.head_dim + RESULT_GAP + 2) * 4)
 
     @property
     def round_keys(self) -> int:
@@ -73,6 +75,7 @@ class Decode:
         constants = {
             "HEAD_DIM": self.head_dim,
             "ROWS": ROWS,
+            "RESULT_GAP": RESULT_GAP,
             "WARPS": self.warps,
             "STAGES": self.stages,
             "BLOCKS_AT_ONCE": self.resident_blocks,

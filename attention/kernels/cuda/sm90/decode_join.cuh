@@ -7,12 +7,16 @@
 // Maxima and sums are stored separately, and maxima before multiplication by c: with a large maximum a logsumexp would lose
 // the sum, and neighbouring scores may have the same product.
 //
-// The last block is found without a counter, which would need resetting: each block writes the launch's serial number, which
-// is unique, and then checks whether those of all parts are present. At least one block finds them all; if two do, both
-// write the same result.
+// The last block is the one that counts to the number of splits in the tile's word. What is in that memory at the start is
+// unknown; so each block first replaces it, unless it has the serial number of the launch, which is unique, by that number and
+// a count of 0. Both latencies are hidden behind the first loads.
 
-constexpr int WARP_RESULT = ROWS * (HEAD_DIM + 2);  // floats of a warp's partial result: output, then maxima and sums
+// Floats of a row of a warp's output in shared memory, so that the rows which are written at once are in different banks, and
+// of its partial result: output, then maxima and sums.
+constexpr int RESULT_ROW = HEAD_DIM + RESULT_GAP, WARP_RESULT = ROWS * (RESULT_ROW + 2);
 constexpr int LANE_VECTORS = (HEAD_DIM + 127) / 128;
+constexpr int EARLY_PARTS = 16 / LANE_VECTORS;  // of a row, loaded before their weights are known
+constexpr int COUNT_BITS = 8;                   // of the tile's word
 
 // Output of a tile's rows, and the factor of their scores.
 struct Results {
@@ -22,10 +26,10 @@ struct Results {
   int columns, rows;
 };
 
-// Partial results of the splits: output, maximum and sum of each row.
+// Partial results of the splits: output, maximum and sum of each row; the tile's word counts those that are complete.
 struct Parts {
   float* numbers;
-  u64* marks;
+  u64* word;
   u64 serial;
   int first, index, count;  // first part of the tile, this part, number of parts
 
@@ -37,14 +41,14 @@ struct Parts {
 DEVICE void join_pair(const float* warps, int row, int column, const Results& results, const Parts& parts) {
   float largest = MINUS_INFINITY, total = 0, x = 0, y = 0;
 #pragma unroll
-  for (int w = 0; w < WARPS; ++w) largest = fmaxf(largest, warps[w * WARP_RESULT + ROWS * HEAD_DIM + row]);
+  for (int w = 0; w < WARPS; ++w) largest = fmaxf(largest, warps[w * WARP_RESULT + ROWS * RESULT_ROW + row]);
   const float base = largest == MINUS_INFINITY ? 0 : largest;
 #pragma unroll
   for (int w = 0; w < WARPS; ++w) {
     const float* result = warps + w * WARP_RESULT;
-    const float factor = exp2_fast((result[ROWS * HEAD_DIM + row] - base) * results.scale_log2);
-    total += factor * result[ROWS * HEAD_DIM + ROWS + row];
-    const float2 pair = *reinterpret_cast<const float2*>(result + row * HEAD_DIM + column);
+    const float factor = exp2_fast((result[ROWS * RESULT_ROW + row] - base) * results.scale_log2);
+    total += factor * result[ROWS * RESULT_ROW + ROWS + row];
+    const float2 pair = *reinterpret_cast<const float2*>(result + row * RESULT_ROW + column);
     x += factor * pair.x, y += factor * pair.y;
   }
   const float inverse = total > 0 ? 1 / total : 0;
@@ -58,21 +62,42 @@ DEVICE void join_pair(const float* warps, int row, int column, const Results& re
   }
 }
 
-// Marks this block's part as complete; returns whether all parts of the tile are.
-DEVICE bool is_last(const Parts& parts) {
-  volatile u64* marks = parts.marks + parts.first;
-  __syncthreads();  // the part is completely written
-  if (threadIdx.x == 0) {
-    __threadfence();
-    marks[parts.index] = parts.serial;
-    __threadfence();  // before this block reads other parts
+DEVICE u64 load_relaxed(const u64* place) {
+  u64 x;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(x) : "l"(place) : "memory");
+  return x;
+}
+DEVICE void replace_word(u64* place, u64 old, u64 word) {
+  [[maybe_unused]] u64 found;
+  asm volatile("atom.relaxed.gpu.global.cas.b64 %0, [%1], %2, %3;" : "=l"(found) : "l"(place), "l"(old), "l"(word) : "memory");
+}
+// Adds one; what the block wrote before is visible to the block that reads the sum, and the other way round.
+DEVICE u64 count_up(u64* place) {
+  u64 old;
+  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], 1;" : "=l"(old) : "l"(place) : "memory");
+  return old;
+}
+
+// The tile's word, as a thread that later counts finds it.
+struct Counter {
+  u64 found = 0;
+
+  DEVICE explicit Counter(const Parts& parts) {
+    if (threadIdx.x == 0 && parts.count > 1) found = load_relaxed(parts.word);
   }
-  __syncthreads();
-  bool there = true;
-  for (int i = threadIdx.x; i < parts.count; i += THREADS) there = there && marks[i] == parts.serial;
-  const bool all = __syncthreads_and(there);
-  __threadfence();
-  return all;
+  // Sets the count to 0, unless another block of the launch has done it.
+  DEVICE void reset(const Parts& parts) const {
+    const bool is_set = found >> COUNT_BITS == parts.serial << COUNT_BITS >> COUNT_BITS;
+    if (threadIdx.x == 0 && parts.count > 1 && !is_set) replace_word(parts.word, found, parts.serial << COUNT_BITS);
+  }
+};
+
+// Counts this block's part as complete; returns whether all parts of the tile are.
+DEVICE bool is_last(const Parts& parts) {
+  __syncthreads();  // the part is completely written
+  bool last = false;
+  if (threadIdx.x == 0) last = (count_up(parts.word) & (1 << COUNT_BITS) - 1) == parts.count - 1;
+  return !__syncthreads_and(!last);
 }
 
 // Computes maximum and sum of a row, and the weight of each part in the first of its pair of `factors`; called by a warp.
@@ -95,21 +120,41 @@ DEVICE float2 weigh_parts(float2* factors, int row, const Parts& parts, float sc
   return make_float2(largest, total);
 }
 
+// Loads the lane's columns of a row of a part.
+DEVICE void load_part(float4 (&x)[LANE_VECTORS], int row, int i, const Parts& parts) {
+#pragma unroll
+  for (int j = 0; j < LANE_VECTORS; ++j) {
+    const int column = 4 * (threadIdx.x % 32) + 128 * j;
+    if (HEAD_DIM % 128 != 0 && column >= HEAD_DIM) continue;
+    x[j] = load_fresh(reinterpret_cast<const float4*>(parts.part(i) + row * HEAD_DIM + column));
+  }
+}
+DEVICE void add_part(float4 (&sums)[LANE_VECTORS], const float4 (&x)[LANE_VECTORS], float factor) {
+#pragma unroll
+  for (int j = 0; j < LANE_VECTORS; ++j) {
+    sums[j].x += factor * x[j].x, sums[j].y += factor * x[j].y, sums[j].z += factor * x[j].z, sums[j].w += factor * x[j].w;
+  }
+}
+
 // Combines the parts of a row; called by a warp. `factors` is shared memory for two floats per part.
 DEVICE void join_row(int row, float2* factors, const Results& results, const Parts& parts) {
   const int lane = threadIdx.x % 32;
+  float4 early[EARLY_PARTS][LANE_VECTORS] = {};
+#pragma unroll
+  for (int i = 0; i < EARLY_PARTS; ++i) {
+    if (i < parts.count) load_part(early[i], row, i, parts);
+  }
   const float2 found = weigh_parts(factors, row, parts, results.scale_log2);
   float4 sums[LANE_VECTORS] = {};
-#pragma unroll 16
-  for (int i = 0; i < parts.count; ++i) {
-    const float factor = factors[i].x;
 #pragma unroll
-    for (int j = 0; j < LANE_VECTORS; ++j) {
-      const int column = 4 * lane + 128 * j;
-      if (HEAD_DIM % 128 != 0 && column >= HEAD_DIM) continue;
-      const float4 x = load_fresh(reinterpret_cast<const float4*>(parts.part(i) + row * HEAD_DIM + column));
-      sums[j].x += factor * x.x, sums[j].y += factor * x.y, sums[j].z += factor * x.z, sums[j].w += factor * x.w;
-    }
+  for (int i = 0; i < EARLY_PARTS; ++i) {
+    if (i < parts.count) add_part(sums, early[i], factors[i].x);
+  }
+#pragma unroll 8
+  for (int i = EARLY_PARTS; i < parts.count; ++i) {
+    float4 x[LANE_VECTORS] = {};
+    load_part(x, row, i, parts);
+    add_part(sums, x, factors[i].x);
   }
 #pragma unroll
   for (int j = 0; j < LANE_VECTORS; ++j) {

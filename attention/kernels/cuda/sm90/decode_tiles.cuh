@@ -12,5 +12,7 @@ struct Problem {
   DEVICE int last_seen_by(int row) const { return CAUSAL ? min(keys, row % queries + 1 + keys - queries) : keys; }
   DEVICE int position_of(int row) const { return row % queries + keys - queries; }
   DEVICE float slope_of(int row) const { return slopes[min(row, rows() - 1) / queries]; }
+  // First key that any row sees.
+  DEVICE int first_seen_by_all() const { return window > 0 ? max(0, keys + 1 - queries - window) : 0; }
   DEVICE int first_seen_by(int row) const { return WINDOW ? max(0, row % queries + 1 + keys - queries - window) : 0; }
 };

@@ -170,11 +170,11 @@ def same_kernel(plan: KeySplit[Kernel], other: KeySplit[Kernel], keys: int) -> K
 
 @functools.lru_cache(maxsize=256)
 def decode(shape: CallShape, call: CallParams, plan: KeySplit[Any]) -> Launch:
-    """Return the launch of the split-K kernel: writes output, logsumexp, stats, and partial results with flags."""
+    """Return the launch of the split-K kernel: writes output, logsumexp, stats, partial results, a count of each tile."""
     rows = (shape.batch, shape.heads, shape.queries)
     parts = plan.tiles * plan.splits if plan.splits > 1 else 0
     outputs = [((*rows, shape.head_dim), dtype_of(shape)), (rows, mx.float32), ((*rows, 2), mx.float32)]
-    outputs += [((parts, plan.kernel.part_floats), mx.float32), ((parts,), mx.int64)]
+    outputs += [((parts, plan.kernel.part_floats), mx.float32), ((plan.tiles if parts else 0,), mx.int64)]
     problem = [shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]
     keys = [plan.first_key, plan.split_keys, plan.splits]
     return prepare(
