@@ -612,7 +612,7 @@ DEVICE void leave_warp(float* place, const State& state, const Lane& lane, int c
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     KERNEL_NAME(const char* query, const char* key, const char* key_scales, const char* key_biases, const char* value,
                 const char* value_scales, const char* value_biases, char* output, float* logsumexp, float2* stats,
-                float* parts, u64* counts, int heads, int group, int queries, int keys, int columns, int scale_log2_bits,
+                float* parts, int heads, int group, int queries, int keys, int columns, int scale_log2_bits,
                 int into_cap_bits, int window, int first_key, int split_keys, int splits, i64 query_batch, i64 query_head,
                 i64 query_row, i64 key_batch, i64 key_head, i64 key_row, i64 key_scale_batch, i64 key_scale_head,
                 i64 key_scale_row, i64 key_bias_batch, i64 key_bias_head, i64 key_bias_row, i64 value_batch, i64 value_head,
@@ -640,7 +640,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
   const u32 ring = Lane::opaque(shared_address(shared) + threadIdx.x / 32 * STAGES * BUFFER);
   const Lane lane(ring);
   start(source, problem, ring, begin, end);
-  const Parts own{parts, counts + tile, serial, tile * splits, split, splits};
+  const Parts own(parts, tile, split, splits, serial);
   const Counter counter(own);
   State state = {};
 #pragma unroll

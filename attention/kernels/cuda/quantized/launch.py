@@ -9,7 +9,7 @@ from attention.kernels.cuda.quantized.formats import PackedKV
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.gpu import gpu
 from attention.kernels.cuda.runtime.launch import OUTPUTS, Stage
-from attention.kernels.cuda.sm90.launch import OUTPUT_NAMES, PARTS, KeySplit, decode
+from attention.kernels.cuda.sm90.launch import PARTS, SPLIT_OUTPUTS, KeySplit, decode
 
 READS: Final = ("q", "k", "k_scales", "k_biases", "v", "v_scales", "v_biases")
 TOO_MANY_ROWS: Final = (
@@ -77,12 +77,12 @@ def stages(
     if not with_logsumexp:
         omitted.add(OUTPUTS[1])
     if plan.splits == 1:
-        omitted |= set(PARTS)
+        omitted.add(PARTS[0])
     return [
         Stage(
             decode(shape, call, plan),
             READS,
-            OUTPUT_NAMES,
+            SPLIT_OUTPUTS,
             strided=READS,
             alignments=packed.alignments(shape.head_dim),
             omitted=frozenset(omitted),

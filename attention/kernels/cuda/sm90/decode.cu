@@ -174,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
                 const float* slopes,
 #endif
                 char* output, float* logsumexp, float2* stats,
-                float* parts, u64* counts, int heads, int group, int queries, int keys, int columns, int scale_log2_bits,
+                float* parts, int heads, int group, int queries, int keys, int columns, int scale_log2_bits,
                 int into_cap_bits,
 #if ALIBI
                 int slope_factor_bits,
@@ -209,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     for (int r = 0; r < 2; ++r) rows.slope[r] = problem.slope_of(first_row + threadIdx.x % 32 / 4 + 8 * r);
   }
   const int begin = first_key + split * split_keys;
-  const Parts own{parts, counts + tile, serial, tile * splits, split, splits};
+  const Parts own(parts, tile, split, splits, serial);
   attend(problem, queries_at, ring,
          {key + (batch * key_batch + head * key_head) * 2, value + (batch * value_batch + head * value_head) * 2,
           static_cast<u64>(key_row) * 2, static_cast<u64>(value_row) * 2, begin, min(keys, begin + split_keys)},

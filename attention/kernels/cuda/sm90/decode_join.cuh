@@ -33,6 +33,10 @@ struct Parts {
   u64 serial;
   int first, index, count;  // first part of the tile, this part, number of parts
 
+  // The words of all tiles follow the parts of all blocks.
+  DEVICE Parts(float* numbers, int tile, int index, int count, u64 serial)
+      : numbers(numbers), word(reinterpret_cast<u64*>(numbers + static_cast<u64>(gridDim.x) * ROWS * (HEAD_DIM + 2)) + tile),
+        serial(serial), first(tile * count), index(index), count(count) {}
   DEVICE float* part(int i) const { return numbers + static_cast<u64>(first + i) * ROWS * (HEAD_DIM + 2); }
   DEVICE float2* maxima_and_sums(int i) const { return reinterpret_cast<float2*>(part(i) + ROWS * HEAD_DIM); }
 };

@@ -170,11 +170,12 @@ def same_kernel(plan: KeySplit[Kernel], other: KeySplit[Kernel], keys: int) -> K
 
 @functools.lru_cache(maxsize=256)
 def decode(shape: CallShape, call: CallParams, plan: KeySplit[Any]) -> Launch:
-    """Return the launch of the split-K kernel: writes output, logsumexp, stats, partial results, a count of each tile."""
+    """Return the launch of the split-K kernel: writes output, logsumexp, stats, and parts with their counts."""
     rows = (shape.batch, shape.heads, shape.queries)
     parts = plan.tiles * plan.splits if plan.splits > 1 else 0
     outputs = [((*rows, shape.head_dim), dtype_of(shape)), (rows, mx.float32), ((*rows, 2), mx.float32)]
-    outputs += [((parts, plan.kernel.part_floats), mx.float32), ((plan.tiles if parts else 0,), mx.int64)]
+    words = 2 * plan.tiles if parts else 0
+    outputs.append(((parts * plan.kernel.part_floats + words,), mx.float32))
     problem = [shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]
     keys = [plan.first_key, plan.split_keys, plan.splits]
     return prepare(
@@ -187,7 +188,9 @@ def decode(shape: CallShape, call: CallParams, plan: KeySplit[Any]) -> Launch:
 
 PARTS: Final = ("parts", "marks")
 OUTPUT_NAMES: Final = (*OUTPUTS, *PARTS)
-"""Arrays written by both kernels; parts exist only if the keys of some queries are split over several blocks."""
+"""Arrays written by the forward kernel; parts exist only if the keys of some queries are split over several blocks."""
+SPLIT_OUTPUTS: Final = (*OUTPUTS, PARTS[0])
+"""Arrays written by a split-K kernel: one fewer, since an allocation takes the host a microsecond."""
 
 
 def forward_stages(
@@ -221,7 +224,7 @@ def decode_stages(
     """Return the launch of the split-K kernel with a given splitting."""
     made = decode(shape, call, plan)
     reads = (*INPUTS, *extra_inputs(call))
-    return [Stage(made, reads, OUTPUT_NAMES, strided=INPUTS, omitted=_omitted(made, with_logsumexp), serial=True)]
+    return [Stage(made, reads, SPLIT_OUTPUTS, strided=INPUTS, omitted=_omitted(made, with_logsumexp), serial=True)]
 
 
 def _omitted(made: launch.Launch, with_logsumexp: bool) -> frozenset[str]:
