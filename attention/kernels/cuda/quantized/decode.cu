@@ -510,11 +510,12 @@ DEVICE void start(const Source& source, const Problem& problem, u32 ring, int be
   }
 }
 
-DEVICE float element(unsigned short bits) {
+// Element of a pair.
+DEVICE float element(u32 pair, int half) {
 #if BFLOAT16
-  return __uint_as_float(static_cast<u32>(bits) << 16);
+  return __uint_as_float(half == 0 ? pair << 16 : pair & 0xffff0000u);
 #else
-  return from_half(bits);
+  return from_half(pair >> 16 * half);
 #endif
 }
 
@@ -527,14 +528,20 @@ DEVICE float sum_in_quad(float x) {
 // divided by what the field of its number is multiplied by.
 DEVICE void load_queries(State& state, int n, const Lane& lane, const char* place, bool valid, const Problem& problem) {
   constexpr int PAIRS = KEY_COUNT / 2;
+  Packed<16, KEY_COUNT> elements[PIECES];
+#pragma unroll
+  for (int p = 0; p < PIECES; ++p) {
+    const int column = 4 * KEY_COUNT * p + KEY_COUNT * lane.member;
+    if (valid && column < problem.columns) elements[p].load(place + 2 * column);
+    else elements[p].clear();
+  }
   float x[PIECES * PAIRS][2], largest = 0;
 #pragma unroll
   for (int i = 0; i < PIECES * PAIRS; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int of_piece = Key::template key_column<KEY_COUNT>(i % PAIRS, half);
-      const int column = 4 * KEY_COUNT * (i / PAIRS) + KEY_COUNT * lane.member + of_piece;
-      x[i][half] = valid && column < problem.columns ? element(reinterpret_cast<const unsigned short*>(place)[column]) : 0;
+      x[i][half] = element(elements[i / PAIRS].words[of_piece / 2], of_piece % 2);
       largest = fmaxf(largest, fabsf(x[i][half]));
     }
   }

@@ -111,9 +111,12 @@ struct Packed {
   // `place` is aligned to the largest power of two that divides BYTES, at most 16.
   DEVICE void load(const char* place) {
     if constexpr (BYTES % 16 == 0) {
-      asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                   : "l"(place));
+#pragma unroll
+      for (int i = 0; i < WORDS; i += 4) {
+        asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(words[i]), "=r"(words[i + 1]), "=r"(words[i + 2]), "=r"(words[i + 3])
+                     : "l"(place + 4 * i));
+      }
     } else if constexpr (BYTES % 8 == 0) {
       asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
                    : "=r"(words[0]), "=r"(words[1])

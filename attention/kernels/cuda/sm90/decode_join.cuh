@@ -15,7 +15,7 @@
 // of its partial result: output, then maxima and sums.
 constexpr int RESULT_ROW = HEAD_DIM + RESULT_GAP, WARP_RESULT = ROWS * (RESULT_ROW + 2);
 constexpr int LANE_VECTORS = (HEAD_DIM + 127) / 128;
-constexpr int EARLY_PARTS = 16 / LANE_VECTORS;  // of a row, loaded before their weights are known
+constexpr int EARLY_PARTS = 12 / LANE_VECTORS;  // of a row, loaded before their weights are known
 constexpr int COUNT_BITS = 8;                   // of the tile's word
 
 // Output of a tile's rows, and the factor of their scores.
