@@ -1,5 +1,5 @@
-// Split-K kernel for few queries and many quantized keys and values, which are unpacked in registers on their way from device
-// memory to the tensor cores.
+// Split-K kernel for few queries and many quantized keys and values, which stay packed in shared memory and are unpacked in
+// registers on their way to the tensor cores.
 //
 //                  16 keys of a warp                                a lane: quad r = lane / 4, member t = lane % 4
 //                +---------------------+                            (rows of an accumulator: r and r + 8)
@@ -10,16 +10,16 @@
 //
 // Both products have the packed operand on the left, whose tiles have 16 rows, and the queries on the right, whose tiles have
 // 8 columns: the heads that share a key head are rarely more. The order of the columns within a product is free, so each lane
-// loads consecutive numbers of a row, unpacks them to pairs of float16 (quantized/numbers.cuh), and these are its operands:
-// nothing passes through shared memory but P^T, transposed by movmatrix. The queries are read in the same order.
+// loads consecutive numbers of a row, unpacks them to pairs of float16 (quantized/numbers.cuh), and these are its operands.
+// The queries are read in the same order; P^T is transposed by movmatrix.
 //
 //   scores     sum over groups of  scale * (q . n) + bias * sum of q     in float32, once for each key and group
 //   output     n times (scale * weight), and the bias times the weight, which is added up apart; the groups of 32 or 16 values
 //              would need too many products, so their values are dequantized: one multiplication for two of them
 //
-// Tiles of 16 keys are dealt round-robin to the warps of a split. A warp loads its next tile when it has used the current one,
-// and prefetches later ones to the L2 cache. In the epilogue the warps' partial results are combined in shared memory, and
-// those of several splits by the last block to finish: see sm90/decode_join.cuh.
+// Tiles of 16 keys are dealt round-robin to the warps of a split. As in sm90/decode.cu, each warp has its own ring of STAGES
+// buffers, filled by asynchronous copies, and never waits for another one. In the epilogue the warps' partial results are
+// combined in shared memory, and those of several splits by the last block to finish: see sm90/decode_join.cuh.
 //
 // Weights are relative to a row's base, which is raised only when a score exceeds it by HEADROOM: most tiles need neither a
 // maximum over lanes nor a rescaled output (FlashAttention 4). Queries are scaled to float16 by a power of two per row, and
