@@ -56,12 +56,20 @@ def make_key_split(shape: CallShape, call: CallParams, packed: PackedKV) -> KeyS
         architecture=found.architecture,
         packed=packed,
         whole=shape.head_dim == width,
-        warps=16 if width <= 128 and query_tiles == 1 else 8,
+        warps=_warps(width, query_tiles, alone, packed, found.architecture),
         shared_memory_limit=found.shared_memory_limit,
     )
     tiles = shape.batch * shape.kv_heads * math.ceil(rows / kernel.rows)
     splits, keys = kernel.splits(tiles, shape.keys - first_key, found.multiprocessors)
     return KeySplit(kernel, tiles, first_key, splits, keys)
+
+
+def _warps(width: int, query_tiles: int, alone: bool, packed: PackedKV, architecture: str) -> int:
+    """Return the most warps of a block whose registers are not spilled."""
+    if width > 128 or query_tiles > 1:
+        return 8
+    fewer = not alone or architecture != "sm_90a" or 5 in {form.bits for form, _ in packed.parts}
+    return 12 if fewer else 16
 
 
 def stages(
