@@ -180,7 +180,8 @@ class Engine:
     @property
     def _grouped(self) -> bool:
         """Whether the current assignment begins with a case for a group."""
-        return bool(self._hosts) or ranks_of(self.record.plan.cases[self._assignment.first_case]) > 1
+        elsewhere = self._hosts is not None and not self._hosts.hosts[0].local
+        return elsewhere or ranks_of(self.record.plan.cases[self._assignment.first_case]) > 1
 
     async def _run_alone(self, mark: int) -> str:
         worker = await Worker.start((*WORKER, "--mark", str(mark)), self._run, (mark,))

@@ -109,8 +109,14 @@ class GroupWatch:
         for other, state in enumerate(self._ranks):
             if own is None or state.started is None or other == rank:
                 continue
-            for what, mine, theirs in _differences(own, state.started):
-                words = f"{self._launches[rank].where} has {what} {mine}, {self._launches[other].where} {theirs}"
+            pair = sorted((rank, other), reverse=True)
+            if own.backend != state.started.backend:
+                without = rank if own.backend == "cpu" else other
+                self._notice(0, f"{self._launches[without].where} found no GPU; each rank needs its own", fatal=True)
+                return
+            for what, *values in _differences(own, state.started):
+                (later, first), (mine, theirs) = pair, values if rank > other else reversed(values)
+                words = f"{self._launches[later].where} has {what} {mine}, {self._launches[first].where} {theirs}"
                 self._notice(0, words, fatal=True)
                 return
 
@@ -182,7 +188,6 @@ def _differences(one: on.RankStarted, other: on.RankStarted) -> list[tuple[str, 
     pairs = (
         ("MLX", one.mlx, other.mlx),
         ("another version of fatui, with the digest", one.code, other.code),
-        ("the backend", one.backend, other.backend),
     )
     return [(what, mine, theirs) for what, mine, theirs in pairs if mine != theirs]
 

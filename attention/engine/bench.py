@@ -33,6 +33,8 @@ class Bench(CaseRunner[Plan]):
     """The part of a run over attention shapes that one worker executes."""
 
     def _prepare_all(self, device: Device) -> None:
+        if self._member:
+            self._progress.log(f"{self._ranks} ranks with {self._member.conditions.text}")
         if self._assignment.peaks is None:
             self._measure_peaks(device)
 

@@ -91,7 +91,7 @@ class CaseRunner(ABC, Generic[P]):
         if self._member:
             from attention.engine.ranks import ranks_route
 
-            return ranks_route(implementation, workload, device)
+            return ranks_route(implementation, workload, device, self._member.conditions)
         if missing := missing_feature(implementation, workload):
             return unsupported(missing)
         return validated_route(implementation.route(workload, device))

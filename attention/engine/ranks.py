@@ -26,12 +26,14 @@ from attention import implementations
 from attention.core import events as on
 from attention.core.errors import UnsupportedError, UsageError, error_line, truncated
 from attention.core.plan import Plan, RankSetting
-from attention.core.results import RankFigures
+from attention.core.results import Peaks, RankFigures
 from attention.core.route import Route, fitted, unsupported, validated_route
 from attention.core.workload import Workload
 from attention.distributed import unshard
 from attention.distributed.bound_call import BoundCall
-from attention.distributed.decision import decide
+from attention.distributed.collectives import communication_stream
+from attention.distributed.decision import DEFAULT_FLOPS_PER_S, Decision, Link, decide
+from attention.engine.peaks import measure_peaks
 from attention.implementations.protocol import (
     Implementation,
     NeedsBuilding,
@@ -47,6 +49,17 @@ SIGNATURE_BYTES: Final = 256
 """Bytes of the text by which ranks check that they prepare the same call."""
 LOST_PEER: Final = ("connection to a peer was lost", "ncclremoteerror", "ncclsystemerror", "broken pipe")
 """Texts of MLX's errors when another rank has ended."""
+
+
+PROBE_WORDS: Final = 2**16
+"""float32 numbers that each rank sends first when the link is measured; four times as many until it takes PROBE_S."""
+PROBE_S: Final = 0.05
+MAX_PROBE_WORDS: Final = 2**22
+PROBE_REPEATS: Final = 3
+PEAKS_S: Final = 0.3
+"""Seconds in which a rank measures its best rate."""
+UNEVEN: Final = 1.25
+"""Ratio of the fastest rank's speed to the slowest's, above which the split of a call follows the speeds."""
 
 
 class RankError(RuntimeError):
@@ -154,8 +167,49 @@ def workload_of_one(workload: Workload) -> Workload:
     return structs.replace(workload, ranks=1)
 
 
-def ranks_route(implementation: Implementation, workload: Workload, device: Device) -> Route:
-    """Return the route of an implementation whose call is divided among ranks, each with such a device."""
+class Conditions(Struct, frozen=True, kw_only=True):
+    """What was measured of a group, on which the division of calls depends; the same on every rank."""
+
+    link: Link
+    flops_per_s: float
+    """The best rate of the slowest rank."""
+    weights: tuple[float, ...] | None = None
+    """Speeds of the ranks relative to each other; None if they are alike."""
+
+    @property
+    def text(self) -> str:
+        """The link, and the speeds if they differ, in words."""
+        link = f"a link of {self.link.bytes_per_s / 1e9:.3g} GB/s and {self.link.latency_s * 1e6:.0f} µs"
+        if self.weights is None:
+            return link
+        return f"{link}, speeds {' : '.join(f'{weight:.2f}' for weight in self.weights)}"
+
+
+def divide(workload: Workload, conditions: Conditions | None) -> Decision:
+    """Choose how the ranks share a call whose rows are sharded by sequence, as in a model.
+
+    Raises:
+        UsageError: it cannot be shared.
+    """
+    if conditions is None:
+        return decide(workload, workload.ranks, sharded_by="sequence")
+    return decide(
+        workload,
+        workload.ranks,
+        sharded_by="sequence",
+        link=conditions.link,
+        flops_per_s=conditions.flops_per_s,
+        weights=conditions.weights,
+    )
+
+
+def ranks_route(
+    implementation: Implementation, workload: Workload, device: Device, conditions: Conditions | None = None
+) -> Route:
+    """Return the route of an implementation whose call is divided among ranks, each with such a device.
+
+    `conditions`: what was measured of the group; before a run that is not known.
+    """
     if missing := missing_feature(implementation, workload):
         return unsupported(missing)
     if isinstance(implementation, ProvidesRunner):
@@ -164,7 +218,7 @@ def ranks_route(implementation: Implementation, workload: Workload, device: Devi
     if not alone.supported:
         return alone
     try:
-        decision = decide(workload, workload.ranks, sharded_by="sequence")
+        decision = divide(workload, conditions)
     except (UsageError, UnsupportedError) as error:
         return unsupported(str(error))
     return structs.replace(
@@ -249,13 +303,59 @@ class Member:
     Attributes:
         group: MLX's group.
         status: updated for the heartbeat.
+        conditions: what was measured of the group.
     """
 
-    def __init__(self, group: mx.distributed.Group, plan: Plan, device: Device, status: RankStatus) -> None:
+    def __init__(
+        self,
+        group: mx.distributed.Group,
+        plan: Plan,
+        device: Device,
+        status: RankStatus,
+        peaks: Peaks | None = None,
+    ) -> None:
+        """Measure the group; all ranks do so at the same time.
+
+        Args:
+            group: MLX's group.
+            plan: what will be run.
+            device: this rank's device.
+            status: updated for the heartbeat.
+            peaks: rates of all ranks' devices, if they are alike and known; otherwise each rank measures its own.
+        """
         self.group, self.status = group, status
         self._plan, self._device = plan, device
         self._names = plan.ordered
         self._calls: dict[tuple[int, int], BoundCall] = {}
+        self.conditions = self._measure(peaks)
+
+    def _measure(self, peaks: Peaks | None) -> Conditions:
+        known = peaks or measure_peaks(self._device, PEAKS_S)
+        rates = [rate for (rate,) in self._share([known.flops_per_s or 0.0])]
+        uneven = min(rates) > 0 and max(rates) > UNEVEN * min(rates)
+        return Conditions(
+            link=self._measure_link(),
+            flops_per_s=min(rates) or DEFAULT_FLOPS_PER_S,
+            weights=tuple(rate / max(rates) for rate in rates) if uneven else None,
+        )
+
+    def _measure_link(self) -> Link:
+        """Measure an all_gather of few numbers, and of so many that it takes a while; of each the median."""
+        latency_s, words = self._gather_s(1), PROBE_WORDS
+        while (seconds := self._gather_s(words)) < PROBE_S and words < MAX_PROBE_WORDS:
+            words *= 4
+        received = 4 * words * (self.group.size() - 1)
+        return Link(bytes_per_s=received / max(seconds - latency_s, 1e-9), latency_s=latency_s)
+
+    def _gather_s(self, words: int) -> float:
+        """Return the seconds of an all_gather of some float32 numbers, those of the slowest rank."""
+        numbers, times = mx.zeros((1, words)), []
+        mx.eval(numbers)
+        for _ in range(PROBE_REPEATS + 1):
+            started = time.perf_counter()
+            mx.eval(mx.distributed.all_gather(numbers, group=self.group, stream=communication_stream()))
+            times.append(time.perf_counter() - started)
+        return max(taken for (taken,) in self._share([median(times[1:])]))
 
     def obey(self) -> None:
         """Execute rank 0's commands until it ends the run."""
@@ -326,7 +426,8 @@ class Member:
 
     def _gather(self, rows: list[list[Any]], dtype: mx.Dtype) -> Any:
         """Gather the same number of rows from every rank."""
-        return mx.distributed.all_gather(mx.array(rows, dtype=dtype), group=self.group).tolist()
+        mine = mx.array(rows, dtype=dtype)
+        return mx.distributed.all_gather(mine, group=self.group, stream=communication_stream()).tolist()
 
     def _bind(self, key: tuple[int, int]) -> None:
         """Prepare a call, forgetting those of earlier cases, after checking that all ranks prepare the same."""
@@ -334,7 +435,7 @@ class Member:
         self._calls = {known: call for known, call in self._calls.items() if known[0] == case}
         workload, name = self._plan.cases[case], self._names[number]
         implementation = implementations.load_implementation(name)
-        route = ranks_route(implementation, workload, self._device)
+        route = ranks_route(implementation, workload, self._device, self.conditions)
         self._check_alike(f"{workload.label} by {route.path if route.supported else route.reason}")
         local = workload_of_one(workload)
         if isinstance(implementation, NeedsBuilding | NeedsBuildingPerCall) and implementation.needs_building(
@@ -344,13 +445,13 @@ class Member:
                 implementation.build(lambda text: None)
             else:
                 implementation.build_for(local, lambda text: None)
-        decision = decide(workload, self.group.size(), sharded_by="sequence")
+        decision = divide(workload, self.conditions)
         self._calls[key] = BoundCall(workload, self.group, decision, implementation, seed=self._plan.seed)
 
     def _check_alike(self, text: str) -> None:
         """Raise RankError on each rank that prepares another call than rank 0."""
         own = text.encode()[:SIGNATURE_BYTES].ljust(SIGNATURE_BYTES)
-        first = bytes(self._gather([list(own)], mx.uint8)[0])
+        first = bytes(self._gather([list(own)], mx.int32)[0])
         if first != own:
             raise RankError(f"it would run {own.decode(errors='replace').strip()}, rank 0 {first.decode().strip()}")
 

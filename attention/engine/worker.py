@@ -128,10 +128,15 @@ def _join_and_run(setting: RankSetting, emit: Emit, mark: Mark, status: "RankSta
     assignment = msgspec.json.decode(sys.stdin.buffer.readline(), type=Assignment)
     threading.Thread(target=_exit_with_parent, args=(setting.orphan_s,), daemon=True).start()
     threading.Thread(target=_beat, args=(setting, emit, status), daemon=True).start()
+    if setting.ranks == 1:  # on another host
+        status.joined = True
+        return _run(assignment, emit, mark)
     group = join(setting, backend_of(setting, device))
     status.joined = True
     assert isinstance(assignment.plan, Plan)
-    member = Member(group, assignment.plan, device, status)
+    hosts = {address.rpartition(":")[0] for address in setting.addresses}
+    peaks = assignment.peaks if len(hosts) < 2 else None  # those of the devices of one machine
+    member = Member(group, assignment.plan, device, status, peaks)
     if setting.rank:
         member.obey()
         return 0
@@ -142,11 +147,16 @@ def _join_and_run(setting: RankSetting, emit: Emit, mark: Mark, status: "RankSta
 
 
 def _choose_gpu(setting: RankSetting) -> None:
-    """Give each rank of a host its own GPU; devices hidden by CUDA_VISIBLE_DEVICES stay hidden."""
+    """Give each rank of a host its own GPU; devices hidden by CUDA_VISIBLE_DEVICES stay hidden.
+
+    A rank without one finds no GPU, which differs from the others; only over a ring may ranks share one.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = visible.split(",") if visible else [str(number) for number in range(setting.places)]
-    if setting.place < len(devices):
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[setting.place].strip()
+    if setting.backend == "ring":
+        devices = [devices[setting.place % len(devices)]] * setting.places if visible else ["0"] * setting.places
+    own = devices[setting.place].strip() if setting.place < len(devices) else ""
+    os.environ["CUDA_VISIBLE_DEVICES"] = own
 
 
 def _beat(setting: RankSetting, emit: Emit, status: "RankStatus") -> None:

@@ -18,6 +18,8 @@ from fatui.engine_process import Engine
 from fatui.rank_launch import RankLaunch
 
 PLANTED = Path(__file__).parents[1] / "support" / "planted.py"
+RING = Path(__file__).parents[1] / "data" / "ring-of-two.json"
+"""Two ranks of this machine over MLX's ring, also where there is a GPU: they share it."""
 PEAKS = Peaks(matmul_flops_per_s=1e10, copy_bytes_per_s=1e10)
 SMALL = Workload(seq=64, heads=2, head_dim=16, dtype="float32")
 ON_TWO = Workload(seq=64, heads=2, head_dim=16, dtype="float32", ranks=2)
@@ -25,6 +27,8 @@ ON_TWO = Workload(seq=64, heads=2, head_dim=16, dtype="float32", ranks=2)
 
 def plan(*planted: str, cases: tuple[Workload, ...] = (ON_TWO,), **fields: object) -> Plan:
     names = ("baseline", *(f"{PLANTED}:{name}" for name in planted))
+    if "hosts" not in fields:
+        fields = {"hostfile": str(RING), **fields}
     return Plan(cases=cases, implementations=names, seconds=0.5, **fields)  # type: ignore[arg-type]
 
 
@@ -104,10 +108,12 @@ def test_the_others_go_on_after_failing_ranks(faulty_run: Ran) -> None:
 
 @pytest.mark.slow
 def test_each_failure_is_told_within_15_s(faulty_run: Ran) -> None:
-    """From the last step of the row to its end."""
+    """From the last step of the row, or the start of the case before its first, to its end."""
     steps: dict[str, float] = {}
     for at, event in faulty_run.events:
-        if isinstance(event, on.StepStarted):
+        if isinstance(event, on.CaseStarted):
+            steps = dict.fromkeys(steps, at) | {f"{PLANTED}:{name}": at for name in FAULTS}
+        elif isinstance(event, on.StepStarted):
             steps[event.implementation] = at
         elif isinstance(event, on.RowEnded):
             assert at - steps[event.implementation] < 15
