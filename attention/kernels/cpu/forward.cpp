@@ -185,11 +185,12 @@ void attend_few(const ForwardCall& call, const Item& item, Partials& partials) {
       if (!has_lists(p) && !is_quantized(p)) return attend_bfloat16(call, item, partials);
     return attend_panels<T>(call, item, partials);
   }
+  if (!partials.wanted()) return write_few_rows<T>(call, item, few.output, few.dv, state);
   Rows<float> rows;
   rows.stride = 1, rows.count = few.rows;
   for (int64_t r = 0; r < few.rows; r++) rows.row[r] = few.output + r * few.dv;
   turn(rows, p.value_dim, round_up(few.rows, lanes), room.output);
-  finish<T>(call, item, room.output, state, partials);
+  partials.keep(item, room.output, state);
 }
 
 template <class T>

@@ -32,7 +32,14 @@ inline double microseconds_alone(const Problem& p) {
 inline int threads_for(const Problem& p) { return microseconds_alone(p) < 2 ? 1 : thread_count(); }
 inline bool brief(const Problem& p) { return microseconds_alone(p) < 60; }
 
-// O = O' / sum, transposed back to rows; logsumexp = maximum + ln sum. Fully masked rows: 0 and -inf.
+// logsumexp = maximum + ln sum, and what the backward pass needs of a row of the state.
+inline void write_statistics(const ForwardCall& call, int64_t place, const Softmax& state, int64_t row) {
+  if (call.logsumexp == nullptr) return;
+  call.logsumexp[place] = state.sum[row] == 0 ? -infinity : state.maximum[row] + (state.fine[row] + std::log(state.sum[row]));
+  reinterpret_cast<RowStatistics*>(call.statistics)[place] = {state.maximum[row], state.sum[row], state.fine[row]};
+}
+
+// O = O' / sum, transposed back to rows. Fully masked rows: 0, with a logsumexp of -inf.
 template <class T>
 void write_rows(const ForwardCall& call, const Item& item, const float* turned, int64_t line, const Softmax& state) {
   const Problem& p = call.problem;
@@ -53,10 +60,21 @@ void write_rows(const ForwardCall& call, const Item& item, const float* turned, 
       for (int64_t r = 0; r < some; r++)
         narrow_some(static_cast<T*>(call.output) + place(row + r) * dv + d, x[r], dv - d);
     }
-    for (int64_t r = row; r < row + some && call.logsumexp != nullptr; r++) {
-      call.logsumexp[place(r)] = state.sum[r] == 0 ? -infinity : state.maximum[r] + (state.fine[r] + std::log(state.sum[r]));
-      reinterpret_cast<RowStatistics*>(call.statistics)[place(r)] = {state.maximum[r], state.sum[r], state.fine[r]};
-    }
+    for (int64_t r = row; r < row + some; r++) write_statistics(call, place(r), state, r);
+  }
+}
+
+// The same of rows that are not transposed, `line` floats apart.
+template <class T>
+void write_few_rows(const ForwardCall& call, const Item& item, const float* rows, int64_t line, const Softmax& state) {
+  const Problem& p = call.problem;
+  const int64_t dv = p.value_dim, first = (item.batch * p.heads + item.head) * p.queries + item.query;
+  for (int64_t r = 0; r < item.rows(); r++) {
+    const int64_t place = first + r / item.queries * p.queries + r % item.queries;
+    const Vector inverse = broadcast(state.sum[r] > 0 ? 1.0f / state.sum[r] : state.sum[r]);
+    T* out = static_cast<T*>(call.output) + place * dv;
+    for (int64_t d = 0; d < dv; d += lanes) narrow_some(out + d, load(rows + r * line + d) * inverse, dv - d);
+    write_statistics(call, place, state, r);
   }
 }
 

@@ -46,7 +46,8 @@ struct Schedule {
     // Rounded to the widest vector of any CPU, so that the division depends on the shape only.
     const int64_t rows = round_up(heads_per_tile * std::min(p.queries, query_tile), 16);
     const int64_t room = most_partial_bytes / (tiles * rows * (p.value_dim + 2) * int64_t(sizeof(float)));
-    spans = enough ? 1 : std::max<int64_t>(1, std::min({ceil_div(32, tiles), p.keys / 512, room}));
+    const int64_t least = p.spans == nullptr ? 512 : 2048;  // keys of a span; a stream's steps are many and short
+    spans = enough ? 1 : std::max<int64_t>(1, std::min({ceil_div(32, tiles), p.keys / least, room}));
     keys_per_span = round_up(ceil_div(std::max<int64_t>(p.keys, 1), spans), key_tile);
     spans = ceil_div(std::max<int64_t>(p.keys, 1), keys_per_span);
   }
