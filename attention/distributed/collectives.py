@@ -72,7 +72,7 @@ _streams = _Streams()
 
 def communication_stream() -> mx.Stream:
     """Return this thread's stream for communication, beside the one that computes."""
-    if current_backend() == "cuda":
+    if transport() == "nccl":
         if _streams.gpu is None:
             _streams.gpu = mx.new_stream(mx.Device(mx.gpu))
         return _streams.gpu
@@ -84,7 +84,7 @@ def communication_stream() -> mx.Stream:
 @lru_cache(maxsize=1)
 def transport() -> str:
     """Return the backend that groups of this process use, as mlx.launch starts it: nccl, jaccl, mpi or ring."""
-    if current_backend() == "cuda" and mx.distributed.is_available("nccl"):
+    if current_backend() == "cuda" and "MLX_HOSTFILE" not in os.environ:
         return "nccl"
     if "MLX_JACCL_COORDINATOR" in os.environ:
         return "jaccl"
