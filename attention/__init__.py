@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from attention.implementations.protocol import Implementation
     from attention.masks import Alibi, Pattern
     from attention.mlx_lm.patch import ModelPatch
+    from attention.mlx_lm.sharded import ShardedPatch
     from attention.monitoring.monitor import Monitor
     from attention.quantized_kv import QuantizedArray, quantized
     from attention.streaming import Rope, StreamingKV
@@ -205,7 +206,19 @@ def attention(
     return made
 
 
-def patch_mlx_lm(implementation: "str | Implementation" = "practical") -> "ModelPatch":
+@overload
+def patch_mlx_lm(implementation: "str | Implementation" = "practical", *, group: None = None) -> "ModelPatch": ...
+
+
+@overload
+def patch_mlx_lm(
+    implementation: "str | Implementation" = "practical", *, group: "mx.distributed.Group"
+) -> "ShardedPatch": ...
+
+
+def patch_mlx_lm(
+    implementation: "str | Implementation" = "practical", *, group: "mx.distributed.Group | None" = None
+) -> "ModelPatch":
     """Replace attention in every mlx-lm model, loaded now or later, while the context is open.
 
     A context manager and a decorator. Entering it returns an object with counters: `calls_taken` and `taken` (by path),
@@ -215,11 +228,17 @@ def patch_mlx_lm(implementation: "str | Implementation" = "practical") -> "Model
 
     Args:
         implementation: a name from `attention.implementations.NAMES`, "FILE.py:CLASS", or an implementation.
+        group: ranks that share each sequence: run `patch.sharded(model)` instead of the model, and train with
+            `patch.sequence_loss` and `patch.whole_batches` (docs/distributed.md).
 
     Raises:
         UsageError: there is no such implementation; on entering, mlx-lm is not installed.
         NoBackendError: MLX cannot be imported.
     """
+    if group is not None:
+        from attention.mlx_lm.sharded import ShardedPatch
+
+        return ShardedPatch(implementation, group)
     from attention.mlx_lm.patch import ModelPatch
 
     return ModelPatch(implementation)

@@ -11,7 +11,7 @@ results are merged by their logsumexps.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import reduce
 from typing import Any
 
 import mlx.core as mx
@@ -247,11 +247,10 @@ def _joined(parts: Sequence[Any], axis: int) -> mx.array:
 
 def _attend_split_keys(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -> tuple[mx.array, mx.array | None]:
     out, lse = _attend_own_keys(q, k, v, problem)
-    partial = mx.concatenate([out.astype(mx.float32), lse[..., None]], axis=-1)
     if not problem.communicate:
-        return merged(partial[None], q.dtype)
-    whole = collectives.gathered([partial], problem.group)
-    merged_out, merged_lse = merged(whole.arrays[0], q.dtype)
+        return out, lse
+    whole = collectives.gathered([out, lse], problem.group)
+    merged_out, merged_lse = merged(*whole.arrays)
     return collectives.tied(merged_out, whole.token), merged_lse
 
 
@@ -298,25 +297,22 @@ def _visible_to_some(seen: Seen, lengths: tuple[int, int]) -> tuple[Chunk, ...]:
     return ((low, kv_seq),)
 
 
-@lru_cache(maxsize=8)
-def _merge(dtype: mx.Dtype) -> Any:
-    @mx.compile
-    def merge(partial: mx.array) -> tuple[mx.array, mx.array]:
-        outs, sums = partial[..., :-1], partial[..., -1]
-        top = sums.max(axis=0)
-        base = mx.where(top == -mx.inf, 0.0, top)
-        weights = mx.exp(sums - base)
-        total = weights.sum(axis=0)
-        out = (outs * weights[..., None]).sum(axis=0) / mx.where(total == 0, 1.0, total)[..., None]
-        return out.astype(dtype), base + mx.log(total)
+@mx.compile
+def merged(outs: mx.array, sums: mx.array) -> tuple[mx.array, mx.array]:
+    """Return output and logsumexp of partial results; ranks are unrolled, so that it is one elementwise kernel.
 
-    return merge
-
-
-def merged(partial: mx.array, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-    """Return output and logsumexp of partial results (ranks, B, H, rows, Dv + 1), float32, each with its logsumexp."""
-    out, lse = _merge(dtype)(partial)
-    return out, lse
+    Args:
+        outs: (ranks, B, H, rows, Dv).
+        sums: the logsumexp of each, (ranks, B, H, rows); -inf where a rank's keys are not visible.
+    """
+    ranks = range(outs.shape[0])
+    top = reduce(mx.maximum, [sums[rank] for rank in ranks])
+    base = mx.where(top == -mx.inf, 0.0, top)
+    weights = [mx.exp(sums[rank] - base) for rank in ranks]
+    total = reduce(mx.add, weights)
+    divisor = mx.where(total == 0, 1.0, total)
+    parts = [outs[rank].astype(mx.float32) * (weights[rank] / divisor)[..., None] for rank in ranks]
+    return reduce(mx.add, parts).astype(outs.dtype), base + mx.log(total)
 
 
 def check_supported(problem: Problem) -> None:

@@ -61,24 +61,24 @@ def reset_statistics() -> None:
 
 
 class _Streams(threading.local):
-    """The communication streams of a thread: MLX's streams belong to one."""
+    """The communication stream of a thread: MLX's streams belong to one."""
 
     gpu: mx.Stream | None = None
-    cpu: mx.Stream | None = None
 
 
 _streams = _Streams()
 
 
 def communication_stream() -> mx.Stream:
-    """Return this thread's stream for communication, beside the one that computes."""
-    if transport() == "nccl":
-        if _streams.gpu is None:
-            _streams.gpu = mx.new_stream(mx.Device(mx.gpu))
-        return _streams.gpu
-    if _streams.cpu is None:
-        _streams.cpu = mx.new_stream(mx.Device(mx.cpu))
-    return _streams.cpu
+    """Return this thread's stream for communication: a second one of the GPU for NCCL, otherwise the CPU's own.
+
+    A program's other collectives run on the CPU's own stream too, as MLX chooses it. Ring's sockets are for one stream.
+    """
+    if transport() != "nccl":
+        return mx.default_stream(mx.Device(mx.cpu))
+    if _streams.gpu is None:
+        _streams.gpu = mx.new_stream(mx.Device(mx.gpu))
+    return _streams.gpu
 
 
 @lru_cache(maxsize=1)
@@ -163,6 +163,24 @@ def _make_gather(group: Group) -> Callable[[list[mx.array]], list[mx.array]]:
 
     gather.vjp(scatter)
     return cast("Callable[[list[mx.array]], list[mx.array]]", gather)
+
+
+def together(arrays: Sequence[mx.array]) -> list[mx.array]:
+    """Return the arrays; the gradients of all of them become available at once.
+
+    Collectives that take these gradients then follow all collectives that computing them takes, on every rank.
+    """
+    return cast("list[mx.array]", _together(list(arrays)))
+
+
+@mx.custom_function
+def _together(arrays: list[mx.array]) -> list[mx.array]:
+    return list(arrays)
+
+
+@_together.vjp
+def _together_vjp(primals: Any, cotangents: Sequence[mx.array], outputs: Any) -> list[mx.array]:
+    return [cast("mx.array", mx.depends(cotangent, list(cotangents))) for cotangent in cotangents]
 
 
 def _after(array: mx.array, made: Sequence[mx.array]) -> mx.array:

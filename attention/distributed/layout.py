@@ -60,6 +60,24 @@ class Layout(Struct, frozen=True):
         return f"{self.kind}, {self.seq:,} positions on {self.ranks} ranks"
 
 
+def extended(layout: Layout | None, rows: Layout, owner: int = 0) -> Layout:
+    """Return the layout of keys after those of some rows have been appended.
+
+    Args:
+        layout: of the keys before; None if there are none.
+        rows: layout of the rows.
+        owner: the rank that keeps the keys of rows that every rank has.
+    """
+    before = 0 if layout is None else layout.seq
+    new = rows.chunks if rows.is_sharded else [((0, rows.seq),) if rank == owner else () for rank in range(rows.ranks)]
+    old: Sequence[tuple[Chunk, ...]] = [()] * rows.ranks if layout is None else layout.chunks
+    chunks = (
+        _joined([*own, *((before + start, before + stop) for start, stop in added)])
+        for own, added in zip(old, new, strict=True)
+    )
+    return Layout("contiguous" if layout is None else layout.kind, before + rows.seq, tuple(chunks))
+
+
 def rows_of(chunks: Sequence[Chunk]) -> int:
     """Return the number of positions of chunks."""
     return sum(stop - start for start, stop in chunks)

@@ -173,6 +173,14 @@ def fast_sdpa() -> PatchPoint:
 
 
 @cache
+def fast_rope() -> PatchPoint:
+    """`mx.fast.rope`, by which models rotate queries and keys."""
+    import mlx.core as mx
+
+    return PatchPoint(mx.fast, "rope")
+
+
+@cache
 def models_sdpa() -> PatchPoint:
     """`mlx_lm.models.base.scaled_dot_product_attention`, through which most models attend.
 

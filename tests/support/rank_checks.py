@@ -60,6 +60,8 @@ def options_of(keywords: dict, shape: tuple[int, int, int, int]) -> Options:
 def self_attention(group, kind: str, seq: int, dtype: mx.Dtype, weights=None, **keywords) -> None:
     """Forward and gradients of a sequence in a layout, and the same bits again."""
     rank = group.rank()
+    if mx.default_device() == mx.gpu:
+        dtype = mx.bfloat16  # a GPU's float32 products may round to fewer bits
     q, k, v, cotangent = arrays(seq, seq, dtype)
     mask = keywords.get("mask")
     parts = distributed.shard(
