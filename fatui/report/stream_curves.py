@@ -66,8 +66,8 @@ def _typical_high(curve: Curve) -> float:
 
 def memory_chart(case: StreamCase) -> StreamChart:
     """Return the resident memory of the process over position, from zero."""
-    drawn = _chart(case, "resident memory", lambda block: block.resident_bytes, formatting.size)
-    return structs.replace(drawn, curves=tuple(curve for curve in drawn.curves if curve.name != FULL))
+    bounded = structs.replace(case, rows=tuple(row for row in case.rows if row.implementation != FULL))
+    return _chart(bounded, "resident memory", lambda block: block.resident_bytes, formatting.size)
 
 
 def loss_chart(case: StreamCase) -> StreamChart:
@@ -160,8 +160,22 @@ def axis_words(chart: StreamChart, width: int) -> str:
     return f"0{right:>{max(1, width - 1)}}"
 
 
-def legend(chart: StreamChart) -> list[tuple[str, int]]:
-    """Return the words below a chart, each with the number of its curve, -1 for none."""
+GAP: Final = "   "
+"""Between the words of a legend."""
+
+
+def legend(chart: StreamChart, width: int) -> list[list[tuple[str, int]]]:
+    """Return the lines of words below a chart, each with the number of its curve."""
+    lines: list[list[tuple[str, int]]] = [[]]
+    for words, number in _legend_words(chart):
+        taken = sum(len(each) + len(GAP) for each, _ in lines[-1])
+        if lines[-1] and taken + len(words) > width:
+            lines.append([])
+        lines[-1].append((words, number))
+    return lines
+
+
+def _legend_words(chart: StreamChart) -> list[tuple[str, int]]:
     words = [
         (f"{MARKS.get(curve.name, 'x')} {curve.name} {chart.format(curve.points[-1][1])}", number)
         for number, curve in enumerate(chart.curves)
@@ -184,5 +198,5 @@ def text_chart(chart: StreamChart, width: int, height: int) -> list[str]:
         chart.title,
         *(f"{head}{row}" for head, row in zip(heads, rows, strict=True)),
         " " * (left + 2) + axis_words(chart, width - left - 2),
-        " " * (left + 2) + "   ".join(words for words, _ in legend(chart)),
+        *(" " * (left + 2) + GAP.join(words for words, _ in line) for line in legend(chart, width - left - 2)),
     ]

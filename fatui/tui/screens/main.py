@@ -187,7 +187,7 @@ class MainScreen(Screen[None]):
         session, active = app.session, app.runs.active_session
         if active is not None and active is not session:
             left = estimate.remaining(active)
-            return f"{active.plan.cases[0].model} runs{f' · {left.words}' if left else ''}{suffix}"
+            return f"{active.plan.cases[0].model or 'a stream'} runs{f' · {left.words}' if left else ''}{suffix}"
         if session is None:
             return f"{f'run {app.report.run.id} is open' if app.report else 'ready'}{suffix}"
         elapsed = formatting.duration(session.elapsed_s)

@@ -8,11 +8,11 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 from attention.core.stream import STREAM_ROWS
-from fatui.report.stream_curves import Cells, StreamChart, axis_words, drawn, legend
+from fatui.report.stream_curves import GAP, Cells, StreamChart, axis_words, drawn, legend
 
 LEFT: Final = 10
-AROUND: Final = 3
-"""Rows besides the plot: title, axis, legend."""
+AROUND: Final = 2
+"""Rows besides the plot and the legend: title and axis."""
 MIN_ROWS: Final = 3
 ORDER: Final = tuple(STREAM_ROWS)
 
@@ -36,7 +36,9 @@ class StreamCurves(Widget):
 
     @property
     def _plot(self) -> tuple[int, int]:
-        return max(10, self.size.width - LEFT - 2), max(MIN_ROWS, self.size.height - AROUND)
+        width = max(10, self.size.width - LEFT - 2)
+        words = len(legend(self.chart, width)) if self.chart else 1
+        return width, max(MIN_ROWS, self.size.height - AROUND - words)
 
     def render_line(self, y: int) -> Strip:
         """Draw the title, one row of the plot, the axis, or the legend."""
@@ -52,8 +54,10 @@ class StreamCurves(Widget):
         elif y == height + 1:
             parts = [Segment(" " * (LEFT + 1) + axis_words(chart, width), axis)]
         else:
+            lines = legend(chart, width)
+            words = lines[y - height - 2] if y - height - 2 < len(lines) else []
             parts = [Segment(" " * (LEFT + 1), axis)]
-            parts += [Segment(f"{words}   ", self._style(number, chart)) for words, number in legend(chart)]
+            parts += [Segment(f"{text}{GAP}", self._style(number, chart)) for text, number in words]
         return Strip(parts).adjust_cell_length(self.size.width, self.rich_style)
 
     def _cells(self, chart: StreamChart) -> Cells:

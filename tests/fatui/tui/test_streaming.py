@@ -1,0 +1,78 @@
+"""The Streaming screen: setup, live curves, storage, and reopening from the history."""
+
+import pytest
+
+from attention.core.stream import FULL, STREAM_ROWS, STREAMING
+from fatui.storage.history import RunHistory
+from fatui.tui.screens.streaming import Streaming
+from fatui.tui.widgets.choice import Choice
+from fatui.tui.widgets.stream_curves import StreamCurves
+from tests.support.stage import on_stage
+from tests.support.streams import stream_events, stream_report
+
+
+async def start(stage, *typed):
+    """Open the screen, type values into choices, and run."""
+    await stage.press("a")
+    assert isinstance(stage.app.screen, Streaming)
+    for name, keys in typed:
+        stage.find(f"#{name}", Choice).focus()
+        await stage.press(*keys)
+    await stage.press("r")
+
+
+async def end(stage):
+    stage.engine.end()
+    await stage.settle(lambda: "streaming" in stage.app.runs.model_reports)
+    stage.app.screen._show()
+    await stage.pilot.pause()
+
+
+async def test_a_stream_is_set_up_drawn_live_and_kept(stage):
+    await start(stage, ("window", "512"))
+    plan = stage.engine.record.plan
+    assert plan.cases[0].model is None
+    assert plan.cases[0].window == 512
+    assert plan.ordered == (FULL, STREAMING)
+    stage.engine.tell(*list(stream_events(plan))[:-2])
+    stage.app.screen._show()
+    await stage.pilot.pause()
+    seen = stage.seen()
+    assert "full, extrapolated: 1.02 ms" in seen
+    assert "━ streaming 100 µs" in seen
+    assert "interrupted" not in seen
+    stage.engine.tell(*list(stream_events(plan))[-2:])
+    await end(stage)
+    assert RunHistory().get("last").streams[0].rows[1].tokens == 100_000
+    assert "--window 512" in RunHistory().get("last").run.command
+
+
+async def test_a_model_has_all_rows_and_its_own_heads(stage):
+    await start(stage, ("model", ["left"]))
+    plan = stage.engine.record.plan
+    assert plan.cases[0].model == "tiny-llama"
+    assert (plan.cases[0].heads, plan.cases[0].kv_heads) == (4, 2)
+    assert plan.ordered == tuple(STREAM_ROWS)
+    stage.engine.tell(*stream_events(plan))
+    await end(stage)
+    assert stage.find("#stream-losses", StreamCurves).display
+    assert "loss inside" in stage.seen()
+
+
+async def test_first_tokens_beyond_the_window_are_refused_in_words(stage):
+    await start(stage, ("window", "8"), ("first", "9"))
+    assert not stage.app.runs.active
+    assert any("first: got 9" in line.text for line in stage.app.journal.since(0))
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 55)])
+async def test_a_past_stream_opens_with_its_curves_at_any_size(private_folders, size):
+    async with on_stage(size=size) as stage:
+        stage.app.open_report(stream_report("tiny-llama"))
+        await stage.settle(lambda: isinstance(stage.app.screen, Streaming))
+        stage.app.screen._show()
+        await stage.pilot.pause()
+        table = stage.find("#model-table").render()
+        assert "streaming" in stage.seen()
+        drawn = stage.find("#stream-times", StreamCurves).chart is not None
+        assert drawn == (size[1] > 24), table
