@@ -10,7 +10,7 @@ from rich.console import Console
 
 from attention.core import events as on
 from attention.core.errors import NoBackendError, Remedy, UsageError
-from attention.core.results import Interval, Ratio, Report
+from attention.core.results import Interval, RankFigures, Ratio, Report, Row
 from attention.core.workload import Workload
 from attention.engine.record import Record
 from fatui import formatting
@@ -278,3 +278,18 @@ def test_an_approximate_row_is_marked_wherever_its_accuracy_is_told() -> None:
     Console(file=out, width=200).print(report_table(report))
     assert "8 bits; so far off" in out.getvalue()
     assert all("1.2e-2 fp8" in text for text in (out.getvalue(), to_markdown(report)))
+
+
+def test_the_share_of_ideal_is_of_all_ranks() -> None:
+    ranks = tuple(RankFigures(rank=rank, call_s=0.004 + rank / 1000, compute_s=0.004, sent_bytes=8) for rank in (0, 1))
+    row = Row(
+        implementation="poc",
+        status="ok",
+        over_one_device=Ratio(value=1.8, low=1.78, high=1.82, significant=True),
+        per_rank=ranks,
+        samples=(0.005,) * 6,
+    )
+    assert formatting.over_text(row, "one_device") == "90.0 ±1.0 %"
+    assert formatting.sent_text(row) == "16 B"
+    assert formatting.exposed_text(row) == "1.00 ms"
+    assert formatting.rank_notes(row)[1] == "rank 1: 5.00 ms per call, 1.00 ms of it waiting, 8 B sent"

@@ -18,7 +18,7 @@ from fatui.engine_process import Engine
 from fatui.rank_launch import RankLaunch
 
 PLANTED = Path(__file__).parents[1] / "support" / "planted.py"
-RING = Path(__file__).parents[1] / "data" / "ring-of-two.json"
+RING = Path(__file__).parents[1] / "support" / "ring_of_two.json"
 """Two ranks of this machine over MLX's ring, also where there is a GPU: they share it."""
 PEAKS = Peaks(matmul_flops_per_s=1e10, copy_bytes_per_s=1e10)
 SMALL = Workload(seq=64, heads=2, head_dim=16, dtype="float32")
