@@ -1,8 +1,10 @@
 """Accuracy checks of one implementation on a problem, by FlashAttention 3's rule.
 
 The accepted error of an output is twice that of plain attention in the same type, of a gradient three times, plus the
-rounding of the result. Plain attention in 16 bits clips a large mask; what float32 loses beside it counts as well.
-On CUDA the error of TF32 counts too: MLX multiplies float32 matrices in TF32 there if cuBLAS chooses to.
+rounding of the result. A backward pass that recomputes the weights in float32 has an error that plain attention may
+not have: that counts as well, see `reference.recomputed_results`. Plain attention in 16 bits clips a large mask; what
+float32 loses beside it counts as well. On CUDA the error of TF32 counts too: MLX multiplies float32 matrices in TF32
+there if cuBLAS chooses to.
 """
 
 from collections.abc import Callable
@@ -31,6 +33,8 @@ TRANSFORMS: Final = ("plain", "compile", "checkpoint", "vmap", "vmap_q", "vmap_g
 gradient mapped; `grad_compile`: the gradient compiled."""
 OUTPUT_FACTOR: Final = 2
 GRADIENT_FACTOR: Final = 3
+MAX_RECOMPUTED: Final = 1e-3
+"""Largest error, relative to the largest number, that is put down to recomputed weights."""
 SCORE_ROUNDING: Final = 2**-22
 """Relative error of a weight per unit of a score: a few roundings of float32."""
 
@@ -82,6 +86,11 @@ class Judge:
             self.in_tf32 = self.expected
             if reference.multiplies_in_tf32(problem):
                 self.in_tf32 = reference.expected(problem, keep, added, is_product_in_tf32=True)
+            self.recomputed: list[list[Floats]] = []
+            if problem.cotangent is not None and problem.q.dtype == mx.float32:
+                self.recomputed = [
+                    reference.recomputed_results(problem, keep, added, order) for order in reference.ORDERS
+                ]
             self.in_float32 = self.expected
             if added is not None:
                 self.in_float32 = reference.expected(problem, keep, added, is_sum_in_float32=True)
@@ -120,6 +129,10 @@ class Judge:
         of_plain = float(np.abs(plain - expected).max(initial=0))
         for rounded in (self.in_float32, self.in_tf32):
             of_plain = np.maximum(of_plain, np.abs(rounded[index] - expected).max(initial=0))  # NaN stays NaN
+        for results in self.recomputed:
+            if 0 < index < len(results):
+                error = np.abs(results[index] - expected).max(initial=0)
+                of_plain = np.maximum(of_plain, min(np.nan_to_num(error, posinf=0.0), MAX_RECOMPUTED * largest))
         if not np.isfinite(of_plain):  # plain attention overflowed in its type; float32 inside would not have
             if name in PEERS:
                 return np.inf

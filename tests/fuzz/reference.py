@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from typing import Final
 
 import mlx.core as mx
 import numpy as np
@@ -100,6 +101,71 @@ def expected(
     if problem.has_mask_gradient and isinstance(problem.mask, mx.array):
         made.append(reduced(by_masked, problem.mask.shape))
     return made
+
+
+MAX_PARTIAL_SUMS: Final = 32
+"""Roundings of a sum in `recomputed_results`; a kernel's sums have as many or fewer."""
+
+
+ORDERS: Final = ("backwards", "odd first")
+"""Orders in which a recomputed score may be added up, beside that of the forward pass."""
+
+
+def _product(a: np.ndarray, b: np.ndarray, order: str = "forwards") -> np.ndarray:
+    """Return a b in float32; the products are added up in an order of `ORDERS`."""
+    width = a.shape[-1]
+    step = max(1, -(-width // MAX_PARTIAL_SUMS))
+    made = np.zeros((*a.shape[:-1], b.shape[-1]), np.float32)
+    starts = range(0, width, step)
+    for first in {"forwards": starts, "backwards": starts[::-1], "odd first": [*starts[1::2], *starts[::2]]}[order]:
+        made += a[..., first : first + step] @ b[..., first : first + step, :]
+    return made
+
+
+def recomputed_results(problem: Problem, keep: np.ndarray, added: Floats | None, order: str) -> list[Floats]:
+    """Return the results in float32 as a backward pass has them that recomputes the weights, without a mask's gradient.
+
+    As in FlashAttention, the rows' maxima and sums are those of the forward pass, and the scores are computed again,
+    here with their products added up in another order of `ORDERS`. A score s = sum of q_d k_d has an error of about
+    2**-24 sum |q_d k_d|, another one in each pass, so a weight exp(s - max) / sum has their difference as its relative
+    error; with a softcap c, the factor 1 - tanh(s / c)**2 of a gradient has up to 2 / c times that. Plain attention
+    uses one and the same rounded score throughout, and its weights sum to 1: where they nearly are 0 and 1, its
+    gradients have no such error at all.
+    """
+    q, k, v = (exact(x).astype(np.float32) for x in (problem.q, problem.k, problem.v))
+    group = q.shape[1] // k.shape[1]
+    keys, values, factor = np.repeat(k, group, 1), np.repeat(v, group, 1), np.float32(problem.factor)
+    finite = None
+    if added is not None:
+        most = float(np.finfo(np.float32).max) / 2
+        finite = np.where(np.isinf(added), added, np.clip(added, -most, most)).astype(np.float32)
+
+    def scores(order: str) -> tuple[np.ndarray, np.ndarray | float]:
+        made, slope = _product(q, keys.swapaxes(-1, -2), order) * factor, 1.0
+        if problem.softcap is not None:
+            squashed = np.tanh(made / np.float32(problem.softcap))
+            made, slope = np.float32(problem.softcap) * squashed, 1 - squashed * squashed
+        return np.where(keep, made if finite is None else made + finite, np.float32(-np.inf)), slope
+
+    first, _ = scores("forwards")
+    top = first.max(-1, keepdims=True)
+    top = np.where(np.isneginf(top), np.float32(0), top)
+    total = np.exp(first - top).sum(-1, keepdims=True)
+    inverse = 1 / np.where(total == 0, np.float32(1), total)
+    output = _product(np.exp(first - top) * inverse, values)
+    if problem.cotangent is None:
+        return [output.astype(np.float64)]
+    again, slope = scores(order)
+    weights, cotangent = np.exp(again - top) * inverse, exact(problem.cotangent).astype(np.float32)
+    by_weight = _product(cotangent, values.swapaxes(-1, -2))
+    by_score = weights * (by_weight - (cotangent * output).sum(-1, keepdims=True)) * slope * factor
+
+    def of_shared(x: np.ndarray) -> np.ndarray:
+        return np.asarray(x.reshape(x.shape[0], k.shape[1], group, *x.shape[2:]).sum(2))
+
+    of_keys = of_shared(_product(by_score.swapaxes(-1, -2), q))
+    made = [output, _product(by_score, keys), of_keys, of_shared(_product(weights.swapaxes(-1, -2), cotangent))]
+    return [x.astype(np.float64) for x in made[: 1 + problem.differentiated]]
 
 
 def reduced(x: Floats, shape: tuple[int, ...]) -> Floats:

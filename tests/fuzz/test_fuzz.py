@@ -208,3 +208,16 @@ def test_a_run_ends_soon_after_its_time(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(program, "MAX_OVERTIME_S", 1.0)
     assert main(["--count", "1", "--seconds", "3", "--impl", f"{plugin}:Slow"]) == 0
     assert "still running when the time was up" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", [("broad", 93, 603), ("broad", 98, 603), ("broad", 273, 501)], ids=str)
+def test_recomputed_weights_are_no_fault(case):
+    """Float32 gradients of weights near 0 and 1, and of a small softcap; plain attention has next to no error there."""
+    family, number, seed = case
+    assert failures(family, "gradient", number, seed) == []
+
+
+def test_a_small_fault_in_a_float32_gradient_is_still_found():
+    problem = cases.problem(603, 93, "gradient")
+    spoil = lambda output, v: output + 1e-4 * (v - mx.stop_gradient(v)).sum()  # noqa: E731
+    assert Judge(problem).outcome("broken", Broken(spoil)).verdict == "inaccurate"
