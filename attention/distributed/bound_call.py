@@ -35,8 +35,11 @@ class BoundCall:
         implementation: str | Implementation,
         *,
         seed: int = 0,
+        communicate: bool = True,
     ) -> None:
         """Make the inputs, the same on every rank, and keep this rank's part of them.
+
+        Without `communicate` nothing is sent: other ranks' keys have wrong values, and the group need not exist.
 
         Raises:
             UsageError: the decision does not fit the workload or the group.
@@ -66,14 +69,20 @@ class BoundCall:
                 self._inputs.append(shard(cotangent[0], cotangent[0], cotangent[0], group, rows).q)
         self._inputs = [mx.contiguous(x) for x in self._inputs]
         mx.eval(self._inputs)
-        self._problem = Problem(chosen, scale, mask, None, rows, self.layout, group)
+        self._problem = Problem(chosen, scale, mask, None, rows, self.layout, group, communicate=communicate)
+        self._previous: list[mx.array] = []
         before = collectives.statistics().bytes_sent
         self.wait(self.queue())
         self.bytes_sent = collectives.statistics().bytes_sent - before
 
     def queue(self) -> list[mx.array]:
-        """Queue one call; return this rank's output, and in training its dQ, dK and dV, unevaluated."""
-        return self._queue(self._problem)
+        """Queue one call; return this rank's output, and in training its dQ, dK and dV, unevaluated.
+
+        It begins when the call before has ended, as in a model, so that no call hides another's communication; and the
+        ranks' collectives are in one order, as they have to be.
+        """
+        self._previous = self._queue(self._problem)
+        return self._previous
 
     def queue_compute(self) -> list[mx.array]:
         """Queue what this rank computes in a call, without communication."""
@@ -83,9 +92,12 @@ class BoundCall:
         def call(*arrays: mx.array) -> mx.array:
             return attend(arrays[0], arrays[1], arrays[2], problem)[0]
 
+        q, k, v, *cotangent = self._inputs
+        if self._previous:
+            k, v = (cast("mx.array", mx.depends(x, self._previous)) for x in (k, v))
         if not self._training:
-            return [call(*self._inputs)]
-        outputs, gradients = mx.vjp(call, self._inputs[:3], self._inputs[3:4])
+            return [call(q, k, v)]
+        outputs, gradients = mx.vjp(call, [q, k, v], cotangent)
         return [*outputs, *gradients]
 
     def wait(self, outputs: Sequence[object]) -> None:

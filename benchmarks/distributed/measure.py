@@ -1,0 +1,197 @@
+"""One rank of `python -m benchmarks.distributed`: times each case on all ranks, paired with one device alone."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import mlx.core as mx
+import msgspec
+
+from attention.distributed import collectives, decide, make_layout
+from attention.distributed.bound_call import BoundCall
+from attention.distributed.decision import Method
+from attention.distributed.layout import Kind
+from attention.implementations import load_implementation
+from attention.implementations.calls import MlxRunner, make_inputs
+from attention.measure.accuracy import AccuracyChecker
+from benchmarks.distributed.cases import Case, cases
+
+ROUNDS: Final = 9
+SAMPLE_S: Final = 0.05
+
+
+def measure(case: Case, group: collectives.Group, implementation: str, method: Method | None) -> dict[str, Any]:
+    """Return the row of a case: median times of the slowest rank, and ratios within rounds."""
+    workload = case.workload
+    layout: Kind | None = None
+    decision = decide(workload, group.size(), method=method, layout=layout, sharded_by="any" if method else "sequence")
+    alone = MlxRunner(load_implementation(implementation), workload, make_inputs(workload, 0), workload.head_dim**-0.5)
+    call = BoundCall(workload, group, decision, implementation)
+    arms: dict[str, Callable[[], list[mx.array]]] = {
+        "one": alone.queue,
+        "ranks": call.queue,
+        "compute": call.queue_compute,
+    }
+    counts = {}
+    for name, queue in arms.items():
+        _sample(queue, 2, call)
+        counts[name] = max(1, round(SAMPLE_S / call.agreed(_sample(queue, 2, call) / 2)))
+    rounds = []
+    for _ in range(ROUNDS):
+        times = {}
+        for name, queue in arms.items():
+            _sample(queue, counts[name], call)  # untimed: the sample's own clocks and power
+            times[name] = call.agreed(_sample(queue, counts[name], call) / counts[name])
+        rounds.append(times)
+    medians = {name: statistics.median(times[name] for times in rounds) for name in arms}
+    ratios = sorted(times["one"] / times["ranks"] for times in rounds)
+    return {
+        "part": case.part,
+        "workload": msgspec.to_builtins(workload),
+        "ranks": group.size(),
+        "transport": collectives.transport(),
+        "method": decision.method,
+        "layout": call.layout.kind,
+        "one_s": medians["one"],
+        "ranks_s": medians["ranks"],
+        "compute_s": medians["compute"],
+        "exposed_s": max(0.0, medians["ranks"] - medians["compute"]),
+        "bytes_sent": call.bytes_sent,
+        "speedup": statistics.median(ratios),
+        "speedup_range": [ratios[0], ratios[-1]],
+        "share_of_ideal": statistics.median(ratios) / group.size(),
+        "target": case.target,
+        "accurate": _accurate(case, call),
+    }
+
+
+def _sample(queue: Callable[[], list[mx.array]], calls: int, call: BoundCall) -> float:
+    """Return the seconds of some calls, queued and evaluated together."""
+    call.barrier()
+    started = time.perf_counter()
+    mx.eval([queue() for _ in range(calls)])
+    mx.synchronize()
+    return time.perf_counter() - started
+
+
+def _accurate(case: Case, call: BoundCall) -> bool | None:
+    """Return whether the ranks' output passes FlashAttention 3's rule; None for gradients, which are tested apart."""
+    if case.workload.pass_ == "training":
+        return None
+    whole = call.gather_outputs()
+    checker = AccuracyChecker(case.workload, make_inputs(case.workload, 0), case.workload.head_dim**-0.5)
+    return checker.check([whole]).accurate
+
+
+class OneOfRanks:
+    """A rank of a group that does not exist: for the time of its computation on this device alone."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        """Create it."""
+        self._rank, self._ranks = rank, ranks
+
+    def rank(self) -> int:
+        """Return its rank."""
+        return self._rank
+
+    def size(self) -> int:
+        """Return the number of ranks."""
+        return self._ranks
+
+
+def simulate(case: Case, ranks: int, implementation: str, bytes_per_s: float, latency_s: float) -> dict[str, Any]:
+    """Return the row of a case on more devices than there are: computation measured here, communication computed.
+
+    Each of up to four ranks' computations is timed on this device, without communication. What arrives before the
+    first piece is computed is exposed, and what the computation of the other pieces does not cover.
+    """
+    workload = case.workload
+    decision = decide(workload, ranks, sharded_by="sequence")
+    scale = workload.head_dim**-0.5
+    inputs = make_inputs(workload, 0)
+    alone = MlxRunner(load_implementation(implementation), workload, inputs, scale)
+    one_s = _median_s(alone.queue)
+    del alone, inputs
+    mx.clear_cache()
+    computing = {}
+    for rank in sorted({0, 1, ranks // 2, ranks - 1}):
+        group: Any = OneOfRanks(rank, ranks)
+        call = BoundCall(workload, group, decision, implementation, communicate=False)
+        computing[rank] = _median_s(call.queue)
+        del call
+        mx.clear_cache()
+    sent = max(decision.bytes_sent)
+    moving = sent / bytes_per_s + 2 * latency_s
+    slowest = max(computing.values())
+    if decision.method == "split keys":
+        exposed = moving
+    else:
+        first = moving / 8  # the first piece is an eighth of the K/V heads
+        exposed = first + max(0.0, moving - first - slowest / 8)
+    return {
+        "part": case.part,
+        "workload": msgspec.to_builtins(workload),
+        "ranks": ranks,
+        "simulated": True,
+        "method": decision.method,
+        "layout": make_layout(workload.seq, ranks, decision.layout).kind,
+        "one_s": one_s,
+        "compute_s": slowest,
+        "compute_of_ranks_s": computing,
+        "bytes_sent": sent,
+        "bytes_per_s": bytes_per_s,
+        "exposed_s": exposed,
+        "ranks_s": slowest + exposed,
+        "share_of_computation": one_s / ranks / slowest,
+        "share_of_ideal": one_s / ranks / (slowest + exposed),
+    }
+
+
+def _median_s(queue: Callable[[], list[mx.array]]) -> float:
+    """Return the median seconds of a call, of samples of some calls queued together."""
+
+    def sample(calls: int) -> float:
+        mx.synchronize()
+        started = time.perf_counter()
+        mx.eval([queue() for _ in range(calls)])
+        mx.synchronize()
+        return (time.perf_counter() - started) / calls
+
+    sample(1)
+    calls = max(1, round(SAMPLE_S / sample(2)))
+    return statistics.median(sample(calls) for _ in range(5))
+
+
+def line(row: dict[str, Any]) -> str:
+    """Return a row as a line of text."""
+    workload = row["workload"]
+    length = workload["kv_seq"] if workload["pass"] == "decode" else workload["seq"]
+    target = f" (target {row['target']:.0%})" if row.get("target") else ""
+    accurate = {True: "accurate", False: "NOT ACCURATE", None: ""}[row.get("accurate")]
+    kind = "simulated " if row.get("simulated") else ""
+    return (
+        f"{row['part']:9} {workload['mask']:14} {length:>8,} {kind}"
+        f"{row['ranks']} ranks, {row['method']}, {row['layout']}: "
+        f"one {row['one_s'] * 1e3:.3f} ms, ranks {row['ranks_s'] * 1e3:.3f}, computing {row['compute_s'] * 1e3:.3f}, "
+        f"exposed {row['exposed_s'] * 1e3:.3f}; {row['bytes_sent'] / 1e6:.1f} MB sent; "
+        f"{row['share_of_ideal']:.1%} of ideal{target} {accurate}"
+    )
+
+
+def main() -> int:
+    """Measure the parts named as arguments; rank 0 prints lines, and rows as JSON after `ROW`."""
+    implementation, backend, method, *parts = sys.argv[1:]
+    group = mx.distributed.init(strict=True, backend=backend)
+    for case in cases(parts, mx.default_device() == mx.gpu):
+        row = measure(case, group, implementation, None if method == "-" else method)  # type: ignore[arg-type]
+        if group.rank() == 0:
+            print(line(row), flush=True)
+            print("ROW", msgspec.json.encode(row).decode(), flush=True)
+        mx.clear_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
