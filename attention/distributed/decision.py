@@ -5,7 +5,7 @@ Bytes that a rank sends in a forward pass over n ranks (b bytes a number, L/n ro
     context parallel   (n - 1) * L/n * Hkv * (D + Dv) * b               keys and values; a window sends only its reach
     head parallel      (n - 1)/n * L/n * (H + Hkv) * (D + Dv) * b       rows to heads and back, by an all-to-all;
                        nothing if the arrays are sharded by heads
-    split keys         (n - 1) * B * H * Lq * (Dv + 1) * 4              partial results
+    split keys         (n - 1) * B * H * Lq * (Dv * b + 4)              partial results and their logsumexps
 """
 
 from collections.abc import Sequence
@@ -154,7 +154,7 @@ def _options(
     if ranks == 1:
         return [Option("alone", "replicated", (0,), (workload.flops,), 0.0, 0.0)]
     if workload.seq != workload.kv_seq:
-        sent = (ranks - 1) * workload.batch * workload.heads * workload.seq * (workload.value_dim + 1) * 4
+        sent = (ranks - 1) * workload.batch * workload.heads * workload.seq * (workload.value_dim * item + 4)
         made = [Option("split keys", layout or "contiguous", (sent,) * ranks, even, 0.0, 0.0)]
     else:
         kind: Kind = layout if layout not in (None, "heads", "replicated") else best_layout(workload)

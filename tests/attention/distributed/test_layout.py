@@ -1,3 +1,6 @@
+import doctest
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -5,6 +8,14 @@ from attention import masks
 from attention.core.errors import UsageError
 from attention.distributed.exchange import Seen, make_exchange
 from attention.distributed.layout import LAYOUTS, Layout, make_layout
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "distributed.md"
+
+
+def test_the_examples_of_the_page_run():
+    failed, tried = doctest.testfile(str(PAGE), module_relative=False, encoding="utf-8")
+    assert (failed, tried > 3) == (0, True)
 
 
 def held(layout: Layout) -> list[int]:
