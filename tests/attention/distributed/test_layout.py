@@ -9,7 +9,6 @@ from attention.core.errors import UsageError
 from attention.distributed.exchange import Seen, make_exchange
 from attention.distributed.layout import LAYOUTS, Layout, make_layout
 
-
 PAGE = Path(__file__).parents[3] / "docs" / "distributed.md"
 
 
