@@ -226,6 +226,15 @@ class BoundMeasured(Event, tag="bound_measured"):
     seconds: float
 
 
+class BareLoopMeasured(Event, tag="bare_loop_measured"):
+    """Steps of a loop that does nothing for as long as a token takes: what the system interrupts."""
+
+    case: int
+    implementation: str
+    bins: dict[int, int]
+    """Number of steps by bin of their time, see `core.stream.bin_of`."""
+
+
 class Progress(Event, tag="progress"):
     """Progress of the run."""
 
@@ -351,7 +360,7 @@ class RunRefused(Event, tag="run_refused"):
     remedy: Remedy | None = None
 
 
-StreamRowEvent = StreamAdvanced | BoundMeasured
+StreamRowEvent = StreamAdvanced | BoundMeasured | BareLoopMeasured
 RowEvent = (
     RouteFound | StepStarted | RowEnded | FirstCall | AccuracyChecked | MemoryMeasured | LatencyMeasured | RanksMeasured
 )

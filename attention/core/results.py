@@ -287,6 +287,8 @@ class StreamRow(Row, frozen=True, kw_only=True):
     slowest_s: float | None = None
     slow_tokens: int | None = None
     """Steps that took more than five times the median."""
+    bare_bins: dict[int, int] = {}
+    """Steps by bin of their time of a loop that does nothing for as long as the median: the system's own pauses."""
     tenth_s: tuple[float, ...] = ()
     """Median seconds of a token in each tenth of the stream."""
     spread: float | None = None

@@ -64,6 +64,7 @@ class RowState(Struct):
     blocks: list[stream.StreamBlock] = field(default_factory=list)
     """The blocks of a stream's tokens so far."""
     bound_s: float | None = None
+    bare_bins: dict[int, int] = field(default_factory=dict)
     ended: on.RowEnded | None = None
     per_rank: tuple[RankFigures, ...] = ()
 
@@ -231,6 +232,8 @@ class RunRecord(ABC, Generic[P, C]):
                 row.blocks += event.blocks
             case on.BoundMeasured():
                 row.bound_s = event.seconds
+            case on.BareLoopMeasured():
+                row.bare_bins = event.bins
             case on.RanksMeasured():
                 row.per_rank = event.per_rank
 
@@ -608,6 +611,7 @@ def _steadiness(measured: RowState, typical_s: float, work: stream.Stream) -> di
         "p99_s": stream.quantile_s(bins, 0.99),
         "slowest_s": max(block.slowest_s for block in blocks),
         "slow_tokens": stream.slow_steps(bins, typical_s),
+        "bare_bins": measured.bare_bins,
         "tenth_s": tuple(tenths),
         "spread": stream.spread(tenths, work.tokens, work.kept),
         "start_bytes": start.resident_bytes,

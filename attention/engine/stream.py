@@ -4,6 +4,7 @@ import gc
 import os
 import time
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from attention.core import events as on
 from attention.core.kv_format import DENSE
 from attention.core.plan import StreamPlan
 from attention.core.route import validated_route
-from attention.core.stream import FULL, MAX_BLOCKS, STREAMING, Stream, StreamBlock, block_of
+from attention.core.stream import FULL, MAX_BLOCKS, STREAMING, Stream, StreamBlock, bin_of, block_of
 from attention.core.workload import Workload
 from attention.engine.case_runner import CaseRunner
 from attention.engine.peaks import measure_peaks
@@ -42,6 +43,8 @@ MAX_CACHE_BYTES: Final = {"cpu": 2**30, "metal": 2**32, "cuda": 2**34}
 """The largest cache that full attention is measured at."""
 CACHE_SHARE: Final = 0.25
 """The largest share of the free memory that it may take."""
+BARE_S: Final = 2.0
+"""Seconds at most of a loop that does nothing, as long a step as a token's."""
 BOUND_S: Final = 0.2
 """Seconds for measuring how fast the window's bytes can be read."""
 
@@ -146,7 +149,22 @@ class StreamBench(CaseRunner[StreamPlan]):
                     self._progress.log(f"{name}: ended at {done}")
                     return False
         stream.flush()
+        if name == STREAMING:
+            self._measure_bare_loop(stream.typical_s, -(-work.tokens // work.chunk))
         return True
+
+    def _measure_bare_loop(self, token_s: float, steps: int) -> None:
+        """Emit the times of a loop that waits for as long as a token takes, to show what the system interrupts."""
+        times: list[float] = []
+        began = time.perf_counter()
+        with without_collection():
+            while len(times) < steps and time.perf_counter() - began < BARE_S:
+                started = time.perf_counter()
+                while (elapsed := time.perf_counter() - started) < token_s:
+                    pass
+                times.append(elapsed)
+        bins = dict(Counter(map(bin_of, times)))
+        self._progress.emit(on.BareLoopMeasured(case=self._progress.case, implementation=STREAMING, bins=bins))
 
 
 class BlockStream:
@@ -154,6 +172,7 @@ class BlockStream:
 
     Attributes:
         began: clock reading at the beginning of the block.
+        typical_s: median time of a token in the latest block.
     """
 
     def __init__(self, case: int, name: str, emit: Callable[[on.AnyEvent], None]) -> None:
@@ -162,6 +181,7 @@ class BlockStream:
         self._loss, self._losses = 0.0, 0
         self._blocks: list[StreamBlock] = []
         self._emitted = self.began = time.perf_counter()
+        self.typical_s = 0.0
 
     def add(self, seconds: float, loss: float | None, tokens: int) -> None:
         """Add a step: seconds per token, mean loss, and number of tokens."""
@@ -184,6 +204,7 @@ class BlockStream:
                 losses=self._losses,
             )
         )
+        self.typical_s = self._blocks[-1].seconds
         self._times, self._loss, self._losses = [], 0.0, 0
         self.began = time.perf_counter()
 

@@ -123,7 +123,7 @@ def _line(number: int, case: AnyCase, row: Row) -> dict[str, object]:
     fields: dict[str, Any] = msgspec.to_builtins(row)
     samples = fields.pop("samples")
     if isinstance(row, StreamRow):
-        del fields["blocks"]  # the curves are in the JSON
+        del fields["blocks"], fields["bare_bins"]  # in the JSON
         fields["seen_tokens"] = fields.pop("tokens")  # the workload's are those that were asked for
     fields.update(_rank_fields(row))
     del fields["per_rank"]

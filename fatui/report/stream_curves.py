@@ -1,14 +1,14 @@
 """Curves of a stream over the position of its tokens, and their drawing in a grid of characters."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Final
 
 from msgspec import Struct, structs
 
 from attention.core.results import StreamCase, StreamRow
-from attention.core.stream import FULL, STREAMING, StreamBlock, fitted_line
+from attention.core.stream import FULL, STREAMING, StreamBlock, bin_top_s, fitted_line
 from fatui import formatting
 
 MARKS: Final = {FULL: "●", "recomputed": "▲", "window": "◆", STREAMING: "━"}
@@ -115,6 +115,32 @@ def _extrapolated(row: StreamRow, tokens: int) -> Points:
     step = (tokens - last.end) / EXTRAPOLATED_POINTS
     beyond = (last.end + step * (index + 1) for index in range(EXTRAPOLATED_POINTS))
     return (float(last.end), last.seconds), *((end, line.at(end)) for end in beyond)
+
+
+LEVELS: Final = " ▁▂▃▄▅▆▇█"
+
+
+def step_histograms(counts: Mapping[str, Mapping[int, int]], width: int) -> list[str]:
+    """Draw histograms of steps' times on one logarithmic axis, one line for each name, and a line with its ends.
+
+    The heights are logarithmic too, so that a single step is visible beside a million.
+    """
+    bins = [number for each in counts.values() for number in each]
+    if not bins:
+        return []
+    low, high = min(bins), max(bins)
+    size = (high - low) // width + 1
+    highest = max(math.log1p(count) for each in counts.values() for count in each.values())
+    label = max(map(len, counts))
+    lines = []
+    for name, each in counts.items():
+        columns = [0] * ((high - low) // size + 1)
+        for number, count in each.items():
+            columns[(number - low) // size] += count
+        bars = (min(math.ceil(math.log1p(count) / highest * 8), 8) for count in columns)
+        lines.append(f"{name:<{label}} {''.join(LEVELS[bar] for bar in bars)}")
+    ends = formatting.seconds(bin_top_s(low)), formatting.seconds(bin_top_s(high))
+    return [*lines, f"{'':<{label}} {ends[0]}{ends[1]:>{max(1, (high - low) // size + 1 - len(ends[0]))}}"]
 
 
 Cells = list[list[tuple[str, int]]]

@@ -9,7 +9,7 @@ from fatui import formatting
 from fatui.report.charts import line_chart
 from fatui.report.document import Block, Chart, Claim, MissingData, Table
 from fatui.report.stream_curves import EXTRAPOLATED_WORDS, StreamChart, loss_chart, memory_chart, time_chart
-from fatui.report.table import growth_text, model_columns
+from fatui.report.table import bare_text, growth_text, model_columns
 
 RUN_STREAM: Final = "fatui stream --tokens 100000"
 BEYOND: Final = f"{FULL}, {EXTRAPOLATED_WORDS}"
@@ -44,7 +44,8 @@ def _steady(case: StreamCase) -> Claim | None:
         parts.append(f"resident memory is {growth_text(row.start_bytes, row.end_bytes)} since then")
     if row.slow_tokens is not None:
         steps = sum(block.count for block in row.blocks)
-        parts.append(f"{row.slow_tokens:,} of {steps:,} steps took more than {SLOW:g} times the median")
+        slow = f"{row.slow_tokens:,} of {steps:,} steps took more than {SLOW:g} times the median"
+        parts.append(f"{slow}{bare_text(row)}")
     if row.bound_share is not None:
         parts.append(f"reading what a token needs takes {formatting.percent(row.bound_share)} of its time")
     return Claim(f"{case.workload.label}: {'; '.join(parts)}.")

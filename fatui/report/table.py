@@ -24,10 +24,10 @@ from attention.core.results import (
     StreamRow,
 )
 from attention.core.route import FALLS_BACK
-from attention.core.stream import FULL, STREAMING
+from attention.core.stream import FULL, STREAMING, merged_bins, slow_steps
 from attention.engine.record import NEVER_CALLED
 from fatui import formatting
-from fatui.report.stream_curves import loss_chart, text_chart, time_chart
+from fatui.report.stream_curves import loss_chart, step_histograms, text_chart, time_chart
 from fatui.report.study import SHOWN, Study, StudyRow, rate_text, times_text
 from fatui.untrusted_text import escape_all
 
@@ -209,7 +209,7 @@ def _stream_notes(case: StreamCase) -> list[str]:
             slowest = formatting.seconds(row.slowest_s)
             notes.append(
                 f"{row.implementation}: {row.slow_tokens:,} of {steps:,} steps took over 5 times the median, "
-                f"the slowest {slowest}"
+                f"the slowest {slowest}{bare_text(row)}"
             )
         if row.device_start_bytes is not None:
             notes.append(
@@ -222,10 +222,29 @@ def _stream_notes(case: StreamCase) -> list[str]:
     return notes
 
 
+def bare_text(row: StreamRow) -> str:
+    """Format how many steps of a loop that does nothing were as slow; empty if that was not measured."""
+    steps = sum(row.bare_bins.values())
+    if not steps or row.call_s is None:
+        return ""
+    return f"; a loop that does nothing for as long: {slow_steps(row.bare_bins, row.call_s.median):,} of {steps:,}"
+
+
+def _histograms(case: StreamCase, width: int) -> list[str]:
+    """Return the histograms of the steps of `streaming` and of a loop that does nothing, if that was measured."""
+    row = next((row for row in case.rows if row.implementation == STREAMING and row.bare_bins), None)
+    if row is None:
+        return []
+    drawn = step_histograms({STREAMING: merged_bins(row.blocks), "bare loop": row.bare_bins}, width)
+    return ["", "times of steps, on logarithmic axes", *drawn]
+
+
 def stream_charts(case: StreamCase, width: int) -> list[str]:
     """Return the curves of a stream as lines of text."""
     charts = [chart for chart in (time_chart(case), loss_chart(case)) if chart.curves]
-    return [line for chart in charts for line in ("", *text_chart(chart, min(width, CHART_WIDTH), CHART_HEIGHT))]
+    width = min(width, CHART_WIDTH)
+    lines = [line for chart in charts for line in ("", *text_chart(chart, width, CHART_HEIGHT))]
+    return [*lines, *_histograms(case, width - 12)]
 
 
 CHART_WIDTH: Final = 78

@@ -6,7 +6,7 @@ from attention.core import events as on
 from attention.core.plan import StreamPlan
 from attention.core.results import Peaks, Report
 from attention.core.route import Route
-from attention.core.stream import FULL, STREAM_ROWS, STREAMING, Stream, StreamBlock, block_of
+from attention.core.stream import FULL, STREAM_ROWS, STREAMING, Stream, StreamBlock, bin_of, block_of
 from attention.engine.record import record_of
 from tests.support.sample_runs import ENVIRONMENT, run_of
 
@@ -50,6 +50,8 @@ def stream_events(plan: StreamPlan, drift: float = 0.0) -> Iterator[on.AnyEvent]
         blocks = climbing_blocks(loss) if name == FULL else flat_blocks(case, loss, drift)
         yield on.StreamAdvanced(case=0, implementation=name, blocks=blocks)
         if name == STREAMING:
+            bare = {bin_of(TOKEN_S): 990, bin_of(9 * TOKEN_S): 10}
+            yield on.BareLoopMeasured(case=0, implementation=name, bins=bare)
             yield on.BoundMeasured(case=0, implementation=name, seconds=TOKEN_S / 2)
     yield on.CaseDone(case=0, stopped_by="iterations")
     yield on.RunDone()

@@ -18,6 +18,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure each length of full attention, and the bound, briefly."""
     monkeypatch.setattr(stream_engine, "LENGTH_S", 0.001)
     monkeypatch.setattr(stream_engine, "BOUND_S", 0.001)
+    monkeypatch.setattr(stream_engine, "BARE_S", 0.001)
 
 
 def rows_of(plan: StreamPlan) -> dict[str, StreamRow]:
@@ -42,6 +43,7 @@ def test_every_token_is_measured_in_both_rows() -> None:
     assert sum(block.count for block in streaming.blocks) == streaming.tokens == 300
     assert streaming.spread is not None
     assert streaming.bound_s is not None
+    assert streaming.bare_bins
     assert [block.end for block in full.blocks] == full_lengths(300)
     assert not full.extrapolated
 

@@ -27,6 +27,7 @@ def rows_of(case: Stream, *names: str) -> dict[str, StreamRow]:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_engine, "BOUND_S", 0.001)
+    monkeypatch.setattr(stream_engine, "BARE_S", 0.001)
 
 
 def test_all_rows_agree_while_nothing_falls_out_of_the_window() -> None:

@@ -88,6 +88,15 @@ def test_a_narrow_table_fits_and_keeps_the_times(model: str | None) -> None:
     assert "time per token" in text
 
 
+def test_slow_steps_stand_beside_those_of_a_loop_that_does_nothing() -> None:
+    text = shown(stream_report())
+    assert "0 of 4,500 steps took over 5 times the median" in text
+    assert "a loop that does nothing for as long: 10 of 1,000" in " ".join(text.split())
+    bare = next(line for line in text.splitlines() if line.startswith("  bare loop"))
+    assert bare.rstrip()[-1] in "▂▃▄"
+    assert bare.count("█") == 0
+
+
 def test_losses_are_shown_for_models_only() -> None:
     assert "beyond" not in shown(stream_report()).split("time per token\n")[0]
     assert "loss per token" in shown(stream_report("tiny-llama"))
