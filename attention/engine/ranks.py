@@ -39,6 +39,7 @@ from attention.implementations.protocol import (
     NeedsBuilding,
     NeedsBuildingPerCall,
     ProvidesRunner,
+    ReturnsLogsumexp,
     missing_feature,
 )
 from attention.measure.device import Device
@@ -212,7 +213,8 @@ def ranks_route(
     """
     if missing := missing_feature(implementation, workload):
         return unsupported(missing)
-    if isinstance(implementation, ProvidesRunner):
+    merges = isinstance(implementation, ReturnsLogsumexp)
+    if isinstance(implementation, ProvidesRunner) and not merges:
         return unsupported(f"{implementation.name} computes outside MLX, on one device")
     alone = validated_route(implementation.route(workload_of_one(workload), device))
     if not alone.supported:
@@ -221,11 +223,14 @@ def ranks_route(
         decision = divide(workload, conditions)
     except (UsageError, UnsupportedError) as error:
         return unsupported(str(error))
+    if decision.method == "split keys" and not merges:
+        return unsupported(f"{implementation.name} returns no logsumexp, by which ranks merge their parts of a step")
+    part = None if alone.predicted_bytes is None else alone.predicted_bytes // workload.ranks
     return structs.replace(
         alone,
-        path=fitted(f"{decision.method} x{workload.ranks}, {alone.path}"),
-        reason=f"{decision.reason}; each rank: {alone.path}, {alone.reason}",
-        predicted_bytes=None,
+        path=fitted(f"x{workload.ranks} {alone.path}"),
+        reason=f"{decision.reason.removesuffix('.')}; each rank: {alone.reason}",
+        predicted_bytes=None if part is None else part + workload.key_value_bytes,
     )
 
 
