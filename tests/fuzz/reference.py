@@ -126,11 +126,11 @@ def recomputed_results(problem: Problem, keep: np.ndarray, added: Floats | None,
     """Return the results in float32 as a backward pass has them that recomputes the weights, without a mask's gradient.
 
     As in FlashAttention, the rows' maxima and sums are those of the forward pass, and the scores are computed again,
-    here with their products added up in another order of `ORDERS`. A score s = sum of q_d k_d has an error of about
-    2**-24 sum |q_d k_d|, another one in each pass, so a weight exp(s - max) / sum has their difference as its relative
-    error; with a softcap c, the factor 1 - tanh(s / c)**2 of a gradient has up to 2 / c times that. Plain attention
-    uses one and the same rounded score throughout, and its weights sum to 1: where they nearly are 0 and 1, its
-    gradients have no such error at all.
+    here with the factor on the query and the products added up in another order of `ORDERS`. A score s, the sum of
+    q_d k_d, has an error of about 2**-24 (|s| + sum |q_d k_d|), another one in each pass, and a weight exp(s - max)/sum
+    has the difference of the two as its relative error; with a softcap c, the factor 1 - tanh(s / c)**2 of a gradient
+    has up to 2 / c times that. Plain attention uses one rounded score throughout, and its weights add to 1:
+    where they nearly are 0 and 1, its gradients have no such error at all.
     """
     q, k, v = (exact(x).astype(np.float32) for x in (problem.q, problem.k, problem.v))
     group = q.shape[1] // k.shape[1]
@@ -141,7 +141,11 @@ def recomputed_results(problem: Problem, keep: np.ndarray, added: Floats | None,
         finite = np.where(np.isinf(added), added, np.clip(added, -most, most)).astype(np.float32)
 
     def scores(order: str) -> tuple[np.ndarray, np.ndarray | float]:
-        made, slope = _product(q, keys.swapaxes(-1, -2), order) * factor, 1.0
+        if order == "forwards":
+            made = _product(q, keys.swapaxes(-1, -2)) * factor
+        else:
+            made = _product(q * factor, keys.swapaxes(-1, -2), order)
+        slope = 1.0
         if problem.softcap is not None:
             squashed = np.tanh(made / np.float32(problem.softcap))
             made, slope = np.float32(problem.softcap) * squashed, 1 - squashed * squashed
