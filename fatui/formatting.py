@@ -10,6 +10,7 @@ from attention.core.results import (
     AnyCase,
     Case,
     Interval,
+    ModelRow,
     RankFigures,
     Ratio,
     Report,
@@ -359,6 +360,11 @@ def has_kv_error(cases: Sequence[AnyCase]) -> bool:
 def kv_error_text(row: Row) -> str:
     """Format the error of quantized keys and values, relative to the unquantized output: "6.3 %"."""
     return "-" if row.kv_error is None else percent(row.kv_error)
+
+
+def divergence_text(row: Row) -> str:
+    """Format how far a model's next token is distributed from that with an unquantized cache, in nats."""
+    return error(row.kl_divergence) if isinstance(row, ModelRow) else "-"
 
 
 def kv_sizes(workload: Workload) -> str | None:

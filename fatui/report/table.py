@@ -63,6 +63,7 @@ def _add(table: Table, row: StudyRow, case: Case) -> None:
 
 
 KV_ERROR: Final = "K/V error"
+DIVERGENCE: Final = "KL"
 SENT: Final = "sent"
 EXPOSED: Final = "exposed"
 """Heading of the time of communication that computing did not hide."""
@@ -109,16 +110,41 @@ def has_divergence(case: AnyCase) -> bool:
 ColumnCase = ModelCase | FineTuningCase | StreamCase
 
 
-def model_columns(case: ColumnCase, diverges: bool | None = None) -> list[TextColumn]:
-    """Return the columns of a case; `diverges`: whether one is KL, by default if the case has a quantized cache."""
+FurtherColumns = dict[str, Callable[[Row], str]]
+
+
+def further_columns(cases: Sequence[AnyCase]) -> FurtherColumns:
+    """Return the columns that only masked, quantized or divided cases have, each with what formats a cell."""
+    counterparts = formatting.counterparts_of(cases)
+    diverge = any(map(has_divergence, cases))
+    columns: FurtherColumns = {
+        head: partial(formatting.over_text, counterpart=counterpart)
+        for counterpart, head in formatting.OVER.items()
+        if counterpart in counterparts or (diverge and counterpart == "unquantized")
+    }
+    if formatting.over_ranks(cases):
+        columns.update({SENT: formatting.sent_text, EXPOSED: formatting.exposed_text})
+    if formatting.has_kv_error(cases):
+        columns[KV_ERROR] = formatting.kv_error_text
+    if diverge:
+        columns[DIVERGENCE] = formatting.divergence_text
+    return columns
+
+
+def _text_columns(further: FurtherColumns, rows: Sequence[Row]) -> list[TextColumn]:
+    return [TextColumn(head, [cell(row) for row in rows]) for head, cell in further.items()]
+
+
+def model_columns(case: ColumnCase, further: FurtherColumns | None = None) -> list[TextColumn]:
+    """Return the columns of a case; `further`: those of `further_columns`, by default of the case alone."""
     if isinstance(case, FineTuningCase):
         return _fine_tuning(case)
     if isinstance(case, StreamCase):
         return _stream(case)
-    return _generation(case, has_divergence(case) if diverges is None else diverges)
+    return _generation(case, further_columns([case]) if further is None else further)
 
 
-def _generation(case: ModelCase, diverges: bool) -> list[TextColumn]:
+def _generation(case: ModelCase, further: FurtherColumns) -> list[TextColumn]:
     rows, best = case.rows, _stars(case)
     return [
         TextColumn(IMPLEMENTATION, [short_name(row.implementation) for row in rows]),
@@ -129,16 +155,8 @@ def _generation(case: ModelCase, diverges: bool) -> list[TextColumn]:
         TextColumn("attention", [formatting.share_text(row.attention_share) for row in rows]),
         TextColumn("memory", [formatting.size(row.peak_bytes) for row in rows]),
         TextColumn("off", [formatting.error(row.logits_error) for row in rows]),
-        *(_quantization(rows) if diverges else []),
+        *_text_columns(further, rows),
         TextColumn("verdict", [formatting.word(row, case) for row in rows]),
-    ]
-
-
-def _quantization(rows: Sequence[ModelRow]) -> list[TextColumn]:
-    """Return the columns of speedups over unquantized caches, and of divergences from them."""
-    return [
-        TextColumn(formatting.OVER["unquantized"], [formatting.over_text(row, "unquantized") for row in rows]),
-        TextColumn("KL", [formatting.error(row.kl_divergence) for row in rows]),
     ]
 
 
@@ -342,9 +360,9 @@ def report_table(
     cases, count = report.all_cases, len(report.all_cases)
     parts: list[RenderableType] = []
     unit = _rate_unit(cases)
-    further, diverges = further_columns(cases), any(map(has_divergence, cases))
+    further = further_columns(cases)
     layouts = [
-        _columns(case, unit, further) if isinstance(case, Case) else model_columns(case, diverges) for case in cases
+        _columns(case, unit, further) if isinstance(case, Case) else model_columns(case, further) for case in cases
     ]
     for aligned in zip(*layouts, strict=True):
         widest = max(column.width for column in aligned)
@@ -372,22 +390,6 @@ def _case(case: AnyCase, columns: list[TextColumn], number: int | None, count: i
     return Group(*parts)
 
 
-FurtherColumns = dict[str, Callable[[Row], str]]
-
-
-def further_columns(cases: Sequence[AnyCase]) -> FurtherColumns:
-    """Return the columns that only masked, quantized or divided cases have, each with what formats a cell."""
-    columns: FurtherColumns = {
-        formatting.OVER[counterpart]: partial(formatting.over_text, counterpart=counterpart)
-        for counterpart in formatting.counterparts_of(cases)
-    }
-    if formatting.over_ranks(cases):
-        columns.update({SENT: formatting.sent_text, EXPOSED: formatting.exposed_text})
-    if formatting.has_kv_error(cases):
-        columns[KV_ERROR] = formatting.kv_error_text
-    return columns
-
-
 def rank_notes(case: AnyCase) -> list[str]:
     """Return a note for each rank of each row."""
     return [f"{short_name(row.implementation)}, {note}" for row in case.rows for note in formatting.rank_notes(row)]
@@ -410,7 +412,7 @@ def _columns(case: Case, rate_unit: tuple[float, str], further: FurtherColumns) 
         TextColumn("tokens/s", [starred(row, best) for row in rows]),
         TextColumn("per call", [formatting.interval_text(row.call_s) for row in rows]),
         TextColumn("speedup", [formatting.speedup_text(row.speedup) for row in rows]),
-        *(TextColumn(head, [cell(row) for row in rows]) for head, cell in further.items()),
+        *_text_columns(further, rows),
         TextColumn(unit, [formatting.per(row.flops_per_s, factor) for row in rows]),
         TextColumn("eff.", [formatting.percent(row.efficiency) for row in rows]),
         TextColumn("memory", [formatting.size(row.peak_bytes) for row in rows]),
