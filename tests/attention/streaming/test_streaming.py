@@ -324,3 +324,30 @@ class TestManyStreams(Streams.TestCase):
     """The long profile."""
 
     settings = settings(max_examples=300, stateful_step_count=40, deadline=None, suppress_health_check=[*HealthCheck])
+
+
+@pytest.mark.slow  # 200,000 tokens
+@pytest.mark.parametrize("rope", [None, ROPES["halves"]], ids=["none", "rope"])
+def test_500_random_points_of_a_long_stream(rope):
+    """Far from its beginning a stream is still attention over exactly the tokens that are kept."""
+    rng = np.random.default_rng(3)
+    q, k, v = (x[0] for x in made(997, seed=4))  # token p is token p % 997 of these
+    arrays = [[mx.array(x[None, :, t : t + 1]) for t in range(997)] for x in (q, k, v)]
+    state, first, window, at = StreamingKV(4, 100, rope=rope_of(rope), spare=8), 4, 100, 0
+    for point in np.sort(rng.choice(200_000, 500, replace=False)).tolist():
+        while at < point:
+            state.attend(*(x[at % 997] for x in arrays))
+            at += 1
+        if rng.random() < 0.3:
+            state = state.fork()
+        if rng.random() < 0.3:
+            back = min(at, int(rng.integers(1, 9)))
+            state.rewind(back)
+            at -= back
+        kept = [p % 997 for p in [*range(min(first, at + 1)), *range(max(first, at + 1 - window), at + 1)]]
+        oracle = Sequence(
+            first, window, rope=rope, tokens=[(k[:, p].astype(float), v[:, p].astype(float)) for p in kept]
+        )
+        got = state.attend(*(x[at % 997] for x in arrays))
+        assert close(got[0, :, 0], oracle.attend(q[:, at % 997].astype(float)))
+        at += 1
