@@ -1,48 +1,159 @@
-"""A step of a stream as one operation: written in place and attended to by the CPU kernel, where `poc` runs there."""
+"""A step of a stream as one operation of the kernels of `poc`: written in place, and attended to as the slots lie.
+
+On a CPU it runs at once, on the calling thread, and writes in place what nothing else refers to. On CUDA it is lazy: a
+step takes the output of the step before as an argument, so that they are computed in order, and the slots are arrays
+that nothing but the steps of one state refers to.
+"""
+
+from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 from msgspec import Struct
 
+from attention.core.bounded_dict import BoundedDict
 from attention.core.errors import KernelUnavailable
 from attention.core.kv_format import KVFormat
-from attention.implementations.calls import call_hooks, record_path
+from attention.implementations.calls import call_hooks, current_backend, record_path
 from attention.implementations.fused import Poc
 from attention.implementations.protocol import Implementation
 from attention.kernels import cpu
-from attention.measure.device import check_not_forked
-from attention.streaming.layout import Layout
+from attention.measure.device import Backend, check_not_forked
+from attention.quantized_kv import quantized
+from attention.streaming.layout import Layout, Row
 from attention.streaming.rope import Rope
 
-_CPU = mx.Device(mx.cpu)
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from attention.kernels.cuda.streaming.launch import StepPlan
+
+HALVES = (mx.bfloat16, mx.float16)
 
 
-class Constants(Struct, frozen=True, eq=False):
-    """What stays the same from step to step."""
+class Token(Struct, frozen=True, eq=False):
+    """The arguments of a step."""
 
-    options: cpu.StreamOptions
-    radians: mx.array | None
-    adjacent: bool
-
-
-def constants(layout: Layout, formats: KVFormat | None, rope: Rope | None) -> Constants:
-    """Return the constants of a state's steps."""
-    options = cpu.stream_options(formats, layout.first, layout.window, layout.ring)
-    if rope is None:
-        return Constants(options, None, False)
-    radians = rope.radians()
-    mx.eval(radians)
-    return Constants(options, radians, rope.traditional)
+    q: mx.array
+    k: mx.array
+    v: mx.array
+    scale: float
+    softcap: float | None
+    rotated: bool
 
 
-def is_used(implementation: str | Implementation) -> bool:
-    """Return whether a step with an implementation runs in the CPU kernel: with `poc`, unless calls are watched."""
-    if call_hooks or mx.default_device() != _CPU:
-        return False
-    if implementation == "poc" or (isinstance(implementation, Poc) and implementation.variant is None):
-        return cpu.is_loaded() or _loads()
-    return False
+class Step:
+    """The steps of a state whose heads are all streaming.
+
+    Attributes:
+        latest: the output of the latest step on CUDA, until something else has waited for it.
+    """
+
+    def __init__(self, layout: Layout, formats: KVFormat | None, rope: Rope | None) -> None:
+        self._layout, self._formats, self._rope = layout, formats, rope
+        self._options = cpu.stream_options(formats, layout.first, layout.window, layout.ring)
+        self._radians = None if rope is None else rope.radians()
+        self._plans = BoundedDict[tuple[object, ...], "StepPlan | None"]()
+        self.latest: mx.array | None = None
+
+    def backend_for(self, implementation: str | Implementation) -> Backend | None:
+        """Return the backend whose kernel computes steps with an implementation: `poc`, unless calls are watched."""
+        named = implementation == "poc" or (isinstance(implementation, Poc) and implementation.variant is None)
+        if call_hooks or not named:
+            return None
+        backend = current_backend()
+        if backend == "cpu":
+            return backend if cpu.is_loaded() or _loads() else None
+        return backend if backend == "cuda" else None
+
+    def settle(self) -> bool:
+        """Evaluate the steps of CUDA, before anything else uses the slots; return whether there were any."""
+        if self.latest is None:
+            return False
+        mx.eval(self.latest)
+        self.latest = None
+        return True
+
+    def on_cpu(self, token: Token, slots: list[mx.array], rows: list[tuple[int, int]]) -> mx.array:
+        """Write one token into slots, and attend with its query; slots are replaced where they had to be copied.
+
+        Raises:
+            ValueError: shapes or dtypes do not fit.
+            KernelUnavailable: the kernel does not run here.
+        """
+        check_not_forked()
+        if self._radians is not None:
+            mx.eval(self._radians)
+        out = cpu.stream_step(
+            token.q,
+            token.k,
+            token.v,
+            slots,
+            self._options,
+            rows,
+            token.scale,
+            softcap=token.softcap,
+            radians=self._radians,
+            adjacent=self._rope is not None and self._rope.traditional,
+            rotated=token.rotated,
+        )
+        record_path("CPU kernel, step of a stream")
+        return out
+
+    def on_cuda(
+        self, token: Token, slots: list[mx.array], row: Row, fits: Callable[[mx.array, mx.array, mx.array], bool]
+    ) -> mx.array | None:
+        """Return the output of a step over a full ring, lazily; None if no kernel computes it.
+
+        The slots become arrays of their own when the first of several steps takes them. `fits` says whether q, k and v
+        fit what is kept.
+        """
+        layout = self._layout
+        q, k, v = token.q, token.k, token.v
+        if row.seen < layout.slots or row.oldest != row.seen - layout.ring or layout.spare:
+            return None
+        key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, token.scale, token.softcap)
+        if key not in self._plans:
+            self._plans[key] = self._cuda_plan(token) if fits(q, k, v) else None
+        made = self._plans[key]
+        if made is None:
+            return None
+        check_not_forked()
+        new = [k, v]
+        if self._formats is not None:
+            new = [*quantized(k, self._formats.key).arrays, *quantized(v, self._formats.value).arrays]
+        if self.latest is None:
+            slots[:] = [mx.contiguous(array + 0) for array in slots]
+            mx.eval(slots)
+        slot = layout.slot(row.seen)
+        at = slot if token.rotated else 0
+        before = layout.first + layout.ring
+        positions = [slot - at, slot + layout.ring - at, layout.first + layout.window - 1 - at]
+        runs = [layout.first, slot + 1, slot + 1, before, 0, layout.first]
+        radians = [] if self._radians is None else [self._radians]
+        arrays = [q, *new, *slots, *radians, k if self.latest is None else self.latest]
+        out: mx.array = made(arrays, [slot, *positions, *runs])
+        self.latest = out
+        record_path("CUDA kernels, step of a stream")
+        return out
+
+    def _cuda_plan(self, token: Token) -> StepPlan | None:
+        """Return the plan of steps like one; None if there is none."""
+        from attention.kernels.cuda.streaming import launch
+
+        q, k, v, rope = token.q, token.k, token.v, self._rope
+        in_16_bits = q.dtype in HALVES and k.shape[3] == v.shape[3]
+        if not in_16_bits or (rope is not None and self._formats is not None):
+            return None
+        dims, adjacent = (0, False) if rope is None else (rope.dims, rope.traditional)
+        slots = self._layout.slots
+        kind = launch.kind_of(q, slots, k.shape[1], token.scale, token.softcap, dims, adjacent, self._formats)
+        try:
+            return launch.plan(kind)
+        except KernelUnavailable:
+            return None
 
 
 @cache
@@ -52,33 +163,3 @@ def _loads() -> bool:
     except KernelUnavailable:
         return False
     return True
-
-
-def step(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    slots: list[mx.array],
-    constants: Constants,
-    rows: list[tuple[int, int]],
-    scale: float,
-    softcap: float | None,
-    rotated: bool,
-) -> mx.array:
-    """Write one token into slots, and attend with its query; arguments as in `attention.kernels.cpu.stream_step`."""
-    check_not_forked()
-    out = cpu.stream_step(
-        q,
-        k,
-        v,
-        slots,
-        constants.options,
-        rows,
-        scale,
-        softcap=softcap,
-        radians=constants.radians,
-        adjacent=constants.adjacent,
-        rotated=rotated,
-    )
-    record_path("CPU kernel, step of a stream")
-    return out

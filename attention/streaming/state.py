@@ -100,7 +100,7 @@ class StreamingKV:
         self._rows: list[Row] = []
         self._streaming: Kept | None = None
         self._full: Kept | None = None
-        self._constants = fused.constants(self.layout, self.formats, rope)
+        self._fused = fused.Step(self.layout, self.formats, rope)
         self._pending: tuple[mx.array, mx.array, Sequence[int] | None, bool] | None = None
 
     # What it holds
@@ -154,6 +154,7 @@ class StreamingKV:
     def evaluated(self) -> "StreamingKV":
         """Evaluate all arrays; return the state."""
         self._flush()
+        self._fused.settle()
         mx.eval([array for one in self._kept() for array in one.arrays])
         return self
 
@@ -215,9 +216,9 @@ class StreamingKV:
         if self._pending is not None:
             self._flush()
         elif lengths is None and sinks is None and q.shape[2] == 1:
-            out = self._step(q, k, v, scale, softcap, rotated, implementation)
-            if out is not None:
-                return out
+            stepped = self._step(q, k, v, scale, softcap, rotated, implementation)
+            if stepped is not None:
+                return stepped
         chosen = load_implementation(implementation) if isinstance(implementation, str) else implementation
         factor = q.shape[-1] ** -0.5 if scale is None else scale
         settings = Settings(chosen, factor, softcap, sinks)
@@ -256,23 +257,37 @@ class StreamingKV:
         rotated: bool,
         implementation: str | Implementation,
     ) -> mx.array | None:
-        """Store a token and attend with its query in one operation of the CPU kernel; None if that cannot be."""
+        """Store a token and attend with its query in one operation of a kernel; None if that cannot be."""
         held = self._streaming
-        if held is None or self._full is not None or not fused.is_used(implementation):
+        backend = None if held is None or self._full is not None else self._fused.backend_for(implementation)
+        if held is None or backend is None:
             return None
         keys, values = held.keys.arrays, held.values.arrays
         slots = [*keys, *values]
-        rows = [(row.seen, row.oldest) for row in self._rows]
+        token = fused.Token(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, softcap, rotated)
+        out: mx.array | None = None
         try:
-            out = fused.step(
-                q, k, v, slots, self._constants, rows, q.shape[-1] ** -0.5 if scale is None else scale, softcap, rotated
-            )
+            if backend == "cpu":
+                out = self._fused.on_cpu(token, slots, [(row.seen, row.oldest) for row in self._rows])
+            elif all(row == self._rows[0] for row in self._rows[1:]):
+                out = self._fused.on_cuda(token, slots, self._rows[0], self._takes)
         except (KernelUnavailable, ValueError):  # the general way says what is wrong
+            return None
+        if out is None:
             return None
         keys[:], values[:] = slots[: len(keys)], slots[len(keys) :]
         for row in self._rows:
             row.advance(self.layout, 1)
         return out
+
+    def _takes(self, q: mx.array, k: mx.array, v: mx.array) -> bool:
+        """Return whether one token's arrays fit those that are kept."""
+        try:
+            _check_query(q, k)
+            self._check(k, v, None)
+        except UsageError:
+            return False
+        return True
 
     def _attend(
         self,
@@ -298,6 +313,7 @@ class StreamingKV:
 
     def _groups(self, k: mx.array, v: mx.array, lengths: Sequence[int] | None) -> list[Rows]:
         """Check new tokens, and return the rows of the batch in groups of equal lengths."""
+        self._fused.settle()
         self._check(k, v, lengths)
         batch, tokens = k.shape[0], k.shape[2]
         if not self._rows:
@@ -544,8 +560,10 @@ class StreamingKV:
     def fork(self) -> "StreamingKV":
         """Return a state with the same tokens, which goes on by itself; what both have is shared until one writes."""
         self._flush()
+        self._fused.settle()
         made = StreamingKV.__new__(StreamingKV)
         vars(made).update(vars(self))
+        made._fused = fused.Step(self.layout, self.formats, self.rope)
         made._rows = [structs.replace(row) for row in self._rows]
         for name in ("_streaming", "_full"):
             held = cast("Kept | None", getattr(self, name))

@@ -262,11 +262,16 @@ def repeated_packed_call(
     if reason:
         raise KernelUnavailable(reason)
     launcher.module().set_transforms(_gradients_of, _batched)
+    if reason := distrust_of_packed(shape, call, packed):
+        raise KernelUnavailable(reason)
+    return _packed_plan(shape, call, packed, with_logsumexp)
+
+
+def distrust_of_packed(shape: CallShape, call: CallParams, packed: PackedKV) -> str | None:
+    """Check the kernel of a call with quantized keys and values unless that was done; return an error, or None."""
     program = packed_launch.make_key_split(shape, call, packed).kernel.program
     reason = selfcheck.check(program, functools.partial(_compare_packed, shape, call, packed))
-    if reason:
-        raise KernelUnavailable(f"{program.name}: {reason}")
-    return _packed_plan(shape, call, packed, with_logsumexp)
+    return f"{program.name}: {reason}" if reason else None
 
 
 def _compare_packed(shape: CallShape, call: CallParams, packed: PackedKV) -> str | None:

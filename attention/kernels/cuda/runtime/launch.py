@@ -102,7 +102,7 @@ def _as_int32(table: object) -> Any:
     return table.view(np.int32) if table.size else np.zeros((1, *table.shape[1:]), np.int32)  # never a null pointer
 
 
-POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING = range(6)
+POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING, PASSED = range(7)
 """Argument kinds, numbered as in launcher.cpp."""
 
 PlanKind = Literal["forward", "fp8", "own gradient", "general gradient", "packed"]
@@ -126,7 +126,8 @@ class Stage:
     """A launch, the arrays it reads and writes, and how they are passed to the kernel.
 
     The kernel parameters are, in order: arrays read, constants of the launch, arrays written, scalars of the launch,
-    strides (batch, head, row; 64 bits, in elements) of each `strided` array, strides of masks, and the serial number.
+    strides (batch, head, row; 64 bits, in elements) of each `strided` array, strides of masks, the serial number, and
+    the numbers that each call passes.
     """
 
     launch: Launch
@@ -146,6 +147,8 @@ class Stage:
     """Arrays that do not exist or are not requested; passed as null pointers."""
     serial: bool = False
     """Whether the kernel takes a 64-bit serial number, unique per launch."""
+    passed: tuple[int, ...] = ()
+    """Which of the numbers that a call of the plan passes the kernel takes."""
 
     @property
     def outputs(self) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
@@ -239,6 +242,7 @@ def _step(stage: Stage, place: Mapping[str, int], constant: int) -> tuple[object
     taken += [[STRIDE, place[name], axis] for name in stage.masks for axis in range(4)]
     if stage.serial:
         taken.append([SERIAL])
+    taken += [[PASSED, number] for number in stage.passed]
     reads = [place[name] for name in stage.reads if name not in stage.updates | stage.omitted]
     writes = [place[name] for name in (*stage.updates, *stage.outputs)]
     threads = keywords["threadgroup"][0]

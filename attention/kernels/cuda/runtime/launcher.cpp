@@ -45,9 +45,9 @@ Transforms& transforms() {
 
 class Launches : public mx::Primitive {
  public:
-  // `traced` are the shapes of the inputs if these are tracers, else empty.
-  Launches(mx::Stream stream, std::shared_ptr<const Plan> plan, std::vector<mx::Shape> traced)
-      : mx::Primitive(stream), plan_(std::move(plan)), traced_(std::move(traced)) {}
+  // `traced` are the shapes of the inputs if these are tracers, else empty; `passed` the numbers of this call.
+  Launches(mx::Stream stream, std::shared_ptr<const Plan> plan, std::vector<mx::Shape> traced, std::vector<int64_t> passed)
+      : mx::Primitive(stream), plan_(std::move(plan)), traced_(std::move(traced)), passed_(std::move(passed)) {}
 
   void eval_cpu(const Arrays&, Arrays&) override {
     throw std::runtime_error("The CUDA attention kernels run on MLX's GPU streams only.");
@@ -64,7 +64,7 @@ class Launches : public mx::Primitive {
       allocate(out, stream());
       arrays.push_back(out);
     }
-    for (const Step& step : plan_->steps) launch(step, arrays, encoder);
+    for (const Step& step : plan_->steps) launch(step, arrays, passed_, encoder);
   }
 
   Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
@@ -92,7 +92,7 @@ class Launches : public mx::Primitive {
   const char* name() const override { return "FatuiCudaKernels"; }
   bool is_equivalent(const mx::Primitive& other) const override {
     const auto* same = dynamic_cast<const Launches*>(&other);
-    return same != nullptr && same->plan_ == plan_;
+    return same != nullptr && same->plan_ == plan_ && same->passed_ == passed_;
   }
   // mx.compile(shapeless=True) calls it for inputs of other shapes than those traced, but a plan's launches are for these.
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
@@ -113,7 +113,8 @@ class Launches : public mx::Primitive {
   // Along an axis in elements: an axis of length 1, of which a kernel may take a longer one, broadcasts.
   static int64_t stride(const mx::array& a, int axis) { return a.shape(axis) == 1 ? 0 : a.strides(axis); }
 
-  static void launch(const Step& step, const Arrays& arrays, mx::cu::CommandEncoder& encoder) {
+  static void launch(const Step& step, const Arrays& arrays, const std::vector<int64_t>& passed,
+                     mx::cu::CommandEncoder& encoder) {
     int64_t words[MAX_ARGUMENTS];
     TensorMap maps[MAX_MAPS];
     void* places[MAX_ARGUMENTS];
@@ -126,6 +127,7 @@ class Launches : public mx::Primitive {
         case NUMBER: words[n] = argument.value; break;
         case SERIAL: words[n] = serial(); break;
         case NOTHING: words[n] = 0; break;
+        case PASSED: words[n] = passed.at(argument.value); break;
         case MAP:
           maps[map] = argument.map->of(arrays[argument.value]);
           places[n] = &maps[map++];
@@ -139,9 +141,10 @@ class Launches : public mx::Primitive {
 
   std::shared_ptr<const Plan> plan_;
   std::vector<mx::Shape> traced_;
+  std::vector<int64_t> passed_;
 };
 
-Arrays run(std::shared_ptr<const Plan> plan, Arrays inputs) {
+Arrays run(std::shared_ptr<const Plan> plan, Arrays inputs, std::vector<int64_t> passed = {}) {
   const mx::Stream stream = mx::default_stream(mx::default_device());
   if (stream.device != mx::Device::gpu) throw std::invalid_argument("[flash_attention] The default device is not a GPU.");
   const bool traced = std::any_of(inputs.begin(), inputs.end(), [](const mx::array& a) { return a.is_tracer(); });
@@ -151,7 +154,8 @@ Arrays run(std::shared_ptr<const Plan> plan, Arrays inputs) {
     for (const mx::array& a : inputs) shapes.push_back(a.shape());
   }
   inputs.insert(inputs.end(), plan->constants.begin(), plan->constants.end());
-  return mx::array::make_arrays(plan->shapes, plan->types, std::make_shared<Launches>(stream, plan, std::move(shapes)), inputs);
+  auto primitive = std::make_shared<Launches>(stream, plan, std::move(shapes), std::move(passed));
+  return mx::array::make_arrays(plan->shapes, plan->types, primitive, inputs);
 }
 }  // namespace
 }  // namespace fatui
@@ -174,6 +178,10 @@ auto& known_calls() {
 void define_plans(nb::module_& m) {
   nb::class_<Handle>(m, "Plan")
       .def("__call__", [](const Handle& handle, std::vector<Array> inputs) { return fatui::run(handle.plan, std::move(inputs)); })
+      .def("with_numbers",
+           [](const Handle& handle, std::vector<Array> inputs, std::vector<int64_t> passed) {
+             return fatui::run(handle.plan, std::move(inputs), std::move(passed));
+           })
       .def("__call__", [](const Handle& handle, nb::args arrays) {
         return fatui::run(handle.plan, nb::cast<std::vector<Array>>(arrays));
       });

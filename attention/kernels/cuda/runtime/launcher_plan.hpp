@@ -36,12 +36,12 @@ inline CUfunc_st* load(const std::string& name, const char* code, int shared) {
 }
 
 // Kind of an argument: address of an array, its tensor map, the stride of one of its axes in elements, a number, the serial
-// number of the launch, or a null pointer.
-enum Kind { POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING };
+// number of the launch, a null pointer, or a number that each call passes.
+enum Kind { POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING, PASSED };
 
 struct Argument {
   Kind kind;
-  int64_t value;  // index of the array (inputs first, then outputs), or the number
+  int64_t value;  // index of the array (inputs first, then outputs), the number, or its index among those passed
   int axis;
   int alignment;  // of the rows of an array whose strides are passed, in bytes
   std::shared_ptr<Map> map;

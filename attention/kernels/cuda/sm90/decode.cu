@@ -75,7 +75,7 @@ DEVICE float limit(float (&scores)[2][4], int r, const Rows& rows, const Problem
     const int column = key + i / 2 * 8 + 2 * (threadIdx.x % 4) + i % 2;
     if (SOFTCAP) s = 1 - 2 * reciprocal_fast(1 + exp2_fast(2 * 1.44269504f * problem.into_cap * s));
     if (ALIBI) s += rows.slope[r] * static_cast<float>(column - problem.position_of(row));
-    if (column >= last || (WINDOW && column < first)) s = MINUS_INFINITY;
+    if (column >= last || ((WINDOW || SPANS) && column < first)) s = MINUS_INFINITY;
     largest = fmaxf(largest, s);
   }
   largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
@@ -181,7 +181,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 #endif
                 int window, int first_key, int split_keys, int splits, long long query_batch,
                 long long query_head, long long query_row, long long key_batch, long long key_head, long long key_row,
-                long long value_batch, long long value_head, long long value_row, u64 serial) {
+                long long value_batch, long long value_head, long long value_row, u64 serial
+#if SPANS
+                , int first_0, int last_0, int first_1, int last_1, int first_2, int last_2
+#endif
+                ) {
   extern __shared__ __align__(1024) char shared[];
   const int row_tiles = (group * queries + ROWS - 1) / ROWS, warp = threadIdx.x / 32;
   const int split = blockIdx.x % splits, tile = blockIdx.x / splits, first_row = tile % row_tiles * ROWS;
@@ -192,7 +196,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
   const Slopes alibi;
 #endif
   const Problem problem{group, queries, keys, columns, __int_as_float(scale_log2_bits), __int_as_float(into_cap_bits),
-                        window, alibi};
+                        window, alibi
+#if SPANS
+                        , {first_0, first_1, first_2}, {last_0, last_1, last_2}
+#endif
+  };
 
   const u32 queries_at = shared_address(shared), ring = queries_at + QUERY_BYTES + warp * STAGES * STAGE_BYTES;
   if (warp == 0) {

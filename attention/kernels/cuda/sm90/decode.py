@@ -38,6 +38,8 @@ class Decode:
     resident_blocks: int = RESIDENT_BLOCKS
     max_warps: int = 4
     alibi: bool = False
+    spans: bool = False
+    """Whether query i of a head sees the i-th of three runs of keys, whose bounds each launch gets."""
 
     @property
     def warps(self) -> int:
@@ -83,6 +85,7 @@ class Decode:
             "WINDOW": self.window,
             "SOFTCAP": self.softcap,
             "ALIBI": self.alibi,
+            "SPANS": self.spans,
             "BFLOAT16": self.element == "bf16",
         }
         return Program(

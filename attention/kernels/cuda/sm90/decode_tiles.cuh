@@ -7,12 +7,23 @@ struct Problem {
   float scale_log2, into_cap;
   int window;
   Slopes slopes;  // with ALIBI: from the first head of the plane on
+#if SPANS
+  int span_first[3], span_last[3];  // query i of a head sees the keys [first, last) of these, i < 3
+
+  DEVICE int of_query(const int (&x)[3], int row) const {
+    const int query = row % queries;
+    return query == 0 ? x[0] : query == 1 ? x[1] : x[2];
+  }
+  DEVICE int last_seen_by(int row) const { return of_query(span_last, row); }
+  DEVICE int first_seen_by(int row) const { return of_query(span_first, row); }
+#else
+  DEVICE int last_seen_by(int row) const { return CAUSAL ? min(keys, row % queries + 1 + keys - queries) : keys; }
+  DEVICE int first_seen_by(int row) const { return WINDOW ? max(0, row % queries + 1 + keys - queries - window) : 0; }
+#endif
 
   DEVICE int rows() const { return group * queries; }
-  DEVICE int last_seen_by(int row) const { return CAUSAL ? min(keys, row % queries + 1 + keys - queries) : keys; }
   DEVICE int position_of(int row) const { return row % queries + keys - queries; }
   DEVICE float slope_of(int row) const { return slopes[min(row, rows() - 1) / queries]; }
   // First key that any row sees.
   DEVICE int first_seen_by_all() const { return window > 0 ? max(0, keys + 1 - queries - window) : 0; }
-  DEVICE int first_seen_by(int row) const { return WINDOW ? max(0, row % queries + 1 + keys - queries - window) : 0; }
 };

@@ -1,0 +1,110 @@
+"""The steps that CUDA plans get, computed here by MLX: slots, positions and runs; and the launches of a plan."""
+
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from attention import StreamingKV
+from attention.kernels.cuda.runtime.launch import PASSED
+from attention.kernels.cuda.streaming import launch
+from attention.streaming import fused
+from tests.attention.streaming.test_streaming import ROPES, close, expected, made, rope_of
+from tests.support.streaming_oracle import Sequence
+
+
+class Computed:
+    """What a plan does, by MLX's operations; counts its calls."""
+
+    def __init__(self, kind, rope):
+        self.kind, self.rope, self.calls = kind, rope, 0
+
+    def __call__(self, arrays, numbers):
+        self.calls += 1
+        q, k, v, keys, values = arrays[:5]
+        slot, *rest = numbers
+        positions, runs = rest[:3], list(zip(rest[3::2], rest[4::2], strict=True))
+        versions = [self.rope.turned(q, p) for p in positions] if self.rope else [q] * 3
+        keys[:, :, slot : slot + 1] = self.rope.turned(k, positions[0]) if self.rope else k
+        values[:, :, slot : slot + 1] = v
+        group = q.shape[1] // k.shape[1]
+        scores = [
+            (version.astype(mx.float32) @ mx.repeat(keys[:, :, a:b], group, 1).swapaxes(2, 3).astype(mx.float32))
+            for version, (a, b) in zip(versions, runs, strict=True)
+        ]
+        weights = mx.softmax(mx.concatenate(scores, -1) * self.kind.call.scale, axis=-1)
+        seen = mx.concatenate([mx.repeat(values[:, :, a:b], group, 1) for a, b in runs], 2)
+        return (weights @ seen.astype(mx.float32)).astype(q.dtype)
+
+
+@pytest.mark.parametrize("rope", [None, ROPES["halves"], ROPES["adjacent"]], ids=["none", "halves", "adjacent"])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_slots_positions_and_runs(monkeypatch, rope, rotated):
+    """Steps over a full ring, between chunks, rewinds and forks, are attention over the kept tokens."""
+    plans = []
+
+    def plan(kind):
+        plans.append(Computed(kind, rope_of(rope)))
+        return plans[-1]
+
+    monkeypatch.setattr(fused, "current_backend", lambda: "cuda")
+    monkeypatch.setattr(launch, "plan", plan)
+    state, oracle = StreamingKV(3, 9, rope=rope_of(rope)), Sequence(3, 9, rope=rope)
+    for seed, length in enumerate([20, *[1] * 25, 4, *[1] * 12]):
+        q, k, v = (np.array(mx.array(x).astype(mx.float16).astype(mx.float32)) for x in made(length, seed=seed))
+        arrays = [mx.array(x).astype(mx.float16) for x in (q, k, v)]
+        if rotated and rope is not None:
+            arrays[:2] = [rope_of(rope).consecutive(x, state.offset) for x in arrays[:2]]
+        got = state.attend(*arrays, rotated=rotated)
+        assert close(got[0], expected(oracle, q[0], k[0], v[0]), 2e-2)
+        if seed == 18:
+            state.rewind(2)
+            oracle.rewind(2)
+    assert 25 <= sum(plan.calls for plan in plans) <= 37
+    assert len(plans) == 1
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """A launcher that records the steps of plans, for an H200."""
+    steps = []
+
+    def make_plan(found, *_):
+        steps.extend(found)
+        return SimpleNamespace(with_numbers=None)
+
+    module = SimpleNamespace(make_plan=make_plan)
+    found = SimpleNamespace(architecture="sm_90a", multiprocessors=132, shared_memory_limit=232_448)
+    monkeypatch.setattr("attention.kernels.cuda.runtime.launch.launcher", SimpleNamespace(module=lambda: module))
+    monkeypatch.setattr("attention.kernels.cuda.runtime.launch.machine_code", lambda program: b"code")
+    for name in ("streaming.launch", "sm90.launch", "quantized.launch"):
+        monkeypatch.setattr(f"attention.kernels.cuda.{name}.gpu", lambda: found)
+    monkeypatch.setattr(launch.launcher, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(launch.selfcheck, "check", lambda *_: None)
+    monkeypatch.setattr(launch.attend, "first_trusted", lambda *_: "decode")
+    monkeypatch.setattr(launch.attend, "distrust_of_packed", lambda *_: None)
+    monkeypatch.setattr("attention.kernels.cuda.runtime.program.version", lambda: (13, 0))
+    monkeypatch.setattr("attention.kernels.cuda.runtime.program.targets", lambda: (90,))
+    launch.plan.cache_clear()
+    yield steps
+    launch.plan.cache_clear()
+
+
+@pytest.mark.parametrize(("kv_format", "dims", "launches"), [(None, 0, 2), (None, 64, 3), ("int4+mxfp4", 0, 2)])
+def test_a_plan_writes_its_slots_before_it_reads_them(recorded, kv_format, dims, launches):
+    """The first launch updates all slots, the next one reads them, and each gets the numbers of its step."""
+    from attention.core.kv_format import parse_kv_format
+
+    q = mx.zeros((2, 8, 1, 128), mx.bfloat16)
+    form = None if kv_format is None else parse_kv_format(kv_format)
+    launch.plan(launch.kind_of(q, 516, 2, 0.1, None, dims, False, form))
+    assert len(recorded) == launches
+    slots = 2 if form is None else 5
+    first, second = recorded[:2]
+    written = first[6][:slots]
+    assert set(written) == set(range(1 + slots, 1 + 2 * slots))
+    assert set(written) <= set(second[5])
+    assert [argument[1] for argument in first[7] if argument[0] == PASSED] == ([0, 1, 2, 3] if dims else [0])
+    assert [argument[1] for argument in second[7] if argument[0] == PASSED] == ([4, 5, 6, 7, 8, 9] if dims else [])
+    assert first[2] == 2 * 2 + (2 * 8 if dims else 0)
