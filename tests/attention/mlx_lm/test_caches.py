@@ -1,7 +1,7 @@
 """Quantized caches compute what mlx-lm's dense caches of the same layout do, if those hold the dequantized values."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +49,6 @@ rounding moves them by 0.02 (int8) to 0.6 (mxfp4)."""
 Chunks = list[int]
 CHUNKS: Chunks = [29, 11, *[1] * 6, 13, *[1] * 3]
 """Lengths of a model's calls: around the window there are chunks, single tokens, and a chunk after them."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _without_the_cpp_compiler() -> Iterator[None]:
-    """Run what mlx-lm's models compile as it is: the compiler takes seconds for each of their functions."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 def rounded(x: mx.array, form: Format) -> mx.array:

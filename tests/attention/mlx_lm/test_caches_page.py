@@ -3,7 +3,6 @@
 import doctest
 from pathlib import Path
 
-import mlx.core as mx
 import pytest
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
@@ -13,11 +12,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "quantized.md"
 
 def test_the_example_of_the_page_runs() -> None:
     text = "## Caches" + PAGE.read_text(encoding="utf-8").partition("## Caches")[2]
-    mx.disable_compile()
-    try:
-        runner = doctest.DocTestRunner()
-        runner.run(doctest.DocTestParser().get_doctest(text, {}, PAGE.name, str(PAGE), 0))
-    finally:
-        mx.enable_compile()
+    runner = doctest.DocTestRunner()
+    runner.run(doctest.DocTestParser().get_doctest(text, {}, PAGE.name, str(PAGE), 0))
     assert runner.tries > 5
     assert runner.failures == 0
