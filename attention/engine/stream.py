@@ -317,6 +317,7 @@ class AttentionStreamBench(StreamBench):
 
         self._emit_route(FULL, work.full_workload(min(work.tokens, MIN_LENGTH)))
         largest = min(MAX_CACHE_BYTES[self._device.backend], CACHE_SHARE * self._limit)
+        largest = self._limit if self._plan.force else largest
         longest = int(largest // work.full_workload(1).kv_token_bytes)
         blocks: list[StreamBlock] = []
         lengths = full_lengths(work.tokens)

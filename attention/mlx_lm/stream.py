@@ -72,7 +72,7 @@ class ModelStreamBench(StreamBench):
     def _fits(self, name: str, work: Stream) -> Callable[[int], bool]:
         """Return whether the cache may go on growing at a position."""
         token_bytes = self._network.layers * work.full_workload(1).kv_token_bytes
-        limit = CACHE_SHARE * self._limit
+        limit = self._limit * (1 if self._plan.force else CACHE_SHARE)
         return lambda position: name != FULL or (position + work.block_tokens) * token_bytes <= limit
 
     def _recompute(self, work: Stream) -> bool:

@@ -1,5 +1,6 @@
 """The report's section on streams: what a token costs over position, memory, loss, and their curves."""
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -103,7 +104,8 @@ def stream_charts(cases: Sequence[StreamCase]) -> list[Chart]:
 
 def _drawn(chart: StreamChart) -> str:
     factor, unit = SCALES[chart.title]
-    series = {curve.name: [(x, *(y * factor,) * 3) for x, y in curve.points] for curve in chart.curves}
+    edge = chart.high if chart.title == "time per token" else math.inf  # beyond it are moments of a busy machine
+    series = {curve.name: [(x, *(min(y, edge) * factor,) * 3) for x, y in curve.points] for curve in chart.curves}
     for curve in chart.curves:
         if curve.extrapolated:
             series[BEYOND] = [(x, *(y * factor,) * 3) for x, y in curve.extrapolated]
