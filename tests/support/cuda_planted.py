@@ -109,7 +109,8 @@ def signature(program):
     """Return the kinds of a kernel's parameters, in order."""
     text, constants = program.source, dict(program.constants)
     parameters = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", text, re.DOTALL)[1]
-    conditions = {name: constants.get(name) for name in ("MASK", "LISTS", "ALIBI")}
+    conditions = {name: constants.get(name) for name in ("MASK", "LISTS", "ALIBI", "ROPE", "SPANS")}
+    conditions |= {f"PARTS > {count}": constants.get("PARTS", 0) > count for count in (2, 4, 5)}
     conditions["!SPLIT"] = not constants.get("SPLIT")
     for condition, holds in conditions.items():
         block = rf"#if {condition}\n(.*?)#endif\n"

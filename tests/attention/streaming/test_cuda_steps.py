@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from attention import StreamingKV
-from attention.kernels.cuda.runtime.launch import PASSED
+from attention.kernels.cuda.runtime.launch import NOTHING, NUMBER, PASSED, POINTER
 from attention.kernels.cuda.streaming import launch
 from attention.streaming import fused
 from tests.attention.streaming.test_streaming import ROPES, close, expected, made, rope_of
+from tests.support.cuda_planted import signature
 from tests.support.streaming_oracle import Sequence
 
 
@@ -77,7 +78,7 @@ def recorded(monkeypatch):
     module = SimpleNamespace(make_plan=make_plan)
     found = SimpleNamespace(architecture="sm_90a", multiprocessors=132, shared_memory_limit=232_448)
     monkeypatch.setattr("attention.kernels.cuda.runtime.launch.launcher", SimpleNamespace(module=lambda: module))
-    monkeypatch.setattr("attention.kernels.cuda.runtime.launch.machine_code", lambda program: b"code")
+    monkeypatch.setattr("attention.kernels.cuda.runtime.launch.machine_code", lambda program: program)
     for name in ("streaming.launch", "sm90.launch", "quantized.launch"):
         monkeypatch.setattr(f"attention.kernels.cuda.{name}.gpu", lambda: found)
     monkeypatch.setattr(launch.launcher, "unavailable_reason", lambda: None)
@@ -108,3 +109,6 @@ def test_a_plan_writes_its_slots_before_it_reads_them(recorded, kv_format, dims,
     assert [argument[1] for argument in first[7] if argument[0] == PASSED] == ([0, 1, 2, 3] if dims else [0])
     assert [argument[1] for argument in second[7] if argument[0] == PASSED] == ([4, 5, 6, 7, 8, 9] if dims else [])
     assert first[2] == 2 * 2 + (2 * 8 if dims else 0)
+    like = {PASSED: NUMBER, NOTHING: POINTER}
+    for _, program, *_, arguments in recorded[: 1 if form else None]:  # the next kernel has tests of its own
+        assert [like.get(argument[0], argument[0]) for argument in arguments] == signature(program), program.name

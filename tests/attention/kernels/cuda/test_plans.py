@@ -47,7 +47,7 @@ def kernels(plan):
 def parameters(kernel):
     """The kinds of the parameters in a kernel's signature, in order."""
     signature = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", (TEXTS / FILES[kernel]).read_text(), re.DOTALL)[1]
-    signature = re.sub(r"#if (?:LISTS|ALIBI)\n.*?#endif\n", "", signature, flags=re.DOTALL)
+    signature = re.sub(r"#if (?:LISTS|ALIBI|SPANS)\n.*?#endif\n", "", signature, flags=re.DOTALL)
     return [kind_of(parameter) for parameter in signature.split(",")]
 
 
