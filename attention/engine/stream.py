@@ -156,8 +156,8 @@ class StreamBench(CaseRunner[StreamPlan]):
     def _measure_bare_loop(self, token_s: float, steps: int) -> None:
         """Emit the times of a loop that waits for as long as a token takes, to show what the system interrupts."""
         times: list[float] = []
-        began = time.perf_counter()
         with without_collection():
+            began = time.perf_counter()
             while len(times) < steps and time.perf_counter() - began < BARE_S:
                 started = time.perf_counter()
                 while (elapsed := time.perf_counter() - started) < token_s:
