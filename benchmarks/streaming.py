@@ -126,6 +126,8 @@ def run(options: argparse.Namespace, kv_format: str) -> None:
     gc.enable()
     medians = np.median(steps, axis=1)
     print(f"tokens {steps.size:,}; bytes of the window {stream.state.nbytes:,}; position {stream.state.position:,}")
+    grown = [(after - before) / MIB for before, after in zip(memory[2], memory[-1], strict=True)]
+    print(f"memory since the second tenth: resident {grown[0]:+.3f} MiB, of MLX {grown[1]:+.3f} MiB")
     print(f"tenths differ from the first by at most {np.abs(medians / medians[0] - 1).max():.2%} (target 2 %)")
     by_block = [np.median(x.reshape(10, tenth, -1), axis=2) for x in (steps, others)]
     paired = np.median(by_block[0] / by_block[1], axis=1)
