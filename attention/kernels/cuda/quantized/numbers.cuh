@@ -273,7 +273,6 @@ DEVICE u32 multiply_add_half(u32 a, u32 b, u32 c) {
 constexpr u32 LOWER = 0x5410, UPPER = 0x7632;  // selectors: lower halves of both words, upper halves
 
 DEVICE int exponent_of(float x) { return static_cast<int>(__float_as_uint(x) >> 23 & 255) - 127; }
-DEVICE float power_of_two(int exponent) { return __uint_as_float(static_cast<u32>(exponent + 127) << 23); }
 
 // Power of two by which scales are multiplied, so that the largest so far is below 2^LIMIT.
 template <int LIMIT>

@@ -102,14 +102,22 @@ DEVICE float from_half(unsigned short half) {
   return value;
 }
 
-// Dot product of two pairs of elements.
-DEVICE float product(u32 a, u32 b) {
+// The two elements of a word as floats, and the dot product of two words.
+DEVICE float low_of(u32 pair) {
 #if BFLOAT16
-  return __uint_as_float(a << 16) * __uint_as_float(b << 16) + __uint_as_float(a & 0xffff0000u) * __uint_as_float(b & 0xffff0000u);
+  return __uint_as_float(pair << 16);
 #else
-  return from_half(a) * from_half(b) + from_half(a >> 16) * from_half(b >> 16);
+  return from_half(pair);
 #endif
 }
+DEVICE float high_of(u32 pair) {
+#if BFLOAT16
+  return __uint_as_float(pair & 0xffff0000u);
+#else
+  return from_half(pair >> 16);
+#endif
+}
+DEVICE float product(u32 a, u32 b) { return low_of(a) * low_of(b) + high_of(a) * high_of(b); }
 
 // Packs two floats into the halves of a word, `low` first in memory.
 DEVICE u32 pack(float low, float high) {
@@ -121,6 +129,18 @@ DEVICE u32 pack(float low, float high) {
 #endif
   return word;
 }
+
+// Rounds four floats to fp8 (e4m3), saturating; `a` is first in memory. From sm_89 on.
+DEVICE u32 pack_fp8(float a, float b, float c, float d) {
+  u32 word;
+  asm("{\n .reg .b16 low, high;\n cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      " mov.b32 %0, {low, high};\n}"
+      : "=r"(word)
+      : "f"(a), "f"(b), "f"(c), "f"(d));
+  return word;
+}
+
+DEVICE float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
 // Transposes 4 x 4 words among the four lanes of a quad: lane t passes row t and receives column t.
 DEVICE void transpose_in_quad(u32 (&words)[4]) {

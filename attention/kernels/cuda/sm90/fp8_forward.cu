@@ -13,8 +13,6 @@ constexpr float WEIGHT_EXPONENT = 8;  // weights are at most 2^8, for fewer subn
 using Weights8 = u32[BLOCK_N / 32][4];
 using Product = float[HEAD_DIM / 2 + 4];  // V has 8 more columns of ones, so that the last four are sums of rows
 
-DEVICE float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
-
 DEVICE void start_product(Product& product, const Weights8& weights, u32 value) {
   const u64 tile = matrix_descriptor(value, 0);
   wgmma_fence();
@@ -39,10 +37,7 @@ DEVICE void pack_weights8(Weights8& weights, const Scores& scores) {
   for (int i = 0; i < BLOCK_N / 8; ++i) {
     // register i % 4 of step i / 4: row i % 2, and of 16 keys those of two groups of 8
     const int first = i / 4 * 16 + i % 4 / 2 * 8 + i % 2 * 2;
-    asm("{\n .reg .b16 low, high;\n cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-        " mov.b32 %0, {low, high};\n}"
-        : "=r"(weights[i / 4][i % 4])
-        : "f"(scores[first]), "f"(scores[first + 1]), "f"(scores[first + 4]), "f"(scores[first + 5]));
+    weights[i / 4][i % 4] = pack_fp8(scores[first], scores[first + 1], scores[first + 4], scores[first + 5]);
   }
 }
 

@@ -35,35 +35,10 @@ struct Rows {
   }
 };
 
-// Two elements of 16 bits as floats.
-DEVICE float low_of(u32 pair) {
-#if BFLOAT16
-  return __uint_as_float(pair << 16);
-#else
-  return from_half(pair);
-#endif
-}
-DEVICE float high_of(u32 pair) {
-#if BFLOAT16
-  return __uint_as_float(pair & 0xffff0000u);
-#else
-  return from_half(pair >> 16);
-#endif
-}
-
 DEVICE void unpack(float (&x)[8], const uint4& words) {
   const u32 pairs[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) x[2 * i] = low_of(pairs[i]), x[2 * i + 1] = high_of(pairs[i]);
-}
-
-DEVICE u32 to_fp8(float a, float b, float c, float d) {  // `a` first in memory
-  u32 word;
-  asm("{\n .reg .b16 low, high;\n cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
-      " mov.b32 %0, {low, high};\n}"
-      : "=r"(word)
-      : "f"(a), "f"(b), "f"(c), "f"(d));
-  return word;
 }
 
 // Exponent of the smallest power of two, within limits, that `largest` divided by it is at most LARGEST.
@@ -72,7 +47,6 @@ DEVICE int exponent_for(float largest) {
   const int exponent = static_cast<int>(bits >> 23) - 127 + ((bits & 0x7fffff) != 0);
   return max(MIN_EXPONENT, min(MAX_EXPONENT, exponent));
 }
-DEVICE float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
 
 // Maximum over the threads of a block; `room` holds a float per warp.
 DEVICE float block_max(float x, float* room) {
@@ -155,7 +129,7 @@ DEVICE void quantize_rows(u32* to, int* exponents, const Rows& rows, int first, 
       const int row = first + lane + i * LANES;
       if (row < rows.count) {
         *reinterpret_cast<uint2*>(to + (static_cast<i64>(row) * HEAD_DIM + 8 * group) / 4) =
-            make_uint2(to_fp8(x[0], x[1], x[2], x[3]), to_fp8(x[4], x[5], x[6], x[7]));
+            make_uint2(pack_fp8(x[0], x[1], x[2], x[3]), pack_fp8(x[4], x[5], x[6], x[7]));
       }
     }
   }
@@ -186,7 +160,7 @@ DEVICE void quantize_transposed(char* to, i64 stride, int* exponent_to, const Ro
   for (int b = 0; b < 4; ++b) unpack(x[b], words[b]);
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
-    tile[(8 * group + j) * 32 + (four ^ 2 * group % 32)] = to_fp8(x[0][j] * by, x[1][j] * by, x[2][j] * by, x[3][j] * by);
+    tile[(8 * group + j) * 32 + (four ^ 2 * group % 32)] = pack_fp8(x[0][j] * by, x[1][j] * by, x[2][j] * by, x[3][j] * by);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < HEAD_DIM * 16; i += THREADS) {
