@@ -22,6 +22,7 @@ from attention.core.workload import Workload
 from attention.engine.case_runner import CaseRunner
 from attention.engine.peaks import measure_peaks
 from attention.engine.progress import EMIT_INTERVAL_S
+from attention.implementations.protocol import NeedsBuilding, NeedsBuildingPerCall
 from attention.measure.device import Device, probe
 
 if TYPE_CHECKING:
@@ -89,13 +90,18 @@ class StreamBench(CaseRunner[StreamPlan]):
 
     def _emit_route(self, name: str, workload: Workload) -> None:
         """Emit the path of the attention calls of a row, and compile it if that is still to be done."""
-        device = probe()
+        device, case = probe(), self._progress.case
+        implementation = implementations.load_implementation(ATTENDS)
         if self._needs_building(ATTENDS, workload, device):
-            self._progress.log("compiling the kernel, once")
-            implementation = implementations.load_implementation(ATTENDS)
-            getattr(implementation, "build", lambda log: None)(self._progress.log)
-        route = validated_route(implementations.load_implementation(ATTENDS).route(workload, device))
-        self._progress.emit(on.RouteFound(case=self._progress.case, implementation=name, route=route))
+            self._progress.emit(on.StepStarted(case=case, implementation=name, step="build"))
+            self._progress.emit_progress(f"compiling {ATTENDS}, once", 0.0)
+            if isinstance(implementation, NeedsBuilding):
+                implementation.build(self._progress.log)
+            elif isinstance(implementation, NeedsBuildingPerCall):
+                implementation.build_for(workload, self._progress.log)
+            self._progress.emit(on.StepStarted(case=case, implementation=name, step="stream"))
+        route = validated_route(implementation.route(workload, device))
+        self._progress.emit(on.RouteFound(case=case, implementation=name, route=route))
 
     def _blocks(self, name: str) -> "BlockStream":
         return BlockStream(self._progress.case, name, self._progress.emit)
@@ -332,6 +338,8 @@ class AttentionStreamBench(StreamBench):
             on_row = on.StreamAdvanced(case=self._progress.case, implementation=FULL, blocks=blocks[-1:])
             self._progress.emit(on_row)
             mx.clear_cache()
+        if blocks:  # a longer cache may take another path
+            self._emit_route(FULL, work.full_workload(blocks[-1].end))
         return True
 
     def _time_full(self, work: Stream, length: int) -> StreamBlock:
