@@ -240,6 +240,10 @@ class StreamingKV:
         if self._pending is None:
             raise UsageError("k, v: got a StreamingKV without new tokens; it takes attention(q, *state.update(k, v))")
         (k, v, lengths, rotated), self._pending = self._pending, None
+        if lengths is None and sinks is None and q.shape[2] == 1:
+            stepped = self._step(q, k, v, scale, softcap, rotated, implementation)
+            if stepped is not None:
+                return stepped
         return self._attend(q, k, v, lengths, rotated, Settings(implementation, scale, softcap, sinks))
 
     def _flush(self) -> None:

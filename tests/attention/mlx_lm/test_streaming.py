@@ -35,10 +35,12 @@ def test_a_window_longer_than_the_text_changes_nothing(model):
 @pytest.mark.parametrize("implementation", ["practical", "poc"])
 def test_a_prompt_at_once_is_a_prompt_token_by_token(model, implementation):
     """Positions within the window are the same, however the tokens arrive."""
-    with patch_mlx_lm(implementation):
+    with patch_mlx_lm(implementation) as patch:
         at_once = model(PROMPT, cache=make_prompt_cache(model, first=3, window=12))
         caches = make_prompt_cache(model, first=3, window=12)
         steps = [model(PROMPT[:, t : t + 1], cache=caches) for t in range(PROMPT.shape[1])]
+    stepped = any("step of a stream" in path for path in patch.taken)
+    assert stepped == (implementation == "poc")
     assert mx.allclose(at_once, mx.concatenate(steps, 1), atol=2e-5)
     assert caches[0].position == 60
     assert caches[0].offset == 3 + (60 - 3) % 12
