@@ -65,6 +65,7 @@ def model_command(plan: GenerationPlan) -> str:
         "batch": ",".join(map(str, dict.fromkeys(case.batch for case in plan.cases))),
         "layers": first.measured_layers,
         "dtype": first.dtype,
+        "ranks": None if first.ranks == 1 else first.ranks,
         "kv-format": None if formats == [DENSE] else ",".join(formats),
         **_options(plan),
     }

@@ -101,7 +101,7 @@ AnyPlan = Plan | ModelPlan
 
 def ranks_of(case: Workload | Generation | FineTuning | Stream) -> int:
     """Return the number of ranks among which a case is divided."""
-    return case.ranks if isinstance(case, Workload) else 1
+    return case.ranks if isinstance(case, Workload | Generation) else 1
 
 
 class RankSetting(Struct, frozen=True, kw_only=True):

@@ -311,6 +311,7 @@ MAX_MODEL_SIZES: Final = {
     "layers": 10_000,
     "tuned_layers": 10_000,
     "measured_layers": 10_000,
+    "ranks": 64,
 }
 MIN_SIZES: Final = {"prompt": 2, "measured_layers": 2}
 """Minimum values above 1: a prompt's last token is a decode step; a layer's time needs two numbers of layers."""
@@ -340,10 +341,12 @@ class Generation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Layers of the whole model."""
     measured_layers: int | None = None
     """Layers that run; None means all. With fewer, all results are estimates for the whole model."""
+    ranks: int = 1
+    """Processes, each with a device of its own and the whole model, among which the sequence is divided."""
 
     def __post_init__(self) -> None:
         """Validate all fields."""
-        problems = _problems(self, ("prompt", "generate", "batch", "layers", "measured_layers"), self.dtype)
+        problems = _problems(self, ("prompt", "generate", "batch", "layers", "measured_layers", "ranks"), self.dtype)
         try:
             formats = parse_kv_format(str(self.kv_format))
             structs.force_setattr(self, "kv_format", formats.text if formats else DENSE)
@@ -373,7 +376,8 @@ class Generation(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         work = str(self.prompt) if self.phase == "prefill" else f"{self.generate} at {self.prompt}"
         form = "" if self.kv_format == DENSE else f" K/V {self.kv_format}"
         part = f", estimated from {self.measured_layers} of {self.layers} layers" if self.estimated else ""
-        return f"{short_name(self.model)} {self.phase} {work} B={self.batch} {self.dtype}{form}{part}"
+        ranks = "" if self.ranks == 1 else f" on {self.ranks} ranks"
+        return f"{short_name(self.model)} {self.phase} {work} B={self.batch} {self.dtype}{form}{part}{ranks}"
 
 
 def generations(

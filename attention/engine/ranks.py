@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
 from statistics import median
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import mlx.core as mx
 from msgspec import Struct, structs
@@ -186,6 +186,47 @@ class Conditions(Struct, frozen=True, kw_only=True):
         return f"{link}, speeds {' : '.join(f'{weight:.2f}' for weight in self.weights)}"
 
 
+def gather(group: mx.distributed.Group, rows: list[list[Any]], dtype: mx.Dtype) -> Any:
+    """Gather the same number of rows from every rank."""
+    mine = mx.array(rows, dtype=dtype)
+    return mx.distributed.all_gather(mine, group=group, stream=communication_stream()).tolist()
+
+
+def measure_group(group: mx.distributed.Group, device: Device, peaks: Peaks | None) -> Conditions:
+    """Measure a group's link and speeds; all ranks do so at the same time.
+
+    `peaks`: rates of all ranks' devices, if they are alike and known; otherwise each rank measures its own.
+    """
+    known = peaks or measure_peaks(device, PEAKS_S)
+    rates = [rate for (rate,) in gather(group, [[known.flops_per_s or 0.0]], mx.float32)]
+    uneven = min(rates) > 0 and max(rates) > UNEVEN * min(rates)
+    return Conditions(
+        link=_measure_link(group),
+        flops_per_s=min(rates) or DEFAULT_FLOPS_PER_S,
+        weights=tuple(rate / max(rates) for rate in rates) if uneven else None,
+    )
+
+
+def _measure_link(group: mx.distributed.Group) -> Link:
+    """Measure an all_gather of few numbers, and of so many that it takes a while; of each the median."""
+    latency_s, words = _gather_s(group, 1), PROBE_WORDS
+    while (seconds := _gather_s(group, words)) < PROBE_S and words < MAX_PROBE_WORDS:
+        words *= 4
+    received = 4 * words * (group.size() - 1)
+    return Link(bytes_per_s=received / max(seconds - latency_s, 1e-9), latency_s=latency_s)
+
+
+def _gather_s(group: mx.distributed.Group, words: int) -> float:
+    """Return the seconds of an all_gather of some float32 numbers, those of the slowest rank."""
+    numbers, times = mx.zeros((1, words)), []
+    mx.eval(numbers)
+    for _ in range(PROBE_REPEATS + 1):
+        started = time.perf_counter()
+        mx.eval(mx.distributed.all_gather(numbers, group=group, stream=communication_stream()))
+        times.append(time.perf_counter() - started)
+    return float(max(taken for (taken,) in gather(group, [[median(times[1:])]], mx.float32)))
+
+
 def divide(workload: Workload, conditions: Conditions | None) -> Decision:
     """Choose how the ranks share a call whose rows are sharded by sequence, as in a model.
 
@@ -281,6 +322,102 @@ def _address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+class RankCall(Protocol):
+    """A call that all ranks make together, bound to its inputs on this rank."""
+
+    steps: int
+    """Steps of one call; times and bytes are those of a step."""
+
+    def prepare(self) -> None:
+        """Restore what a call uses up; not timed."""
+        ...
+
+    def queue(self) -> object:
+        """Queue one call and return its outputs, unevaluated."""
+        ...
+
+    def queue_compute(self) -> object | None:
+        """Queue the same computation without communication; None if there is no such thing."""
+        ...
+
+    def wait(self, outputs: Sequence[object]) -> None:
+        """Evaluate the outputs of all queued calls."""
+        ...
+
+    def results(self) -> list[mx.array]:
+        """Run one call and return its whole results, on every rank."""
+        ...
+
+    def sent_bytes(self) -> int:
+        """Return the bytes that this rank sends in one call."""
+        ...
+
+
+class MakesCalls(Protocol):
+    """What is run on several ranks: the calls of a plan's cases."""
+
+    def signature(self, case: int, name: str) -> str:
+        """Describe a call; ranks whose texts differ do not make the same."""
+        ...
+
+    def make(self, case: int, name: str) -> RankCall:
+        """Bind an implementation to a case's inputs."""
+        ...
+
+
+class AttentionCall:
+    """A call of attention."""
+
+    steps = 1
+
+    def __init__(self, bound: BoundCall, training: bool, group: mx.distributed.Group) -> None:
+        self._bound, self._training, self._group = bound, training, group
+        self.queue, self.queue_compute, self.wait = bound.queue, bound.queue_compute, bound.wait
+
+    def prepare(self) -> None:
+        """Do nothing: inputs stay as they are."""
+
+    def results(self) -> list[mx.array]:
+        """Run one call and return the output, and in training dQ, dK and dV."""
+        if not self._training:
+            return [self._bound.gather_outputs()]
+        results = [unshard(part, self._bound.layout, self._group) for part in self._bound.queue()]
+        mx.eval(results)
+        return results
+
+    def sent_bytes(self) -> int:
+        """Return the bytes that this rank sends in one call."""
+        return self._bound.bytes_sent
+
+
+class AttentionCalls:
+    """The calls of a plan over attention shapes."""
+
+    def __init__(self, plan: Plan, group: mx.distributed.Group, device: Device, conditions: Conditions) -> None:
+        self._plan, self._group, self._device, self._conditions = plan, group, device, conditions
+
+    def signature(self, case: int, name: str) -> str:
+        """Return the case and the path."""
+        workload = self._plan.cases[case]
+        route = ranks_route(implementations.load_implementation(name), workload, self._device, self._conditions)
+        return f"{workload.label} by {route.path if route.supported else route.reason}"
+
+    def make(self, case: int, name: str) -> RankCall:
+        """Compile what is needed, and make this rank's part of the inputs."""
+        workload, implementation = self._plan.cases[case], implementations.load_implementation(name)
+        local = workload_of_one(workload)
+        if isinstance(implementation, NeedsBuilding | NeedsBuildingPerCall) and implementation.needs_building(
+            local, self._device
+        ):
+            if isinstance(implementation, NeedsBuilding):
+                implementation.build(lambda text: None)
+            else:
+                implementation.build_for(local, lambda text: None)
+        decision = divide(workload, self._conditions)
+        bound = BoundCall(workload, self._group, decision, implementation, seed=self._plan.seed)
+        return AttentionCall(bound, workload.pass_ == "training", self._group)
+
+
 class Order(IntEnum):
     """What rank 0 commands."""
 
@@ -309,58 +446,30 @@ class Member:
         group: MLX's group.
         status: updated for the heartbeat.
         conditions: what was measured of the group.
+        makes: makes this rank's calls.
     """
 
     def __init__(
         self,
         group: mx.distributed.Group,
-        plan: Plan,
-        device: Device,
+        names: Sequence[str],
+        makes: MakesCalls,
         status: RankStatus,
-        peaks: Peaks | None = None,
+        conditions: Conditions,
     ) -> None:
-        """Measure the group; all ranks do so at the same time.
+        """Create it on each rank.
 
         Args:
             group: MLX's group.
-            plan: what will be run.
-            device: this rank's device.
+            names: the implementations.
+            makes: makes this rank's calls.
             status: updated for the heartbeat.
-            peaks: rates of all ranks' devices, if they are alike and known; otherwise each rank measures its own.
+            conditions: what was measured of the group.
         """
-        self.group, self.status = group, status
-        self._plan, self._device = plan, device
-        self._names = plan.ordered
-        self._calls: dict[tuple[int, int], BoundCall] = {}
-        self.conditions = self._measure(peaks)
-
-    def _measure(self, peaks: Peaks | None) -> Conditions:
-        known = peaks or measure_peaks(self._device, PEAKS_S)
-        rates = [rate for (rate,) in self._share([known.flops_per_s or 0.0])]
-        uneven = min(rates) > 0 and max(rates) > UNEVEN * min(rates)
-        return Conditions(
-            link=self._measure_link(),
-            flops_per_s=min(rates) or DEFAULT_FLOPS_PER_S,
-            weights=tuple(rate / max(rates) for rate in rates) if uneven else None,
-        )
-
-    def _measure_link(self) -> Link:
-        """Measure an all_gather of few numbers, and of so many that it takes a while; of each the median."""
-        latency_s, words = self._gather_s(1), PROBE_WORDS
-        while (seconds := self._gather_s(words)) < PROBE_S and words < MAX_PROBE_WORDS:
-            words *= 4
-        received = 4 * words * (self.group.size() - 1)
-        return Link(bytes_per_s=received / max(seconds - latency_s, 1e-9), latency_s=latency_s)
-
-    def _gather_s(self, words: int) -> float:
-        """Return the seconds of an all_gather of some float32 numbers, those of the slowest rank."""
-        numbers, times = mx.zeros((1, words)), []
-        mx.eval(numbers)
-        for _ in range(PROBE_REPEATS + 1):
-            started = time.perf_counter()
-            mx.eval(mx.distributed.all_gather(numbers, group=self.group, stream=communication_stream()))
-            times.append(time.perf_counter() - started)
-        return max(taken for (taken,) in self._share([median(times[1:])]))
+        self.group, self.status, self.conditions = group, status, conditions
+        self._names, self.makes = names, makes
+        self._calls: dict[tuple[int, int], RankCall] = {}
+        self._whole: list[mx.array] = []
 
     def obey(self) -> None:
         """Execute rank 0's commands until it ends the run."""
@@ -391,7 +500,7 @@ class Member:
         else:
             self._begin(command)
             numbers = [command.order, command.case, command.implementation, command.calls, command.compute]
-        order, case, implementation, calls, compute = self._gather([numbers], mx.int32)[0]
+        order, case, implementation, calls, compute = gather(self.group, [numbers], mx.int32)[0]
         command = Command(Order(order), case, implementation, calls, bool(compute))
         if self.group.rank():
             self._begin(command)
@@ -408,59 +517,35 @@ class Member:
             case Order.BIND:
                 self._bind(key)
             case Order.RESULTS:
-                self._whole = self._gather_results(key)
+                self._whole = self._calls[key].results()
             case Order.MEMORY:
                 return self._share([self._peak_bytes(self._calls[key])])
             case Order.SAMPLE:
                 return self._share(self._sample(self._calls[key], command.calls, command.compute))
         return []
 
-    def _gather_results(self, key: tuple[int, int]) -> list[mx.array]:
-        """Run one call and return its whole results, on every rank."""
-        call = self._calls[key]
-        if self._plan.cases[key[0]].pass_ != "training":
-            return [call.gather_outputs()]
-        results = [unshard(part, call.layout, self.group) for part in call.queue()]
-        mx.eval(results)
-        return results
-
     def _share(self, numbers: Sequence[float]) -> list[list[float]]:
         """Gather some numbers of every rank."""
-        gathered: list[list[float]] = self._gather([list(numbers)], mx.float32)
+        gathered: list[list[float]] = gather(self.group, [list(numbers)], mx.float32)
         return gathered
-
-    def _gather(self, rows: list[list[Any]], dtype: mx.Dtype) -> Any:
-        """Gather the same number of rows from every rank."""
-        mine = mx.array(rows, dtype=dtype)
-        return mx.distributed.all_gather(mine, group=self.group, stream=communication_stream()).tolist()
 
     def _bind(self, key: tuple[int, int]) -> None:
         """Prepare a call, forgetting those of earlier cases, after checking that all ranks prepare the same."""
-        case, number = key
+        case, name = key[0], self._names[key[1]]
         self._calls = {known: call for known, call in self._calls.items() if known[0] == case}
-        workload, name = self._plan.cases[case], self._names[number]
-        implementation = implementations.load_implementation(name)
-        route = ranks_route(implementation, workload, self._device, self.conditions)
-        self._check_alike(f"{workload.label} by {route.path if route.supported else route.reason}")
-        local = workload_of_one(workload)
-        if isinstance(implementation, NeedsBuilding | NeedsBuildingPerCall) and implementation.needs_building(
-            local, self._device
-        ):
-            if isinstance(implementation, NeedsBuilding):
-                implementation.build(lambda text: None)
-            else:
-                implementation.build_for(local, lambda text: None)
-        decision = divide(workload, self.conditions)
-        self._calls[key] = BoundCall(workload, self.group, decision, implementation, seed=self._plan.seed)
+        self._check_alike(self.makes.signature(case, name))
+        self._calls[key] = self.makes.make(case, name)
 
     def _check_alike(self, text: str) -> None:
         """Raise RankError on each rank that prepares another call than rank 0."""
         own = text.encode()[:SIGNATURE_BYTES].ljust(SIGNATURE_BYTES)
-        first = bytes(self._gather([list(own)], mx.int32)[0])
+        first = bytes(gather(self.group, [list(own)], mx.int32)[0])
         if first != own:
             raise RankError(f"it would run {own.decode(errors='replace').strip()}, rank 0 {first.decode().strip()}")
 
-    def _peak_bytes(self, call: BoundCall) -> int:
+    @staticmethod
+    def _peak_bytes(call: RankCall) -> int:
+        call.prepare()
         mx.synchronize()
         mx.clear_cache()
         before = mx.get_active_memory()
@@ -468,18 +553,21 @@ class Member:
         call.wait([call.queue()])
         return max(0, mx.get_peak_memory() - before)
 
-    @staticmethod
-    def _sample(call: BoundCall, calls: int, compute: bool) -> tuple[float, float, float]:
-        """Return the seconds of a call with and without communication (0 if not measured), and the bytes sent."""
+    def _sample(self, call: RankCall, calls: int, compute: bool) -> tuple[float, float, float]:
+        """Return the seconds of a step with and without communication (0 if not measured), and the bytes sent."""
+        call.prepare()
+        self._share([0.0])  # what is not timed takes different times
         started = time.perf_counter()
         call.wait([call.queue() for _ in range(calls)])
         call_s, compute_s = (time.perf_counter() - started) / calls, 0.0
         if compute:
-            call.barrier()
+            self._share([0.0])
             started = time.perf_counter()
-            call.wait([call.queue_compute() for _ in range(calls)])
-            compute_s = (time.perf_counter() - started) / calls
-        return call_s, compute_s, float(call.bytes_sent)
+            outputs = [call.queue_compute() for _ in range(calls)]
+            if outputs[0] is not None:
+                call.wait(outputs)
+                compute_s = (time.perf_counter() - started) / calls
+        return call_s / call.steps, compute_s / call.steps, call.sent_bytes() / call.steps
 
 
 class RankCalls:

@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 import msgspec
 
 from attention.core import events as on
-from attention.core.errors import NoBackendError, UsageError
+from attention.core.errors import NoBackendError, UsageError, error_line
 from attention.core.plan import Assignment, FineTuningPlan, GenerationPlan, Plan, RankSetting, StreamPlan
 from attention.engine.case_runner import CaseRunner, DeviceStateUnknown, Mark
 from attention.engine.progress import Emit
 
 if TYPE_CHECKING:
-    from attention.engine.ranks import Member, RankStatus
+    import mlx.core as mx
+
+    from attention.engine.ranks import Conditions, MakesCalls, Member, RankStatus
+    from attention.measure.device import Device
 
 HEARTBEAT_S: Final = 1.0
 
@@ -77,6 +80,10 @@ def _runner(assignment: Assignment, emit: Emit, mark: Mark, member: "Member | No
         case GenerationPlan() as generation:
             from attention.mlx_lm.generation import GenerationBench
 
+            if member is not None:
+                from attention.mlx_lm.rank_generation import RankGenerationBench
+
+                return RankGenerationBench(assignment, generation, emit, mark, member)
             return GenerationBench(assignment, generation, emit, mark)
         case FineTuningPlan() as fine_tuning:
             from attention.mlx_lm.fine_tuning import FineTuningBench
@@ -95,7 +102,13 @@ def _runner(assignment: Assignment, emit: Emit, mark: Mark, member: "Member | No
 def _run_rank(setting: RankSetting, emit: Emit, mark: Mark) -> int:
     """Run one rank of a group: rank 0 runs the assignment, the others obey it."""
     _choose_gpu(setting)  # before MLX is imported
-    from attention.engine import ranks
+    try:
+        from attention.engine import ranks
+    except ImportError as error:  # MLX for CUDA cannot be imported without a device
+        alone = os.environ["CUDA_VISIBLE_DEVICES"] == "" or "no CUDA-capable device" in str(error)
+        reason = "it found no GPU; each rank needs its own" if alone else error_line(error)
+        emit(on.RankFailed(rank=setting.rank, reason=reason, fatal=True))
+        return 1
 
     status = ranks.RankStatus()
     try:
@@ -106,7 +119,7 @@ def _run_rank(setting: RankSetting, emit: Emit, mark: Mark) -> int:
 
 
 def _join_and_run(setting: RankSetting, emit: Emit, mark: Mark, status: "RankStatus") -> int:
-    from attention.engine.ranks import Member, backend_of, join, pin_cores
+    from attention.engine.ranks import Member, backend_of, join, measure_group, pin_cores
     from attention.kernels.common.cache import code_fingerprint
     from attention.measure.device import probe
 
@@ -133,10 +146,11 @@ def _join_and_run(setting: RankSetting, emit: Emit, mark: Mark, status: "RankSta
         return _run(assignment, emit, mark)
     group = join(setting, backend_of(setting, device))
     status.joined = True
-    assert isinstance(assignment.plan, Plan)
     hosts = {address.rpartition(":")[0] for address in setting.addresses}
     peaks = assignment.peaks if len(hosts) < 2 else None  # those of the devices of one machine
-    member = Member(group, assignment.plan, device, status, peaks)
+    conditions = measure_group(group, device, peaks)
+    makes = _calls_of(assignment, group, device, conditions)
+    member = Member(group, assignment.plan.ordered, makes, status, conditions)
     if setting.rank:
         member.obey()
         return 0
@@ -144,6 +158,22 @@ def _join_and_run(setting: RankSetting, emit: Emit, mark: Mark, status: "RankSta
     if code == 0:
         member.end()
     return code
+
+
+def _calls_of(
+    assignment: Assignment, group: "mx.distributed.Group", device: "Device", conditions: "Conditions"
+) -> "MakesCalls":
+    """Return what makes the calls of a plan on a rank."""
+    match assignment.plan:
+        case Plan() as plan:
+            from attention.engine.ranks import AttentionCalls
+
+            return AttentionCalls(plan, group, device, conditions)
+        case GenerationPlan() as generation:
+            from attention.mlx_lm.rank_generation import ModelCalls
+
+            return ModelCalls(generation, group)
+    raise UsageError("ranks: such a run takes one device")
 
 
 def _choose_gpu(setting: RankSetting) -> None:

@@ -52,7 +52,15 @@ class Configuration(Struct, frozen=True):
         return int(self.fields.get("head_dim") or self.fields["hidden_size"] // self.heads)
 
     def workload(
-        self, pass_: Pass, dtype: DType, *, batch: int, seq: int, kv_seq: int | None = None, kv_format: str = DENSE
+        self,
+        pass_: Pass,
+        dtype: DType,
+        *,
+        batch: int,
+        seq: int,
+        kv_seq: int | None = None,
+        kv_format: str = DENSE,
+        ranks: int = 1,
     ) -> Workload:
         """Return the attention workload of one layer."""
         return Workload(
@@ -66,6 +74,7 @@ class Configuration(Struct, frozen=True):
             mask="none" if pass_ == "decode" else "causal",
             pass_=pass_,
             kv_format=kv_format,
+            ranks=ranks,
         )
 
     def check_kv_format(self, kv_format: str) -> None:

@@ -61,10 +61,11 @@ class Prompts:
                 observer.unneeded()
             mx.eval([each.state for each in cache])
             mx.clear_cache()
-        return _next_logits(model, cache, self.tokens[:, last], observer)
+        return next_logits(model, cache, self.tokens[:, last], observer)
 
 
-def _next_logits(model: Any, cache: list[Any], token: mx.array, observer: Observer | None = None) -> Logits:
+def next_logits(model: Any, cache: list[Any], token: mx.array, observer: Observer | None = None) -> Logits:
+    """Run a model on one token of each sequence, and return the logits of the next: (batch, vocabulary)."""
     logits: mx.array = model(token[:, None], cache=cache)[:, -1]
     if observer:
         observer.needed()
@@ -175,7 +176,7 @@ class DecodeRun:
         """Run one step and return its logits."""
         cache = self._taken()
         with self._network.shortened(self._layers) as model:
-            logits = _next_logits(model, cache, self._token)
+            logits = next_logits(model, cache, self._token)
             mx.eval(logits)
         return [logits]
 
@@ -183,7 +184,7 @@ class DecodeRun:
         """Return None: the rounds measure it."""
 
     def _queued(self, model: Any, cache: list[Any], token: mx.array) -> mx.array:
-        following = mx.argmax(_next_logits(model, cache, token, self.observer), axis=-1)
+        following = mx.argmax(next_logits(model, cache, token, self.observer), axis=-1)
         mx.async_eval(following)  # type: ignore[no-untyped-call]
         return following
 

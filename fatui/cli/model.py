@@ -19,6 +19,7 @@ EXAMPLE: Final = """examples:
   fatui model llama-7b-like --layers 4 --impl baseline,practical
   fatui model ~/models/Qwen2.5-1.5B --json qwen.json
   fatui model tinyllama-1.1b --layers 4 --prompt 2048 --kv-format none,int8,int4
+  fatui model tinyllama-1.1b --prompt 8192 --ranks 2
 
 Models without a folder have random weights and need no download: {models}.
 Prefill is the time from the prompt to the first token, in steps of 2048 tokens as mlx-lm takes them; decode makes
@@ -34,7 +35,7 @@ Exit codes: 0 done, 1 a case failed or is inaccurate, 2 wrong usage, 3 no backen
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
     from attention.core.plan import GenerationPlan
-    from fatui.cli.options import add_limit_options, add_model_options
+    from fatui.cli.options import add_host_options, add_limit_options, add_model_options
     from fatui.cli.output import add_export_options
 
     add_model_options(parser, EXAMPLE)
@@ -43,9 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", metavar="A,B", default="1", help="sequences at once (1)")
     parser.add_argument("--layers", metavar="N", help="run only N layers, and estimate the whole model")
     parser.add_argument("--dtype", default="bfloat16", help="float32, float16 or bfloat16 (bfloat16)")
+    parser.add_argument("--ranks", metavar="N", help="devices among which the sequence is divided (1)")
     parser.add_argument("--kv-format", metavar="A,B", default=DENSE, help=KV_HELP)
     seconds = GenerationPlan(cases=()).seconds
     add_limit_options(parser, f"time for the rounds of one phase at one prompt length ({seconds:g})")
+    add_host_options(parser)
     add_export_options(parser)
 
 
@@ -74,6 +77,15 @@ def request(arguments: argparse.Namespace) -> "tuple[GenerationPlan, list[Export
     return model_plan(arguments, GenerationPlan, lambda: _cases(arguments))
 
 
+def _ranks(arguments: argparse.Namespace) -> int:
+    """Return the number of ranks: as given, or one for each host."""
+    from fatui.cli.options import ranks_of_hosts, whole_numbers
+
+    if arguments.ranks:
+        return whole_numbers(arguments.ranks, "--ranks", single=True)[0]
+    return int(ranks_of_hosts(arguments).get("ranks", [1])[0])
+
+
 def _cases(arguments: argparse.Namespace) -> tuple[Any, ...]:
     from attention.core.workload import generations
     from attention.mlx_lm.configuration import find_model
@@ -90,6 +102,7 @@ def _cases(arguments: argparse.Namespace) -> tuple[Any, ...]:
         generate=whole_numbers(arguments.generate, "--generate", single=True)[0],
         measured_layers=whole_numbers(arguments.layers, "--layers", single=True)[0] if arguments.layers else None,
         dtype=arguments.dtype,
+        ranks=_ranks(arguments),
     )
     for case in cases:
         configuration.check_kv_format(case.kv_format)

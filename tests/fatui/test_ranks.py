@@ -10,9 +10,9 @@ import pytest
 from msgspec import Struct
 
 from attention.core import events as on
-from attention.core.plan import Plan
+from attention.core.plan import GenerationPlan, Plan
 from attention.core.results import Case, Peaks, Row
-from attention.core.workload import Workload
+from attention.core.workload import Workload, generations
 from fatui import engine_process
 from fatui.engine_process import Engine
 from fatui.rank_launch import RankLaunch
@@ -117,6 +117,20 @@ def test_each_failure_is_told_within_15_s(faulty_run: Ran) -> None:
             steps[event.implementation] = at
         elif isinstance(event, on.RowEnded):
             assert at - steps[event.implementation] < 15
+
+
+@pytest.mark.slow
+def test_a_model_runs_over_two_ranks_beside_one_device() -> None:
+    fields = {"model": "tiny-llama", "dtype": "float32", "generate": 4, "ranks": 2}
+    cases = generations(2, prompts=[128], batches=[1], **fields)
+    planned = GenerationPlan(cases=cases, implementations=("baseline",), seconds=0.5, hostfile=str(RING))
+    engine = Engine(planned, peaks=PEAKS)
+    asyncio.run(asyncio.wait_for(engine.run(), 120))
+    for index in range(2):
+        (row,) = engine.record.case(index).rows
+        assert row.status == "ok"
+        assert row.one_device_s is not None
+        assert row.sent_bytes
 
 
 @pytest.mark.slow
