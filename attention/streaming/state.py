@@ -20,7 +20,7 @@ from attention.streaming.files import Description
 from attention.streaming.layout import Layout, Row
 from attention.streaming.parts import Part, Settings, attend_parts
 from attention.streaming.rope import Rope
-from attention.streaming.storage import Slots
+from attention.streaming.storage import Slots, cut
 
 HeadKind = Literal["streaming", "full"]
 MAX_PIECE: Final = 1024
@@ -387,8 +387,8 @@ class StreamingKV:
         for begin, end in self._pieces(group):
             self._store(
                 self._piece(group, begin, end, rotated),
-                k[group.batch, :, begin:end],
-                v[group.batch, :, begin:end],
+                cut(k, group.batch, begin, end),
+                cut(v, group.batch, begin, end),
                 rotated,
             )
         self._advance(group)
@@ -468,7 +468,7 @@ class StreamingKV:
         made = []
         for begin, end in self._pieces(group):
             piece = self._piece(group, begin, end, rotated)
-            query, key, value = (x[group.batch, :, begin:end] for x in (q, k, v))
+            query, key, value = (cut(x, group.batch, begin, end) for x in (q, k, v))
             made.append(self._attend_piece(piece, query, key, value, rotated, settings))
         self._advance(group)
         return None if not made else made[0] if len(made) == 1 else mx.concatenate(made, axis=2)

@@ -10,6 +10,13 @@ from attention.core.kv_format import Format
 from attention.quantized_kv import KeyOrValue, QuantizedArray, quantized
 
 
+def cut(x: mx.array, batch: slice, begin: int, end: int) -> mx.array:
+    """Return rows [begin, end) of some rows of the batch of (B, heads, rows, ·): the array itself if these are all."""
+    if begin == 0 and end == x.shape[2] and batch.start == 0 and batch.stop == x.shape[0]:
+        return x
+    return x[batch, :, begin:end]
+
+
 class Slots:
     """An array (B, Hkv, slots, width) of keys or values, in the parts of `mx.quantize` if it has a format."""
 
@@ -53,7 +60,7 @@ class Slots:
 
     def at(self, batch: slice, begin: int, end: int) -> KeyOrValue:
         """Return slots [begin, end) of some rows of the batch, without copying them."""
-        return self._view([part[batch, :, begin:end] for part in self.arrays])
+        return self._view([cut(part, batch, begin, end) for part in self.arrays])
 
     def packed(self, x: mx.array) -> list[mx.array]:
         """Return keys or values (B, Hkv, L, width) in the parts in which they are stored."""
