@@ -13,11 +13,10 @@ namespace fatui {
 static_assert(score_line == query_tile && 2 * score_line <= key_tile);  // scores, transposed and not, fit in one tile
 
 // Keys per tile: K, V and the prefetched next K fit in an L1 of 48 KiB; half as many in float32, where memory bandwidth
-// leaves time for more tiles, and in quantized keys, which are dequantized.
+// leaves time for more tiles.
 template <class T>
 int64_t decode_keys(const Problem& p) {
-  const bool wide = sizeof(T) == 4 || is_quantized(p);
-  return std::clamp<int64_t>((wide ? 2048 : 8192) / p.head_dim / 16 * 16, 16, score_line);
+  return std::clamp<int64_t>((sizeof(T) == 4 ? 2048 : 8192) / p.head_dim / 16 * 16, 16, score_line);
 }
 static_assert(score_line <= most_quantized_rows);
 
@@ -116,10 +115,10 @@ struct FewRows {
       Ahead(lines(p.key, run.begin, std::min(tile, run.end - run.begin), p.head_dim, key_length, key_copy)).ask_for_all();
     int64_t query_read = run.query;
     read_queries(query_read);
-    std::fill_n(output, rows * dv, 0.0f);
     if constexpr (reading == Reading::copied) {
-      if (is_quantized(p)) return attend_quantized(runs, run, tile);
+      if (is_quantized(p)) return attend_quantized(runs, run);
     }
+    std::fill_n(output, rows * dv, 0.0f);
     for (KeyRun after; !run.empty(); run = after) {
       if (run.query != query_read) read_queries(query_read = run.query);
       after = runs.next();
@@ -178,8 +177,9 @@ struct FewRows {
     });
   }
 
-  // Keys in integers where that is exact enough, else dequantized; values dequantized in registers.
-  void attend_quantized(KeyRuns& runs, KeyRun run, int64_t tile) {
+  // Keys and values in integers where that is exact enough, else dequantized in registers.
+  void attend_quantized(KeyRuns& runs, KeyRun run) {
+    constexpr int64_t tile = score_line;
     IntegerQueries integers;
     const auto to_integers = [&] {
       return sizeof(T) == 2 && IntegerQueries::take(p.key_packing, p.head_dim) &&
@@ -187,9 +187,9 @@ struct FewRows {
     };
     int64_t query_read = run.query;
     bool in_integers = to_integers();
-    const int64_t tile_of_floats = tile;
     const bool sums_in_integers = sizeof(T) == 2 && IntegerSums::take(p.value_packing, p.value_dim);
-    const int64_t padded = rows == 1 && !sums_in_integers ? 1 : round_up(rows, rows_together);
+    const int64_t whole = round_up(rows, rows_together), padded = rows == 1 && !sums_in_integers ? 1 : whole;
+    std::fill_n(query + rows * key_length, (whole - rows) * key_length, 0.0f);
     std::fill_n(scores, few_rows * score_line, 0.0f);
     std::fill_n(output, padded * dv, 0.0f);
     for (KeyRun after; !run.empty(); run = after) {
@@ -197,7 +197,6 @@ struct FewRows {
         read_queries(query_read = run.query);
         in_integers = to_integers();
       }
-      tile = in_integers ? score_line : tile_of_floats;
       after = runs.next();
       for (int64_t key = run.begin; key < run.end; key += tile) {
         const int64_t count = std::min(tile, run.end - key);
@@ -208,13 +207,8 @@ struct FewRows {
         const QuantizedRows next = quantized(p.key, p.key_packing, first, std::min(tile, end - first), p.head_dim);
         Ahead values(packed_lines(v)), keys(packed_lines(next));
         if (in_integers) integers.scores(k, scores, score_line, values);
-        if (!in_integers || !finite_scores(count)) {  // sums of integers may overflow before they get their unit
-          dequantize(k, key_copy, key_length);
-          const Lines<float> copied{key_copy, key_length, key_length, count};
-          in_groups(rows, [&](int64_t row, auto group) {
-            score_lines<group, numbers>(query + row * key_length, key_length, copied, scores + row * score_line, values);
-          });
-        }
+        if (!in_integers || !finite_scores(count))  // sums of integers may overflow before they get their unit
+          score_quantized(k, query, key_length, rows == 1 ? 1 : whole, scores, score_line, values);
         softmax(key, count, run.bits == nullptr ? nullptr : run.bits + (key - run.begin));
         if (sums_in_integers) IntegerSums::add(v, scores, score_line, rows, output, dv, keys);
         else add_quantized(v, scores, score_line, padded, output, dv, keys);

@@ -13,12 +13,15 @@
 //              w   keys j and j + 1                  | the same  | ...
 //
 // On AVX-512 without VNNI and on AVX2, scores are sums of 16-bit numbers as well: 8 words of a key, for 4 rows or for 2.
+//
+// Numbers of other widths than 4 and 8 bits are spread to bytes first, a tile at a time, in the L1; without VNNI so are keys in
+// mxfp4.
 #include "decode_products.hpp"
 #include "packed.hpp"
 
 namespace fatui {
 
-#if defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
+#if defined(FATUI_SHUFFLES)
 namespace {
 
 typedef uint16_t Shorts __attribute__((vector_size(lanes * 4)));
@@ -40,6 +43,75 @@ FATUI_INLINE Integers dot_pairs(Integers c, Words a, Words b) {
   return c + (Integers)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #endif
 }
+
+// For each of 16 numbers, in two halves: the two bytes that have it, and the factor that moves it to the top of 16 bits.
+struct Spreading {
+  alignas(32) uint8_t bytes[32];
+  alignas(32) uint16_t factor[16];
+};
+template <int bits>
+constexpr Spreading spreading() {
+  Spreading all{};
+  for (int i = 0; i < 16; i++) {
+    const int bit = i * bits, last = (bit + bits - 1) / 8;
+    all.bytes[2 * i] = uint8_t(bit / 8), all.bytes[2 * i + 1] = last > bit / 8 ? uint8_t(last) : 0x80;
+    all.factor[i] = uint16_t(1 << (16 - bits - bit % 8));
+  }
+  return all;
+}
+
+// Sixteen numbers as 16-bit ones.
+template <int bits>
+FATUI_INLINE __m256i sixteen(const uint8_t* p) {
+  static constexpr Spreading at = spreading<bits>();
+  const __m256i bytes =
+      _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(packed<bits>(p)), _mm256_load_si256((const __m256i*)at.bytes));
+  return _mm256_srli_epi16(_mm256_mullo_epi16(bytes, _mm256_load_si256((const __m256i*)at.factor)), 16 - bits);
+}
+
+// Rows of numbers as bytes: integers plus an offset; twice e2m1 plus an offset.
+template <int bits, Number number>
+void to_bytes(const Packed& from, int offset, uint8_t* out) {
+  const __m256i plus = _mm256_set1_epi8(char(offset));
+  const __m256i twice =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
+  for (int64_t r = 0; r < from.rows; r++) {
+    const uint8_t* p = from.data + r * from.stride;
+    for (int64_t d = 0; d < from.groups * from.group; d += 32, p += 4 * bits, out += 32) {
+      __m256i x = _mm256_packus_epi16(sixteen<bits>(p), sixteen<bits>(p + 2 * bits));
+      x = _mm256_permute4x64_epi64(x, 0xd8);
+      if constexpr (number == Number::e2m1) x = _mm256_shuffle_epi8(twice, x);
+      _mm256_storeu_si256((__m256i*)out, _mm256_add_epi8(x, plus));
+    }
+  }
+}
+
+// Rows spread to bytes, with scales and biases that fit those.
+struct Spread {
+  alignas(64) uint8_t bytes[most_quantized_rows * 512];
+  alignas(64) float scales[most_quantized_rows * most_groups + lanes], biases[most_quantized_rows * most_groups + lanes];
+
+  // A byte is the number plus an offset if it is an integer, otherwise twice the number plus the offset, which the biases undo.
+  Packed of(const Packed& from, const Packing& packing, int offset) {
+    Packed made{bytes, from.groups * from.group, from.rows, from.groups, from.group, from.scales, from.biases};
+    if (packing.mode == Mode::mxfp4) {
+      to_bytes<4, Number::e2m1>(from, offset, bytes);
+      for (int64_t i = 0; i < from.rows * from.groups; i += lanes) {
+        const Vector scale = load(from.scales + i) * 0.5f;
+        store(scales + i, scale), store(biases + i, scale * float(-offset));
+      }
+      made.scales = scales, made.biases = biases;
+      return made;
+    }
+    switch (packing.bits) {
+      case 2: to_bytes<2, Number::integer>(from, offset, bytes); break;
+      case 3: to_bytes<3, Number::integer>(from, offset, bytes); break;
+      case 5: to_bytes<5, Number::integer>(from, offset, bytes); break;
+      default: to_bytes<6, Number::integer>(from, offset, bytes);
+    }
+    return made;
+  }
+};
 
 // Field i of each 16-bit number, from 0 on; and as a signed number.
 template <int bits>
@@ -206,9 +278,15 @@ constexpr bool takes_e2m1 = false;
 #endif
 }  // namespace
 
+namespace {
+// Bits of the numbers that scores are computed from.
+int score_bits(const Packing& packing) {
+  return packing.bits == 4 && (takes_e2m1 || packing.mode == Mode::affine) ? 4 : 8;
+}
+}  // namespace
+
 bool IntegerQueries::take(const Packing& packing, int64_t columns) {
-  const bool known = (takes_e2m1 && packing.mode == Mode::mxfp4) || (packing.mode == Mode::affine && packing.bits % 4 == 0);
-  return known && columns % 32 == 0;
+  return (packing.mode == Mode::affine || packing.mode == Mode::mxfp4) && columns % 32 == 0;
 }
 
 bool IntegerQueries::read(const float* query, int64_t line, int64_t rows, int64_t columns, const Packing& packing,
@@ -236,20 +314,24 @@ bool IntegerQueries::read(const float* query, int64_t line, int64_t rows, int64_
     alignas(64) int32_t integers[512];
     for (int64_t d = 0; d < columns; d++) integers[d] = int32_t(std::nearbyint(q[d] * inverse));
     for (int64_t d = 0; d < columns; d++) sums[(four * groups + d / packing.group) * 16 + lane] += float(integers[d]);
-    place(integers, r % rows_together, columns, packing.bits, bytes + four * rows_together * columns * 2);
+    place(integers, r % rows_together, columns, score_bits(packing), bytes + four * rows_together * columns * 2);
   }
   return true;
 }
 
 void IntegerQueries::scores(const QuantizedRows& keys, float* s, int64_t line, Ahead& next) const {
-  with_packed(keys, [&](const Packed& packed) {
+  with_packed(keys, [&](const Packed& given) {
     const Packing& packing = keys.packing;
+    Spread room;
+    const bool spread = score_bits(packing) != packing.bits;
+    const Packed packed = spread ? room.of(given, packing, packing.mode == Mode::mxfp4 ? 12 : 0) : given;
     for (int64_t four = 0; four < row_groups_; four++) {
       const auto* bytes = bytes_ + four * rows_together * keys.columns * 2;
       const float *sums = sums_ + four * packed.groups * 16, *units = units_ + four * 16;
       float* to = s + four * rows_together * line;
-      if (packing.mode != Mode::affine) Scores4<4, Number::e2m1>::run(packed, bytes, sums, units, to, line, next);
-      else if (packing.bits == 4) Scores4<4, Number::integer>::run(packed, bytes, sums, units, to, line, next);
+      if (score_bits(packing) == 4 && packing.mode != Mode::affine)
+        Scores4<4, Number::e2m1>::run(packed, bytes, sums, units, to, line, next);
+      else if (score_bits(packing) == 4) Scores4<4, Number::integer>::run(packed, bytes, sums, units, to, line, next);
       else Scores4<8, Number::integer>::run(packed, bytes, sums, units, to, line, next);
     }
   });
@@ -281,13 +363,16 @@ struct Weights {
   }
 
  private:
+  static Vector of_two(const float* x, int64_t g) { return every_second(load(x), load(x + lanes), g, all_lanes); }
+
   // Every `groups`-th number, and zeros up to whole vectors.
   static void of_group(const float* x, int64_t g, int64_t groups, int64_t keys, float* out) {
     const int64_t end = round_up(keys, lanes);
     std::fill(out + keys, out + end, 0.0f);
     int64_t j = 0;
-    for (; groups == 2 && j + lanes <= keys; j += lanes)
-      store(out + j, every_second(load(x + 2 * j), load(x + 2 * j + lanes), g, all_lanes));
+    for (; groups == 2 && j + lanes <= keys; j += lanes) store(out + j, of_two(x + 2 * j, g));
+    for (; groups == 4 && j + lanes <= keys; j += lanes)
+      store(out + j, every_second(of_two(x + 4 * j, g % 2), of_two(x + 4 * j + 2 * lanes, g % 2), g / 2, all_lanes));
     for (; j < keys; j++) out[j] = x[j * groups + g];
   }
 
@@ -390,25 +475,34 @@ void add_blocks(const Packed& values, const Weights& weights, float* output, int
 }
 }  // namespace
 
+namespace {
+// Bits of the numbers that the output is summed from.
+int sum_bits(const Packing& packing) { return packing.bits == 4 ? 4 : 8; }
+}  // namespace
+
 bool IntegerSums::take(const Packing& packing, int64_t columns) {
-  return packing.mode == Mode::affine && packing.bits % 4 == 0 && columns % (lanes * 32 / packing.bits) == 0;
+  return packing.mode == Mode::affine && columns % (lanes * 32 / sum_bits(packing)) == 0;
 }
 
 void IntegerSums::add(const QuantizedRows& values, const float* p, int64_t p_line, int64_t count, float* output,
                       int64_t output_line, Ahead& next) {
-  with_packed(values, [&](const Packed& packed) {
+  with_packed(values, [&](const Packed& given) {
+    const Packing& packing = values.packing;
+    const int centre = 1 << (packing.bits - 1);
     Weights weights;
+    Spread room;
+    const Packed packed = sum_bits(packing) == packing.bits ? given : room.of(given, packing, 128 - centre);
     for (int64_t row = 0; row < count; row += rows_together) {
-      weights.read(packed, float(1 << (values.packing.bits - 1)), p + row * p_line, p_line, count - row);
+      weights.read(packed, float(centre), p + row * p_line, p_line, count - row);
       float* to = output + row * output_line;
-      if (values.packing.bits == 4) add_blocks<4>(packed, weights, to, output_line, next);
+      if (sum_bits(packing) == 4) add_blocks<4>(packed, weights, to, output_line, next);
       else add_blocks<8>(packed, weights, to, output_line, next);
     }
   });
 }
 
 void IntegerSums::order(const Packing& packing, int64_t columns, float* output) {
-  const int64_t vectors = 32 / packing.bits, dims = vectors * lanes;
+  const int64_t vectors = 32 / sum_bits(packing), dims = vectors * lanes;
   for (float* block = output; block < output + columns; block += dims) {
     float ordered[8 * lanes];
     for (int64_t v = 0; v < vectors; v++)

@@ -4,13 +4,10 @@
 //   numbers of up to 4 bits   looked up in a table of the group's values, scale and bias included, where a register holds it
 //   other integers            bytes, shifts and a mask; scale * number + bias
 //   e2m1                      looked up, too
-//   e4m3                      the bits of a float16 that is 2^-8 of it; times 2^8, times the scale
+//   e4m3                      the bits of a float16 that is 2^-8 of it; times 2^8, times the scale. In a tile without NaN
+//                             and with scales that may be multiplied by 2^8, they are, once for each group
 #include "decode_products.hpp"
 #include "packed.hpp"
-
-#if defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
-#define FATUI_SHUFFLES 1
-#endif
 
 namespace fatui {
 namespace {
@@ -33,6 +30,18 @@ FATUI_INLINE Vector widen(const e4m3_t* p) {
   const Halves half = ((number & 0x7f) << 7) | ((number & 0x80) << 8);
   const Halves bits = (number & 0x7f) == 0x7f ? Halves{} + uint16_t(0x7e00) : half;  // NaN
   return fatui::widen(reinterpret_cast<const float16_t*>(&bits)) * 0x1p8f;
+#endif
+}
+// 2^-8 of numbers that are not NaN.
+FATUI_INLINE Vector widen_finite(const uint8_t* p) {
+#if defined(__AVX512BW__)
+  const __m256i number = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));  // the sign in the upper byte
+  return (Vector)_mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(number, 7), _mm256_set1_epi16(short(0xbf80))));
+#elif defined(__AVX2__) && defined(__F16C__)
+  const __m128i number = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p));
+  return (Vector)_mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(number, 7), _mm_set1_epi16(short(0xbf80))));
+#else
+  return widen(reinterpret_cast<const e4m3_t*>(p)) * 0x1p-8f;
 #endif
 }
 FATUI_INLINE Vector widen(const e8m0_t* p) {
@@ -68,30 +77,7 @@ FATUI_INLINE Vector table(std::integer_sequence<int, I...>) {
   else return Vector{float(I & ((1 << bits) - 1))...};
 }
 
-// Some bytes, up to eight, as the lowest ones of a word; in pieces that are loads, as a copy through memory would stall.
-template <int bytes>
-FATUI_INLINE uint64_t low_bytes(const uint8_t* p) {
-  uint64_t eight = 0;
-  uint32_t four = 0;
-  uint16_t two = 0;
-  uint8_t one = 0;
-  if constexpr (bytes == 8) std::memcpy(&eight, p, 8);
-  if constexpr (bytes & 4) std::memcpy(&four, p, 4);
-  if constexpr (bytes & 2) std::memcpy(&two, p + (bytes & 4), 2);
-  if constexpr (bytes & 1) std::memcpy(&one, p + (bytes & 6), 1);
-  return eight | four | uint64_t(two) << 8 * (bytes & 4) | uint64_t(one) << 8 * (bytes & 6);
-}
-
 #if defined(FATUI_SHUFFLES)
-// The 2 * bits bytes of 16 numbers.
-template <int bits>
-FATUI_INLINE __m128i packed(const uint8_t* p) {
-  if constexpr (bits == 8) return _mm_loadu_si128((const __m128i*)p);
-  const auto low = int64_t(low_bytes<std::min(8, 2 * bits)>(p));
-  if constexpr (bits <= 4) return _mm_cvtsi64_si128(low);
-  return _mm_set_epi64x(int64_t(low_bytes<std::clamp(2 * bits - 8, 0, 8)>(p + 8)), low);
-}
-
 // For each of lanes numbers: the two bytes that have it, and how far it is from their lowest bit.
 struct Places {
   alignas(64) uint8_t bytes[4 * lanes];
@@ -165,7 +151,8 @@ FATUI_INLINE Words integers(const uint8_t* p) {
 // The values of numbers [first, first + lanes) of 16, `values` being the table of the group.
 template <int bits, Number number, int first>
 FATUI_INLINE Vector values_of(const uint8_t* p, Vector scale, Vector bias, [[maybe_unused]] Vector values) {
-  if constexpr (number == Number::e4m3) return widen(reinterpret_cast<const e4m3_t*>(p) + first) * scale;
+  if constexpr (number == Number::e4m3_finite) return widen_finite(p + first) * scale;
+  else if constexpr (number == Number::e4m3) return widen(reinterpret_cast<const e4m3_t*>(p) + first) * scale;
 #if defined(FATUI_SHUFFLES)
   else if constexpr (bits <= looked_up) return look_up(values, shifted<bits, first>(p));
   else if constexpr (number == Number::e2m1) {
@@ -223,6 +210,47 @@ struct Expand {
   }
 };
 
+// Scores of R rows with some keys at once, dequantized in registers.
+template <int R, int bits, Number number>
+struct Score {
+  static constexpr int together = sums / R;
+
+  static void run(const Packed& from, const float* query, int64_t query_line, float* s, int64_t line, Ahead* ahead) {
+    Ahead next = *ahead;
+    for (int64_t j = 0; j < from.rows; j += together) {
+      Vector x[sums / lanes][lanes] = {};
+      for (int64_t group = 0; group < from.groups; group++) {
+        for (int64_t b = 0; b < together * from.group * bits / 8; b += 64) next.ask<1>();
+        const float* q = query + group * from.group;
+        FATUI_UNROLL for (int g = 0; g < together; g++) {
+          const int64_t key = std::min(j + g, from.rows - 1), at = key * from.groups + group;
+          const uint8_t* p = from.data + key * from.stride + group * from.group * bits / 8;
+          const Group of_key = group_of<bits, number>(from.scales + at, from.biases + at);
+          for (int64_t i = 0; i < from.group; i += chunk, p += 2 * bits) {
+            Vector k[vectors];
+            chunk_of<bits, number>(p, of_key, k);
+            FATUI_UNROLL for (int v = 0; v < vectors; v++) {
+              k[v] = in_register(k[v]);
+              FATUI_UNROLL for (int r = 0; r < R; r++) {
+                Vector& sum = x[(r * together + g) / lanes][(r * together + g) % lanes];
+                sum = fused(sum, k[v], load(q + r * query_line + i + v * lanes));
+              }
+            }
+          }
+        }
+      }
+      float sum[sums];
+      FATUI_UNROLL for (int i = 0; i < sums / lanes; i++) store(sum + i * lanes, fold(x[i]));
+      FATUI_UNROLL for (int r = 0; r < R; r++) std::memcpy(s + r * line + j, sum + r * together, together * sizeof(float));
+    }
+    *ahead = next;
+  }
+};
+template <int bits, Number number>
+using ScoreFour = Score<rows_together, bits, number>;
+template <int bits, Number number>
+using ScoreOne = Score<1, bits, number>;
+
 // Some chunks of the output at once, of R rows; at the end of a row the last chunk fills up their number.
 template <int R, int bits, Number number>
 struct Add {
@@ -279,16 +307,17 @@ using AddOne = Add<1, bits, number>;
 
 // Runs the loop for a format.
 template <template <int, Number> class Loop, class... Arguments>
-void run_for(const Packing& packing, const Arguments&... arguments) {
-  if (packing.mode == Mode::mxfp8) return Loop<8, Number::e4m3>::run(arguments...);
-  if (packing.mode != Mode::affine) return Loop<4, Number::e2m1>::run(arguments...);
+void run_for(const Packing& packing, const Packed& from, const Arguments&... more) {
+  if (from.finite) return Loop<8, Number::e4m3_finite>::run(from, more...);
+  if (packing.mode == Mode::mxfp8) return Loop<8, Number::e4m3>::run(from, more...);
+  if (packing.mode != Mode::affine) return Loop<4, Number::e2m1>::run(from, more...);
   switch (packing.bits) {
-    case 2: return Loop<2, Number::integer>::run(arguments...);
-    case 3: return Loop<3, Number::integer>::run(arguments...);
-    case 4: return Loop<4, Number::integer>::run(arguments...);
-    case 5: return Loop<5, Number::integer>::run(arguments...);
-    case 6: return Loop<6, Number::integer>::run(arguments...);
-    default: return Loop<8, Number::integer>::run(arguments...);
+    case 2: return Loop<2, Number::integer>::run(from, more...);
+    case 3: return Loop<3, Number::integer>::run(from, more...);
+    case 4: return Loop<4, Number::integer>::run(from, more...);
+    case 5: return Loop<5, Number::integer>::run(from, more...);
+    case 6: return Loop<6, Number::integer>::run(from, more...);
+    default: return Loop<8, Number::integer>::run(from, more...);
   }
 }
 
@@ -304,12 +333,35 @@ void read_groups(const Tensor& t, Mode mode, int64_t at, int64_t rows, int64_t g
   }
 }
 
+bool can_be_finite(const Packed& from) {
+  Words nan{};
+  Vector top{};
+  for (int64_t r = 0; r < from.rows; r++) {
+    const uint8_t* p = from.data + r * from.stride;
+    for (int64_t d = 0; d < from.groups * from.group; d += 4 * lanes)
+      nan |= ((as<Words>(load(reinterpret_cast<const float*>(p + d))) & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u;
+  }
+  for (int64_t i = 0; i < from.rows * from.groups; i += lanes) top = larger(load(from.scales + i), top);
+  uint32_t any = 0;
+  for (int i = 0; i < lanes; i++) any |= nan[i];
+  return any == 0 && max_of(top) < 0x1p119f;
+}
+
 void dequantize(const QuantizedRows& rows, float* out, int64_t line) {
   for (int64_t first = 0; first < rows.rows; first += most_quantized_rows) {
     QuantizedRows some = rows;
     some.row += first, some.rows = std::min(most_quantized_rows, rows.rows - first);
     with_packed(some, [&](const Packed& packed) { run_for<Expand>(rows.packing, packed, out + first * line, line); });
   }
+}
+
+void score_quantized(const QuantizedRows& keys, const float* query, int64_t query_line, int64_t count, float* s, int64_t line,
+                     Ahead& next) {
+  with_packed(keys, [&](const Packed& packed) {
+    if (count == 1) return run_for<ScoreOne>(keys.packing, packed, query, query_line, s, line, &next);
+    for (int64_t row = 0; row < count; row += rows_together)
+      run_for<ScoreFour>(keys.packing, packed, query + row * query_line, query_line, s + row * line, line, &next);
+  });
 }
 
 void add_quantized(const QuantizedRows& values, const float* p, int64_t p_line, int64_t count, float* output,

@@ -1,9 +1,9 @@
 // Quantized keys and values. With many query rows a tile is dequantized on its way to the products, into the tiles that rows
 // of other types are converted into: formats differ in this step only. With few rows, which read each number once:
 //
-//   scores   products of integers, if queries have 16 bits, numbers have 4 or 8 bits, and the CPU is one with AVX2 or
-//            AVX-512; elsewhere a tile is dequantized
-//   output   products of integers, too; elsewhere values are dequantized in registers
+//   scores   products of integers, if queries have 16 bits, numbers are integers or those of mxfp4, and the CPU is one with
+//            AVX2 or AVX-512; elsewhere keys are dequantized in registers
+//   output   products of integers, too, if numbers are integers; elsewhere values are dequantized in registers
 #pragma once
 #include "tile.hpp"
 
@@ -39,6 +39,10 @@ class Ahead;  // asks for what is read next
 
 constexpr int64_t rows_together = 4;         // query rows of the products with few rows, which are padded to a multiple
 constexpr int64_t most_quantized_rows = 64;  // keys or values of a tile
+
+// S[row][key] of `count` rows, padded as below; entries after the last key, up to a multiple of 16, are undefined.
+void score_quantized(const QuantizedRows& keys, const float* query, int64_t query_line, int64_t count, float* s, int64_t line,
+                     Ahead& next);
 
 // O[row][d] += P[row][key] V[key][d] of `count` rows, their lines padded to a multiple of rows_together (1 stays 1).
 void add_quantized(const QuantizedRows& values, const float* p, int64_t p_line, int64_t count, float* output,

@@ -156,6 +156,25 @@ def test_nan_among_small_floats_stays_nan():
     assert mx.all(mx.isnan(cpu.flash_attention(mx.ones((1, 1, 1, 32)), k, v, scale=1.0)))
 
 
+@pytest.mark.parametrize("exponent", [118, 119, 122])
+def test_scales_near_the_largest_float_are_exact(exponent):
+    """Scales of mxfp8 are multiplied by 2^8 where that does not overflow."""
+    numbers = mx.array(np.full(32, 0x38, np.uint8)).view(mx.uint32)[None, None, None]  # 1.0
+    v = quantized((numbers, mx.full((1, 1, 1, 1), 127 + exponent, mx.uint8)), "mxfp8")
+    k = quantized(mx.ones((1, 1, 1, 32)), "int8:32")
+    assert mx.all(cpu.flash_attention(mx.ones((1, 1, 1, 32)), k, v, scale=1.0) == 2.0**exponent)
+
+
+def test_a_nan_leaves_the_other_values_of_its_tile():
+    codes = np.full((3, 32), 0x38, np.uint8)
+    codes[1, 5] = 0x7F
+    v = quantized((mx.array(codes).view(mx.uint32)[None, None], mx.full((1, 1, 3, 1), 127, mx.uint8)), "mxfp8")
+    k = quantized(mx.ones((1, 1, 3, 32)), "int8:32")
+    out = cpu.flash_attention(mx.ones((1, 1, 1, 32)), k, v, scale=1.0)
+    assert mx.isnan(out[..., 5]).item()
+    assert mx.allclose(out[..., 6:], mx.array(1.0))
+
+
 def call_of(length=300, form="int4"):
     q = normal(0, 2, 4, 70, 64)
     k, v = (quantized_values.normal(i, (2, 2, length, 64), mx.float16, form) for i in (1, 2))
