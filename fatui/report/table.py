@@ -123,7 +123,9 @@ def further_columns(cases: Sequence[AnyCase]) -> FurtherColumns:
         if counterpart in counterparts or (diverge and counterpart == "unquantized")
     }
     if formatting.over_ranks(cases):
-        columns.update({SENT: formatting.sent_text, EXPOSED: formatting.exposed_text})
+        columns[SENT] = formatting.sent_text
+        if any(row.exposed_s is not None for case in cases for row in case.rows):  # not in models
+            columns[EXPOSED] = formatting.exposed_text
     if formatting.has_kv_error(cases):
         columns[KV_ERROR] = formatting.kv_error_text
     if diverge:
