@@ -414,6 +414,8 @@ def word(row: Row, case: AnyCase) -> str:
         return row.status
     if row.collecting:
         return row.collecting
+    if isinstance(row, StreamRow):
+        return _climb(row)
     ratio = row.speedup
     fastest = row.implementation in best_of(case)
     if row.implementation == case.reference:
@@ -423,6 +425,19 @@ def word(row: Row, case: AnyCase) -> str:
     if not ratio.significant:
         return "same"
     return "slower" if ratio.value < 1 else "fastest" if fastest else "faster"
+
+
+FLAT: Final = 0.02
+"""Tenths of a stream that differ by less are flat."""
+
+
+def _climb(row: StreamRow) -> str:
+    """Return whether the time of a token stays the same over a stream: "flat", "varies", "climbs"; else "ok"."""
+    if row.implementation == FULL:
+        return "climbs" if row.end_s and row.blocks and row.end_s > row.blocks[0].seconds * (1 + FLAT) else OK
+    if row.spread is None:
+        return OK
+    return "flat" if row.spread <= FLAT else "varies"
 
 
 def _beats_another(row: Row, case: AnyCase) -> bool:
@@ -444,8 +459,8 @@ def verdict(row: Row, case: AnyCase) -> str:
 
 def _standing(row: Row, case: AnyCase) -> str:
     short, ratio = word(row, case), row.speedup
-    if row.collecting:
-        return row.collecting
+    if row.collecting or isinstance(row, StreamRow):
+        return short
     if short == "base":
         return "reference"
     if short == "same":

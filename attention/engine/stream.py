@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
+from msgspec import structs
 
 from attention import implementations
 from attention.core import events as on
@@ -22,6 +23,7 @@ from attention.core.workload import Workload
 from attention.engine.case_runner import CaseRunner
 from attention.engine.peaks import measure_peaks
 from attention.engine.progress import EMIT_INTERVAL_S
+from attention.implementations.calls import take_path
 from attention.implementations.protocol import NeedsBuilding, NeedsBuildingPerCall
 from attention.measure.device import Device, probe
 
@@ -100,8 +102,15 @@ class StreamBench(CaseRunner[StreamPlan]):
             elif isinstance(implementation, NeedsBuildingPerCall):
                 implementation.build_for(workload, self._progress.log)
             self._progress.emit(on.StepStarted(case=case, implementation=name, step="stream"))
-        route = validated_route(implementation.route(workload, device))
-        self._progress.emit(on.RouteFound(case=case, implementation=name, route=route))
+        self._predicted = validated_route(implementation.route(workload, device))
+        self._progress.emit(on.RouteFound(case=case, implementation=name, route=self._predicted))
+
+    def _emit_taken_path(self, name: str) -> None:
+        """Emit the path that the latest call recorded, if it is not the one that was expected."""
+        path = take_path()
+        if path is not None and path != self._predicted.path:
+            self._predicted = structs.replace(self._predicted, path=path, reason="as the calls recorded it")
+            self._progress.emit(on.RouteFound(case=self._progress.case, implementation=name, route=self._predicted))
 
     def _blocks(self, name: str) -> "BlockStream":
         return BlockStream(self._progress.case, name, self._progress.emit)
@@ -143,6 +152,7 @@ class StreamBench(CaseRunner[StreamPlan]):
                 if position >= block_end or position == work.tokens or up or now - stream.began >= block_s:
                     block_end = position + work.block_tokens - position % work.block_tokens
                     stream.close_block(position)
+                    self._emit_taken_path(name)
                     up = up or not may_continue(position)
                 if now - told >= EMIT_INTERVAL_S:
                     told = now

@@ -195,7 +195,7 @@ def _stream(case: StreamCase) -> list[TextColumn]:
         TextColumn("memory", [growth_text(row.start_bytes, row.end_bytes) for row in rows]),
         TextColumn("of bound", [formatting.percent(row.bound_share) for row in rows]),
         *(losses if any(row.loss_inside is not None or row.loss_beyond is not None for row in rows) else []),
-        TextColumn("verdict", [row.status for row in rows]),
+        TextColumn("verdict", [formatting.word(row, case) for row in rows]),
     ]
 
 
@@ -348,7 +348,17 @@ DROPPED_FIRST: Final = (
     *(("of bound",), ("per call", "to 1st token", "per token", "per iteration"), ("99 %",), ("memory",)),
 )
 TEXTS: Final = (IMPLEMENTATION, "path", "verdict")
-STYLES: Final = {"fastest": "bold green", "faster": "green", "slower": "yellow", "same": "", "base": "", "ok": ""}
+STYLES: Final = {
+    "fastest": "bold green",
+    "faster": "green",
+    "slower": "yellow",
+    "same": "",
+    "base": "",
+    "ok": "",
+    "flat": "green",
+    "varies": "",
+    "climbs": "yellow",
+}
 
 
 def report_table(

@@ -44,6 +44,8 @@ def test_every_token_is_measured_in_both_rows() -> None:
     assert streaming.spread is not None
     assert streaming.bound_s is not None
     assert streaming.bare_bins
+    assert streaming.path is not None
+    assert "stream" in streaming.path
     assert [block.end for block in full.blocks] == full_lengths(300)
     assert not full.extrapolated
 

@@ -73,12 +73,13 @@ def test_the_command_of_a_run_makes_the_same_plan(arguments: list[str]) -> None:
 
 
 def test_the_table_says_what_is_extrapolated() -> None:
-    text = shown(stream_report())
+    text = shown(stream_report(), width=120)
     assert "~ 1.02 ms" in text
     assert "measured up to 16,384 keys" in text
     assert "full, extrapolated: 1.02 ms" in text
     assert "10.2 times as long" in text
     assert "interrupted" not in text
+    assert [line.split()[-1] for line in text.splitlines()[2:4]] == ["climbs", "flat"]
 
 
 @pytest.mark.parametrize("model", [None, "tiny-llama"])
@@ -119,6 +120,7 @@ def test_csv_has_a_line_for_each_row() -> None:
 def test_markdown_is_a_table_without_the_drawing() -> None:
     text = export.to_markdown(stream_report())
     assert "| streaming |" in text
+    assert "| flat |" in text
     assert "~ extrapolated" in text
     assert "┤" not in text
 
