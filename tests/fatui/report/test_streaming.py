@@ -37,6 +37,7 @@ def test_without_a_stream_the_section_says_how_to_measure_one() -> None:
     assert "fatui stream --tokens 100000" in section_of()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not charts.available(), reason="matplotlib is not installed")
 def test_the_page_has_the_curves_and_the_extrapolation_as_a_line() -> None:
     page = to_html(compose([stream_report("tiny-llama")]))

@@ -65,7 +65,7 @@ async def test_first_tokens_beyond_the_window_are_refused_in_words(stage):
     assert any("first: got 9" in line.text for line in stage.app.journal.since(0))
 
 
-@pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 55)])
+@pytest.mark.parametrize("size", [(80, 24), pytest.param((200, 55), marks=pytest.mark.slow)])
 async def test_a_past_stream_opens_with_its_curves_at_any_size(private_folders, size):
     async with on_stage(size=size) as stage:
         stage.app.open_report(stream_report("tiny-llama"))
