@@ -192,14 +192,18 @@ def gather(group: mx.distributed.Group, rows: list[list[Any]], dtype: mx.Dtype) 
     return mx.distributed.all_gather(mine, group=group, stream=communication_stream()).tolist()
 
 
-def measure_group(group: mx.distributed.Group, device: Device, peaks: Peaks | None) -> Conditions:
+def measure_group(group: mx.distributed.Group, device: Device, peaks: Peaks | None, *, alike: bool) -> Conditions:
     """Measure a group's link and speeds; all ranks do so at the same time.
 
-    `peaks`: rates of all ranks' devices, if they are alike and known; otherwise each rank measures its own.
+    Args:
+        group: MLX's group.
+        device: this rank's device.
+        peaks: rates of such a device, if known.
+        alike: whether all devices are of one machine, so that their speeds are taken as equal.
     """
-    known = peaks or measure_peaks(device, PEAKS_S)
+    known = peaks if peaks and alike else measure_peaks(device, PEAKS_S)
     rates = [rate for (rate,) in gather(group, [[known.flops_per_s or 0.0]], mx.float32)]
-    uneven = min(rates) > 0 and max(rates) > UNEVEN * min(rates)
+    uneven = not alike and min(rates) > 0 and max(rates) > UNEVEN * min(rates)
     return Conditions(
         link=_measure_link(group),
         flops_per_s=min(rates) or DEFAULT_FLOPS_PER_S,

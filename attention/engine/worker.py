@@ -147,8 +147,7 @@ def _join_and_run(setting: RankSetting, emit: Emit, mark: Mark, status: "RankSta
     group = join(setting, backend_of(setting, device))
     status.joined = True
     hosts = {address.rpartition(":")[0] for address in setting.addresses}
-    peaks = assignment.peaks if len(hosts) < 2 else None  # those of the devices of one machine
-    conditions = measure_group(group, device, peaks)
+    conditions = measure_group(group, device, assignment.peaks, alike=len(hosts) < 2)
     makes = _calls_of(assignment, group, device, conditions)
     member = Member(group, assignment.plan.ordered, makes, status, conditions)
     if setting.rank:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from attention.core import events as on
+from attention.core.workload import Workload
+from attention.distributed.decision import Link, decide
 from fatui.engine_process import Engine
 from tests.fatui.test_ranks import PEAKS, Ran, plan
 from tests.support.two_hosts import TwoHosts, unavailable
@@ -29,6 +31,27 @@ def test_two_hosts_with_delay_and_loss_run_a_case(hosts: TwoHosts) -> None:
     assert ran.row("baseline").status == "ok"
     assert ran.row("baseline").exposed_s
     assert not ran.left_over()
+
+
+SLOW_BYTES_PER_S = 2e7
+WIDE = Workload(seq=1024, heads=8, head_dim=64, dtype="float32", ranks=2)
+
+
+def test_a_slow_link_is_measured_and_its_cost_predicted(tmp_path: Path) -> None:
+    """The bandwidth that the group measures, put into the planner's arithmetic, gives the time that is exposed."""
+    events: list[on.AnyEvent] = []
+    with TwoHosts(tmp_path, bytes_per_s=SLOW_BYTES_PER_S) as hosts, hosts.reachable_by_ssh():
+        planned = plan(cases=(WIDE,), hostfile=hosts.hostfile())
+        engine = Engine(planned, events.append, peaks=PEAKS)
+        asyncio.run(asyncio.wait_for(engine.run(), 200))
+    text = next(event.text for event in events if isinstance(event, on.Message) and "a link of" in event.text)
+    measured = 1e9 * float(text.partition("a link of ")[2].split()[0])
+    assert SLOW_BYTES_PER_S / 2 < measured < 1.3 * SLOW_BYTES_PER_S
+    decision = decide(WIDE, 2, sharded_by="sequence", link=Link(bytes_per_s=measured), flops_per_s=1e15)
+    (row,) = engine.record.case(0).rows
+    assert row.sent_bytes == sum(decision.bytes_sent)
+    assert row.exposed_s is not None
+    assert 0.5 < row.exposed_s / decision.option.exposed_s < 3  # the link's process shares the cores with the ranks
 
 
 def test_a_cut_link_costs_a_row_within_15_s_and_leaves_no_rank(hosts: TwoHosts) -> None:
