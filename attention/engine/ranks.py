@@ -56,6 +56,8 @@ PROBE_WORDS: Final = 2**16
 """float32 numbers that each rank sends first when the link is measured; four times as many until it takes PROBE_S."""
 PROBE_S: Final = 0.05
 MAX_PROBE_WORDS: Final = 2**22
+LATENCIES: Final = 8
+"""Multiple of the latency that a gather takes at least from which the bandwidth is computed."""
 PROBE_REPEATS: Final = 3
 PEAKS_S: Final = 0.3
 """Seconds in which a rank measures its best rate."""
@@ -214,10 +216,11 @@ def measure_group(group: mx.distributed.Group, device: Device, peaks: Peaks | No
 def _measure_link(group: mx.distributed.Group) -> Link:
     """Measure an all_gather of few numbers, and of so many that it takes a while; of each the median."""
     latency_s, words = _gather_s(group, 1), PROBE_WORDS
-    while (seconds := _gather_s(group, words)) < PROBE_S and words < MAX_PROBE_WORDS:
+    enough_s = max(PROBE_S, LATENCIES * latency_s)
+    while (seconds := _gather_s(group, words)) < enough_s and words < MAX_PROBE_WORDS:
         words *= 4
     received = 4 * words * (group.size() - 1)
-    return Link(bytes_per_s=received / max(seconds - latency_s, 1e-9), latency_s=latency_s)
+    return Link(bytes_per_s=received / max(seconds - latency_s, seconds / 2), latency_s=latency_s)
 
 
 def _gather_s(group: mx.distributed.Group, words: int) -> float:
