@@ -17,7 +17,7 @@
 //   output     n times (scale * weight), and the bias times the weight, which is added up apart; the groups of 32 or 16 values
 //              would need too many products, so their values are dequantized: one multiplication for two of them
 //
-// Tiles of 16 keys are dealt round-robin to the warps of a split. As in sm90/decode.cu, each warp has its own ring of STAGES
+// Ranges of STEP keys, one or more tiles of 16, are dealt round-robin to the warps of a split. As in sm90/decode.cu, each warp has its own ring of STAGES
 // buffers, filled by asynchronous copies, and never waits for another one. In the epilogue the warps' partial results are
 // combined in shared memory, and those of several splits by the last block to finish: see sm90/decode_join.cuh.
 //
@@ -25,7 +25,7 @@
 // maximum over lanes nor a rescaled output (FlashAttention 4). Queries are scaled to float16 by a power of two per row, and
 // scales of values by one that follows the largest of them so far.
 
-constexpr int STEP = 16;  // keys per tile
+constexpr int STEP = 16 * TILES;  // keys per buffer
 constexpr float BASE_BELOW = 6, HEADROOM = 14;  // a base is set BASE_BELOW below the maximum, in log2 units
 constexpr float NO_BASE = -1e30f;               // below every score
 static_assert(ROWS == 8 * QUERY_TILES);
@@ -45,7 +45,7 @@ constexpr int CHUNKS = HEAD_DIM / (8 * VALUE_COUNT);
 constexpr int VALUE_GROUPS = (HEAD_DIM + VALUE_GROUP - 1) / VALUE_GROUP;
 static_assert(PIECES % KEY_GROUPS == 0);
 
-// A warp's buffer of 16 keys and values: numbers of keys and of values, scales and biases of keys, then those of values; each
+// A warp's buffer of STEP keys and values: numbers of keys and of values, scales and biases of keys, then those of values; each
 // array has rows without gaps, HEAD_DIM columns wide.
 constexpr int KEY_ROW = HEAD_DIM * KEY_BITS / 8, KEY_SCALES = KEY_GROUPS * Key::SCALE_BYTES;  // bytes of a row
 constexpr int VALUE_ROW = HEAD_DIM * VALUE_BITS / 8, VALUE_SCALES = VALUE_GROUPS * Value::SCALE_BYTES;
@@ -61,6 +61,12 @@ DEVICE void multiply_add_f16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// c (16 x 8) += a (16 x 8) @ b (8 x 8) in bfloat16
+DEVICE void multiply_add_biases(float (&c)[4], u32 a0, u32 a1, u32 b) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(b));
 }
 DEVICE u32 transpose_matrix(u32 word) {
   u32 made;
@@ -95,7 +101,7 @@ DEVICE void copy_scale(u32 destination, const char* source, bool valid) {
   else asm volatile("st.shared.u8 [%0], %1;" ::"r"(destination), "r"(x) : "memory");
 }
 
-// Copies 16 rows of an array, of PITCH bytes in the buffer and `width` in memory, in units of UNIT bytes, to which its rows are
+// Copies STEP rows of an array, of PITCH bytes in the buffer and `width` in memory, in units of UNIT bytes, to which its rows are
 // aligned; rows beyond the last one are copies of it.
 template <int PITCH, int UNIT>
 DEVICE void copy_rows(u32 destination, const char* from, int stride, int key, int last, int width) {
@@ -156,12 +162,12 @@ struct Source {
     }
   }
 
-  // Starts copying 16 keys and values from `key` on, a multiple of 16.
+  // Starts copying STEP keys and values from `key` on, a multiple of 16.
   DEVICE void copy(u32 buffer, int key, const Problem& problem) const {
     if (adjacent && key + STEP <= problem.keys) {
       const u32 unit = buffer + threadIdx.x % 32 * 16;
-      copy_range<KEY_ROW>(unit, key_units + static_cast<i64>(key) * KEY_ROW);
-      copy_range<VALUE_ROW>(unit + VALUE_AT, value_units + static_cast<i64>(key) * VALUE_ROW);
+      copy_range<TILES * KEY_ROW>(unit, key_units + static_cast<i64>(key) * KEY_ROW);
+      copy_range<TILES * VALUE_ROW>(unit + VALUE_AT, value_units + static_cast<i64>(key) * VALUE_ROW);
 #pragma unroll
       for (int i = 0; i < SCALE_PASSES; ++i) {
         if (SCALE_UNITS >= 32 * (i + 1) || threadIdx.x % 32 < SCALE_UNITS - 32 * i) {
@@ -220,19 +226,21 @@ struct Lane {
   }
 };
 
-// 16 keys: a quad has keys `row` and `row` + 8.
+// 16 keys, a tile: a quad has keys `row` and `row` + 8.
 struct Keys {
   Packed<KEY_BITS, KEY_COUNT> numbers[2][PIECES];
   RowScales<Key, KEY_GROUPS> scales[2], biases[2];
 
-  DEVICE void load(const Lane& lane, int buffer) {
+  // Loads tile `m` of a buffer.
+  DEVICE void load(const Lane& lane, int buffer, int m) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      scales[i].load_shared(buffer + KEY_SCALES_AT + lane.key_scales + 8 * i * KEY_SCALES);
-      if constexpr (Key::BIASED) biases[i].load_shared(buffer + KEY_BIASES_AT + lane.key_scales + 8 * i * KEY_SCALES);
+      const int row = 16 * m + 8 * i;
+      scales[i].load_shared(buffer + lane.key_scales + KEY_SCALES_AT + row * KEY_SCALES);
+      if constexpr (Key::BIASED) biases[i].load_shared(buffer + lane.key_scales + KEY_BIASES_AT + row * KEY_SCALES);
 #pragma unroll
       for (int p = 0; p < PIECES; ++p) {
-        numbers[i][p].load_shared(buffer + lane.key_numbers + 8 * i * KEY_ROW + 4 * KEY_COUNT * p * KEY_BITS / 8);
+        numbers[i][p].load_shared(buffer + lane.key_numbers + row * KEY_ROW + 4 * KEY_COUNT * p * KEY_BITS / 8);
       }
     }
   }
@@ -245,20 +253,23 @@ struct Values {
   RowScales<Value, VALUE_GROUPS> scales[2], biases[2];
   RawScale<Value> own[4][CHUNKS];
 
-  DEVICE void load(const Lane& lane, int buffer) {
-    if constexpr (SCALED_WEIGHTS) {
-      const u32 weight_scales = buffer + lane.key_scales + lane.row * (VALUE_SCALES - KEY_SCALES);
+  // Loads what belongs to the weights' keys of tile `m` of a buffer.
+  DEVICE void load_scales(const Lane& lane, int buffer, int m) {
+    const u32 weight_scales = buffer + lane.key_scales + lane.row * (VALUE_SCALES - KEY_SCALES);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        scales[i].load_shared(weight_scales + VALUE_SCALES_AT + 8 * i * VALUE_SCALES);
-        if constexpr (Value::BIASED) biases[i].load_shared(weight_scales + VALUE_BIASES_AT + 8 * i * VALUE_SCALES);
-      }
+    for (int i = 0; i < 2; ++i) {
+      const int row = 16 * m + 8 * i;
+      scales[i].load_shared(weight_scales + VALUE_SCALES_AT + row * VALUE_SCALES);
+      if constexpr (Value::BIASED) biases[i].load_shared(weight_scales + VALUE_BIASES_AT + row * VALUE_SCALES);
     }
+  }
+  // Loads tile `m` of a buffer.
+  DEVICE void load(const Lane& lane, int buffer, int m) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
       for (int c = 0; c < CHUNKS; ++c) {
-        const int further = 8 * (i / 2), column = 8 * VALUE_COUNT * c;
+        const int further = 16 * m + 8 * (i / 2), column = 8 * VALUE_COUNT * c;
         numbers[i][c].load_shared(buffer + lane.value_numbers[i % 2] + further * VALUE_ROW + column * VALUE_BITS / 8);
         if constexpr (!SCALED_WEIGHTS) {
           const u32 place = buffer + lane.value_scales[i % 2] + further * VALUE_SCALES + column / VALUE_GROUP * Value::SCALE_BYTES;
@@ -269,8 +280,13 @@ struct Values {
   }
 };
 
+// Whether the biases of keys are multiplied by the tensor cores: a row's biases, as loaded, are the columns 2 t and 2 t + 1 of
+// a left operand for each member t, and the sums of q, in three parts of 8 bits, are its rows.
+constexpr bool BIAS_PRODUCT = Key::BIASED && KEY_SCALE == BFLOAT && KEY_GROUPS == 2;
+
 // What a warp keeps: queries, the output and the softmax state, for tiles of 8 queries.
 struct State {
+  u32 bias_query[QUERY_TILES];  // with BIAS_PRODUCT, part t of the sums of query lane / 4
   u32 query[QUERY_TILES][PIECES * PIECE_STEPS][2];
   float query_sum[QUERY_TILES][KEY_GROUPS][2];  // of a group's columns, of queries 2 t and 2 t + 1, times 2^-UNIT
   float out[QUERY_TILES][HEAD_DIM / 16][4];
@@ -321,6 +337,16 @@ DEVICE void raise_bases(State& state, int n, const float (&largest)[2]) {
 DEVICE void score(float (&scores)[QUERY_TILES][4], const State& state, const Keys& keys) {
 #pragma unroll
   for (int g = 0; g < KEY_GROUPS; ++g) {
+    if constexpr (BIAS_PRODUCT) {
+      if (g == 0) {
+#pragma unroll
+        for (int n = 0; n < QUERY_TILES; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) scores[n][i] = 0;
+          multiply_add_biases(scores[n], keys.biases[0].words[0], keys.biases[1].words[0], state.bias_query[n]);
+        }
+      }
+    }
     float products[QUERY_TILES][4] = {};
 #pragma unroll
     for (int p = g * GROUP_PIECES; p < (g + 1) * GROUP_PIECES; ++p) {
@@ -342,21 +368,21 @@ DEVICE void score(float (&scores)[QUERY_TILES][4], const State& state, const Key
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& s = scores[n][i];
-        s = g == 0 ? keys.scales[i / 2][g] * products[n][i] : keys.scales[i / 2][g] * products[n][i] + s;
-        if constexpr (Key::BIASED) s += keys.biases[i / 2][g] * state.query_sum[n][g][i % 2];
+        s = g == 0 && !BIAS_PRODUCT ? keys.scales[i / 2][g] * products[n][i] : keys.scales[i / 2][g] * products[n][i] + s;
+        if constexpr (Key::BIASED && !BIAS_PRODUCT) s += keys.biases[i / 2][g] * state.query_sum[n][g][i % 2];
       }
     }
   }
 }
 
-// Converts products to scores in log2 units, capped and masked.
-DEVICE void finish_scores(float (&scores)[4], const State& state, int n, const Lane& lane, const Problem& problem,
-                          int first_row, int key, bool masked) {
+// Caps and masks the scores of 16 keys. With a softcap they are in log2 units then, else times the row's factor.
+DEVICE void limit(float (&scores)[4], const State& state, int n, const Lane& lane, const Problem& problem, int first_row,
+                  int key, bool masked) {
+  if constexpr (SOFTCAP) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float x = scores[i] * state.factor[n][i % 2];
-    if (SOFTCAP) x = (1 - 2 * reciprocal_fast(1 + exp2_fast(x))) * problem.scale_log2;
-    scores[i] = x;
+    for (int i = 0; i < 4; ++i) {
+      scores[i] = (1 - 2 * reciprocal_fast(1 + exp2_fast(scores[i] * state.factor[n][i % 2]))) * problem.scale_log2;
+    }
   }
   if (masked) {
 #pragma unroll
@@ -369,17 +395,42 @@ DEVICE void finish_scores(float (&scores)[4], const State& state, int n, const L
   }
 }
 
-// Converts scores to weights; updates sums and, if needed, bases.
-DEVICE void softmax(float (&scores)[QUERY_TILES][4], State& state, const Lane& lane, const Problem& problem, int first_row,
-                    int key, bool masked) {
+// Converts the scores of a buffer's keys to weights; updates sums and, if needed, bases.
+DEVICE void softmax(float (&scores)[TILES][QUERY_TILES][4], State& state, const Lane& lane, const Problem& problem,
+                    int first_row, int key, bool masked) {
 #pragma unroll
   for (int n = 0; n < QUERY_TILES; ++n) {
-    finish_scores(scores[n], state, n, lane, problem, first_row, key, masked);
-    const float largest[2] = {fmaxf(scores[n][0], scores[n][2]), fmaxf(scores[n][1], scores[n][3])};
-    const bool above = largest[0] > state.base[n][0] + HEADROOM || largest[1] > state.base[n][1] + HEADROOM;
-    if (__any_sync(~0u, above)) raise_bases(state, n, largest);
+    float exponents[TILES][4], highest = MINUS_INFINITY;
+    auto exponent = [&](float score, int j) {
+      return SOFTCAP ? score - state.base[n][j] : score * state.factor[n][j] - state.base[n][j];
+    };
 #pragma unroll
-    for (int i = 0; i < 4; ++i) state.sum[n][i % 2] += scores[n][i] = exp2_fast(scores[n][i] - state.base[n][i % 2]);
+    for (int m = 0; m < TILES; ++m) {
+      limit(scores[m][n], state, n, lane, problem, first_row, key + 16 * m, masked);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) highest = fmaxf(highest, exponents[m][i] = exponent(scores[m][n][i], i % 2));
+    }
+    if (__any_sync(~0u, highest > HEADROOM)) {
+      float largest[2] = {MINUS_INFINITY, MINUS_INFINITY};
+#pragma unroll
+      for (int m = 0; m < TILES; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          largest[i % 2] = fmaxf(largest[i % 2], scores[m][n][i] * (SOFTCAP ? 1 : state.factor[n][i % 2]));
+        }
+      }
+      raise_bases(state, n, largest);
+#pragma unroll
+      for (int m = 0; m < TILES; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) exponents[m][i] = exponent(scores[m][n][i], i % 2);
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < TILES; ++m) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) state.sum[n][i % 2] += scores[m][n][i] = exp2_fast(exponents[m][i]);
+    }
   }
 }
 
@@ -395,24 +446,28 @@ DEVICE void add_chunk(State& state, int chunk, const u32 (&pairs)[2][VALUE_COUNT
   }
 }
 
-// O^T += V^T P^T for 16 keys, whose scales and biases are those of the weights' keys.
-DEVICE void add_scaled(State& state, const Values& values, const float (&scores)[QUERY_TILES][4]) {
-  float s[2][VALUE_GROUPS], largest = 0;
+// Fits the factor of the values to the scales of a buffer.
+DEVICE void fit_scales(State& state, const Values (&values)[TILES]) {
+  float largest = 0;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  for (int m = 0; m < TILES; ++m) {
 #pragma unroll
-    for (int g = 0; g < VALUE_GROUPS; ++g) {
-      s[i][g] = values.scales[i][g];
-      largest = fmaxf(largest, fabsf(s[i][g]));
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int g = 0; g < VALUE_GROUPS; ++g) largest = fmaxf(largest, fabsf(values[m].scales[i][g]));
     }
   }
   if (!__all_sync(~0u, state.value_factor.fits(largest))) fit_values(state, largest);
+}
+
+// O^T += V^T P^T for 16 keys, whose scales and biases are those of the weights' keys.
+DEVICE void add_scaled(State& state, const Values& values, const float (&scores)[QUERY_TILES][4]) {
 #pragma unroll
   for (int g = 0; g < VALUE_GROUPS; ++g) {
     u32 weights[QUERY_TILES][2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float scale = s[i][g] * state.value_factor.value;
+      const float scale = values.scales[i][g] * state.value_factor.value;
 #pragma unroll
       for (int n = 0; n < QUERY_TILES; ++n) {
         weights[n][i] = transpose_matrix(pack_half(scores[n][2 * i] * scale, scores[n][2 * i + 1] * scale));
@@ -470,7 +525,7 @@ DEVICE void add_dequantized(State& state, const Values& values, const float (&sc
   }
 }
 
-// A warp's share of a split: every WARPS-th tile of 16 keys of [begin, end). The copies of its first tiles are under way.
+// A warp's share of a split: every WARPS-th STEP keys of [begin, end). The copies of its first ones are under way.
 DEVICE void attend(State& state, const Lane& lane, const Source& source, const Problem& problem, u32 ring, int first_row,
                    int begin, int end) {
   constexpr int ROUND = WARPS * STEP;
@@ -486,21 +541,32 @@ DEVICE void attend(State& state, const Lane& lane, const Source& source, const P
     if (early < end) source.copy(ring + (stage == 0 ? STAGES - 1 : stage - 1) * BUFFER, early, problem);
     commit_copies();
     const int buffer = stage * BUFFER;
-    Keys keys;
-    keys.load(lane, buffer);
-    float scores[QUERY_TILES][4];
-    score(scores, state, keys);
-    Values values;
-    values.load(lane, buffer);
+    float scores[TILES][QUERY_TILES][4];
+#pragma unroll
+    for (int m = 0; m < TILES; ++m) {
+      Keys keys;
+      keys.load(lane, buffer, m);
+      score(scores[m], state, keys);
+    }
     softmax(scores, state, lane, problem, first_row, key, key + STEP > masked_from || key < masked_below);
-    if constexpr (SCALED_WEIGHTS) add_scaled(state, values, scores);
-    else add_dequantized(state, values, scores);
+    Values values[TILES];
+    if constexpr (SCALED_WEIGHTS) {
+#pragma unroll
+      for (int m = 0; m < TILES; ++m) values[m].load_scales(lane, buffer, m);
+      fit_scales(state, values);
+    }
+#pragma unroll
+    for (int m = 0; m < TILES; ++m) {
+      values[m].load(lane, buffer, m);
+      if constexpr (SCALED_WEIGHTS) add_scaled(state, values[m], scores[m]);
+      else add_dequantized(state, values[m], scores[m]);
+    }
     stage = stage == STAGES - 1 ? 0 : stage + 1;
   }
   wait_copies<0>();
 }
 
-// Starts the copies of a warp's first tiles.
+// Starts the copies to a warp's first buffers.
 DEVICE void start(const Source& source, const Problem& problem, u32 ring, int begin, int end) {
 #pragma unroll 1
   for (int i = 0; i < STAGES - 1; ++i) {
@@ -519,6 +585,7 @@ DEVICE float element(u32 pair, int half) {
 #endif
 }
 
+DEVICE float upper_half(float x) { return __uint_as_float(__float_as_uint(x) & 0xffff0000u); }
 DEVICE float sum_in_quad(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);
@@ -564,16 +631,23 @@ DEVICE void load_queries(State& state, int n, const Lane& lane, const char* plac
     state.factor[n][j] = into_log2 * power_of_two(__shfl_sync(~0u, exponent, row_lane) - 13 + Key::UNIT);
     state.base[n][j] = NO_BASE, state.sum[n][j] = 0;
   }
+  u32 rest[KEY_GROUPS];
 #pragma unroll
   for (int g = 0; g < KEY_GROUPS; ++g) {
     const float sum = sum_in_quad(sums[g]) * power_of_two(-Key::UNIT);
+    if constexpr (BIAS_PRODUCT) {  // bits of the first, second or third 8 of the sum: what is cut off is exact
+      const float first = upper_half(sum), second = upper_half(sum - first);
+      const float part = lane.member == 0 ? first : lane.member == 1 ? second : lane.member == 2 ? sum - first - second : 0;
+      rest[g] = __float_as_uint(part) >> 16;
+    }
 #pragma unroll
     for (int j = 0; j < 2; ++j) state.query_sum[n][g][j] = __shfl_sync(~0u, sum, 4 * (2 * lane.member + j));
   }
+  if constexpr (BIAS_PRODUCT) state.bias_query[n] = rest[0] | rest[1] << 16;
 }
 
-// Writes a warp's result of `count` rows to shared memory: output [ROWS][RESULT_ROW], then bases and sums.
-DEVICE void leave_warp(float* place, const State& state, const Lane& lane, int count) {
+// Writes a warp's result of `count` rows to the block's shared memory: the maxima are bases.
+DEVICE void leave_warp(float* block, const State& state, const Lane& lane, int count) {
   const float unscale = power_of_two(Value::UNIT) * state.value_factor.inverse();
 #pragma unroll
   for (int n = 0; n < QUERY_TILES; ++n) {
@@ -592,25 +666,23 @@ DEVICE void leave_warp(float* place, const State& state, const Lane& lane, int c
         }
       }
       if (row >= count) continue;
-      if (lane.quad == 0) {
-        place[ROWS * RESULT_ROW + row] = sum > 0 ? state.base[n][j] : MINUS_INFINITY;
-        place[ROWS * RESULT_ROW + ROWS + row] = sum;
-      }
+      if (lane.quad == 0) leave_row(block, row, sum > 0 ? state.base[n][j] : MINUS_INFINITY, sum);
+      float* place = block + threadIdx.x / 32 * WARP_RESULT + result_place(row);
 #pragma unroll
-      for (int i = 0; i < HEAD_DIM / 16; ++i) {
+      for (int i = 0; i < HEAD_DIM / 16; i += 2) {
         const int chunk = i / (VALUE_COUNT / 2), of_chunk = 2 * (i % (VALUE_COUNT / 2));
-        float made[2];
+        float made[4];
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          made[k] = state.out[n][i][j + 2 * k] * unscale;
+        for (int k = 0; k < 4; ++k) {
+          made[k] = state.out[n][i + k / 2][j + 2 * (k % 2)] * unscale;
           // numbers in higher fields are larger; what is dequantized is not
           if constexpr (SCALED_WEIGHTS) {
             made[k] = made[k] * power_of_two(-Value::field_shift((of_chunk + k) % Value::FIELDS)) +
                       bias[8 * VALUE_COUNT * chunk / VALUE_GROUP];
           }
         }
-        *reinterpret_cast<float2*>(place + row * RESULT_ROW + VALUE_COUNT * (8 * chunk + lane.quad) + of_chunk) =
-            make_float2(made[0], made[1]);
+        *reinterpret_cast<float4*>(place + VALUE_COUNT * (8 * chunk + lane.quad) + of_chunk) =
+            make_float4(made[0], made[1], made[2], made[3]);
       }
     }
   }
@@ -619,7 +691,7 @@ DEVICE void leave_warp(float* place, const State& state, const Lane& lane, int c
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     KERNEL_NAME(const char* query, const char* key, const char* key_scales, const char* key_biases, const char* value,
                 const char* value_scales, const char* value_biases, char* output, float* logsumexp, float2* stats,
-                float* parts, int heads, int group, int queries, int keys, int columns, int scale_log2_bits,
+                float* parts, int kv_heads, int group, int queries, int keys, int columns, int scale_log2_bits,
                 int into_cap_bits, int window, int first_key, int split_keys, int splits, i64 query_batch, i64 query_head,
                 i64 query_row, i64 key_batch, i64 key_head, i64 key_row, i64 key_scale_batch, i64 key_scale_head,
                 i64 key_scale_row, i64 key_bias_batch, i64 key_bias_head, i64 key_bias_row, i64 value_batch, i64 value_head,
@@ -628,9 +700,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
   extern __shared__ __align__(1024) char shared[];
   const Problem problem{group, queries, keys, columns, __int_as_float(scale_log2_bits), __int_as_float(into_cap_bits),
                         window, Slopes()};
-  const int row_tiles = (problem.rows() + ROWS - 1) / ROWS;
-  const int split = blockIdx.x % splits, tile = blockIdx.x / splits, first_row = tile % row_tiles * ROWS;
-  const int plane = tile / row_tiles, batch = plane / (heads / group), head = plane % (heads / group);
+  const Block place(problem, kv_heads, splits);
+  const int batch = place.batch, head = place.head, first_row = place.first_row;
   constexpr int KS = Key::SCALE_BYTES, VS = Value::SCALE_BYTES;
   const Plane k{key + (batch * key_batch + head * key_head) * 4,
                 key_scales + (batch * key_scale_batch + head * key_scale_head) * KS,
@@ -643,29 +714,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
                 static_cast<int>(value_bias_row) * VS};
 
   const Source source(k, v);
-  const int begin = first_key + split * split_keys, end = min(keys, begin + split_keys);
+  const int begin = first_key + place.split * split_keys, end = min(keys, begin + split_keys);
   const u32 ring = Lane::opaque(shared_address(shared) + threadIdx.x / 32 * STAGES * BUFFER);
   const Lane lane(ring);
   start(source, problem, ring, begin, end);
-  const Parts own(parts, tile, split, splits, serial);
+  const Parts own(parts, place.tile, place.split, splits, serial);
   const Counter counter(own);
   State state = {};
 #pragma unroll
   for (int n = 0; n < QUERY_TILES; ++n) {
     const int row = first_row + 8 * n + threadIdx.x % 32 / 4;
     const bool valid = row < problem.rows();
-    const int of_head = valid ? row / queries : 0, of_query = valid ? row % queries : 0;
+    const int of_head = valid ? problem.head_of(row) : 0, of_query = valid ? problem.query_of(row) : 0;
     load_queries(state, n, lane, query + (batch * query_batch + (head * group + of_head) * query_head + of_query * query_row) * 2,
                  valid, problem);
   }
   counter.reset(own);
   attend(state, lane, source, problem, ring, first_row, begin, end);
 
-  const u64 place = static_cast<u64>(plane) * problem.rows() + first_row;
-  const Results results{output + place * columns * 2, RowResults{logsumexp, stats}.from(place), 1, columns,
+  const u64 row = static_cast<u64>(place.plane) * problem.rows() + first_row;
+  const Results results{output + row * columns * 2, RowResults{logsumexp, stats}.from(row), 1, columns,
                         min(ROWS, problem.rows() - first_row)};
-  float* left = reinterpret_cast<float*>(shared);
+  float* block = reinterpret_cast<float*>(shared);
   __syncthreads();  // no warp reads its buffers any more
-  leave_warp(left + threadIdx.x / 32 * WARP_RESULT, state, lane, results.rows);
-  join_block(left, results, own);
+  leave_warp(block, state, lane, results.rows);
+  join_block(block, results, own);
 }

@@ -9,13 +9,13 @@ from attention.kernels.cuda.quantized.formats import SCALE_BYTES, PackedKV
 from attention.kernels.cuda.runtime.program import Element, Program
 from attention.kernels.cuda.sm90.decode import MAX_SPLITS, divide_keys
 
-STEP: Final = 16
-"""Keys per tile of a warp."""
+TILE: Final = 16
+"""Keys per tile of the tensor cores."""
 QUERY_ROWS: Final = 8
 """Query rows per tile of the tensor cores."""
 MAX_ROWS: Final = 64
 """Largest number of rows (queries times heads that share a key head) for this kernel."""
-RESULT_GAP: Final = 2
+RESULT_GAP: Final = 4
 """Floats between the rows of a warp's partial result in shared memory: lanes that write at once are in other banks."""
 KINDS: Final = {"affine": 0, "mxfp4": 1, "nvfp4": 1, "mxfp8": 2}
 """Numbers of a mode, as in quantized/numbers.cuh."""
@@ -42,6 +42,8 @@ class QuantizedDecode:
     """Whether the inputs are as wide as `head_dim`."""
     warps: int = 8
     resident_blocks: int = 1
+    tiles: int = 1
+    """Tiles of 16 keys in a buffer: more take registers, and less of the time between them."""
     shared_memory_limit: int = 232_448
     max_stages: int = 8
 
@@ -53,7 +55,12 @@ class QuantizedDecode:
     @property
     def round_keys(self) -> int:
         """Keys per round of all warps of a block; a split is a multiple of it."""
-        return STEP * self.warps
+        return self.step * self.warps
+
+    @property
+    def step(self) -> int:
+        """Keys of a warp's buffer."""
+        return TILE * self.tiles
 
     @property
     def part_floats(self) -> int:
@@ -62,8 +69,8 @@ class QuantizedDecode:
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of a warp's buffer: the numbers, scales and biases of `STEP` keys and values."""
-        return sum(_buffer_bytes(*part, self.head_dim) for part in self.packed.parts)
+        """Bytes of a warp's buffer: the numbers, scales and biases of `step` keys and values."""
+        return self.step * sum(_row_bytes(*part, self.head_dim) for part in self.packed.parts)
 
     @property
     def stages(self) -> int:
@@ -95,8 +102,10 @@ class QuantizedDecode:
             "QUERY_TILES": self.query_tiles,
             "ROWS": self.rows,
             "RESULT_GAP": RESULT_GAP,
+            "PAIRED_ROWS": True,
             "WARPS": self.warps,
             "STAGES": self.stages,
+            "TILES": self.tiles,
             "WHOLE": self.whole,
             "BLOCKS_AT_ONCE": self.resident_blocks,
             "CAUSAL": self.causal,
@@ -128,10 +137,10 @@ def constants_of(packed: PackedKV) -> dict[str, int]:
     return _numbers_of("KEY", form.key, packed.key_scale) | _numbers_of("VALUE", form.value, packed.value_scale)
 
 
-def _buffer_bytes(form: Format, scale: str, head_dim: int) -> int:
-    """Return the bytes of `STEP` rows of numbers, scales and biases."""
+def _row_bytes(form: Format, scale: str, head_dim: int) -> int:
+    """Return the bytes of a row's numbers, scales and biases in a buffer."""
     scales = -(-head_dim // form.group_size) * SCALE_BYTES[scale] * (1 + form.has_biases)
-    return STEP * (head_dim * form.bits // 8 + scales)
+    return head_dim * form.bits // 8 + scales
 
 
 def _numbers_of(name: str, form: Format, scale: str) -> dict[str, int]:

@@ -4,7 +4,7 @@ import functools
 import math
 from typing import Final
 
-from attention.kernels.cuda.quantized.decode import MAX_ROWS, QUERY_ROWS, STEP, QuantizedDecode
+from attention.kernels.cuda.quantized.decode import MAX_ROWS, QUERY_ROWS, TILE, QuantizedDecode
 from attention.kernels.cuda.quantized.formats import PackedKV
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.gpu import gpu
@@ -43,7 +43,7 @@ def make_key_split(shape: CallShape, call: CallParams, packed: PackedKV) -> KeyS
     # a single query attends to all keys up to the last: of a window the kernel masks only what precedes it in its tile
     alone = shape.queries == 1
     first_seen = max(0, shape.keys - shape.queries + 1 - call.window) if call.window is not None else 0
-    first_key = first_seen // STEP * STEP
+    first_key = first_seen // TILE * TILE
     found, rows = gpu(), shape.group * shape.queries
     query_tiles = 1 if rows <= QUERY_ROWS or width > 128 else 2
     kernel = QuantizedDecode(

@@ -147,8 +147,8 @@ DEVICE void attend(const Problem& problem, u32 query, u32 ring, const Keys& keys
   wait_copies<0>();
 }
 
-// Writes a warp's result of `count` rows to shared memory: output [ROWS][RESULT_ROW], then maxima and sums.
-DEVICE void leave_warp(float* place, const Output& out, Rows& rows, int count) {
+// Writes a warp's result of `count` rows to the block's shared memory.
+DEVICE void leave_warp(float* block, const Output& out, Rows& rows, int count) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -156,13 +156,11 @@ DEVICE void leave_warp(float* place, const Output& out, Rows& rows, int count) {
     rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 1);
     rows.sum[r] += __shfl_xor_sync(~0u, rows.sum[r], 2);
     if (row >= count) continue;
-    if (lane % 4 == 0) {
-      place[ROWS * RESULT_ROW + row] = rows.max[r];
-      place[ROWS * RESULT_ROW + ROWS + row] = rows.sum[r];
-    }
+    if (lane % 4 == 0) leave_row(block, row, rows.max[r], rows.sum[r]);
+    float* place = block + threadIdx.x / 32 * WARP_RESULT + result_place(row);
 #pragma unroll
     for (int i = 0; i < HEAD_DIM / 8; ++i) {
-      *reinterpret_cast<float2*>(place + row * RESULT_ROW + i * 8 + lane % 4 * 2) =
+      *reinterpret_cast<float2*>(place + i * 8 + lane % 4 * 2) =
           make_float2(out[i][2 * r], out[i][2 * r + 1]);
     }
   }
@@ -174,7 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
                 const float* slopes,
 #endif
                 char* output, float* logsumexp, float2* stats,
-                float* parts, int heads, int group, int queries, int keys, int columns, int scale_log2_bits,
+                float* parts, int kv_heads, int group, int queries, int keys, int columns, int scale_log2_bits,
                 int into_cap_bits,
 #if ALIBI
                 int slope_factor_bits,
@@ -187,26 +185,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 #endif
                 ) {
   extern __shared__ __align__(1024) char shared[];
-  const int row_tiles = (group * queries + ROWS - 1) / ROWS, warp = threadIdx.x / 32;
-  const int split = blockIdx.x % splits, tile = blockIdx.x / splits, first_row = tile % row_tiles * ROWS;
-  const int plane = tile / row_tiles, batch = plane / (heads / group), head = plane % (heads / group);
 #if ALIBI
-  const Slopes alibi{slopes + head * group, __int_as_float(slope_factor_bits)};
+  const Slopes alibi{slopes, __int_as_float(slope_factor_bits)};
 #else
   const Slopes alibi;
 #endif
-  const Problem problem{group, queries, keys, columns, __int_as_float(scale_log2_bits), __int_as_float(into_cap_bits),
-                        window, alibi
+  Problem problem{group, queries, keys, columns, __int_as_float(scale_log2_bits), __int_as_float(into_cap_bits), window, alibi
 #if SPANS
-                        , {first_0, first_1, first_2}, {last_0, last_1, last_2}
+                  , {first_0, first_1, first_2}, {last_0, last_1, last_2}
 #endif
   };
+  const Block place(problem, kv_heads, splits);
+  const int warp = threadIdx.x / 32, batch = place.batch, head = place.head, first_row = place.first_row;
+  if constexpr (ALIBI) problem.slopes.heads += head * group;
 
   const u32 queries_at = shared_address(shared), ring = queries_at + QUERY_BYTES + warp * STAGES * STAGE_BYTES;
   if (warp == 0) {
     const char* base = query + (batch * query_batch + head * group * query_head) * 2;
     copy_rows(queries_at, problem.rows() - first_row, columns, [&](int row) {
-      return base + ((first_row + row) / queries * query_head + (first_row + row) % queries * query_row) * 2;
+      return base + (problem.head_of(first_row + row) * query_head + problem.query_of(first_row + row) * query_row) * 2;
     });
   }
   commit_copies();
@@ -216,17 +213,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
   if constexpr (ALIBI) {
     for (int r = 0; r < 2; ++r) rows.slope[r] = problem.slope_of(first_row + threadIdx.x % 32 / 4 + 8 * r);
   }
-  const int begin = first_key + split * split_keys;
-  const Parts own(parts, tile, split, splits, serial);
+  const int begin = first_key + place.split * split_keys;
+  const Parts own(parts, place.tile, place.split, splits, serial);
   attend(problem, queries_at, ring,
          {key + (batch * key_batch + head * key_head) * 2, value + (batch * value_batch + head * value_head) * 2,
           static_cast<u64>(key_row) * 2, static_cast<u64>(value_row) * 2, begin, min(keys, begin + split_keys)},
          first_row, out, rows, own);
-  const u64 place = static_cast<u64>(plane) * problem.rows() + first_row;
-  const Results results{output + place * columns * 2, RowResults{logsumexp, stats}.from(place), problem.scale_log2, columns,
+  const u64 row = static_cast<u64>(place.plane) * problem.rows() + first_row;
+  const Results results{output + row * columns * 2, RowResults{logsumexp, stats}.from(row), problem.scale_log2, columns,
                         min(ROWS, problem.rows() - first_row)};
-  float* left = reinterpret_cast<float*>(shared);
+  float* block = reinterpret_cast<float*>(shared);
   __syncthreads();  // no warp reads its ring any more
-  leave_warp(left + warp * WARP_RESULT, out, rows, results.rows);
-  join_block(left, results, own);
+  leave_warp(block, out, rows, results.rows);
+  join_block(block, results, own);
 }

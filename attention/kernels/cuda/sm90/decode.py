@@ -78,6 +78,7 @@ class Decode:
             "HEAD_DIM": self.head_dim,
             "ROWS": ROWS,
             "RESULT_GAP": RESULT_GAP,
+            "PAIRED_ROWS": False,
             "WARPS": self.warps,
             "STAGES": self.stages,
             "BLOCKS_AT_ONCE": self.resident_blocks,

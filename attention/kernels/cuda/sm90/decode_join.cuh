@@ -11,12 +11,21 @@
 // unknown; so each block first replaces it, unless it has the serial number of the launch, which is unique, by that number and
 // a count of 0. Both latencies are hidden behind the first loads.
 
-// Floats of a row of a warp's output in shared memory, so that the rows which are written at once are in different banks, and
-// of its partial result: output, then maxima and sums.
-constexpr int RESULT_ROW = HEAD_DIM + RESULT_GAP, WARP_RESULT = ROWS * (RESULT_ROW + 2);
-constexpr int LANE_VECTORS = (HEAD_DIM + 127) / 128;
-constexpr int EARLY_PARTS = 12 / LANE_VECTORS;  // of a row, loaded before their weights are known
-constexpr int COUNT_BITS = 8;                   // of the tile's word
+// Shared memory: the warps' outputs, then maxima and sums [row][warp]. There are gaps between rows, and with PAIRED_ROWS the even
+// ones of 8 come first, so that the rows which a warp writes at once are in different banks.
+constexpr int RESULT_ROW = HEAD_DIM + RESULT_GAP, WARP_RESULT = ROWS * RESULT_ROW;
+constexpr int JOIN_WIDTH = HEAD_DIM % 128 == 0 && (WARPS < 8 || HEAD_DIM > 128) ? 4 : 2;  // columns of a lane
+constexpr int EARLY_PARTS = 16;  // loaded before their weights are known
+constexpr int COUNT_BITS = 8;    // of the tile's word
+
+DEVICE int result_place(int row) {
+  return RESULT_ROW * (PAIRED_ROWS ? (row & ~7) + (row & 1) * 4 + (row >> 1 & 3) : row);
+}
+// Leaves the maximum and the sum of a row of a warp.
+DEVICE void leave_row(float* block, int row, float max, float sum) {
+  float* rows = block + WARPS * WARP_RESULT + threadIdx.x / 32;
+  rows[row * WARPS] = max, rows[(ROWS + row) * WARPS] = sum;
+}
 
 // Output of a tile's rows, and the factor of their scores.
 struct Results {
@@ -42,17 +51,17 @@ struct Parts {
 };
 
 // Combines the warps' results of two columns of a row, and writes them to the output or to this split's part.
-DEVICE void join_pair(const float* warps, int row, int column, const Results& results, const Parts& parts) {
-  float largest = MINUS_INFINITY, total = 0, x = 0, y = 0;
+DEVICE void join_pair(const float* block, int row, int column, const Results& results, const Parts& parts) {
+  const float* rows = block + WARPS * WARP_RESULT;
+  float maxima[WARPS], largest = MINUS_INFINITY, total = 0, x = 0, y = 0;
 #pragma unroll
-  for (int w = 0; w < WARPS; ++w) largest = fmaxf(largest, warps[w * WARP_RESULT + ROWS * RESULT_ROW + row]);
+  for (int w = 0; w < WARPS; ++w) largest = fmaxf(largest, maxima[w] = rows[row * WARPS + w]);
   const float base = largest == MINUS_INFINITY ? 0 : largest;
 #pragma unroll
   for (int w = 0; w < WARPS; ++w) {
-    const float* result = warps + w * WARP_RESULT;
-    const float factor = exp2_fast((result[ROWS * RESULT_ROW + row] - base) * results.scale_log2);
-    total += factor * result[ROWS * RESULT_ROW + ROWS + row];
-    const float2 pair = *reinterpret_cast<const float2*>(result + row * RESULT_ROW + column);
+    const float factor = exp2_fast((maxima[w] - base) * results.scale_log2);
+    total += factor * rows[(ROWS + row) * WARPS + w];
+    const float2 pair = *reinterpret_cast<const float2*>(block + w * WARP_RESULT + result_place(row) + column);
     x += factor * pair.x, y += factor * pair.y;
   }
   const float inverse = total > 0 ? 1 / total : 0;
@@ -124,64 +133,67 @@ DEVICE float2 weigh_parts(float2* factors, int row, const Parts& parts, float sc
   return make_float2(largest, total);
 }
 
-// Loads the lane's columns of a row of a part.
-DEVICE void load_part(float4 (&x)[LANE_VECTORS], int row, int i, const Parts& parts) {
-#pragma unroll
-  for (int j = 0; j < LANE_VECTORS; ++j) {
-    const int column = 4 * (threadIdx.x % 32) + 128 * j;
-    if (HEAD_DIM % 128 != 0 && column >= HEAD_DIM) continue;
-    x[j] = load_fresh(reinterpret_cast<const float4*>(parts.part(i) + row * HEAD_DIM + column));
-  }
-}
-DEVICE void add_part(float4 (&sums)[LANE_VECTORS], const float4 (&x)[LANE_VECTORS], float factor) {
-#pragma unroll
-  for (int j = 0; j < LANE_VECTORS; ++j) {
-    sums[j].x += factor * x[j].x, sums[j].y += factor * x[j].y, sums[j].z += factor * x[j].z, sums[j].w += factor * x[j].w;
-  }
-}
+// The lane's columns of a row of a part.
+struct Columns {
+  float x[JOIN_WIDTH];
 
-// Combines the parts of a row; called by a warp. `factors` is shared memory for two floats per part.
-DEVICE void join_row(int row, float2* factors, const Results& results, const Parts& parts) {
-  const int lane = threadIdx.x % 32;
-  float4 early[EARLY_PARTS][LANE_VECTORS] = {};
+  DEVICE void load(const Parts& parts, int i, int place) {
+    const float* from = parts.part(i) + place;
+    if constexpr (JOIN_WIDTH == 4) {
+      const float4 found = load_fresh(reinterpret_cast<const float4*>(from));
+      x[0] = found.x, x[1] = found.y, x[2] = found.z, x[3] = found.w;
+    } else {
+      const float2 found = load_fresh(reinterpret_cast<const float2*>(from));
+      x[0] = found.x, x[1] = found.y;
+    }
+  }
+  DEVICE void add(const Columns& part, float factor) {
+#pragma unroll
+    for (int j = 0; j < JOIN_WIDTH; ++j) x[j] += factor * part.x[j];
+  }
+};
+
+// Combines the parts of a row's columns from `first` on; called by a warp. `factors` is shared memory for two floats per part.
+DEVICE void join_columns(int row, int first, float2* factors, const Results& results, const Parts& parts) {
+  const int column = first + JOIN_WIDTH * (threadIdx.x % 32), place = row * HEAD_DIM + column;
+  Columns early[EARLY_PARTS] = {}, sum = {};
 #pragma unroll
   for (int i = 0; i < EARLY_PARTS; ++i) {
-    if (i < parts.count) load_part(early[i], row, i, parts);
+    if (i < parts.count) early[i].load(parts, i, place);
   }
   const float2 found = weigh_parts(factors, row, parts, results.scale_log2);
-  float4 sums[LANE_VECTORS] = {};
 #pragma unroll
   for (int i = 0; i < EARLY_PARTS; ++i) {
-    if (i < parts.count) add_part(sums, early[i], factors[i].x);
+    if (i < parts.count) sum.add(early[i], factors[i].x);
   }
 #pragma unroll 8
   for (int i = EARLY_PARTS; i < parts.count; ++i) {
-    float4 x[LANE_VECTORS] = {};
-    load_part(x, row, i, parts);
-    add_part(sums, x, factors[i].x);
+    Columns part;
+    part.load(parts, i, place);
+    sum.add(part, factors[i].x);
   }
-#pragma unroll
-  for (int j = 0; j < LANE_VECTORS; ++j) {
-    const int column = 4 * lane + 128 * j;
-    if (column < results.columns) {
-      *reinterpret_cast<uint2*>(results.output + (row * results.columns + column) * 2) =
-          make_uint2(pack(sums[j].x, sums[j].y), pack(sums[j].z, sums[j].w));
-    }
+  if (column < results.columns) {
+    u32* output = reinterpret_cast<u32*>(results.output) + (row * results.columns + column) / 2;
+    if constexpr (JOIN_WIDTH == 4) *reinterpret_cast<uint2*>(output) = make_uint2(pack(sum.x[0], sum.x[1]), pack(sum.x[2], sum.x[3]));
+    else *output = pack(sum.x[0], sum.x[1]);
   }
-  if (lane == 0) results.row_results.write(row, found.x, found.y, results.scale_log2);
+  if (column == 0) results.row_results.write(row, found.x, found.y, results.scale_log2);
 }
 
 // Combines the warps' results in shared memory and, in the last block of a tile, the parts of the tile.
-DEVICE void join_block(float* shared, const Results& results, const Parts& parts) {
+DEVICE void join_block(float* block, const Results& results, const Parts& parts) {
   __syncthreads();
   for (int i = threadIdx.x; i < results.rows * HEAD_DIM / 2; i += THREADS) {
     const int row = i / (HEAD_DIM / 2), column = i % (HEAD_DIM / 2) * 2;
-    if (column < results.columns) join_pair(shared, row, column, results, parts);
+    if (column < results.columns) join_pair(block, row, column, results, parts);
   }
   if (parts.count == 1 || !is_last(parts)) return;
+  constexpr int WARP_COLUMNS = 32 * JOIN_WIDTH, PIECES_OF_ROW = HEAD_DIM / WARP_COLUMNS;
+  static_assert(HEAD_DIM % WARP_COLUMNS == 0);
   const int warp = threadIdx.x / 32;
-  for (int row = warp; row < results.rows; row += WARPS) {
-    join_row(row, reinterpret_cast<float2*>(shared) + warp * parts.count, results, parts);
+  for (int i = warp; i < results.rows * PIECES_OF_ROW; i += WARPS) {
+    join_columns(i / PIECES_OF_ROW, i % PIECES_OF_ROW * WARP_COLUMNS, reinterpret_cast<float2*>(block) + warp * parts.count,
+                 results, parts);
     __syncwarp();
   }
 }

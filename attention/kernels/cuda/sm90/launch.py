@@ -176,7 +176,7 @@ def decode(shape: CallShape, call: CallParams, plan: KeySplit[Any]) -> Launch:
     outputs = [((*rows, shape.head_dim), dtype_of(shape)), (rows, mx.float32), ((*rows, 2), mx.float32)]
     words = 2 * plan.tiles if parts else 0
     outputs.append(((parts * plan.kernel.part_floats + words,), mx.float32))
-    problem = [shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]
+    problem = [shape.kv_heads, shape.group, shape.queries, shape.keys, shape.head_dim]
     keys = [plan.first_key, plan.split_keys, plan.splits]
     return prepare(
         plan.kernel.program,
