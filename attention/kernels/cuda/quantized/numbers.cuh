@@ -56,7 +56,7 @@ struct Format {
     } else if constexpr (KIND == E2M1) {
       const u32 even = word << 4 & 0x80808080 | word << 1 & 0x0e0e0e0e;  // the upper byte of each float16, in bytes
       const u32 odd = word & 0x80808080 | word >> 3 & 0x0e0e0e0e;
-      pairs[0] = even << 8 & 0xff00ff00, pairs[1] = odd << 8 & 0xff00ff00;
+      pairs[0] = join_halves(even, 0, 0x2404), pairs[1] = join_halves(odd, 0, 0x2404);  // bytes 0 and 2 to 1 and 3
       pairs[2] = even & 0xff00ff00, pairs[3] = odd & 0xff00ff00;
     } else {
       constexpr u32 MASK = (1u << BITS) - 1;
