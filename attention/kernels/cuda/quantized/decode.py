@@ -84,15 +84,15 @@ class QuantizedDecode:
         result = self.rows * (self.head_dim + RESULT_GAP + 2) * 4
         return self.warps * max(self.stages * self.buffer_bytes, result, MAX_SPLITS * 8)
 
-    def splits(self, tiles: int, keys: int, multiprocessors: int) -> tuple[int, int]:
-        """Return the number of splits and the keys per split that minimise the rounds of a multiprocessor.
+    def splits(self, tiles: int, keys: int, slots: int) -> tuple[int, int]:
+        """Return the number of splits and the keys per split that minimise the rounds of a slot.
 
         Args:
             tiles: blocks without splitting.
             keys: keys per plane.
-            multiprocessors: multiprocessors of the GPU.
+            slots: blocks at a time.
         """
-        return divide_keys(tiles, keys, self.round_keys, multiprocessors * self.resident_blocks)
+        return divide_keys(tiles, keys, self.round_keys, slots)
 
     @functools.cached_property
     def program(self) -> Program:

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 from typing import Final
 
 from attention.kernels.cuda.quantized.decode import MAX_ROWS, QUERY_ROWS, TILE, QuantizedDecode
@@ -9,6 +10,7 @@ from attention.kernels.cuda.quantized.formats import PackedKV
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.gpu import gpu
 from attention.kernels.cuda.runtime.launch import OUTPUTS, Stage
+from attention.kernels.cuda.sm90.decode import LONG_KEYS
 from attention.kernels.cuda.sm90.launch import PARTS, SPLIT_OUTPUTS, KeySplit, decode
 
 READS: Final = ("q", "k", "k_scales", "k_biases", "v", "v_scales", "v_biases")
@@ -46,30 +48,44 @@ def make_key_split(shape: CallShape, call: CallParams, packed: PackedKV) -> KeyS
     first_key = first_seen // TILE * TILE
     found, rows = gpu(), shape.group * shape.queries
     query_tiles = 1 if rows <= QUERY_ROWS or width > 128 else 2
-    kernel = QuantizedDecode(
-        width,
-        query_tiles=query_tiles,
-        causal=call.causal and not alone,
-        element=shape.element,
-        window=call.window is not None and not alone,
-        softcap=call.softcap is not None,
-        architecture=found.architecture,
-        packed=packed,
-        whole=shape.head_dim == width,
-        warps=_warps(width, query_tiles, alone, packed, found.architecture),
-        shared_memory_limit=found.shared_memory_limit,
+    kernel = fill(
+        QuantizedDecode(
+            width,
+            query_tiles=query_tiles,
+            causal=call.causal and not alone,
+            element=shape.element,
+            window=call.window is not None and not alone,
+            softcap=call.softcap is not None,
+            architecture=found.architecture,
+            packed=packed,
+            whole=shape.head_dim == width,
+            shared_memory_limit=found.shared_memory_limit,
+        ),
+        alone,
     )
     tiles = shape.batch * shape.kv_heads * math.ceil(rows / kernel.rows)
     splits, keys = kernel.splits(tiles, shape.keys - first_key, found.multiprocessors)
+    if keys >= LONG_KEYS:
+        splits, keys = kernel.splits(tiles, shape.keys - first_key, found.multiprocessors * kernel.resident_blocks)
     return KeySplit(kernel, tiles, first_key, splits, keys)
 
 
-def _warps(width: int, query_tiles: int, alone: bool, packed: PackedKV, architecture: str) -> int:
-    """Return the most warps of a block whose registers are not spilled."""
-    if width > 128 or query_tiles > 1:
-        return 8
-    fewer = not alone or architecture != "sm_90a" or 5 in {form.bits for form, _ in packed.parts}
-    return 12 if fewer else 16
+def fill(kernel: QuantizedDecode, alone: bool) -> QuantizedDecode:
+    """Return the variant of a kernel with the most warps and keys in a buffer for which there is room.
+
+    Two blocks per multiprocessor hide the start and the end of each other.
+
+    Args:
+        kernel: a specialisation.
+        alone: whether there is one query, so that all rows see the same keys.
+    """
+    if kernel.head_dim > 128 or kernel.query_tiles > 1:
+        return replace(kernel, warps=8)
+    five_bits = any(form.bits == 5 for form, _ in kernel.packed.parts)
+    if not alone or five_bits or kernel.architecture != "sm_90a":
+        return replace(kernel, warps=12)
+    pair = replace(kernel, warps=8, resident_blocks=2)
+    return max((replace(pair, tiles=tiles) for tiles in (1, 2)), key=lambda made: made.tiles * (made.stages > 2))
 
 
 def stages(
