@@ -1,5 +1,7 @@
 """CUDA kernels with quantized keys and values against float64 over their exact values; most need a CUDA device."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -185,7 +187,9 @@ def test_kernels_compile_without_spills(formats, architecture):
     packed = PackedKV.of_text(formats, "bfloat16")
     limit = 166_912 if architecture == "sm_80" else 232_448
     for tiles, masked in ((1, False), (1, True), (2, True)):
-        whole = QuantizedDecode(128, tiles, masked, "bf16", masked, True, architecture, packed, shared_memory_limit=limit)
+        whole = QuantizedDecode(
+            128, tiles, masked, "bf16", masked, True, architecture, packed, shared_memory_limit=limit
+        )
         kernel = fill(whole, not masked)
         assert report(kernel.program).spilled == 0
         assert kernel.shared_memory * kernel.resident_blocks <= limit
