@@ -1,6 +1,5 @@
 """CUDA kernels with quantized keys and values against float64 over their exact values; most need a CUDA device."""
 
-from dataclasses import replace
 
 import numpy as np
 import pytest
