@@ -14,6 +14,10 @@ from attention.kernels.cuda.sm90.decode import LONG_KEYS
 from attention.kernels.cuda.sm90.launch import PARTS, SPLIT_OUTPUTS, KeySplit, decode
 
 READS: Final = ("q", "k", "k_scales", "k_biases", "v", "v_scales", "v_biases")
+MIN_STAGES: Final = 3
+"""Buffers of a warp: two are filled while one is read."""
+SCALED_GROUP: Final = 64
+"""Group size of values from which weights are scaled, not values: SCALED_WEIGHTS of decode.cu."""
 TOO_MANY_ROWS: Final = (
     f"the CUDA kernel for quantized keys and values takes up to {MAX_ROWS} rows (queries times the heads that share a "
     "key head)"
@@ -65,8 +69,9 @@ def make_key_split(shape: CallShape, call: CallParams, packed: PackedKV) -> KeyS
     )
     tiles = shape.batch * shape.kv_heads * math.ceil(rows / kernel.rows)
     splits, keys = kernel.splits(tiles, shape.keys - first_key, found.multiprocessors)
-    if keys >= LONG_KEYS:
-        splits, keys = kernel.splits(tiles, shape.keys - first_key, found.multiprocessors * kernel.resident_blocks)
+    if keys >= LONG_KEYS and kernel.resident_blocks > 1:
+        kernel = alone_on_multiprocessor(kernel)
+        splits, keys = kernel.splits(tiles, shape.keys - first_key, found.multiprocessors)
     return KeySplit(kernel, tiles, first_key, splits, keys)
 
 
@@ -80,12 +85,31 @@ def fill(kernel: QuantizedDecode, alone: bool) -> QuantizedDecode:
         alone: whether there is one query, so that all rows see the same keys.
     """
     if kernel.head_dim > 128 or kernel.query_tiles > 1:
-        return replace(kernel, warps=8)
+        return _fitted(replace(kernel, warps=8))
     five_bits = any(form.bits == 5 for form, _ in kernel.packed.parts)
     if not alone or five_bits or kernel.architecture != "sm_90a":
-        return replace(kernel, warps=12)
-    pair = replace(kernel, warps=8, resident_blocks=2)
-    return max((replace(pair, tiles=tiles) for tiles in (1, 2)), key=lambda made: made.tiles * (made.stages > 2))
+        return _fitted(replace(kernel, warps=12))
+    return _with_most_tiles(replace(kernel, warps=8, resident_blocks=2))
+
+
+def alone_on_multiprocessor(kernel: QuantizedDecode) -> QuantizedDecode:
+    """Return the variant for many keys per split, with one block per multiprocessor and larger buffers."""
+    made = _with_most_tiles(replace(kernel, warps=8, resident_blocks=1))
+    value = kernel.packed.format.value
+    busy = value.bits <= 4 and value.group_size < SCALED_GROUP  # instructions are short, so more warps hide latencies
+    return replace(made, warps=12) if busy else made
+
+
+def _fitted(kernel: QuantizedDecode) -> QuantizedDecode:
+    """Return the variant with as many warps or fewer whose buffers fit in shared memory."""
+    while kernel.warps > 1 and kernel.shared_memory > kernel.shared_memory_limit:
+        kernel = replace(kernel, warps=kernel.warps // 2)
+    return kernel
+
+
+def _with_most_tiles(kernel: QuantizedDecode) -> QuantizedDecode:
+    variants = [replace(kernel, tiles=tiles) for tiles in (4, 2, 1)]
+    return next((made for made in variants if made.stages >= MIN_STAGES), variants[-1])
 
 
 def stages(

@@ -1,6 +1,5 @@
 """CUDA kernels with quantized keys and values against float64 over their exact values; most need a CUDA device."""
 
-
 import numpy as np
 import pytest
 
@@ -10,7 +9,7 @@ from attention.core.kv_format import parse_kv_format
 from attention.kernels import cuda
 from attention.kernels.cuda.quantized.decode import QuantizedDecode
 from attention.kernels.cuda.quantized.formats import PackedKV
-from attention.kernels.cuda.quantized.launch import fill, inputs, refusal
+from attention.kernels.cuda.quantized.launch import alone_on_multiprocessor, fill, inputs, refusal
 from attention.kernels.cuda.runtime.call import CallShape, normalize
 from attention.quantized_kv import quantized
 from tests.support import kernel_oracle
@@ -178,6 +177,19 @@ def test_parts_that_a_format_lacks_are_no_inputs():
     assert PackedKV.of_texts(*packed.texts) == packed
 
 
+@pytest.mark.parametrize("limit", [101_376, 166_912, 232_448])
+@pytest.mark.parametrize("formats", ["int4", "int8:32", "mxfp4", "int8:32+int5:32"])
+def test_buffers_fit_in_shared_memory(formats, limit):
+    architecture = "sm_90a" if limit > 200_000 else "sm_80"
+    for dim, tiles, alone in ((64, 1, True), (128, 1, True), (128, 1, False), (128, 2, False), (256, 1, True)):
+        packed = PackedKV.of_text(formats, "float32")
+        whole = QuantizedDecode(dim, tiles, False, "f16", False, False, architecture, packed, shared_memory_limit=limit)
+        kernel = fill(whole, alone)
+        for made in (kernel, alone_on_multiprocessor(kernel)) if kernel.resident_blocks > 1 else (kernel,):
+            assert made.shared_memory * made.resident_blocks <= limit
+            assert made.stages >= 2
+
+
 @needs_nvrtc
 @pytest.mark.slow  # a second each
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
@@ -190,5 +202,6 @@ def test_kernels_compile_without_spills(formats, architecture):
             128, tiles, masked, "bf16", masked, True, architecture, packed, shared_memory_limit=limit
         )
         kernel = fill(whole, not masked)
-        assert report(kernel.program).spilled == 0
-        assert kernel.shared_memory * kernel.resident_blocks <= limit
+        for made in {kernel, alone_on_multiprocessor(kernel) if kernel.resident_blocks > 1 else kernel}:
+            assert report(made.program).spilled == 0
+            assert made.shared_memory * made.resident_blocks <= limit
