@@ -300,3 +300,29 @@ async def test_a_deleted_presets_name_is_free_until_undo(stage):
 def test_every_format_of_an_export_is_named_in_its_help():
     words = actions.EXPORT.replace(",", "").split()
     assert set(FORMATS) <= set(words)
+
+
+async def test_the_slider_of_devices_divides_the_call_among_ranks(stage):
+    slider = stage.find("#axis-ranks", Slider)
+    assert slider.display
+    slider.focus()
+    await stage.press("right")
+    assert stage.app.draft.workloads()[0].ranks == 2
+    await stage.press("end")
+    assert stage.app.draft.axes["ranks"] == (DEVICE.max_ranks,)
+
+
+def test_more_ranks_than_gpus_are_refused_with_both_numbers():
+    one_gpu = structs.replace(DEVICE, backend="cuda", count=1)
+    workload = Workload(seq=64, ranks=2)
+    here = answer(AdviceRequest(number=1, workload=workload, names=("baseline",)), one_gpu)
+    assert "2 ranks need as many GPUs, and this machine has one" in here.routes["baseline"].reason
+    elsewhere = answer(AdviceRequest(number=1, workload=workload, names=("baseline",), elsewhere=True), one_gpu)
+    assert elsewhere.routes["baseline"].supported
+
+
+def test_a_peer_outside_mlx_runs_on_one_device_only():
+    request = AdviceRequest(number=1, workload=Workload(seq=64, ranks=2), names=("torch", "mlx"))
+    routes = answer(request, DEVICE).routes
+    assert routes["torch"].reason == "torch computes outside MLX, on one device"
+    assert routes["mlx"].path.startswith("x2 ")
