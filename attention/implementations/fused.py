@@ -170,9 +170,6 @@ class Poc:
         self, q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
         """Compute attention; shapes as in `Implementation.__call__`."""
-        if not isinstance(k, mx.array) or not isinstance(v, mx.array):
-            # Kernels have no gradients with quantized keys and values, that of a mask included.
-            return self._attend(q, k, v, scale, mask, softcap)
 
         def attend(mask: Mask) -> mx.array:
             return self._attend(q, k, v, scale, mask, softcap)
@@ -193,10 +190,7 @@ class Poc:
                 return kernel.with_logsumexp(q, k, v, scale=scale, mask=mask, softcap=softcap)
 
             with suppress(KernelUnavailable):
-                if isinstance(k, mx.array) and isinstance(v, mx.array):
-                    found = with_mask_gradient(attend, q, k, v, scale=scale, mask=mask, softcap=softcap)
-                else:
-                    found = attend(mask)
+                found = with_mask_gradient(attend, q, k, v, scale=scale, mask=mask, softcap=softcap)
                 record_path(route.path)
                 return found
         found = self._practical.with_logsumexp(q, k, v, scale=scale, mask=mask, softcap=softcap)
@@ -374,8 +368,6 @@ class TunedPoc(Poc):
         if isinstance(kernel, TakesSinks) and not self._route_of(q, k, v, mask, softcap, sinks).fallback:
             with suppress(KernelUnavailable):
                 attend = partial(kernel.attend_with_sinks, q, k, v, scale=scale, softcap=softcap, sinks=sinks)
-                if not isinstance(k, mx.array) or not isinstance(v, mx.array):
-                    return attend(mask=mask)
                 return with_mask_gradient(
                     lambda mask: attend(mask=mask), q, k, v, scale=scale, mask=mask, softcap=softcap, sinks=sinks
                 )

@@ -29,6 +29,7 @@ from attention.implementations.bounded.blockwise import (
 from attention.implementations.bounded.memory import Chain, TileWriter
 from attention.implementations.calls import current_backend
 from attention.masks import Mask
+from attention.quantized_kv import KeyOrValue, QuantizedArray
 
 Rule = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -103,8 +104,8 @@ Out = TypeVar("Out", mx.array, tuple[mx.array, mx.array])
 def with_mask_gradient(
     attend: Callable[[Mask], Out],
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    k: KeyOrValue,
+    v: KeyOrValue,
     *,
     scale: float,
     mask: Mask,
@@ -112,7 +113,7 @@ def with_mask_gradient(
     sinks: mx.array | None = None,
     budget_bytes: int = SLAB_BYTES,
 ) -> Out:
-    """Compute attention; an additive mask gets its gradient.
+    """Compute attention; an additive mask gets its gradient, unless keys and values are quantized.
 
     Args:
         attend: computes attention of q, k and v with a mask, or a pair of it and the logsumexp of its rows; its own
@@ -126,7 +127,8 @@ def with_mask_gradient(
         sinks: (H,), an extra logit per head in the softmax of every row, without a value.
         budget_bytes: working memory of the gradient; exceeded if a single row with all its keys needs more.
     """
-    if mask.array is None or mask.array.dtype == mx.bool_:
+    quantized = isinstance(k, QuantizedArray) or isinstance(v, QuantizedArray)
+    if quantized or mask.array is None or mask.array.dtype == mx.bool_:
         return attend(mask)
     out = attend(structs.replace(mask, array=mx.stop_gradient(mask.array)))
     keys = k.shape[2]

@@ -76,7 +76,7 @@ class PrefillRun:
     """Prefill of the prompts, with a new cache for each run.
 
     Attributes:
-        cache_bytes: size of the latest run's cache.
+        cache_bytes: size of a run's cache.
     """
 
     observer: Observer | None = None
@@ -94,7 +94,7 @@ class PrefillRun:
         cache = self._network.cache(self._kv_format)
         with self._network.shortened(self._layers) as model:
             outputs = [self._prompts.prefill(model, cache, self.observer)]
-        self.cache_bytes = bytes_of_caches(cache)
+        self.cache_bytes = self.cache_bytes or bytes_of_caches(cache)  # once: it would be in the time of every run
         return outputs
 
     def wait(self, outputs: Sequence[object]) -> None:

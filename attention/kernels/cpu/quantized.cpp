@@ -139,6 +139,10 @@ constexpr int looked_up = 0;
 
 template <int bits, int first>
 FATUI_INLINE Words integers(const uint8_t* p) {
+  if constexpr (lanes == 4) {  // of the eight numbers that take `bits` bytes
+    const auto four = uint32_t(low_bytes<bits>(p + first / 8 * bits) >> (first % 8 * bits));
+    return ((Words{} + four) >> (as<Words>(lane_numbers()) * uint32_t(bits))) & ((1u << bits) - 1);
+  }
   Words x;
   FATUI_UNROLL for (int i = 0; i < lanes; i++) {
     const int half = (first + i) / 8;  // eight numbers take `bits` bytes
@@ -162,6 +166,10 @@ FATUI_INLINE Vector values_of(const uint8_t* p, Vector scale, Vector bias, [[may
 #endif
   else if constexpr (number == Number::e2m1) {
     const Words x = integers<bits, first>(p);
+#if defined(__aarch64__)
+    // As a float32, subnormal ones too, of 2^-126 of the number.
+    return as<Vector>(((x & 7u) << 22) | ((x & 8u) << 28)) * 0x1p126f * scale;
+#endif
     Vector y;
     for (int i = 0; i < lanes; i++) y[i] = e2m1_values[x[i]];
     return y * scale;
