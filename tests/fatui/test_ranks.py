@@ -5,6 +5,7 @@ import socket
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import psutil
 import pytest
 from msgspec import Struct
@@ -131,6 +132,18 @@ def test_a_model_runs_over_two_ranks_beside_one_device() -> None:
         assert row.status == "ok"
         assert row.one_device_s is not None
         assert row.sent_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(mx.distributed.is_available("nccl"), reason="this MLX has NCCL")
+def test_an_mlx_without_nccl_is_named_with_a_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "hosts.json"
+    path.write_text(RING.read_text().replace('"ring"', '"nccl"'))
+    ran = run(plan(hostfile=str(path)))
+    assert ran.engine.record.refused is not None
+    words = "this MLX has no distributed backend 'nccl'; mlx[cuda12] and mlx[cuda13] have NCCL"
+    assert words in ran.engine.record.refused.reason
+    assert not ran.left_over()
 
 
 @pytest.mark.slow
