@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple, cast
 import mlx.core as mx
 from msgspec import Struct
 
+from attention.distributed import peers
 from attention.implementations.calls import current_backend
 
 Group = mx.distributed.Group
@@ -76,9 +77,7 @@ def communication_stream() -> mx.Stream:
     """
     if transport() != "nccl":
         return mx.default_stream(mx.Device(mx.cpu))
-    if _streams.gpu is None:
-        _streams.gpu = mx.new_stream(mx.Device(mx.gpu))
-    return _streams.gpu
+    return gpu_stream()
 
 
 @lru_cache(maxsize=1)
@@ -140,16 +139,43 @@ def _gather(group: Group) -> Callable[[list[mx.array]], list[mx.array]]:
     return known[1]
 
 
+_peers: dict[int, tuple[peers.Gather | None, str]] = {}
+peer_copies: bool = True
+"""Whether groups on one host of GPUs try peer copies."""
+
+
+def peer_gather(group: Group) -> tuple[peers.Gather | None, str]:
+    """Return the group's gather by peer copies, set up on first use by all ranks, or None and the reason."""
+    if not peer_copies or current_backend() != "cuda":
+        return None, "peer copies are for NVIDIA GPUs" if peer_copies else "peer copies are switched off"
+    if id(group) not in _peers:
+        _peers[id(group)] = peers.set_up(group, communication_stream())
+    return _peers[id(group)]
+
+
+def gpu_stream() -> mx.Stream:
+    """Return this thread's second stream of the GPU."""
+    if _streams.gpu is None:
+        _streams.gpu = mx.new_stream(mx.Device(mx.gpu))
+    return _streams.gpu
+
+
 def _make_gather(group: Group) -> Callable[[list[mx.array]], list[mx.array]]:
     ranks, rank = group.size(), group.rank()
+    by_peers, _ = peer_gather(group)
+
+    def gathered_part(part: mx.array) -> mx.array:
+        if by_peers is not None and part.nbytes >= peers.MIN_BYTES:
+            return by_peers(part, gpu_stream())
+        whole = mx.distributed.all_gather(part, group=group, stream=communication_stream())
+        return whole.reshape(ranks, *part.shape)
 
     @mx.custom_function
     def gather(parts: list[mx.array]) -> list[mx.array]:
         made: list[mx.array] = []
         for part in parts:
             # the order of collectives must be the same on all ranks, whatever they compute in between
-            whole = mx.distributed.all_gather(_after(part, made), group=group, stream=communication_stream())
-            made.append(whole.reshape(ranks, *part.shape))
+            made.append(gathered_part(_after(part, made)))
         return [*made, cast("mx.array", mx.depends(mx.zeros(1), made))]
 
     def scatter(primals: Any, cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> list[mx.array]:

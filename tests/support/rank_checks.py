@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from attention import attention, distributed, masks
-from attention.distributed import Layout
+from attention.distributed import Layout, collectives, peers
 from attention.masks import Pattern
 from tests.support import kernel_oracle as oracle
 from tests.support.kernel_oracle import Options
@@ -153,7 +153,46 @@ def many(group) -> None:
             decode(group, kind, seq, 1000, **keywords)
 
 
-CHECKS: dict[str, Callable] = {"few": few, "many": many}
+def peer_copies(group) -> None:
+    """Parts of several sizes by peer copies, as by the group's own gather, and a call in pieces."""
+    gather, reason = collectives.peer_gather(group)
+    if gather is None:
+        failures.append(f"no peer copies: {reason}")
+        return
+    for numbers in (1, 1000, 1 << 20, (peers.SLOT_BYTES * 9 // 4) + 3):
+        part = mx.random.normal((1, numbers), key=mx.random.key(numbers + group.rank())).astype(mx.bfloat16)
+        for _ in range(3):  # slots are used again
+            found = gather(part, collectives.gpu_stream())
+            expected = mx.distributed.all_gather(part, group=group, stream=collectives.communication_stream())
+            if not mx.array_equal(found.reshape(expected.shape), expected).item():
+                failures.append(f"rank {group.rank()}: {numbers} numbers are gathered wrong")
+    seq = 16384
+    keys = mx.random.split(mx.random.key(1), 4)
+    shapes = [(1, heads, seq, 128) for heads in (8, 4, 4, 8)]
+    q, k, v, cotangent = (mx.random.normal(s, key=key).astype(mx.bfloat16) for s, key in zip(shapes, keys, strict=True))
+    parts = distributed.shard(q, k, v, group)
+    own_cotangent = distributed.shard(cotangent, cotangent, cotangent, group, parts.layout).q
+
+    def whole(*arrays: mx.array) -> mx.array:
+        return attention(*arrays, mask="causal", implementation="poc")
+
+    def sharded(*arrays: mx.array) -> mx.array:
+        return attention(*arrays, mask="causal", group=group, layout=parts.layout, implementation="poc")
+
+    expected_out, expected_gradients = mx.vjp(whole, [q, k, v], [cotangent])
+    for _ in range(3):
+        outs, gradients = mx.vjp(sharded, list(parts[:3]), [own_cotangent])
+        mx.eval(outs, gradients)
+        for name, got, wanted in zip(
+            ("output", "dQ", "dK", "dV"), [*outs, *gradients], [*expected_out, *expected_gradients], strict=True
+        ):
+            own = distributed.own_rows(wanted, parts.layout, group.rank())
+            error = mx.abs(got - own).max().item() / mx.abs(own).max().item()
+            if not error < (1e-6 if name == "output" else 0.02):
+                failures.append(f"rank {group.rank()}: {name} by peer copies differs by {error:.3g}")
+
+
+CHECKS: dict[str, Callable] = {"few": few, "many": many, "peers": peer_copies}
 
 
 def main() -> int:

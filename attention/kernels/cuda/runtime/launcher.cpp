@@ -7,6 +7,8 @@
 
 #include "launcher_known.hpp"
 #include "launcher_layout.hpp"
+#include "launcher_memory.hpp"
+#include "launcher_peers.hpp"
 #include "launcher_plan.hpp"
 #include "launcher_waiting.hpp"
 
@@ -14,22 +16,6 @@ namespace nb = nanobind;
 
 namespace fatui {
 namespace {
-
-// ---- memory ------------------------------------------------------------------------------------------------------
-
-// Device memory from MLX's own allocator, which is not exported: a cast of no elements takes it, and launches nothing.
-void allocate(mx::array& out, mx::Stream stream) {
-  mx::array source({0}, mx::int8, nullptr, {});
-  mx::array::Flags flags{};
-  flags.contiguous = flags.row_contiguous = flags.col_contiguous = true;
-  const size_t halves = (out.nbytes() + 1) / 2;
-  source.set_data(mx::allocator::Data(mx::allocator::Buffer(nullptr), {}), halves, mx::Strides{1}, flags);
-  Arrays made{mx::astype(source, mx::float16, stream)};
-  made[0].primitive().eval_gpu({source}, made);
-  if (made[0].buffer().ptr() == nullptr) throw std::runtime_error("MLX hands out no device memory");
-  flags.col_contiguous = out.size() <= 1 || out.ndim() == 1;
-  out.copy_shared_buffer(made[0], out.strides(), flags, out.size());
-}
 
 // ---- the primitive -----------------------------------------------------------------------------------------------
 
@@ -252,6 +238,23 @@ void define_layout(nb::module_& m) {
         "The arrays, which are given to MLX's SDPA or come from it, copied where MLX's SDPA does not take them as they lie; what is copied is decided when they are computed.");
 }
 
+// Peers as Python holds them.
+struct PeersHandle {
+  std::shared_ptr<fatui::Peers> peers;
+};
+
+void define_peers(nb::module_& m) {
+  nb::class_<PeersHandle>(m, "Peers")
+      .def("gather", [](const PeersHandle& handle, const Array& part, mlx::core::Stream stream) {
+        return fatui::gather_from_peers(handle.peers, part, stream);
+      });
+  m.def("make_peers",
+        [](int rank, std::vector<uint64_t> slots, uint64_t flags, size_t slot_bytes, int slot_count) {
+          return PeersHandle{std::make_shared<fatui::Peers>(rank, std::move(slots), flags, slot_bytes, slot_count)};
+        },
+        nb::arg("rank"), nb::arg("slots"), nb::arg("flags"), nb::arg("slot_bytes"), nb::arg("slot_count"));
+}
+
 void define_waiting(nb::module_& m) {
   m.def("passed", &fatui::passed, nb::arg("token"), nb::arg("behind"),
         "The token, there once the GPU has done what was queued before it, but for what the last `behind` tokens followed.");
@@ -263,4 +266,5 @@ NB_MODULE(fatui_cuda_launcher, m) {
   define_calls(m);
   define_layout(m);
   define_waiting(m);
+  define_peers(m);
 }

@@ -28,6 +28,8 @@ TEXTS = (
     "launcher_known.hpp",
     "launcher_layout.hpp",
     "launcher_waiting.hpp",
+    "launcher_memory.hpp",
+    "launcher_peers.hpp",
     "launcher.cpp",
 )
 

@@ -1,0 +1,15 @@
+"""Peer copies between two processes, which may share a GPU: what is copied is the same."""
+
+import sys
+
+import pytest
+
+from benchmarks.distributed.start import start_ranks
+
+pytestmark = pytest.mark.gpu
+
+
+def test_peer_copies_equal_the_groups_gather():
+    command = [sys.executable, "-m", "tests.support.rank_checks", "peers"]
+    results = start_ranks(2, command, timeout_s=120)
+    assert all(result.returncode == 0 for result in results), "\n".join(result.output for result in results)
