@@ -1,8 +1,8 @@
 """Peer copies: gathering from the GPUs of one host by copy engines (`runtime/launcher_peers.hpp`), set up once a group.
 
 NCCL's gather is a kernel, and waits for multiprocessors, which an attention kernel occupies all. Each rank allocates
-slots of device memory, which the other processes map by CUDA IPC, and all ranks share flags in /dev/shm. Before the first
-use a random array is gathered and compared with the group's own all_gather.
+slots of device memory, which the other processes map by CUDA IPC, and all ranks share flags in /dev/shm. Before the
+first use a random array is gathered and compared with the group's own all_gather.
 """
 
 import contextlib
