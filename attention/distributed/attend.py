@@ -11,7 +11,7 @@ results are merged by their logsumexps.
 """
 
 from collections.abc import Sequence
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import Any
 
 import mlx.core as mx
@@ -25,13 +25,12 @@ from attention.distributed.exchange import (
     Seen,
     intersection,
     make_exchange,
-    offset_in,
-    union,
 )
-from attention.distributed.layout import Chunk, Layout, rows_of
+from attention.distributed.layout import Chunk, Layout
+from attention.distributed.movement import joined, needed, places_of
 from attention.implementations.calls import call_through_hooks, current_backend, with_logsumexp
 from attention.implementations.protocol import Implementation
-from attention.masks import Mask, causal, of_pattern, window
+from attention.masks import Mask, Pattern, causal, of_pattern, window
 from attention.masks.section import Section
 
 MIN_PIECE_BYTES = 4 << 20
@@ -117,15 +116,12 @@ def _attend_context(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -> 
     rank = problem.group.rank()
     exchange = make_exchange(problem.rows, problem.keys, problem.seen((q.shape[0], q.shape[1])))
     pieces = head_pieces(k, v, exchange, problem.mask)
-    moved, token = _gathered_pieces(k, v, exchange, pieces, problem)
+    parts = [x[:, first:last] for first, last in pieces for x in (k, v)]
+    moved, token = needed(parts, exchange, problem.group, problem.communicate)
     per_key_head = q.shape[1] // k.shape[1]
     outs: list[mx.array] = []
     sums: list[mx.array | None] = []
-    for (first, last), gathered in zip(pieces, moved, strict=True):
-        heads = slice(first, last)
-        keys, values = (
-            _assembled(own[:, heads], others, exchange, rank) for own, others in zip((k, v), gathered, strict=True)
-        )
+    for (first, last), keys, values in zip(pieces, moved[::2], moved[1::2], strict=True):
         rows = q[:, first * per_key_head : last * per_key_head]
         made = [
             _attend_call(rows, keys, values, call, problem, (first * per_key_head, last * per_key_head))
@@ -133,11 +129,11 @@ def _attend_context(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -> 
         ]
         if not made:  # a rank without rows
             made = [(mx.zeros((*rows.shape[:3], v.shape[3]), q.dtype), mx.zeros(rows.shape[:3]))]
-        outs.append(_joined([out for out, _ in made], 2))
-        sums.append(_joined([lse for _, lse in made if lse is not None], 2) if problem.return_lse else None)
-    out = _joined(outs, 1)
+        outs.append(joined([out for out, _ in made], 2))
+        sums.append(joined([lse for _, lse in made if lse is not None], 2) if problem.return_lse else None)
+    out = joined(outs, 1)
     out = out if token is None else collectives.tied(out, token)
-    return out, _joined([each for each in sums if each is not None], 1) if problem.return_lse else None
+    return out, joined([each for each in sums if each is not None], 1) if problem.return_lse else None
 
 
 def head_pieces(k: mx.array, v: mx.array, exchange: Exchange, mask: Mask) -> list[Chunk]:
@@ -152,52 +148,6 @@ def head_pieces(k: mx.array, v: mx.array, exchange: Exchange, mask: Mask) -> lis
         return [(0, heads)]
     first = max(1, heads // 8)
     return [(0, first), (first, heads)]
-
-
-def _gathered_pieces(
-    k: mx.array, v: mx.array, exchange: Exchange, pieces: Sequence[Chunk], problem: Problem
-) -> tuple[list[tuple[mx.array | None, mx.array | None]], mx.array | None]:
-    """Return of each piece what all ranks contribute of K and of V, (ranks, B, heads, slot, D) each, and a token."""
-    if not exchange.slot:
-        return [(None, None)] * len(pieces), None
-    rank, ranks = problem.group.rank(), problem.group.size()
-    own = [_contribution(x[:, first:last], exchange, rank) for first, last in pieces for x in (k, v)]
-    if not problem.communicate:
-        whole = [mx.broadcast_to(each[None], (ranks, *each.shape)) for each in own]
-        return list(zip(whole[::2], whole[1::2], strict=True)), None
-    moved = collectives.gathered(own, problem.group)
-    return list(zip(moved.arrays[::2], moved.arrays[1::2], strict=True)), moved.token
-
-
-def _contribution(own: mx.array, exchange: Exchange, rank: int) -> mx.array:
-    """Return what other ranks need of this rank's keys or values (B, heads, keys, D), padded to the slot."""
-    chunks = exchange.contributed[rank]
-    parts = [own[:, :, start:stop] for start, stop in _places(exchange.owned[rank], chunks)]
-    missing = exchange.slot - rows_of(chunks)
-    if missing:
-        parts = parts or [own[:, :, :0]]  # with a gradient, as on other ranks, though it is empty
-        parts.append(mx.zeros((*own.shape[:2], missing, own.shape[3]), own.dtype))
-    return _joined(parts, 2)
-
-
-def _places(held: Sequence[Chunk], wanted: Sequence[Chunk]) -> list[Chunk]:
-    """Return the ranges of places of wanted positions among held ones, adjacent ones as one."""
-    firsts = [(offset_in(held, start), stop - start) for start, stop in wanted]
-    return list(union((first, first + length) for first, length in firsts))
-
-
-def _assembled(own: mx.array, others: mx.array | None, exchange: Exchange, rank: int) -> mx.array:
-    """Return the keys or values that this rank needs, in the order of the sequence: (B, heads, needed, D)."""
-    parts = []
-    for source in exchange.sources(rank):
-        whole = own if source.rank == rank else _of(others, source.rank)
-        parts.append(whole[:, :, source.start : source.stop])
-    return _joined(parts, 2) if parts else own[:, :, :0]
-
-
-def _of(others: mx.array | None, rank: int) -> mx.array:
-    assert others is not None
-    return others[rank]
 
 
 def _attend_call(
@@ -234,12 +184,7 @@ def _cut(array: mx.array, axis: int, chunks: Sequence[Chunk]) -> mx.array:
     if place < 0 or array.shape[place] == 1:
         return array
     before = (slice(None),) * place
-    return _joined([array[(*before, slice(start, stop))] for start, stop in chunks], place)
-
-
-def _joined(parts: Sequence[Any], axis: int) -> mx.array:
-    made: mx.array = parts[0] if len(parts) == 1 else mx.concatenate(list(parts), axis=axis)
-    return made
+    return joined([array[(*before, slice(start, stop))] for start, stop in chunks], place)
 
 
 # ---- split keys ------------------------------------------------------------------------------------------------------
@@ -256,26 +201,32 @@ def _attend_split_keys(q: mx.array, k: mx.array, v: mx.array, problem: Problem) 
 
 def _attend_own_keys(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -> tuple[mx.array, mx.array]:
     """Compute all rows against this rank's keys; return the output and its logsumexp, -inf for rows that see none."""
-    seen, rank = problem.seen((q.shape[0], q.shape[1])), problem.group.rank()
-    owned, lengths = problem.keys.chunks[rank], (problem.rows.seq, problem.keys.seq)
-    wanted = intersection(owned, _visible_to_all(seen, lengths))
-    found = wanted if wanted else ()
-    mask = Mask()
-    edge = intersection(owned, _visible_to_some(seen, lengths))
-    if edge != wanted:  # rows differ in what they see
-        found = edge
-        whole = problem.mask.pattern or (causal() if seen.window is None else window(seen.window))
-        mask = of_pattern(Section(whole, lengths, ((0, lengths[0]),), found)) if found else mask
+    found, places, pattern = _own_share(
+        problem.rows, problem.keys, problem.seen((q.shape[0], q.shape[1])), problem.group.rank()
+    )
     if not found:
         shape = (*q.shape[:3], v.shape[3])
         return mx.zeros(shape, q.dtype), mx.full(shape[:3], -mx.inf)
-    places = _places(owned, found)
-    keys, values = (_joined([x[:, :, start:stop] for start, stop in places], 2) for x in (k, v))
+    mask = Mask() if pattern is None else of_pattern(pattern)
+    keys, values = (joined([x[:, :, start:stop] for start, stop in places], 2) for x in (k, v))
     if problem.mask.array is not None:
         mask = Mask(array=_cut(problem.mask.array, 3, found))
     out, lse = _call(q, keys, values, mask, problem, True)
     assert lse is not None
     return out, lse
+
+
+@lru_cache(maxsize=64)
+def _own_share(
+    rows: Layout, keys: Layout, seen: Seen, rank: int
+) -> tuple[tuple[Chunk, ...], tuple[Chunk, ...], Pattern | None]:
+    """Return the keys of a rank that rows see, their places among its own, and a pattern if rows differ in them."""
+    owned, lengths = keys.chunks[rank], (rows.seq, keys.seq)
+    wanted, edge = (intersection(owned, chunks(seen, lengths)) for chunks in (_visible_to_all, _visible_to_some))
+    if edge == wanted or not edge:
+        return wanted, tuple(places_of(owned, wanted)), None
+    whole = seen.pattern or (causal() if seen.window is None else window(seen.window))
+    return edge, tuple(places_of(owned, edge)), Section(whole, lengths, ((0, lengths[0]),), edge)
 
 
 def _visible_to_all(seen: Seen, lengths: tuple[int, int]) -> tuple[Chunk, ...]:

@@ -140,16 +140,14 @@ def _gather(group: Group) -> Callable[[list[mx.array]], list[mx.array]]:
 
 
 _peers: dict[int, tuple[peers.Gather | None, str]] = {}
-peer_copies: bool = True
-"""Whether groups on one host of GPUs try peer copies."""
 
 
 def peer_gather(group: Group) -> tuple[peers.Gather | None, str]:
     """Return the group's gather by peer copies, set up on first use by all ranks, or None and the reason."""
-    if not peer_copies or current_backend() != "cuda":
-        return None, "peer copies are for NVIDIA GPUs" if peer_copies else "peer copies are switched off"
+    if current_backend() != "cuda":
+        return None, "peer copies are for NVIDIA GPUs"
     if id(group) not in _peers:
-        _peers[id(group)] = peers.set_up(group, communication_stream())
+        _peers[id(group)] = peers.set_up(group, communication_stream(), gpu_stream)
     return _peers[id(group)]
 
 
@@ -161,28 +159,22 @@ def gpu_stream() -> mx.Stream:
 
 
 def _make_gather(group: Group) -> Callable[[list[mx.array]], list[mx.array]]:
-    ranks, rank = group.size(), group.rank()
-    by_peers, _ = peer_gather(group)
-
-    def gathered_part(part: mx.array) -> mx.array:
-        if by_peers is not None and part.nbytes >= peers.MIN_BYTES:
-            return by_peers(part, gpu_stream())
-        whole = mx.distributed.all_gather(part, group=group, stream=communication_stream())
-        return whole.reshape(ranks, *part.shape)
+    ranks = group.size()
 
     @mx.custom_function
     def gather(parts: list[mx.array]) -> list[mx.array]:
         made: list[mx.array] = []
         for part in parts:
             # the order of collectives must be the same on all ranks, whatever they compute in between
-            made.append(gathered_part(_after(part, made)))
+            whole = mx.distributed.all_gather(after(part, made), group=group, stream=communication_stream())
+            made.append(whole.reshape(ranks, *part.shape))
         return [*made, cast("mx.array", mx.depends(mx.zeros(1), made))]
 
     def scatter(primals: Any, cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> list[mx.array]:
         made: list[mx.array] = []
         for cotangent in cotangents[:-1]:
             # after the gather, which a rank that uses nothing of it would not compute
-            made.append(_sum_of_own(_after(cotangent, made or outputs), group, ranks, rank))
+            made.append(sum_of_own(after(cotangent, made or outputs), group))
         size = sum(cotangent.nbytes for cotangent in cotangents[:-1]) // ranks
         count_bytes((ranks - 1) * size, (ranks - 1) * size)
         return made
@@ -209,18 +201,18 @@ def _together_vjp(primals: Any, cotangents: Sequence[mx.array], outputs: Any) ->
     return [cast("mx.array", mx.depends(cotangent, list(cotangents))) for cotangent in cotangents]
 
 
-def _after(array: mx.array, made: Sequence[mx.array]) -> mx.array:
+def after(array: mx.array, made: Sequence[mx.array]) -> mx.array:
     """Return the array, available once what was made before is."""
     return cast("mx.array", mx.depends(array, made[-1])) if made else array
 
 
-def _sum_of_own(cotangent: mx.array, group: Group, ranks: int, rank: int) -> mx.array:
+def sum_of_own(cotangent: mx.array, group: Group) -> mx.array:
     """Return the sum over the ranks of this rank's part of (ranks, *shape); half precision is added in float32."""
-    stream = communication_stream()
+    stream, ranks = communication_stream(), group.size()
     wide = cotangent.astype(_WIDE) if ranks > 2 else cotangent
     if transport() in ("nccl", "jaccl"):
         flat = wide.reshape(ranks * wide.shape[1], *wide.shape[2:])
         mine = mx.distributed.sum_scatter(flat, group=group, stream=stream)
     else:
-        mine = mx.distributed.all_sum(wide, group=group, stream=stream)[rank]
+        mine = mx.distributed.all_sum(wide, group=group, stream=stream)[group.rank()]
     return mine.astype(cotangent.dtype)

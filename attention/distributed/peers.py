@@ -1,4 +1,4 @@
-"""Peer copies: gathering from the GPUs of one host by copy engines (`runtime/launcher_peers.hpp`), set up once a group.
+"""Peer copies: keys and values of other GPUs of a host, by copy engines (`runtime/launcher_peers.hpp`).
 
 NCCL's gather is a kernel, and waits for multiprocessors, which an attention kernel occupies all. Each rank allocates
 slots of device memory, which the other processes map by CUDA IPC, and all ranks share flags in /dev/shm. Before the
@@ -13,14 +13,15 @@ import platform
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from attention.core.errors import KernelUnavailable, error_line
 
-SLOT_BYTES: Final = 32 << 20
+SLOT_BYTES: Final = 64 << 20
+"""What moves at once; also the largest plane (a batch and a head) of a rank's contribution."""
 SLOTS: Final = 4
 HANDLE_BYTES: Final = 64
 NAME_BYTES: Final = 64
@@ -28,10 +29,27 @@ FLAG_BYTES: Final = 64
 ENCODER_MEMBERS: Final = "  Device& device_;\n  CudaStream stream_;\n"
 """Where launcher_peers.hpp finds the stream of MLX's command encoder."""
 MIN_BYTES: Final = 1 << 20
-"""Below it the group's own gather has the lower latency."""
+"""Bytes of a part below which the group's own gather has the lower latency."""
 
-Gather = Callable[[mx.array, mx.Stream], mx.array]
-"""Takes a contiguous array and a stream; returns those of all ranks, (ranks, *shape)."""
+Run = tuple[int, int, int, int]
+"""Rows of a rank: rank, first row, its place, count."""
+
+
+class RowPlan(NamedTuple):
+    """Which rows of (B, heads, rows, width) are moved, and where to."""
+
+    sent: tuple[Run, ...]
+    """This rank's rows, and their places in its contribution."""
+    needed: tuple[Run, ...]
+    """Rows of the contributions, or of this rank's own rows, and their places in the output."""
+    contributed: tuple[int, ...]
+    """Rows of each rank's contribution."""
+    rows: int
+    """Rows of the output."""
+
+
+Gather = Callable[[mx.array, RowPlan], mx.array]
+"""Takes a rank's rows (B, heads, rows, width) and a plan; returns (B, heads, plan.rows, width)."""
 
 
 class _Handle(ctypes.Structure):
@@ -40,12 +58,15 @@ class _Handle(ctypes.Structure):
     _fields_ = (("data", ctypes.c_byte * HANDLE_BYTES),)
 
 
-def set_up(group: mx.distributed.Group, stream: mx.Stream) -> tuple[Gather | None, str]:
+def set_up(
+    group: mx.distributed.Group, stream: mx.Stream, copies: Callable[[], mx.Stream]
+) -> tuple[Gather | None, str]:
     """Return the gather of a group, or None and the reason; every rank gets the same answer.
 
     Args:
         group: the ranks, of which each has called this.
         stream: of the group's collectives.
+        copies: returns the calling thread's stream for copies.
     """
     rank, ranks = group.rank(), group.size()
 
@@ -78,7 +99,7 @@ def set_up(group: mx.distributed.Group, stream: mx.Stream) -> tuple[Gather | Non
     agreed(None)  # the file is there
     gather: Gather | None = None
     try:
-        gather = made.opened(rank, handles, path)
+        gather = made.opened(rank, handles, path, copies)
     except Exception as error:
         problem = error_line(error)
     works = agreed(problem)
@@ -87,9 +108,13 @@ def set_up(group: mx.distributed.Group, stream: mx.Stream) -> tuple[Gather | Non
             path.unlink()
     if not works or gather is None:
         return None, problem or "another rank cannot map this rank's memory"
-    sample = mx.random.normal((3, 1 << 12), key=mx.random.key(rank))
-    found = gather(sample, stream)
-    expected = mx.distributed.all_gather(sample, group=group, stream=stream).reshape(found.shape)
+    sample = mx.random.normal((1, 3, 128, 64), key=mx.random.key(rank))
+    whole = RowPlan(
+        ((rank, 0, 0, 128),), tuple((each, 0, 128 * each, 128) for each in range(ranks)), (128,) * ranks, 128 * ranks
+    )
+    found = gather(sample, whole)
+    expected = mx.distributed.all_gather(sample, group=group, stream=stream)
+    expected = expected.swapaxes(0, 1).reshape(found.shape)
     if not agreed(None if mx.array_equal(found, expected).item() else "wrong"):
         return None, "the first gather had wrong values"
     return gather, "copy engines between the GPUs of this host"
@@ -130,7 +155,7 @@ class _Memory:
         self.handle = _Handle()
         self._call("cuIpcGetMemHandle", ctypes.byref(self.handle), slots)
 
-    def opened(self, rank: int, handles: list[bytes], path: Path) -> Gather:
+    def opened(self, rank: int, handles: list[bytes], path: Path, copies: Callable[[], mx.Stream]) -> Gather:
         """Map the slots of all ranks and the flags; return the gather."""
         slots = []
         for other, handle in enumerate(handles):
@@ -152,8 +177,8 @@ class _Memory:
         self._peers: Any = self._launcher.make_peers(rank, slots, mapped.value, SLOT_BYTES, SLOTS)
         _kept.append(self)
 
-        def gather(part: mx.array, stream: mx.Stream) -> mx.array:
-            made: mx.array = self._peers.gather(mx.contiguous(part, stream=stream), stream)
+        def gather(part: mx.array, plan: RowPlan) -> mx.array:
+            made: mx.array = self._peers.gather(mx.contiguous(part), *plan, copies())
             return made
 
         return gather

@@ -121,6 +121,7 @@ class Poc:
         self._sdpa = MlxSdpa()
         self._practical = Practical()
         self._attends = BoundedDict[object, tuple[Attend, str] | None]()
+        self._with_logsumexp = BoundedDict[object, tuple[KernelWithLogsumexp, str] | None]()
 
     @property
     def variant(self) -> str | None:
@@ -180,19 +181,22 @@ class Poc:
         self, q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> tuple[mx.array, mx.array]:
         """Compute attention and the logsumexp of its rows, as in `ReturnsLogsumexp`."""
-        backend = current_backend()
-        workload, needs = call_signature(q, k, v, mask, softcap)
-        route = _kernel_route(backend, workload, structs.replace(needs, logsumexp=True))
-        kernel = _kernel(backend)
-        if route.supported and isinstance(kernel, KernelWithLogsumexp):
+        key = _kind_of_call(q, k, v, mask, softcap)
+        try:
+            known = self._with_logsumexp[key]
+        except KeyError:
+            known = self._with_logsumexp[key] = _find_with_logsumexp(q, k, v, mask, softcap)
+        if known is not None:
+            kernel, path = known
 
             def attend(mask: Mask) -> tuple[mx.array, mx.array]:
                 return kernel.with_logsumexp(q, k, v, scale=scale, mask=mask, softcap=softcap)
 
             with suppress(KernelUnavailable):
                 found = with_mask_gradient(attend, q, k, v, scale=scale, mask=mask, softcap=softcap)
-                record_path(route.path)
+                record_path(path)
                 return found
+            self._with_logsumexp.clear()
         found = self._practical.with_logsumexp(q, k, v, scale=scale, mask=mask, softcap=softcap)
         record_path(TO_PRACTICAL)
         return found
@@ -200,20 +204,7 @@ class Poc:
     def _attend(
         self, q: mx.array, k: KeyOrValue, v: KeyOrValue, scale: float, mask: Mask, softcap: float | None
     ) -> mx.array:
-        key = (
-            q.shape,
-            k.shape,
-            v.shape,
-            q.dtype,
-            kv_format_of(k, v),
-            mask.causal,
-            mask.window,
-            mask.array is None,
-            mask.pattern is None,
-            mask.alibi is None,
-            softcap is None,
-            current_backend(),
-        )
+        key = _kind_of_call(q, k, v, mask, softcap)
         try:
             known = self._attends[key]
         except KeyError:
@@ -245,6 +236,35 @@ class Poc:
         path = route.path if form is None else _variant_path(route.path, self._variant)
         self._attends[key] = known = (form or kernel.attend, path) if route.supported else None
         return known
+
+
+def _kind_of_call(q: mx.array, k: KeyOrValue, v: KeyOrValue, mask: Mask, softcap: float | None) -> tuple[object, ...]:
+    """Return what decides which kernel takes a call."""
+    return (
+        q.shape,
+        k.shape,
+        v.shape,
+        q.dtype,
+        kv_format_of(k, v),
+        mask.causal,
+        mask.window,
+        mask.array is None,
+        mask.pattern is None,
+        mask.alibi is None,
+        softcap is None,
+        current_backend(),
+    )
+
+
+def _find_with_logsumexp(
+    q: mx.array, k: KeyOrValue, v: KeyOrValue, mask: Mask, softcap: float | None
+) -> tuple[KernelWithLogsumexp, str] | None:
+    """Return the kernel and path for a kind of call with the logsumexp; None if the kernel does not support it."""
+    backend = current_backend()
+    workload, needs = call_signature(q, k, v, mask, softcap)
+    route = _kernel_route(backend, workload, structs.replace(needs, logsumexp=True))
+    kernel = _kernel(backend)
+    return (kernel, route.path) if route.supported and isinstance(kernel, KernelWithLogsumexp) else None
 
 
 def _is_plain(mask: Mask, softcap: float | None) -> bool:

@@ -10,7 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from attention import attention, distributed, masks
-from attention.distributed import Layout, collectives, peers
+from attention.distributed import Layout, collectives, movement
+from attention.distributed.peers import RowPlan
 from attention.masks import Pattern
 from tests.support import kernel_oracle as oracle
 from tests.support.kernel_oracle import Options
@@ -134,6 +135,32 @@ def few(group) -> None:
     self_attention(group, "zigzag", 300, mx.float32, mask="causal", weights=[1 + n for n in range(group.size())])
     decode(group, "contiguous", 1, 301, mask="causal")
     decode(group, "zigzag", 3, 301, window=40)
+    by_plan(group)
+
+
+def by_plan(group) -> None:
+    """The rows that peer copies move, by a gather that follows the same plan with collectives."""
+
+    def gather(part: mx.array, plan: RowPlan) -> mx.array:
+        own = mx.zeros((*part.shape[:2], max(plan.contributed), part.shape[3]), part.dtype)
+        for _, first, place, count in plan.sent:
+            own[:, :, place : place + count] = part[:, :, first : first + count]
+        every = mx.distributed.all_gather(own[None], group=group)
+        made = mx.zeros((*part.shape[:2], plan.rows, part.shape[3]), part.dtype)
+        for rank, first, place, count in plan.needed:
+            source = part if rank == group.rank() else every[rank]
+            made[:, :, place : place + count] = source[:, :, first : first + count]
+        return made
+
+    found, least = collectives.peer_gather, movement.MIN_BYTES
+    collectives.peer_gather, movement.MIN_BYTES = lambda _: (gather, "a test"), 0
+    try:
+        self_attention(group, "zigzag", 300, mx.bfloat16, mask="causal")
+        self_attention(group, "contiguous", 300, mx.float32, window=40)
+        self_attention(group, "balanced", 512, mx.float32, mask=documents(512))
+        self_attention(group, "zigzag", 101, mx.float32, mask=masks.prefix(5) | masks.window(30))
+    finally:
+        collectives.peer_gather, movement.MIN_BYTES = found, least
 
 
 def many(group) -> None:
@@ -159,13 +186,20 @@ def peer_copies(group) -> None:
     if gather is None:
         failures.append(f"no peer copies: {reason}")
         return
-    for numbers in (1, 1000, 1 << 20, (peers.SLOT_BYTES * 9 // 4) + 3):
-        part = mx.random.normal((1, numbers), key=mx.random.key(numbers + group.rank())).astype(mx.bfloat16)
+    rank, ranks = group.rank(), group.size()
+    for heads, length in ((1, 1), (3, 1000), (7, 131072), (40, 20000)):
+        plan = RowPlan(
+            ((rank, 0, 0, length),),
+            tuple((each, 0, length * each, length) for each in range(ranks)),
+            (length,) * ranks,
+            length * ranks,
+        )
+        part = mx.random.normal((1, heads, length, 128), key=mx.random.key(length + rank)).astype(mx.bfloat16)
         for _ in range(3):  # slots are used again
-            found = gather(part, collectives.gpu_stream())
+            found = gather(part, plan)
             expected = mx.distributed.all_gather(part, group=group, stream=collectives.communication_stream())
-            if not mx.array_equal(found.reshape(expected.shape), expected).item():
-                failures.append(f"rank {group.rank()}: {numbers} numbers are gathered wrong")
+            if not mx.array_equal(found, expected.swapaxes(0, 1).reshape(found.shape)).item():
+                failures.append(f"rank {rank}: {heads} planes of {length} rows are gathered wrong")
     seq = 16384
     keys = mx.random.split(mx.random.key(1), 4)
     shapes = [(1, heads, seq, 128) for heads in (8, 4, 4, 8)]

@@ -244,10 +244,17 @@ struct PeersHandle {
 };
 
 void define_peers(nb::module_& m) {
+  using Runs = std::vector<std::tuple<int, int64_t, int64_t, int64_t>>;
   nb::class_<PeersHandle>(m, "Peers")
-      .def("gather", [](const PeersHandle& handle, const Array& part, mlx::core::Stream stream) {
-        return fatui::gather_from_peers(handle.peers, part, stream);
-      });
+      .def("gather",
+           [](const PeersHandle& handle, const Array& part, const Runs& sent, const Runs& needed, std::vector<int64_t> contributed,
+              int64_t rows, mlx::core::Stream stream) {
+             fatui::RowPlan plan{{}, {}, std::move(contributed), rows};
+             for (const auto& [rank, from, to, count] : sent) plan.sent.push_back({rank, from, to, count});
+             for (const auto& [rank, from, to, count] : needed) plan.needed.push_back({rank, from, to, count});
+             return fatui::gather_from_peers(handle.peers, part, std::move(plan), stream);
+           },
+           "Rows of (B, heads, rows, width) of all ranks; runs of rows are (rank, first, place, count).");
   m.def("make_peers",
         [](int rank, std::vector<uint64_t> slots, uint64_t flags, size_t slot_bytes, int slot_count) {
           return PeersHandle{std::make_shared<fatui::Peers>(rank, std::move(slots), flags, slot_bytes, slot_count)};

@@ -1,12 +1,13 @@
-// Gathering an array from the GPUs of one host by copy engines, beside kernels that occupy all multiprocessors.
+// Gathering keys or values from the GPUs of one host by copy engines, beside kernels that occupy all multiprocessors.
 //
-//   rank 0                                            rank 1
-//     part ──copy──▶ slot i % SLOTS  ◀────────copy──── pulls it into its output
-//     pulls into its output ────copy───▶ slot i % SLOTS ◀──copy── part
+//   rank 0                                              rank 1
+//     its rows ──copy──▶ slot i % count ◀────────copy──── pulls them to their places in its output
+//     pulls them to their places ──copy──▶ slot i % count ◀──copy── its rows
 //
-// A part moves in chunks of a slot. Slots are memory of this module, which other processes have mapped (CUDA IPC); MLX's
-// own memory cannot be shared. Flags in host memory that all ranks share say which chunk a rank has put into its slots
-// (`ready`), and which chunk of it another one has taken (`taken`); streams wait for them, no kernel spins.
+// Arrays are planes (batch and head) of rows. What moves at once is a chunk of planes that fits a slot. Slots are memory of
+// this module, which other processes have mapped (CUDA IPC); MLX's own memory cannot be shared. Flags in host memory that all
+// ranks share say which chunk a rank has put into its slots (`ready`), and which chunk of it another one has taken (`taken`);
+// streams wait for them, no kernel spins.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -21,7 +22,23 @@ struct CUevent_st;
 
 namespace fatui {
 
-constexpr unsigned NON_BLOCKING = 1, NO_TIMING = 2, AT_LEAST = 0;  // CUDA's flags
+constexpr unsigned NON_BLOCKING = 1, NO_TIMING = 2, AT_LEAST = 0, UNIFIED_MEMORY = 4;  // CUDA's values
+
+// CUDA_MEMCPY2D: `height` lines of `width` bytes.
+struct Copy2D {
+  size_t from_x = 0, from_y = 0;
+  unsigned from_type = UNIFIED_MEMORY;
+  const void* from_host = nullptr;
+  uint64_t from;
+  void* from_array = nullptr;
+  size_t from_pitch;
+  size_t to_x = 0, to_y = 0;
+  unsigned to_type = UNIFIED_MEMORY;
+  void* to_host = nullptr;
+  uint64_t to;
+  void* to_array = nullptr;
+  size_t to_pitch, width, height;
+};
 
 struct CopyDriver {
   int (*create_stream)(CUstream_st**, unsigned, int);
@@ -30,7 +47,7 @@ struct CopyDriver {
   int (*wait_event)(CUstream_st*, CUevent_st*, unsigned);
   int (*wait_value)(CUstream_st*, uint64_t, uint32_t, unsigned);
   int (*write_value)(CUstream_st*, uint64_t, uint32_t, unsigned);
-  int (*copy)(uint64_t, uint64_t, size_t, CUstream_st*);
+  int (*copy)(const Copy2D*, CUstream_st*);
 };
 
 inline const CopyDriver& copy_driver() {
@@ -42,7 +59,7 @@ inline const CopyDriver& copy_driver() {
     find(d.wait_event, "cuStreamWaitEvent");
     find(d.wait_value, "cuStreamWaitValue32_v2");
     find(d.write_value, "cuStreamWriteValue32_v2");
-    find(d.copy, "cuMemcpyDtoDAsync_v2");
+    find(d.copy, "cuMemcpy2DAsync_v2");
     return d;
   }();
   return made;
@@ -53,34 +70,67 @@ inline CUstream_st* stream_of(mx::cu::CommandEncoder& encoder) {
   return *reinterpret_cast<CUstream_st**>(reinterpret_cast<char*>(&encoder) + sizeof(void*));
 }
 
+// Rows [from, from + count) of a plane of a rank's contribution, or of its own rows, become rows [to, to + count) of the output.
+struct RowRun {
+  int rank;
+  int64_t from, to, count;
+};
+
+// Which rows are moved; the same on all ranks, but for what each has and needs.
+struct RowPlan {
+  std::vector<RowRun> sent;      // of this rank's rows to its contribution
+  std::vector<RowRun> needed;    // what its output consists of
+  std::vector<int64_t> contributed;  // rows of each rank's contribution
+  int64_t rows;                  // of the output's planes
+};
+
 // What a rank knows of all ranks. Addresses are of this process.
 class Peers {
  public:
   Peers(int rank, std::vector<uint64_t> slots, uint64_t flags, size_t slot_bytes, int slot_count)
       : rank_(rank), slots_(std::move(slots)), flags_(flags), slot_bytes_(slot_bytes), slot_count_(slot_count) {}
 
+  int rank() const { return rank_; }
   int ranks() const { return int(slots_.size()); }
 
-  // Queue the copies of a part of `bytes` bytes to `out`, which has room for all ranks' parts, after what is queued on
-  // `own`, which then waits for them.
-  void gather(uint64_t part, uint64_t out, size_t bytes, CUstream_st* own) {
+  // Queue the copies that make `out` of this rank's `part` and the others', after what is queued on `own`, which then waits
+  // for them. Rows are `width` bytes; a plane of `part` has `rows` of them.
+  void gather(const RowPlan& plan, uint64_t part, int64_t rows, uint64_t out, int64_t planes, size_t width, CUstream_st* own) {
     const auto& d = copy_driver();
     if (sending_ == nullptr) {
       check(d.create_stream(&sending_, NON_BLOCKING, -1), "cuStreamCreateWithPriority");
       check(d.create_stream(&receiving_, NON_BLOCKING, -1), "cuStreamCreateWithPriority");
       for (auto& event : events_) check(d.create_event(&event, NO_TIMING), "cuEventCreate");
     }
+    const int64_t largest = *std::max_element(plan.contributed.begin(), plan.contributed.end());
+    const int64_t step = std::max<int64_t>(1, int64_t(slot_bytes_ / (width * std::max<int64_t>(1, largest))));
+    if (largest * width > slot_bytes_) throw std::runtime_error("A plane of the contributions does not fit a slot.");
     check(d.record(events_[0], own), "cuEventRecord");
     for (auto* stream : {sending_, receiving_}) check(d.wait_event(stream, events_[0], 0), "cuStreamWaitEvent");
-    for (size_t first = 0; first < bytes; first += slot_bytes_, chunk_++) {
-      send(part + first, std::min(slot_bytes_, bytes - first));
+    const uint32_t first_chunk = chunk_;
+    for (int64_t plane = 0; plane < planes; plane += step, chunk_++) {
+      wait_until_taken();
+      for (const RowRun& run : plan.sent) {
+        copy(slot(rank_) + run.to * width, plan.contributed[rank_] * width, part + (plane * rows + run.from) * width,
+             rows * width, run.count * width, std::min(step, planes - plane), sending_);
+      }
+      check(d.write_value(sending_, ready(rank_), chunk_ + 1, 0), "cuStreamWriteValue32");
     }
-    chunk_ -= uint32_t((bytes + slot_bytes_ - 1) / slot_bytes_);
-    check(d.copy(out + rank_ * bytes, part, bytes, receiving_), "cuMemcpyDtoDAsync");
-    for (size_t first = 0; first < bytes; first += slot_bytes_, chunk_++) {
-      for (int step = 1; step < ranks(); step++) {
-        const int peer = (rank_ + step) % ranks();
-        receive(peer, out + peer * bytes + first, std::min(slot_bytes_, bytes - first));
+    for (const RowRun& run : plan.needed) {
+      if (run.rank != rank_) continue;
+      copy(out + run.to * width, plan.rows * width, part + run.from * width, rows * width, run.count * width, planes, receiving_);
+    }
+    chunk_ = first_chunk;
+    for (int64_t plane = 0; plane < planes; plane += step, chunk_++) {
+      for (int turn = 1; turn < ranks(); turn++) {
+        const int peer = (rank_ + turn) % ranks();
+        check(d.wait_value(receiving_, ready(peer), chunk_ + 1, AT_LEAST), "cuStreamWaitValue32");
+        for (const RowRun& run : plan.needed) {
+          if (run.rank != peer) continue;
+          copy(out + (plane * plan.rows + run.to) * width, plan.rows * width, slot(peer) + run.from * width,
+               plan.contributed[peer] * width, run.count * width, std::min(step, planes - plane), receiving_);
+        }
+        check(d.write_value(receiving_, taken(rank_, peer), chunk_ + 1, 0), "cuStreamWriteValue32");
       }
     }
     check(d.record(events_[1], sending_), "cuEventRecord");
@@ -89,25 +139,20 @@ class Peers {
   }
 
  private:
-  // Chunk `chunk_` into this rank's slot, once all others have taken the chunk that was there.
-  void send(uint64_t from, size_t bytes) {
-    const auto& d = copy_driver();
-    if (chunk_ >= uint32_t(slot_count_)) {
-      for (int peer = 0; peer < ranks(); peer++) {
-        if (peer == rank_) continue;
-        check(d.wait_value(sending_, taken(peer, rank_), chunk_ + 1 - slot_count_, AT_LEAST), "cuStreamWaitValue32");
-      }
-    }
-    check(d.copy(slot(rank_), from, bytes, sending_), "cuMemcpyDtoDAsync");
-    check(d.write_value(sending_, ready(rank_), chunk_ + 1, 0), "cuStreamWriteValue32");
+  static void copy(uint64_t to, size_t to_pitch, uint64_t from, size_t from_pitch, size_t width, size_t height, CUstream_st* stream) {
+    Copy2D lines;
+    lines.from = from, lines.from_pitch = from_pitch, lines.to = to, lines.to_pitch = to_pitch;
+    lines.width = width, lines.height = height;
+    check(copy_driver().copy(&lines, stream), "cuMemcpy2DAsync");
   }
 
-  // Chunk `chunk_` of another rank.
-  void receive(int peer, uint64_t to, size_t bytes) {
-    const auto& d = copy_driver();
-    check(d.wait_value(receiving_, ready(peer), chunk_ + 1, AT_LEAST), "cuStreamWaitValue32");
-    check(d.copy(to, slot(peer), bytes, receiving_), "cuMemcpyDtoDAsync");
-    check(d.write_value(receiving_, taken(rank_, peer), chunk_ + 1, 0), "cuStreamWriteValue32");
+  // Until all others have taken the chunk that was in this chunk's slot.
+  void wait_until_taken() {
+    if (chunk_ < uint32_t(slot_count_)) return;
+    for (int peer = 0; peer < ranks(); peer++) {
+      if (peer == rank_) continue;
+      check(copy_driver().wait_value(sending_, taken(peer, rank_), chunk_ + 1 - slot_count_, AT_LEAST), "cuStreamWaitValue32");
+    }
   }
 
   uint64_t slot(int rank) const { return slots_[rank] + (chunk_ % slot_count_) * slot_bytes_; }
@@ -120,43 +165,42 @@ class Peers {
   uint64_t flags_;
   size_t slot_bytes_;
   int slot_count_;
-  uint32_t chunk_ = 0;  // all ranks gather the same parts, in the same order
+  uint32_t chunk_ = 0;  // all ranks gather the same chunks, in the same order
   CUstream_st *sending_ = nullptr, *receiving_ = nullptr;
   CUevent_st* events_[3] = {};
 };
 
 class PeerGather : public mx::Primitive {
  public:
-  PeerGather(mx::Stream stream, std::shared_ptr<Peers> peers) : mx::Primitive(stream), peers_(std::move(peers)) {}
+  PeerGather(mx::Stream stream, std::shared_ptr<Peers> peers, RowPlan plan)
+      : mx::Primitive(stream), peers_(std::move(peers)), plan_(std::move(plan)) {}
 
   void eval_cpu(const std::vector<mx::array>&, std::vector<mx::array>&) override {
     throw std::runtime_error("Peer copies take one of MLX's GPU streams.");
   }
 
   void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
+    const mx::array& part = inputs[0];
     auto& encoder = mx::cu::get_command_encoder(stream());
-    if (!inputs[0].flags().row_contiguous) throw std::runtime_error("Peer copies take a contiguous array.");
+    if (!part.flags().row_contiguous) throw std::runtime_error("Peer copies take a contiguous array.");
     allocate(outputs[0], stream());
     encoder.commit();  // the copies follow what has been queued, on the stream itself
     const auto at = [](const mx::array& a) { return reinterpret_cast<uint64_t>(pointer(a)); };
-    peers_->gather(at(inputs[0]), at(outputs[0]), inputs[0].nbytes(), stream_of(encoder));
+    peers_->gather(plan_, at(part), part.shape(2), at(outputs[0]), int64_t(part.shape(0)) * part.shape(1),
+                   part.shape(3) * part.itemsize(), stream_of(encoder));
   }
 
   const char* name() const override { return "FatuiPeerGather"; }
   std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override { return {shape_of(inputs[0])}; }
-
-  mx::Shape shape_of(const mx::array& part) const {
-    mx::Shape shape{peers_->ranks()};
-    shape.insert(shape.end(), part.shape().begin(), part.shape().end());
-    return shape;
-  }
+  mx::Shape shape_of(const mx::array& part) const { return {part.shape(0), part.shape(1), int(plan_.rows), part.shape(3)}; }
 
  private:
   std::shared_ptr<Peers> peers_;
+  RowPlan plan_;
 };
 
-inline mx::array gather_from_peers(std::shared_ptr<Peers> peers, const mx::array& part, mx::Stream stream) {
-  auto primitive = std::make_shared<PeerGather>(stream, std::move(peers));
+inline mx::array gather_from_peers(std::shared_ptr<Peers> peers, const mx::array& part, RowPlan plan, mx::Stream stream) {
+  auto primitive = std::make_shared<PeerGather>(stream, std::move(peers), std::move(plan));
   return mx::array(primitive->shape_of(part), part.dtype(), primitive, {part});
 }
 

@@ -1,0 +1,131 @@
+"""Moving the keys and values that ranks need, by collectives or by peer copies, with their gradients."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, cast
+
+import mlx.core as mx
+
+from attention.distributed import collectives
+from attention.distributed.collectives import Group
+from attention.distributed.exchange import Exchange, offset_in, union
+from attention.distributed.layout import Chunk, rows_of
+from attention.distributed.peers import MIN_BYTES, SLOT_BYTES, Gather, RowPlan
+
+
+def needed(
+    parts: Sequence[mx.array], exchange: Exchange, group: Group, communicate: bool
+) -> tuple[list[mx.array], mx.array | None]:
+    """Return what this rank needs of each part, in the order of the sequence, and a token of the collectives.
+
+    Args:
+        parts: this rank's rows of keys and values, (B, heads, rows, D) each; they are moved in this order.
+        exchange: what ranks need.
+        group: the ranks.
+        communicate: False for timing: other ranks' rows are this rank's.
+    """
+    rank = group.rank()
+    if not exchange.slot:
+        return [_assembled(part, None, exchange, rank) for part in parts], None
+    if communicate:
+        by_peers, _ = collectives.peer_gather(group)
+        if by_peers is not None and all(_fits_a_slot(part, exchange) for part in parts):
+            size = sum(part.nbytes // part.shape[2] for part in parts if part.shape[2])
+            others = group.size() - 1
+            collectives.count_bytes(others * rows_of(exchange.contributed[rank]) * size, exchange.received(rank) * size)
+            *made, token = _peer_moves(exchange, group, by_peers)(list(parts))
+            return made, token
+    own = [_contribution(part, exchange, rank) for part in parts]
+    if not communicate:
+        alone = [mx.broadcast_to(each[None], (group.size(), *each.shape)) for each in own]
+        return [_assembled(part, others, exchange, rank) for part, others in zip(parts, alone, strict=True)], None
+    whole = collectives.gathered(own, group)
+    made = [_assembled(part, others, exchange, rank) for part, others in zip(parts, whole.arrays, strict=True)]
+    return made, whole.token
+
+
+def _fits_a_slot(part: mx.array, exchange: Exchange) -> bool:
+    width = part.shape[3] * part.itemsize
+    moved = part.shape[0] * part.shape[1] * exchange.slot * width
+    return exchange.slot * width <= SLOT_BYTES and moved >= MIN_BYTES
+
+
+@lru_cache(maxsize=64)
+def _plan(exchange: Exchange, rank: int) -> RowPlan:
+    """Return the rows that a rank sends and needs."""
+    sent, place = [], 0
+    for start, stop in places_of(exchange.owned[rank], exchange.contributed[rank]):
+        sent.append((rank, start, place, stop - start))
+        place += stop - start
+    runs, place = [], 0
+    for source in exchange.sources(rank):
+        runs.append((source.rank, source.start, place, source.stop - source.start))
+        place += source.stop - source.start
+    return RowPlan(tuple(sent), tuple(runs), tuple(map(rows_of, exchange.contributed)), place)
+
+
+@lru_cache(maxsize=64)
+def _peer_moves(exchange: Exchange, group: Group, gather: Gather) -> Callable[[list[mx.array]], list[mx.array]]:
+    """Return a function from parts to what is needed of each, and a token; its gradient goes by collectives."""
+    rank, plan = group.rank(), _plan(exchange, group.rank())
+
+    @mx.custom_function
+    def move(parts: list[mx.array]) -> list[mx.array]:
+        made: list[mx.array] = []
+        for part in parts:
+            made.append(gather(collectives.after(part, made), plan))
+        return [*made, cast("mx.array", mx.depends(mx.zeros(1), made))]
+
+    def pull_back(primals: Any, cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> list[mx.array]:
+        (parts,) = primals if len(primals) == 1 and isinstance(primals[0], list) else (list(primals),)
+        made: list[mx.array] = []
+        sums: list[mx.array] = []
+        for part, cotangent in zip(parts, cotangents[:-1], strict=True):
+            others = mx.zeros((group.size(), *part.shape[:2], exchange.slot, part.shape[3]), part.dtype)
+            _, (own, of_others) = mx.vjp(
+                lambda own, others: [_assembled(own, others, exchange, rank)], [part, others], [cotangent]
+            )
+            sums.append(collectives.sum_of_own(collectives.after(of_others, sums or outputs), group))
+            _, (contributed,) = mx.vjp(lambda own: [_contribution(own, exchange, rank)], [part], [sums[-1]])
+            made.append(own + contributed)
+        return made
+
+    move.vjp(pull_back)
+    return cast("Callable[[list[mx.array]], list[mx.array]]", move)
+
+
+def _contribution(own: mx.array, exchange: Exchange, rank: int) -> mx.array:
+    """Return what other ranks need of this rank's keys or values (B, heads, keys, D), padded to the slot."""
+    chunks = exchange.contributed[rank]
+    parts = [own[:, :, start:stop] for start, stop in places_of(exchange.owned[rank], chunks)]
+    missing = exchange.slot - rows_of(chunks)
+    if missing:
+        parts = parts or [own[:, :, :0]]  # with a gradient, as on other ranks, though it is empty
+        parts.append(mx.zeros((*own.shape[:2], missing, own.shape[3]), own.dtype))
+    return joined(parts, 2)
+
+
+def places_of(held: Sequence[Chunk], wanted: Sequence[Chunk]) -> list[Chunk]:
+    """Return the ranges of places of wanted positions among held ones, adjacent ones as one."""
+    firsts = [(offset_in(held, start), stop - start) for start, stop in wanted]
+    return list(union((first, first + length) for first, length in firsts))
+
+
+def _assembled(own: mx.array, others: mx.array | None, exchange: Exchange, rank: int) -> mx.array:
+    """Return the keys or values that this rank needs, in the order of the sequence: (B, heads, needed, D)."""
+    parts = []
+    for source in exchange.sources(rank):
+        whole = own if source.rank == rank else _of(others, source.rank)
+        parts.append(whole[:, :, source.start : source.stop])
+    return joined(parts, 2) if parts else own[:, :, :0]
+
+
+def _of(others: mx.array | None, rank: int) -> mx.array:
+    assert others is not None
+    return others[rank]
+
+
+def joined(parts: Sequence[Any], axis: int) -> mx.array:
+    """Return arrays one after another along an axis."""
+    made: mx.array = parts[0] if len(parts) == 1 else mx.concatenate(list(parts), axis=axis)
+    return made
