@@ -34,6 +34,7 @@ __all__ = [
     "shard",
     "statistics",
     "transport",
+    "transport_reason",
     "unshard",
 ]
 
@@ -134,6 +135,14 @@ def reset_statistics() -> None:
     from attention.distributed import collectives
 
     collectives.reset_statistics()
+
+
+def transport_reason(group: "mx.distributed.Group") -> str:
+    """Return how the keys and values of a group are moved, and why; all ranks ask together."""
+    from attention.distributed import collectives
+
+    gather, reason = collectives.peer_gather(group)
+    return f"peer copies: {reason}" if gather else f"{collectives.transport()}: {reason}"
 
 
 def transport() -> str:
