@@ -206,7 +206,9 @@ def _attend_own_keys(q: mx.array, k: mx.array, v: mx.array, problem: Problem) ->
     )
     if not found:
         shape = (*q.shape[:3], v.shape[3])
-        return mx.zeros(shape, q.dtype), mx.full(shape[:3], -mx.inf)
+        # with a gradient, as on other ranks, though it is zero
+        token = q.reshape(-1)[:1]
+        return collectives.tied(mx.zeros(shape, q.dtype), token), collectives.tied(mx.full(shape[:3], -mx.inf), token)
     mask = Mask() if pattern is None else of_pattern(pattern)
     keys, values = (joined([x[:, :, start:stop] for start, stop in places], 2) for x in (k, v))
     if problem.mask.array is not None:
@@ -261,9 +263,11 @@ def merged(outs: mx.array, sums: mx.array) -> tuple[mx.array, mx.array]:
     base = mx.where(top == -mx.inf, 0.0, top)
     weights = [mx.exp(sums[rank] - base) for rank in ranks]
     total = reduce(mx.add, weights)
-    divisor = mx.where(total == 0, 1.0, total)
+    nothing = total == 0
+    divisor = mx.where(nothing, 1.0, total)
     parts = [outs[rank].astype(mx.float32) * (weights[rank] / divisor)[..., None] for rank in ranks]
-    return reduce(mx.add, parts).astype(outs.dtype), base + mx.log(total)
+    logsumexp = mx.where(nothing, -mx.inf, base + mx.log(divisor))
+    return reduce(mx.add, parts).astype(outs.dtype), logsumexp
 
 
 def check_supported(problem: Problem) -> None:

@@ -102,20 +102,23 @@ def self_attention(group, kind: str, seq: int, dtype: mx.Dtype, weights=None, **
 def decode(group, kind: str, seq: int, kv_seq: int, **keywords) -> None:
     """A few rows, which every rank has, against a sharded cache."""
     rank = group.rank()
-    q, k, v, _ = arrays(seq, kv_seq, mx.float32)
+    q, k, v, cotangent = arrays(seq, kv_seq, mx.float32)
     keys = distributed.make_layout(kv_seq, group.size(), kind)
     own = [distributed.own_rows(x, keys, rank) for x in (k, v)]
-    out, logsumexp = attention(
-        q,
-        *own,
-        group=group,
-        layout=distributed.make_layout(seq, group.size(), "replicated"),
-        key_layout=keys,
-        return_lse=True,
-        implementation="poc",
-        **keywords,
-    )
-    mx.eval(out, logsumexp)
+
+    def call(*given: mx.array) -> tuple[mx.array, mx.array]:
+        return attention(
+            *given,
+            group=group,
+            layout=distributed.make_layout(seq, group.size(), "replicated"),
+            key_layout=keys,
+            return_lse=True,
+            implementation="poc",
+            **keywords,
+        )
+
+    (out, logsumexp), gradients = mx.vjp(call, [q, *own], [cotangent, mx.zeros(q.shape[:3])])
+    mx.eval(out, logsumexp, gradients)
     options = options_of(keywords, (1, HEADS, seq, kv_seq))
     given = [oracle.numbers(x) for x in (q, k, v)]
     exact, exact_lse, _ = oracle.attention(*given, options)
@@ -123,6 +126,15 @@ def decode(group, kind: str, seq: int, kv_seq: int, **keywords) -> None:
     compare(out, exact, oracle.plain_attention(*given, options, mx.float32), 4, what)
     if np.abs(oracle.numbers(logsumexp) - exact_lse).max() > 1e-5:
         failures.append(f"{what}: logsumexp")
+    # each rank has a loss of the whole output: the gradients are those of their sum
+    exact_gradients = oracle.gradients(*given, oracle.numbers(cotangent), options)
+    for name, got, one in zip(("dK", "dV"), gradients[1:], exact_gradients[1:], strict=True):
+        wanted = group.size() * rows(one, keys, rank)
+        if np.abs(oracle.numbers(got) - wanted).max(initial=0) > 1e-4:
+            failures.append(f"{what}: {name}")
+    whole_dq = mx.distributed.all_sum(gradients[0], group=group)
+    if np.abs(oracle.numbers(whole_dq) - group.size() * exact_gradients[0]).max() > 1e-4:
+        failures.append(f"{what}: dQ summed over the ranks")
 
 
 def few(group) -> None:
