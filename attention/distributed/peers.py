@@ -91,7 +91,7 @@ def set_up(
     hosts = exchanged(_host(), NAME_BYTES)
     if len(set(hosts)) > 1:
         return None, "the ranks are on several hosts"
-    path = Path("/dev/shm") / f"fatui-{secrets.token_hex(8)}"
+    path = Path("/dev/shm") / f"attention-{secrets.token_hex(8)}"
     path = Path(exchanged(str(path).encode(), NAME_BYTES)[0].rstrip(b"\0").decode())
     handles = exchanged(bytes(made.handle), HANDLE_BYTES)
     if rank == 0:
