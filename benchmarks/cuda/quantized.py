@@ -1,16 +1,17 @@
 """Benchmark of quantized keys and values, on a GPU: `python -m benchmarks.cuda.quantized`.
 
-The one part is decode; `--json PATH` writes the timings. Arms of a row share its rounds: this package's kernels on
-bfloat16 and on each format, MLX's SDPA on bfloat16, and mlx-lm's path for quantized caches (two quantized products). It
-ends with the target figures and whether they are met.
+Parts are decode and prefill; `--json PATH` writes the timings. Arms of a row share its rounds: this package's kernels
+on bfloat16 and on each format, MLX's SDPA on bfloat16, and for decoding mlx-lm's path for quantized caches (two
+quantized products). Each part ends with its target figures and whether they are met.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import mlx.core as mx
 
+from attention.core.kv_format import parse_format
 from attention.kernels.cuda import flash_attention, flash_attention_quantized
 from attention.measure.rounds import TimedCall
 from attention.quantized_kv import QuantizedArray, quantized
@@ -100,6 +101,73 @@ def _decode_targets(found: dict[tuple[int, int], dict[str, float]], rows: Rows) 
     ]
 
 
+PREFILL_SIZES: Final = ((8192, 128, True), (8192, 128, False), (2048, 128, True), (8192, 64, True), (8192, 96, True))
+"""Queries and keys, head dim, and whether the mask is causal; a head dim of 96 takes the general kernel."""
+
+
+def prefill() -> Rows:
+    """Benchmark prefill: 32 query and 8 key heads."""
+    rows: Rows = []
+    for length, dim, causal in PREFILL_SIZES:
+        shape = (1, KV_HEADS, length, dim)
+        q, k, v = random_arrays((1, HEADS, length, dim), shape, shape)
+        options = {"scale": dim**-0.5, "causal": causal}
+        sdpa = functools.partial(mx.fast.scaled_dot_product_attention, q, k, v, scale=dim**-0.5)
+        runs: dict[str, TimedCall] = {
+            "bf16": MlxCalls(functools.partial(flash_attention, q, k, v, **options)),
+            "mlx": MlxCalls(functools.partial(sdpa, mask="causal" if causal else None)),
+        }
+        memory = {}
+        for form in FORMATS:
+            if dim % parse_format(form).group_size:
+                continue
+            packed = [quantized(x, form) for x in (k, v)]
+            mx.eval([part.arrays for part in packed])
+            call = functools.partial(_first_of, flash_attention_quantized, q, *packed, **options)
+            mx.eval(call())
+            memory[form] = _peak_above(call)
+            runs[form] = MlxCalls(call)
+        seconds = medians(runs)
+        operations = 4 * HEADS * length**2 * dim / (2 if causal else 1)
+        label = f"prefill {length}, head dim {dim}, {'causal' if causal else 'full'}"
+        for name, time in seconds.items():
+            beyond = f", {memory[name] / 2**20:.1f} MiB beyond the output" if name in memory else ""
+            print(
+                f"{label:38} {name:6} {time * 1e3:8.3f} ms {operations / time / 1e12:5.0f} TFLOP/s, "
+                f"{seconds['bf16'] / time:.3f} of bf16{beyond}",
+                flush=True,
+            )
+        rows.append({"label": label, "seconds": seconds, "bytes beyond the output": memory})
+        mx.clear_cache()
+    return rows + _prefill_targets(rows[0])
+
+
+def _prefill_targets(row: dict[str, Any]) -> Rows:
+    seconds, memory = row["seconds"], row["bytes beyond the output"]
+    return [
+        check
+        for form in ("int8", "int4")
+        for check in (
+            check_target(f"{form}, prefill of 8192, beside bf16", 0.85, seconds["bf16"] / seconds[form]),
+            check_target(f"{form}, prefill of 8192, 64 MiB over what is allocated", 1.0, 2**26 / max(1, memory[form])),
+        )
+    ]
+
+
+def _peak_above(call: Callable[[], mx.array]) -> int:
+    """Return the bytes that a call allocates at its peak, beyond its output."""
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    made = call()
+    mx.eval(made)
+    return mx.get_peak_memory() - before - made.nbytes
+
+
+def _first_of(call: Callable[..., Sequence[mx.array]], *given: Any, **keywords: Any) -> mx.array:
+    return call(*given, **keywords)[0]
+
+
 def _ours(q: mx.array, k: QuantizedArray, v: QuantizedArray) -> mx.array:
     return flash_attention_quantized(q, k, v, scale=SCALE)[0]
 
@@ -117,11 +185,11 @@ def _copy() -> MlxCalls:
     return MlxCalls(lambda: source + 0)
 
 
-PARTS: Final = {"decode": decode}
+PARTS: Final = {"decode": decode, "prefill": prefill}
 
 
 def main() -> None:
-    """Run the part; `--json PATH` writes the timings."""
+    """Run the parts; `--json PATH` writes the timings."""
     run_parts(PARTS)
 
 

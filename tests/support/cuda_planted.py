@@ -9,6 +9,8 @@ from attention.kernels import cuda
 from attention.kernels.cuda import attend, choice, gradients, requirements
 from attention.kernels.cuda.portable import gradient as portable_gradient
 from attention.kernels.cuda.portable import launch as portable_launch
+from attention.kernels.cuda.quantized import forward_launch
+from attention.kernels.cuda.quantized import launch as packed_launch
 from attention.kernels.cuda.runtime import launch, launcher, selfcheck
 from attention.kernels.cuda.runtime import program as runtime_program
 from attention.kernels.cuda.runtime.gpu import GpuProperties
@@ -16,6 +18,7 @@ from attention.kernels.cuda.runtime.launch import MAP, NUMBER, POINTER, SERIAL, 
 from attention.kernels.cuda.sm90 import gradient
 from attention.kernels.cuda.sm90 import launch as sm90_launch
 
+PACKED = (packed_launch, forward_launch)
 GPUS = {
     "A100": GpuProperties("Planted A100", (8, 0), 108, 166_912, 13000),
     "RTX 4090": GpuProperties("Planted RTX 4090", (8, 9), 128, 101_376, 13000),
@@ -73,6 +76,7 @@ def forget():
         runtime_program,
         gradients,
         sm90_launch,
+        *PACKED,
     ):
         for function in vars(module).values():
             if hasattr(function, "cache_clear"):
@@ -84,7 +88,7 @@ def planted(monkeypatch):
     found = SimpleNamespace(wrong={}, recorder=Recorder())
 
     def make(name):
-        for module in (sm90_launch, choice, portable_launch, portable_gradient, gradient, requirements):
+        for module in (sm90_launch, choice, portable_launch, portable_gradient, gradient, requirements, *PACKED):
             monkeypatch.setattr(module, "gpu", lambda: GPUS[name])
         return found
 
@@ -109,7 +113,7 @@ def signature(program):
     """Return the kinds of a kernel's parameters, in order."""
     text, constants = program.source, dict(program.constants)
     parameters = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", text, re.DOTALL)[1]
-    conditions = {name: constants.get(name) for name in ("MASK", "LISTS", "ALIBI", "ROPE", "SPANS")}
+    conditions = {name: constants.get(name) for name in ("MASK", "LISTS", "ALIBI", "ROPE", "SPANS", "QUANTIZED")}
     conditions |= {f"PARTS > {count}": constants.get("PARTS", 0) > count for count in (2, 4, 5)}
     conditions["!SPLIT"] = not constants.get("SPLIT")
     for condition, holds in conditions.items():
@@ -124,6 +128,7 @@ def _kind(parameter):
         "*": POINTER,
         "Step": STRIDE,
         "long long": STRIDE,
+        "i64": STRIDE,
         "_stride": STRIDE,
         "u64 serial": SERIAL,
     }

@@ -145,22 +145,25 @@ def flash_attention_quantized(
     scale: float,
     causal: bool = False,
     window: int | None = None,
+    mask: mx.array | None = None,
     softcap: float | None = None,
+    pattern: Pattern | None = None,
+    alibi: mx.array | None = None,
     logsumexp: bool = False,
 ) -> Sequence[mx.array]:
-    """Compute `flash_attention` of quantized keys and values, which are dequantized in registers.
+    """Compute `flash_attention` of quantized keys and values, which are dequantized on chip.
 
     Keys and values may have other formats. The parts are read in place if their last axis is contiguous. There is no
     gradient.
 
     Returns:
-        The output (B, H, Lq, D) and, with `logsumexp`, the logsumexp (B, H, Lq) in float32.
+        The output (B, H, Lq, Dv) and, with `logsumexp`, the logsumexp (B, H, Lq) in float32.
 
     Raises:
         ValueError: shapes, dtypes or values are inconsistent or unsupported, or a gradient is requested.
         KernelUnavailable: the kernel does not take the call, or cannot run on this machine.
     """
-    if not logsumexp:
+    if not logsumexp and mask is None and pattern is None and alibi is None:
         try:
             found = _find_packed_call(
                 q, k.numbers, k.scales, k.biases, v.numbers, v.scales, v.biases, scale, causal, window, softcap
@@ -172,12 +175,21 @@ def flash_attention_quantized(
     key = (
         q.shape, q.dtype, k.numbers.shape, k.format, k.scales.dtype, v.numbers.shape, v.format, v.scales.dtype,
         scale, causal, window, softcap, logsumexp,
+        None if mask is None else (mask.dtype, mask.shape), pattern,
+        None if alibi is None else (alibi.dtype, alibi.shape),
     )  # fmt: skip
     known = _known.get(key)
     if known is None:
-        known = _resolve_packed_call(q, k, v, scale, causal, window, softcap, logsumexp)
+        known = _resolve_packed_call(q, k, v, scale, causal, window, mask, softcap, pattern, alibi, logsumexp)
         _known[key] = known
-    return known([q, *k.arrays, *v.arrays])[: 2 if logsumexp else 1]
+    given = [q, *k.arrays, *v.arrays]
+    if mask is not None:
+        from attention.masks import as_4d
+
+        given.append(as_4d(mask))
+    if alibi is not None:
+        given.append(alibi)
+    return known(given)[: 2 if logsumexp else 1]
 
 
 def _attend(
@@ -261,20 +273,23 @@ def _resolve_packed_call(
     scale: float,
     causal: bool,
     window: int | None,
+    mask: mx.array | None,
     softcap: float | None,
+    pattern: Pattern | None,
+    alibi: mx.array | None,
     logsumexp: bool,
 ) -> Attend:
-    """Select the kernel of a call with quantized keys and values; without logsumexp, the launcher's table keeps it."""
+    """Select the kernels of a call with quantized keys and values; a plan without mask is also added to the table."""
     from attention.kernels.cuda.attend import repeated_packed_call
     from attention.kernels.cuda.quantized.formats import PackedKV, check_packed
     from attention.kernels.cuda.runtime import launcher
     from attention.kernels.cuda.runtime.call import normalize
 
     global _find_packed_call  # noqa: PLW0603  the fast path of every call
-    dtype = check_packed(q, k, v)
-    call = normalize(scale, causal, window, softcap, k.shape[2])
-    made = repeated_packed_call(q.shape, k.shape[1], k.shape[2], dtype, call, PackedKV.of(k, v), logsumexp)
-    if not logsumexp and launcher.is_plan(made):
+    dtype, kind = check_packed(q, k, v, mask, alibi)
+    call = normalize(scale, causal, window, softcap, k.shape[2], kind, pattern, alibi is not None)
+    made = repeated_packed_call(q.shape, k.shape, v.shape[3], dtype, call, PackedKV.of(k, v), logsumexp)
+    if mask is None and pattern is None and alibi is None and not logsumexp and launcher.is_plan(made):
         parts = (k.numbers, k.scales, k.biases, v.numbers, v.scales, v.biases)
         launcher.module().keep_packed_call(q, *parts, scale, causal, window, softcap, made)
         _find_packed_call = launcher.module().find_packed_call

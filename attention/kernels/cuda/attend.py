@@ -8,19 +8,22 @@ from typing import cast
 import mlx.core as mx
 
 from attention.core.errors import KernelUnavailable
-from attention.kernels.cuda.choice import KernelPath, candidates, program_of, work_division
+from attention.kernels.cuda import packed_choice
+from attention.kernels.cuda.choice import KernelPath, candidates, program_of, stages, work_division
 from attention.kernels.cuda.gradients import gradients
+from attention.kernels.cuda.packed_choice import PackedPath
 from attention.kernels.cuda.portable import gradient as portable_gradient
 from attention.kernels.cuda.portable import launch as portable_launch
-from attention.kernels.cuda.quantized import launch as packed_launch
+from attention.kernels.cuda.quantized.decode import MAX_ROWS
 from attention.kernels.cuda.quantized.formats import NO_GRADIENT, PackedKV
+from attention.kernels.cuda.quantized.forward_launch import divided_heads, shape_of
+from attention.kernels.cuda.quantized.launch import inputs as packed_inputs
 from attention.kernels.cuda.runtime import launcher, selfcheck
 from attention.kernels.cuda.runtime.call import DIM_STEP, ELEMENTS, CallParams, CallShape
 from attention.kernels.cuda.runtime.launch import (
     INPUTS,
     OUTPUTS,
     Run,
-    Stage,
     extra_inputs,
     formats_of,
     make_plan,
@@ -39,17 +42,6 @@ TRACE_AFTER = 2
 
 Attend = Callable[..., Sequence[mx.array]]
 """A prepared call: takes q, k, v, and a mask (batch, heads, queries, keys) and slopes (heads,) if the call has them."""
-
-
-def stages(shape: CallShape, call: CallParams, path: KernelPath, with_logsumexp: bool = True) -> list[Stage]:
-    """Return the launches of a call on a path; the general kernel always writes the logsumexp."""
-    match path:
-        case "forward":
-            return forward_stages(shape, call, with_logsumexp)
-        case "decode":
-            return decode_stages(shape, call, make_key_split(shape, call), with_logsumexp)
-        case "general":
-            return portable_launch.stages(shape, call, work_division(shape, call))
 
 
 def first_trusted(shape: CallShape, call: CallParams) -> KernelPath:
@@ -237,48 +229,76 @@ def repeated_call(
 
 
 def _packed_plan(shape: CallShape, call: CallParams, packed: PackedKV, with_logsumexp: bool) -> Run:
-    """Return a call with quantized keys and values as one MLX primitive, which has no gradient."""
+    """Return a call with quantized keys and values as one MLX primitive, which has no gradient.
+
+    Raises:
+        KernelUnavailable: no kernel passes its self-check.
+    """
+    path = _first_trusted_packed(shape, call, packed)
     outputs = OUTPUTS[: 2 if with_logsumexp else 1]
     label = plan_label("packed", shape, call, with_logsumexp, packed.texts)
-    return make_plan(
-        packed_launch.inputs(packed), outputs, packed_launch.stages(shape, call, packed, with_logsumexp), label
-    )
+    made = packed_choice.stages(shape, call, packed, path, with_logsumexp)
+    return make_plan((*packed_inputs(packed), *extra_inputs(call)), outputs, made, label)
+
+
+def _first_trusted_packed(shape: CallShape, call: CallParams, packed: PackedKV) -> PackedPath:
+    """Return the first candidate path for quantized keys and values whose kernels pass their self-checks on this GPU.
+
+    Raises:
+        KernelUnavailable: no candidate passes; the message has the reason for each.
+    """
+    reasons: list[str] = []
+    for path in packed_choice.candidates(shape, call):
+        reason = distrust_of_packed(shape, call, packed, path)
+        if reason is None:
+            return path
+        reasons.append(reason)
+    raise KernelUnavailable("; ".join(reasons))
+
+
+def distrust_of_packed(shape: CallShape, call: CallParams, packed: PackedKV, path: PackedPath = "decode") -> str | None:
+    """Check the kernels of a path for quantized keys and values unless that was done; return an error, or None."""
+    if path == "workspace":
+        try:
+            for part in {shape_of(shape, own) for own in divided_heads(shape)}:
+                first_trusted(part, call)
+        except KernelUnavailable as unavailable:
+            return str(unavailable)
+    program = packed_choice.program_of(shape, call, packed, path)
+    reason = selfcheck.check(program, functools.partial(_compare_packed, shape, call, packed, path))
+    return f"{program.name}: {reason}" if reason else None
 
 
 @functools.lru_cache(maxsize=256)
 def repeated_packed_call(
-    q: tuple[int, ...], kv_heads: int, keys: int, dtype: str, call: CallParams, packed: PackedKV, with_logsumexp: bool
+    q: tuple[int, ...],
+    k: tuple[int, ...],
+    value_dim: int,
+    dtype: str,
+    call: CallParams,
+    packed: PackedKV,
+    with_logsumexp: bool,
 ) -> Run:
-    """Select, check and cache the kernel for a shape of q, and quantized keys and values.
+    """Select, check and cache the kernel for shapes of q and k, and quantized keys and values.
 
     Returns:
-        A plan of q and the parts of keys and values: returns the output and, if requested, the logsumexp.
+        A plan of q, the parts of keys and values, a mask (4 axes) and slopes: returns the output and, if requested, the
+        logsumexp.
 
     Raises:
-        KernelUnavailable: no kernel supports the call, or its self-check failed.
+        KernelUnavailable: no kernel passes its self-check, or the launcher cannot be compiled.
     """
-    shape = CallShape(q[0], q[1], kv_heads, q[2], keys, q[3], ELEMENTS[dtype])
-    reason = packed_launch.refusal(shape, call)
-    if reason:
-        raise KernelUnavailable(reason)
     launcher.module().set_transforms(_gradients_of, _batched)
-    if reason := distrust_of_packed(shape, call, packed):
-        raise KernelUnavailable(reason)
+    shape = CallShape(q[0], q[1], k[1], q[2], k[2], q[3], ELEMENTS[dtype], value_dim)
     return _packed_plan(shape, call, packed, with_logsumexp)
 
 
-def distrust_of_packed(shape: CallShape, call: CallParams, packed: PackedKV) -> str | None:
-    """Check the kernel of a call with quantized keys and values unless that was done; return an error, or None."""
-    program = packed_launch.make_key_split(shape, call, packed).kernel.program
-    reason = selfcheck.check(program, functools.partial(_compare_packed, shape, call, packed))
-    return f"{program.name}: {reason}" if reason else None
-
-
-def _compare_packed(shape: CallShape, call: CallParams, packed: PackedKV) -> str | None:
-    """Run the specialisation of a call with quantized keys and values on small inputs; return an error, or None."""
-    small = replace(shape, batch=1, heads=2 * shape.group, kv_heads=2, keys=523)
+def _compare_packed(shape: CallShape, call: CallParams, packed: PackedKV, path: PackedPath) -> str | None:
+    """Run the kernel of a path for quantized keys and values on small inputs; return an error, or None."""
+    queries = shape.queries if shape.group * shape.queries <= MAX_ROWS else 300
+    small = replace(shape, batch=1, heads=2 * shape.group, kv_heads=2, queries=queries, keys=523)
     tried = selfcheck.small_call(small, call)
-    q, k, v = selfcheck.inputs(small)[:3]
+    (q, k, v), mask = selfcheck.inputs(small)[:3], selfcheck.random_mask(small, tried)
     parts = [
         quantized(x if scale == "uint8" else x.astype(getattr(mx, scale)), form)
         for x, form, scale in (
@@ -286,12 +306,13 @@ def _compare_packed(shape: CallShape, call: CallParams, packed: PackedKV) -> str
             (v, packed.format.value, packed.value_scale),
         )
     ]
-    own = packed_launch.make_key_split(shape, call, packed)
-    plan = same_kernel(own, packed_launch.make_key_split(small, tried, packed), small.keys)
-    run = run_of(packed_launch.inputs(packed), OUTPUTS[:2], packed_launch.stages(small, tried, packed, plan=plan))
-    found = run([q, *(array for part in parts for array in part.arrays)])
-    exact = [part.dequantized(mx.float32) for part in parts]
-    return selfcheck.disagreement(tried, found[0], found[1], [q, *exact])
+    made = packed_choice.check_stages(shape, call, packed, path, small, tried)
+    run = run_of((*packed_inputs(packed), *extra_inputs(call)), OUTPUTS[:2], made)
+    slopes = selfcheck.slopes(small, tried)
+    found = run([q, *(array for part in parts for array in part.arrays), *mask, *slopes])
+    # the split-K kernel rounds keys to float16, the others to the queries' dtype
+    rounded = [part.dequantized(mx.float32 if path == "decode" else q.dtype).astype(mx.float32) for part in parts]
+    return selfcheck.disagreement(tried, found[0], found[1], [q, *rounded], mask)
 
 
 def _with_mask(made: Attend, shape: CallShape, whole: bool) -> Attend:

@@ -9,6 +9,7 @@ from attention.kernels.cuda.portable.launch import WorkDivision
 from attention.kernels.cuda.runtime import launcher, selfcheck
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.gpu import gpu
+from attention.kernels.cuda.runtime.launch import Stage
 from attention.kernels.cuda.runtime.program import Program
 from attention.kernels.cuda.sm90 import launch as sm90_launch
 from attention.kernels.cuda.sm90.decode import MAX_ROWS
@@ -70,6 +71,17 @@ def program_of(shape: CallShape, call: CallParams, path: KernelPath) -> Program:
             return sm90_launch.make_key_split(shape, call).kernel.program
         case "general":
             return work_division(shape, call).kernel.program
+
+
+def stages(shape: CallShape, call: CallParams, path: KernelPath, with_logsumexp: bool = True) -> list[Stage]:
+    """Return the launches of a call on a path; the general kernel always writes the logsumexp."""
+    match path:
+        case "forward":
+            return sm90_launch.forward_stages(shape, call, with_logsumexp)
+        case "decode":
+            return sm90_launch.decode_stages(shape, call, sm90_launch.make_key_split(shape, call), with_logsumexp)
+        case "general":
+            return portable_launch.stages(shape, call, work_division(shape, call))
 
 
 def work_division(shape: CallShape, call: CallParams) -> WorkDivision:

@@ -55,17 +55,30 @@ def route(workload: Workload, needs: Needs) -> Route:
     return Route(path=NAMES[path], fused=True, reason=reason, predicted_bytes=predicted)
 
 
+PACKED_KERNELS: Final = {
+    "decode": "unpacks {} in registers",
+    "workspace": "reads a workspace to which {} is dequantized, some heads at a time",
+    "general": "dequantizes {} in shared memory",
+}
+"""What the kernels do with quantized keys and values, by their path."""
+
+
 def _packed_route(workload: Workload, needs: Needs) -> Route:
     """Return the route of a supported workload with quantized keys and values."""
-    from attention.kernels.cuda.requirements import workspace_bytes
+    from attention.kernels.cuda.packed_choice import path_of
+    from attention.kernels.cuda.quantized.formats import PackedKV
+    from attention.kernels.cuda.requirements import shape_and_call, workspace_bytes
 
-    return Route(
-        path=NAMES["packed"],
-        fused=True,
-        reason=f"flash attention in CUDA C++ that unpacks {workload.kv_format} in registers; a kind of call "
-        "compiles at its first use, in about a second",
-        predicted_bytes=workload.output_bytes + workspace_bytes(workload, needs),
+    shape, call = shape_and_call(workload, needs)
+    path, distrusted = path_of(shape, call, PackedKV.of_text(workload.kv_format, workload.dtype))
+    reason = (
+        f"flash attention in CUDA C++ that {PACKED_KERNELS[path].format(workload.kv_format)}; a kind of call compiles "
+        "at its first use, in about a second"
     )
+    if distrusted:
+        reason = f"{reason}; a faster one is not used: {'; '.join(distrusted)}"
+    predicted = workload.output_bytes + workspace_bytes(workload, needs)
+    return Route(path=NAMES["packed"], fused=True, reason=reason, predicted_bytes=predicted)
 
 
 def backward_refusal(workload: Workload, needs: Needs) -> str | None:
@@ -118,9 +131,6 @@ def _attend_packed(
     if not (isinstance(k, QuantizedArray) and isinstance(v, QuantizedArray)):
         raise UsageError("k, v: got one quantized and one not; both are, or neither")
     keywords = _checked(scale, mask, softcap)
-    for name in ("mask", "pattern", "alibi"):
-        if keywords.pop(name) is not None:
-            raise KernelUnavailable(f"the CUDA kernels take no {name} with quantized keys and values")
     return cuda.flash_attention_quantized(q, k, v, scale=scale, softcap=softcap, logsumexp=logsumexp, **keywords)
 
 

@@ -106,29 +106,23 @@ def refusal_here(workload: Workload, needs: Needs = NO_NEEDS) -> str | None:
 
 def _packed_refusal(workload: Workload, needs: Needs) -> str | None:
     """Return None if the kernels support a workload with quantized keys and values on this machine, else the reason."""
-    from attention.kernels.cuda.quantized.formats import NO_GRADIENT, width_refusal
+    from attention.kernels.cuda.quantized.formats import NO_GRADIENT, PackedKV
 
-    reason = NO_GRADIENT if workload.pass_ == "training" else width_refusal(workload.head_dim, workload.value_dim)
-    if reason:
-        return reason
+    if workload.pass_ == "training":
+        return NO_GRADIENT
     try:
         describe()
-    except KernelUnavailable as unavailable:
-        return str(unavailable)
-    from attention.kernels.cuda.quantized import launch as packed_launch
-    from attention.kernels.cuda.quantized.formats import PackedKV
-    from attention.kernels.cuda.runtime import launcher, selfcheck
+        from attention.kernels.cuda import packed_choice
+        from attention.kernels.cuda.runtime import launcher
 
-    shape, call = shape_and_call(workload, needs)
-    reason = packed_launch.refusal(shape, call)
-    if reason:
-        return reason
-    obstacle = launcher.known_obstacle()
-    if obstacle:
-        return f"the CUDA kernels for quantized keys and values need the launcher: {obstacle}"
-    packed = PackedKV.of_text(workload.kv_format, workload.dtype)
-    distrusted = selfcheck.distrust_reason(packed_launch.make_key_split(shape, call, packed).kernel.program)
-    return f"the CUDA kernel for quantized keys and values is not used: {distrusted}" if distrusted else None
+        obstacle = launcher.known_obstacle()
+        if obstacle:
+            return f"the CUDA kernels for quantized keys and values need the launcher: {obstacle}"
+        shape, call = shape_and_call(workload, needs)
+        packed_choice.path_of(shape, call, PackedKV.of_text(workload.kv_format, workload.dtype))
+    except KernelUnavailable as unavailable:
+        return f"the CUDA kernels for quantized keys and values are not used: {unavailable}"
+    return None
 
 
 def workspace_bytes(workload: Workload, needs: Needs = NO_NEEDS) -> int:
@@ -140,18 +134,19 @@ def workspace_bytes(workload: Workload, needs: Needs = NO_NEEDS) -> int:
     reason = refusal_here(workload, needs)
     if reason:
         raise KernelUnavailable(reason)
-    from attention.kernels.cuda.attend import stages
-    from attention.kernels.cuda.choice import path_of
+    from attention.kernels.cuda.choice import path_of, stages
 
     shape, call = shape_and_call(workload, needs)
     if workload.kv_format != DENSE:
-        from attention.kernels.cuda.quantized import launch as packed_launch
+        from attention.kernels.cuda import packed_choice
         from attention.kernels.cuda.quantized.formats import PackedKV
 
-        made = packed_launch.stages(shape, call, PackedKV.of_text(workload.kv_format, workload.dtype))
+        packed = PackedKV.of_text(workload.kv_format, workload.dtype)
+        made = packed_choice.stages(shape, call, packed, packed_choice.path_of(shape, call, packed)[0])
     else:
         made = stages(shape, call, path_of(shape, call)[0])
-    written = sum(math.prod(size) * dtype.size for stage in made for size, dtype in stage.outputs.values())
+    arrays = {name: math.prod(size) * dtype.size for stage in made for name, (size, dtype) in stage.outputs.items()}
+    written = sum(arrays.values())
     wide = structs.replace(workload, head_dim=shape.head_dim, value_dim=shape.value_dim)
     copies = 0 if wide == workload else wide.input_bytes
     return written + copies - workload.result_bytes

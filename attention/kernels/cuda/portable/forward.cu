@@ -11,7 +11,8 @@
 //
 // With one buffer, the values of a tile are loaded during its score product, and the next keys during its softmax and second
 // product; with more, whole tiles are prefetched. With SPLIT the keys are split over several blocks, and portable/join.cu
-// combines their partial results. With LISTS a block's key tiles are entries of a block list, longest lists first.
+// combines their partial results. With LISTS a block's key tiles are entries of a block list, longest lists first. With
+// QUANTIZED keys and values are dequantized on their way to the buffers (quantized/loader.cuh), which is not asynchronous.
 
 constexpr int WARP_ROWS = 16 * ROW_TILES, BLOCK_M = WARPS * WARP_ROWS;
 using QueryTile = Tile<BLOCK_M, HEAD_DIM>;
@@ -181,10 +182,31 @@ struct Reach {
   DEVICE bool all(int first) const { return first + BLOCK_N <= seen_by_all && (!WINDOW || first >= unseen_by_some); }
 };
 
+// Rows of keys or values of a head.
+#if QUANTIZED
+using Keys = Plane;
+using Values = Plane;
+#else
+struct Keys {
+  const char* elements;
+  int step;
+};
+using Values = Keys;
+template <class Tile>
+DEVICE void load_keys(u32 tile, const Keys& keys, int first, int rows, int columns) {
+  copy_tile<Tile>(tile, keys.elements, keys.step, first, rows, columns);
+}
+template <class Tile>
+DEVICE void load_values(u32 tile, const Values& values, int first, int rows, int columns) {
+  copy_tile<Tile>(tile, values.elements, values.step, first, rows, columns);
+}
+#endif
+
 // Keys and values of a head, and the ring of shared-memory tiles they are copied to.
 struct Ring {
-  const char *keys, *values;
-  int key_step, value_step, key_count, columns, value_columns, end_block;
+  Keys keys;
+  Values values;
+  int key_count, columns, value_columns, end_block;
   u32 place;
   Listed listed;
 
@@ -192,18 +214,24 @@ struct Ring {
 
   DEVICE void start_keys(int block, int stage) const {
     if (block >= end_block) return;
-    copy_tile<KeyTile>(place + stage * STAGE_BYTES, keys, key_step, first_key(block), key_count, columns);
+    load_keys<KeyTile>(place + stage * STAGE_BYTES, keys, first_key(block), key_count, columns);
   }
   DEVICE void start_values(int block, int stage) const {
     if (block >= end_block) return;
-    copy_tile<ValueTile>(place + stage * STAGE_BYTES + KeyTile::BYTES, values, value_step, first_key(block), key_count,
-                         value_columns);
+    load_values<ValueTile>(place + stage * STAGE_BYTES + KeyTile::BYTES, values, first_key(block), key_count, value_columns);
   }
   DEVICE void start(int block, int stage) const { start_keys(block, stage), start_values(block, stage); }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
-    KERNEL_NAME(const char* query, const char* key, const char* value,
+    KERNEL_NAME(const char* query, const char* key,
+#if QUANTIZED
+                const char* key_scales, const char* key_biases,
+#endif
+                const char* value,
+#if QUANTIZED
+                const char* value_scales, const char* value_biases,
+#endif
 #if MASK
                 const MaskElement* mask,
 #endif
@@ -223,7 +251,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
                 int slope_factor_bits,
 #endif
                 int window, int first_key, int split_keys, int splits, Step query_batch, Step query_head, Step query_row,
-                Step key_batch, Step key_head, Step key_row, Step value_batch, Step value_head, Step value_row
+                Step key_batch, Step key_head, Step key_row,
+#if QUANTIZED
+                Step key_scale_batch, Step key_scale_head, Step key_scale_row, Step key_bias_batch, Step key_bias_head,
+                Step key_bias_row,
+#endif
+                Step value_batch, Step value_head, Step value_row
+#if QUANTIZED
+                , Step value_scale_batch, Step value_scale_head, Step value_scale_row, Step value_bias_batch,
+                Step value_bias_head, Step value_bias_row
+#endif
 #if MASK
                 , Step mask_batch, Step mask_head, Step mask_query, Step mask_key
 #endif
@@ -247,10 +284,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
   const int rows = problem.rows(), first_row = work.first_row, end_block = reach.end_block;
   const int own_row = first_row + threadIdx.x / 32 * WARP_ROWS + threadIdx.x % 32 / 4;
   const u32 queries_at = shared_address(shared);
-  const Ring ring{key + (steps(work.batch, key_batch) + steps(work.key_head, key_head)) * 2,
-                  value + (steps(work.batch, value_batch) + steps(work.key_head, value_head)) * 2,
-                  static_cast<int>(key_row), static_cast<int>(value_row), keys, columns, value_columns, end_block,
-                  queries_at + FIRST_BYTES, listed};
+  const auto of_head = [&](const char* array, Step batch_step, Step head_step, int bytes) {
+    return array + (steps(work.batch, batch_step) + steps(work.key_head, head_step)) * bytes;
+  };
+#if QUANTIZED
+  constexpr int KEY_SCALES = Key::SCALE_BYTES, VALUE_SCALES = Value::SCALE_BYTES;
+  const Keys own_keys{of_head(key, key_batch, key_head, 4),
+                      of_head(key_scales, key_scale_batch, key_scale_head, KEY_SCALES),
+                      of_head(key_biases, key_bias_batch, key_bias_head, KEY_SCALES),
+                      static_cast<int>(key_row) * 4, static_cast<int>(key_scale_row) * KEY_SCALES,
+                      static_cast<int>(key_bias_row) * KEY_SCALES};
+  const Values own_values{of_head(value, value_batch, value_head, 4),
+                          of_head(value_scales, value_scale_batch, value_scale_head, VALUE_SCALES),
+                          of_head(value_biases, value_bias_batch, value_bias_head, VALUE_SCALES),
+                          static_cast<int>(value_row) * 4, static_cast<int>(value_scale_row) * VALUE_SCALES,
+                          static_cast<int>(value_bias_row) * VALUE_SCALES};
+#else
+  const Keys own_keys{of_head(key, key_batch, key_head, 2), static_cast<int>(key_row)};
+  const Values own_values{of_head(value, value_batch, value_head, 2), static_cast<int>(value_row)};
+#endif
+  const Ring ring{own_keys, own_values, keys, columns, value_columns, end_block, queries_at + FIRST_BYTES, listed};
 
   const char* first_query = query + (steps(work.batch, query_batch) + steps(work.first_head, query_head)) * 2;
 #pragma unroll

@@ -146,6 +146,7 @@ class PortableForward(Portable):
             "SPLIT": self.split,
             **self.mask_constants,
             "NARROW_STEPS": self.narrow_steps,
+            "QUANTIZED": False,
             "BFLOAT16": self.element == "bf16",
         }
         return Program(

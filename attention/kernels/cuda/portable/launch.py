@@ -25,6 +25,7 @@ from attention.kernels.cuda.runtime.launch import (
     prepare,
     scalars_of,
 )
+from attention.kernels.cuda.runtime.program import Program
 from attention.masks import BlockList
 
 MAX_NARROW_STRIDE = 2**31 - 1
@@ -113,8 +114,11 @@ def same_kernel(wanted: WorkDivision, shape: CallShape, call: CallParams) -> Wor
 
 
 @functools.lru_cache(maxsize=256)
-def forward(shape: CallShape, call: CallParams, divided: WorkDivision) -> Launch:
-    """Return the launch for q, k, v and mask: writes output, logsumexp, stats, or output, maximum and sum per split."""
+def forward(shape: CallShape, call: CallParams, divided: WorkDivision, program: Program | None = None) -> Launch:
+    """Return the launch for q, k, v and mask: writes output, logsumexp, stats, or output, maximum and sum per split.
+
+    `program` is another one with the tiles of the kernel.
+    """
     rows = (shape.batch, shape.heads, shape.queries)
     outputs = [((*rows, shape.value_dim), dtype_of(shape)), (rows, mx.float32), ((*rows, 2), mx.float32)]
     if divided.kernel.split:
@@ -128,7 +132,7 @@ def forward(shape: CallShape, call: CallParams, divided: WorkDivision) -> Launch
     if call.pattern is not None:
         made = _lists(shape, call, divided.kernel)
         constants = on_device(list_works(shape, made, divided.splits), made.entries, made.bits)
-    return prepare(divided.kernel.program, divided.blocks * divided.splits, outputs, numbers, constants)
+    return prepare(program or divided.kernel.program, divided.blocks * divided.splits, outputs, numbers, constants)
 
 
 def stages(shape: CallShape, call: CallParams, divided: WorkDivision) -> list[Stage]:

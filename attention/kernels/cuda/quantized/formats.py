@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from attention.core.kv_format import Format, KVFormat, parse_kv_format
-from attention.kernels.cuda.runtime.call import refusal
+from attention.kernels.cuda.runtime.call import MaskKind, check_slopes, mask_kind, refusal
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -58,18 +58,17 @@ class PackedKV:
         without = {"k_biases": self.format.key, "v_biases": self.format.value}
         return frozenset(name for name, form in without.items() if not form.has_biases)
 
-    def alignments(self, head_dim: int) -> dict[str, int]:
-        """Return the bytes to which the rows of each input are aligned: a lane's numbers, and a row of scales."""
-        keys = _scale_alignment(self.format.key, self.key_scale, head_dim)
-        values = _scale_alignment(self.format.value, self.value_scale, head_dim)
-        return {
-            "k": _alignment(self.format.key),
-            "v": _alignment(self.format.value),
-            "k_scales": keys,
-            "k_biases": keys,
-            "v_scales": values,
-            "v_biases": values,
-        }
+    def alignments(self, head_dim: int, value_dim: int = 0) -> dict[str, int]:
+        """Return the bytes to which the rows of each input are aligned; `value_dim` 0 means head_dim.
+
+        Kernels load numbers by the 16, and at most a row of scales at a time.
+        """
+        widths = {"k": head_dim, "v": value_dim or head_dim}
+        forms = {"k": (self.format.key, self.key_scale), "v": (self.format.value, self.value_scale)}
+        found = {name: _alignment(form) for name, (form, _) in forms.items()}
+        for name, (form, scale) in forms.items():
+            found[f"{name}_scales"] = found[f"{name}_biases"] = _scale_alignment(form, scale, widths[name])
+        return found
 
 
 def _parsed(text: str) -> KVFormat:
@@ -79,8 +78,10 @@ def _parsed(text: str) -> KVFormat:
     return found
 
 
-def check_packed(q: mx.array, k: QuantizedArray, v: QuantizedArray) -> str:
-    """Validate the arrays of a call; return the name of the queries' dtype.
+def check_packed(
+    q: mx.array, k: QuantizedArray, v: QuantizedArray, mask: mx.array | None = None, slopes: mx.array | None = None
+) -> tuple[str, MaskKind | None]:
+    """Validate the arrays of a call; return the names of the dtypes of the queries and of the mask.
 
     Raises:
         ValueError: shapes or dtypes are inconsistent or unsupported.
@@ -91,17 +92,11 @@ def check_packed(q: mx.array, k: QuantizedArray, v: QuantizedArray) -> str:
     fits = q_shape[0] == k_shape[0] and q_shape[3] == k_shape[3] and v_shape[:3] == k_shape[:3]
     if not fits or not k_shape[1] or q_shape[1] % k_shape[1] or 0 in q_shape or 0 in v_shape:
         raise ValueError(f"[flash_attention] shapes do not fit: q {q_shape}, k {k_shape}, v {v_shape}.")
-    reason = refusal(_name(q.dtype), k_shape[3], v_shape[3]) or width_refusal(k_shape[3], v_shape[3])
+    reason = refusal(_name(q.dtype), k_shape[3], v_shape[3])
     if reason:
         raise ValueError(f"[flash_attention] {reason}.")
-    return _name(q.dtype)
-
-
-def width_refusal(head_dim: int, value_dim: int) -> str | None:
-    """Return why the kernels do not take quantized keys and values of these widths, or None."""
-    if head_dim != value_dim:
-        return f"the CUDA kernels take quantized values as wide as the keys, {head_dim}, not {value_dim}"
-    return None
+    check_slopes(slopes, q_shape[1])
+    return _name(q.dtype), None if mask is None else mask_kind(mask, (*q_shape[:3], k_shape[2]))
 
 
 def _alignment(form: Format) -> int:

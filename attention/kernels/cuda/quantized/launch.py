@@ -1,4 +1,4 @@
-"""Launches of the kernels for quantized keys and values."""
+"""Launches of the split-K kernel for quantized keys and values, and inputs of all kernels that read them."""
 
 import functools
 import math
@@ -18,10 +18,6 @@ MIN_STAGES: Final = 3
 """Buffers of a warp: two are filled while one is read."""
 SCALED_GROUP: Final = 64
 """Group size of values from which weights are scaled, not values: SCALED_WEIGHTS of decode.cu."""
-TOO_MANY_ROWS: Final = (
-    f"the CUDA kernel for quantized keys and values takes up to {MAX_ROWS} rows (queries times the heads that share a "
-    "key head)"
-)
 
 
 def inputs(packed: PackedKV) -> tuple[str, ...]:
@@ -30,15 +26,17 @@ def inputs(packed: PackedKV) -> tuple[str, ...]:
 
 
 def refusal(shape: CallShape, call: CallParams) -> str | None:
-    """Return why no kernel takes a call with quantized keys and values, or None."""
-    if call.mask is not None:
-        return "the CUDA kernels take no array mask with quantized keys and values"
-    if call.pattern is not None:
-        return "the CUDA kernels take no pattern with quantized keys and values"
-    if call.alibi:
-        return "the CUDA kernels take no ALiBi with quantized keys and values"
+    """Return why the split-K kernel does not take a call with quantized keys and values, or None."""
+    kernel = "the split-K kernel for quantized keys and values"
+    if call.mask is not None or call.pattern is not None or call.alibi:
+        return f"{kernel} takes no array mask, pattern or ALiBi"
+    if shape.value_dim != shape.head_dim:
+        return f"{kernel} takes values as wide as the keys, {shape.head_dim}, not {shape.value_dim}"
     if shape.group * shape.queries > MAX_ROWS:
-        return f"{TOO_MANY_ROWS}, not {shape.group * shape.queries}"
+        return (
+            f"{kernel} takes up to {MAX_ROWS} rows (queries times the heads that share a key head), not "
+            f"{shape.group * shape.queries}"
+        )
     return None
 
 

@@ -24,7 +24,7 @@ DEVICE u32 join_halves(u32 a, u32 b, u32 selector) {
 
 template <int BITS_, int KIND, int GROUP_, int SCALE>
 struct Format {
-  static constexpr int BITS = BITS_, GROUP = GROUP_;
+  static constexpr int BITS = BITS_, GROUP = GROUP_, SCALE_TYPE = SCALE;
   static constexpr bool BIASED = KIND == INTEGER;
   static constexpr bool STREAM = BITS == 3 || BITS == 5 || BITS == 6;  // fields that straddle halves and words
   static constexpr int FIELDS = STREAM ? 8 : 16 / BITS;                // pairs of a word
@@ -59,11 +59,11 @@ struct Format {
       pairs[0] = join_halves(even, 0, 0x2404), pairs[1] = join_halves(odd, 0, 0x2404);  // bytes 0 and 2 to 1 and 3
       pairs[2] = even & 0xff00ff00, pairs[3] = odd & 0xff00ff00;
     } else {
-      constexpr u32 MASK = (1u << BITS) - 1;
+      constexpr u32 FIELD = (1u << BITS) - 1;
 #pragma unroll
       for (int f = 0; f < FIELDS; ++f) {
         const u32 from = f < SHIFTS ? word : BITS == 8 ? join_halves(word, 0, 0x4341) : word >> 8;
-        pairs[f] = from & (MASK | MASK << 16) << BITS * (f % SHIFTS);
+        pairs[f] = from & (FIELD | FIELD << 16) << BITS * (f % SHIFTS);
       }
     }
   }
@@ -215,6 +215,12 @@ struct RowScales {
     constexpr int EACH = 4 / F::SCALE_BYTES;
     return F::scale_of(words[i / EACH], i % EACH);
   }
+  // As it is in memory.
+  DEVICE u32 raw(int i) const {
+    if constexpr (!WHOLE_ROW || F::SCALE_BYTES == 4) return words[i];
+    constexpr int EACH = 4 / F::SCALE_BYTES, BITS = 8 * F::SCALE_BYTES;
+    return words[i / EACH] >> i % EACH * BITS & (1u << BITS) - 1;
+  }
 };
 
 // Numbers, scales and biases of a plane's keys or values; strides of rows in bytes.
@@ -296,14 +302,14 @@ struct Factor {
 // biases is kept apart.
 template <typename F>
 struct HalfScales {
-  static constexpr bool SPLIT = F::SCALE_BYTES == 4;
+  static constexpr bool IN_TWO = F::SCALE_BYTES == 4;
   u32 scale[F::SHIFTS], bias;
-  u32 scale_rest[SPLIT ? F::SHIFTS : 1], bias_rest;
+  u32 scale_rest[IN_TWO ? F::SHIFTS : 1], bias_rest;
 
   DEVICE HalfScales(float s0, float s1, float b0, float b1) {
     fill(scale, pack_half(s0, s1));
     if constexpr (F::BIASED) bias = pack_half(b0, b1);
-    if constexpr (SPLIT) {
+    if constexpr (IN_TWO) {
       fill(scale_rest, pack_half(s0 - from_half(scale[0]), s1 - from_half(scale[0] >> 16)));
       bias_rest = pack_half(b0 - from_half(bias), b1 - from_half(bias >> 16));
     }
@@ -319,7 +325,7 @@ struct HalfScales {
     const int i = F::BIASED ? field % F::SHIFTS : 0;
     if constexpr (!F::BIASED) return multiply_half(pair, scale[i]);
     const u32 x = multiply_add_half(pair, scale[i], bias);
-    if constexpr (!SPLIT) return x;
+    if constexpr (!IN_TWO) return x;
     return multiply_add_half(x, 0x3c003c00, multiply_add_half(pair, scale_rest[i], bias_rest));
   }
 };

@@ -151,12 +151,21 @@ def check_arrays(
     reason = refusal(_name(q), q_shape[3], v_shape[3])
     if reason:
         raise ValueError(f"[flash_attention] {reason}.")
-    if slopes is not None and (slopes.shape != (q_shape[1],) or _name(slopes) != "float32"):
-        raise ValueError(
-            f"[flash_attention] alibi takes slopes ({q_shape[1]},) in float32; got {slopes.shape}, {_name(slopes)}."
-        )
+    check_slopes(slopes, q_shape[1])
     kind = None if mask is None else mask_kind(mask, (*q_shape[:3], k_shape[2]))
     return _name(q), kind
+
+
+def check_slopes(slopes: "mx.array | None", heads: int) -> None:
+    """Validate the slopes of a call with ALiBi.
+
+    Raises:
+        ValueError: their shape or dtype is another one.
+    """
+    if slopes is not None and (slopes.shape != (heads,) or _name(slopes) != "float32"):
+        raise ValueError(
+            f"[flash_attention] alibi takes slopes ({heads},) in float32; got {slopes.shape}, {_name(slopes)}."
+        )
 
 
 def mask_kind(mask: "mx.array", scores: tuple[int, ...]) -> MaskKind:

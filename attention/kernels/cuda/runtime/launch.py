@@ -149,13 +149,19 @@ class Stage:
     """Whether the kernel takes a 64-bit serial number, unique per launch."""
     passed: tuple[int, ...] = ()
     """Which of the numbers that a call of the plan passes the kernel takes."""
+    first: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Batch entry and head at which an array begins for the kernel, of slopes the head, if not at the first ones."""
+    whole: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Shapes of arrays of which the launch writes a part."""
 
     @property
     def outputs(self) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
         """Shape and dtype of the arrays that the launch creates, by name."""
         keywords = self.launch.keywords
         described = zip(self.writes, keywords["output_shapes"], keywords["output_dtypes"], strict=True)
-        return {name: (shape, dtype) for name, shape, dtype in described if name not in self.omitted}
+        return {
+            name: (self.whole.get(name, shape), dtype) for name, shape, dtype in described if name not in self.omitted
+        }
 
 
 def make_plan(
@@ -255,10 +261,11 @@ def _argument(stage: Stage, name: str, place: Mapping[str, int]) -> list[int]:
     """Return the argument descriptor of an array of a stage."""
     if name in stage.omitted:
         return [NOTHING]
+    first = stage.first.get(name, ())
     if name not in stage.maps:
-        return [POINTER, place[name]]
+        return [POINTER, place[name], *first]
     box = stage.maps[name]
-    return [MAP, place[name], box.rows, box.columns, box.swizzle]
+    return [MAP, place[name], box.rows, box.columns, box.swizzle, *first]
 
 
 INPUTS: Final = ("q", "k", "v")

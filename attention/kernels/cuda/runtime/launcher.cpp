@@ -99,6 +99,14 @@ class Launches : public mx::Primitive {
   // Along an axis in elements: an axis of length 1, of which a kernel may take a longer one, broadcasts.
   static int64_t stride(const mx::array& a, int axis) { return a.shape(axis) == 1 ? 0 : a.strides(axis); }
 
+  // Where an array begins for a kernel; slopes have heads alone.
+  static char* beginning(const mx::array& a, const Argument& argument) {
+    if (argument.batch == 0 && argument.head == 0) return pointer(a);
+    const int64_t elements = a.ndim() == 1 ? argument.head * stride(a, 0)
+                                           : argument.batch * stride(a, 0) + argument.head * stride(a, 1);
+    return pointer(a) + elements * int64_t(a.itemsize());
+  }
+
   static void launch(const Step& step, const Arrays& arrays, const std::vector<int64_t>& passed,
                      mx::cu::CommandEncoder& encoder) {
     int64_t words[MAX_ARGUMENTS];
@@ -108,14 +116,14 @@ class Launches : public mx::Primitive {
     for (const Argument& argument : step.arguments) {
       places[n] = &words[n];
       switch (argument.kind) {
-        case POINTER: words[n] = reinterpret_cast<int64_t>(pointer(arrays[argument.value])); break;
+        case POINTER: words[n] = reinterpret_cast<int64_t>(beginning(arrays[argument.value], argument)); break;
         case STRIDE: words[n] = stride(arrays[argument.value], argument.axis); break;
         case NUMBER: words[n] = argument.value; break;
         case SERIAL: words[n] = serial(); break;
         case NOTHING: words[n] = 0; break;
         case PASSED: words[n] = passed.at(argument.value); break;
         case MAP:
-          maps[map] = argument.map->of(arrays[argument.value]);
+          maps[map] = argument.map->of(arrays[argument.value], beginning(arrays[argument.value], argument));
           places[n] = &maps[map++];
       }
       n++;

@@ -47,11 +47,12 @@ class Map {
  public:
   explicit Map(Box box) : box_(box) {}
 
-  TensorMap of(const mx::array& a) {
+  // The map of an array whose rows begin at `start`.
+  TensorMap of(const mx::array& a, char* start) {
     const std::lock_guard lock(mutex_);
     const std::array<int64_t, 3> strides{a.strides(2), a.strides(1), a.strides(0)};
-    if (!made_ || strides != strides_) encode(a), strides_ = strides, made_ = true;
-    else check(driver().move_map(&map_, pointer(a)), "cuTensorMapReplaceAddress");
+    if (!made_ || strides != strides_) encode(a, start), strides_ = strides, made_ = true;
+    else check(driver().move_map(&map_, start), "cuTensorMapReplaceAddress");
     return map_;
   }
 
@@ -64,7 +65,7 @@ class Map {
     throw std::invalid_argument("[flash_attention] There is no tensor map of this type.");
   }
 
-  void encode(const mx::array& a) {
+  void encode(const mx::array& a, char* start) {
     constexpr int NO_INTERLEAVE = 0, SWIZZLE_128 = 3, PROMOTE_128 = 2, FILL_ZEROS = 0;
     const uint64_t sizes[4] = {uint64_t(a.shape(3)), uint64_t(a.shape(2)), uint64_t(a.shape(1)), uint64_t(a.shape(0))};
     const uint32_t box[4] = {uint32_t(box_.columns), uint32_t(box_.rows), 1, 1}, steps[4] = {1, 1, 1, 1};
@@ -73,7 +74,7 @@ class Map {
       const uint64_t dense = i == 0 ? sizes[0] * a.itemsize() : strides[i - 1] * sizes[i];
       strides[i] = sizes[i + 1] > 1 ? uint64_t(a.strides(2 - i)) * a.itemsize() : dense;
     }
-    check(driver().encode_map(&map_, type_of(a), 4, pointer(a), sizes, strides, box, steps, NO_INTERLEAVE,
+    check(driver().encode_map(&map_, type_of(a), 4, start, sizes, strides, box, steps, NO_INTERLEAVE,
                               box_.swizzle == 128 ? SWIZZLE_128 : 0, PROMOTE_128, FILL_ZEROS),
           "cuTensorMapEncodeTiled");
   }

@@ -44,6 +44,7 @@ struct Argument {
   int64_t value;  // index of the array (inputs first, then outputs), the number, or its index among those passed
   int axis;
   int alignment;  // of the rows of an array whose strides are passed, in bytes
+  int batch, head;  // at which the array begins for the kernel
   std::shared_ptr<Map> map;
 };
 
@@ -72,7 +73,11 @@ using StepText = std::tuple<std::string, nb::bytes, int, int, int, std::vector<i
                             std::vector<ArgumentText>>;
 
 inline Argument argument(const ArgumentText& text) {
-  Argument made{Kind(text.at(0)), text.size() > 1 ? text[1] : 0, 0, ALIGNMENT, nullptr};
+  Argument made{Kind(text.at(0)), text.size() > 1 ? text[1] : 0, 0, ALIGNMENT, 0, 0, nullptr};
+  const size_t first = made.kind == MAP ? 5 : 2;  // operand, if there are so many
+  if ((made.kind == POINTER || made.kind == MAP) && text.size() > first) {
+    made.batch = int(text[first]), made.head = int(text.at(first + 1));
+  }
   if (made.kind == STRIDE) made.axis = int(text.at(2));
   if (made.kind == STRIDE && text.size() > 3) made.alignment = int(text[3]);
   if (made.kind == MAP) made.map = std::make_shared<Map>(Box{int(text.at(2)), int(text.at(3)), int(text.at(4))});
