@@ -1,7 +1,7 @@
 """Train a small Llama on the documentation that comes with Python, and write it as an mlx-lm folder.
 
-    python examples/tiny_model.py tiny-model            # some minutes on two CPU cores
-    fatui stream tiny-model --window 124 --first 4 --text tiny-model/held-out.txt --tokens 12800
+    python examples/tiny_model.py tiny-model            # some minutes on two idle CPU cores
+    fatui stream tiny-model --window 124 --text tiny-model/held-out.txt --tokens 12800 --chunk 32 --dtype float32
 
 Tokens are bytes, and every sequence begins with a token of its own, so that the model has a place to attend to when
 nothing else matters: what a window without the first tokens takes away.
