@@ -102,7 +102,7 @@ def _decode_targets(found: dict[tuple[int, int], dict[str, float]], rows: Rows) 
 
 
 PREFILL_SIZES: Final = ((8192, 128, True), (8192, 128, False), (2048, 128, True), (8192, 64, True), (8192, 96, True))
-"""Queries and keys, head dim, and whether the mask is causal; a head dim of 96 takes the general kernel."""
+"""Queries and keys, head dim, and whether the mask is causal."""
 
 
 def prefill() -> Rows:

@@ -125,7 +125,7 @@ def fp8_calls() -> None:
 
 
 def quantized_calls() -> None:
-    """Run calls with quantized keys and values: formats, head dims, masks, several queries, split keys."""
+    """Run calls with quantized keys and values: formats, head dims, masks, one to many queries, split keys."""
     import mlx.core as mx
 
     from attention.kernels.cuda.runtime import selfcheck
@@ -133,7 +133,7 @@ def quantized_calls() -> None:
     from attention.quantized_kv import quantized
 
     for dim, key, value in QUANTIZED:
-        for queries, keys in ((1, 900), (5, 170)):
+        for queries, keys in ((1, 900), (5, 170), (100, 170)):
             q, k, v = selfcheck.inputs(CallShape(1, 4, 2, queries, keys, dim, "bf16"))[:3]
             for causal, window in ((False, None), (True, 70)):
                 mx.eval(
@@ -141,6 +141,8 @@ def quantized_calls() -> None:
                         q, quantized(k, key), quantized(v, value), scale=0.1, causal=causal, window=window
                     )
                 )
+            mask = mx.random.normal((queries, keys)) < 1
+            mx.eval(cuda.flash_attention_quantized(q, quantized(k, key), quantized(v, value), scale=0.1, mask=mask))
 
 
 def main() -> int:

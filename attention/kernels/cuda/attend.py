@@ -144,11 +144,11 @@ def _batched(label: str, inputs: list[mx.array], axes: list[int]) -> list[mx.arr
             case _:
                 return portable_gradient.make_plan_of_gradient(shape, call, with_logsumexp)
 
+    outputs = {"fp8": 1, "packed": 1 + with_logsumexp}.get(kind, len(OUTPUTS))
     if _differs_by_batch(shape, call) or _maps_slopes(call, axes):
         run = plan_of(shape)
-        return one_by_one(lambda arrays: run(arrays)[:3], inputs, axes)
+        return one_by_one(lambda arrays: run(arrays)[:outputs], inputs, axes)
     count = vmapped_length(inputs, axes)
-    outputs = {"fp8": 1, "packed": 1 + with_logsumexp}.get(kind, len(OUTPUTS))
     made = plan_of(replace(shape, batch=count * shape.batch))(folded_inputs(inputs, axes, shape, call))[:outputs]
     return [x.reshape(count, shape.batch, *x.shape[1:]) for x in made]
 
