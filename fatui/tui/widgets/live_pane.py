@@ -132,14 +132,13 @@ def device_lines(session: AnySession) -> list[str]:
         where = (
             f"{started.device} of {started.host}" if started and several else started.device if started else "starting"
         )
-        parts = [f"rank {rank}  {where}"]
-        if state.failed:
-            parts.append(state.failed)
-        elif alive:
+        found = rows[running].per_rank if running in rows else ()
+        own = next((each for each in found if each.rank == rank), None)
+        doing = f"{running}: {formatting.rank_words(own)}" if own else running or "waits"
+        parts = [f"rank {rank}  {state.failed or doing}"]
+        if alive and not state.failed:
             parts.append(f"{formatting.size(alive.active_bytes)} active")
-            found = rows[running].per_rank if running in rows else ()
-            own = next((each for each in found if each.rank == rank), None)
-            parts.append(f"{running}: {formatting.rank_words(own)}" if own else running or "waits")
+        parts.append(where)
         lines.append(" · ".join(parts))
     return lines
 

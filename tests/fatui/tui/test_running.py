@@ -1,14 +1,21 @@
 """Runs from start to end, and what the table shows of them."""
 
+from types import SimpleNamespace
+
 import pytest
 from msgspec import structs
 
 from attention.core import events as on
+from attention.core.results import RankFigures
+from attention.core.workload import Workload
+from attention.engine.record import Record
 from fatui import formatting
 from fatui.storage.history import RunHistory
 from fatui.tui.screens.dialogs import Question
 from fatui.tui.view_models.estimate import estimate_s
+from fatui.tui.widgets.live_pane import device_lines
 from fatui.tui.widgets.row_table import RowTable
+from tests.support.sample_runs import plan_of
 
 
 async def test_a_run_fills_the_table_says_its_finding_and_is_kept(stage):
@@ -185,3 +192,18 @@ async def test_a_stage_stands_under_verdict_and_not_under_path(stage):
     await stage.pilot.pause()
     cells = row_line(stage, "poc").cells
     assert cells["verdict"] == "compiling" and "path" not in cells
+
+
+def test_each_rank_has_a_line_with_its_figures_first():
+    plan = plan_of(cases=(Workload(seq=64, ranks=2),))
+    session = SimpleNamespace(record=Record(plan), case_number=0)
+    for rank in (0, 1):
+        known = {"host": "vm", "device": "a CPU", "backend": "cpu", "code": "1", "mlx": "1", "python": "3"}
+        session.record.apply(on.RankStarted(rank=rank, process_id=rank, **known))
+        session.record.apply(on.RankAlive(rank=rank, commands=1, busy=True, running="poc", active_bytes=2**20))
+    figures = tuple(RankFigures(rank=rank, call_s=0.002, compute_s=0.0015, sent_bytes=1024) for rank in (0, 1))
+    session.record.apply(on.RanksMeasured(case=0, implementation="poc", per_rank=figures))
+    _, second = device_lines(session)
+    assert second == "rank 1  poc: 2.00 ms per call, 500 µs of it waiting, 1 KiB sent · 1 MiB active · a CPU"
+    session.record.apply(on.RankFailed(rank=1, reason="out of memory"))
+    assert device_lines(session)[1] == "rank 1  out of memory · a CPU"
