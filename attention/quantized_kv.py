@@ -202,10 +202,8 @@ def _quantize(x: mx.array, form: Format) -> QuantizedArray:
             f"x: got {x.dtype} of shape {tuple(x.shape)}; it takes float32, float16 or bfloat16 of shape "
             "(batch, heads, length, width), none of them 0"
         )
-    if x.shape[-1] % form.group_size:
-        raise UsageError(
-            f"x: got width {x.shape[-1]}; {form.text} takes multiples of its group size, {form.group_size}"
-        )
+    if problem := form.width_problem(x.shape[-1]):
+        raise UsageError(f"x: got width {x.shape[-1]}; {problem}")
     numbers, scales, *biases = mx.quantize(x, form.group_size, form.bits, form.mode)
     return QuantizedArray(numbers, scales, biases[0] if biases else None, form, x.dtype)
 

@@ -61,6 +61,10 @@ class Format(Struct, frozen=True):
         """Whether a group has a bias beside its scale."""
         return self.mode == "affine"
 
+    def width_problem(self, width: int) -> str | None:
+        """Return which widths arrays of the format have, if this is none of them, or else None."""
+        return f"{self.text} takes multiples of its group size, {self.group_size}" if width % self.group_size else None
+
     def row_bytes(self, width: int, scale_bytes: int) -> int:
         """Return the bytes of a row of `width` values.
 

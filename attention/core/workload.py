@@ -109,9 +109,9 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
             return []
         widths = {"head_dim": (self.head_dim, formats.key), "value_dim": (self.value_dim, formats.value)}
         problems = {
-            f"{name}: got {width}; {form.text} takes multiples of its group size, {form.group_size}": None
+            f"{name}: got {width}; {problem}": None
             for name, (width, form) in widths.items()
-            if width % form.group_size
+            if (problem := form.width_problem(width))
         }
         return list(problems)[: 1 if self.value_dim == self.head_dim else 2]
 

@@ -78,11 +78,8 @@ class PackedKVCache:
         """Return the arrays of keys and of values for each of `parts`."""
         formats = self.kv_format.key, self.kv_format.value
         for name, array, form in zip(("keys", "values"), (keys, values), formats, strict=True):
-            if array.shape[-1] % form.group_size:
-                raise UsageError(
-                    f"{name}: got heads of width {array.shape[-1]}; a cache in {form.text} takes multiples of "
-                    f"its group size, {form.group_size}"
-                )
+            if problem := form.width_problem(array.shape[-1]):
+                raise UsageError(f"{name}: got heads of width {array.shape[-1]}; {problem}")
         made = [quantize(array, form) for array, form in zip((keys, values), formats, strict=True)]
         # A format without biases beside one that has them gets biases of width 0.
         k, v = ([*one, one[1][..., :0]][: self._count] for one in made)

@@ -81,7 +81,7 @@ class Configuration(Struct, frozen=True):
         """Raise UsageError unless a cache of this model can have the format."""
         formats = parse_kv_format(kv_format)
         for form in () if formats is None else (formats.key, formats.value):
-            if self.head_dim % form.group_size:
+            if form.width_problem(self.head_dim):
                 raise UsageError(
                     f"kv_format: got {form.text}, whose groups of {form.group_size} do not divide the heads of "
                     f"{self.name}, which are {self.head_dim} wide"

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 from msgspec import Struct, structs
 from numpy.typing import NDArray
 
@@ -36,9 +37,23 @@ from attention.mlx_lm.patch import ORIGINAL, CallCounter, replace_attention
 FILLS_QUANTIZED: Final = "practical"
 """The implementation that attends while a quantized cache is filled for decoding."""
 NOT_READ: Final = "mlx-lm's own attention reads caches of one int format for keys and values"
+NOT_READ_WITH_SINKS: Final = "mlx-lm's own attention reads no quantized cache in a model with attention sinks"
+NOT_READ_BY_GEMMA_2: Final = "mlx-lm's attention of Gemma 2 reads no quantized cache"
 PREFILL_STEP: Final = 2048
 """Maximum number of prompt tokens that mlx-lm processes at once."""
 Logits = mx.array
+
+
+def why_unread(model: Any, kv_format: str) -> str:
+    """Return why mlx-lm's own attention cannot read a model's caches in a format, or "" if it can."""
+    if kv_format == DENSE:
+        return ""
+    if not read_by_mlx_lm(kv_format):
+        return NOT_READ
+    named: Any = tree_flatten(model.parameters())
+    if any(name.rpartition(".")[2] == "sinks" for name, _ in named):
+        return NOT_READ_WITH_SINKS
+    return NOT_READ_BY_GEMMA_2 if getattr(model, "model_type", None) == "gemma2" else ""
 
 
 class Prompts:
@@ -342,8 +357,9 @@ class GenerationBench(CaseRunner[GenerationPlan]):
 
     def _admit(self, name: str, work: Generation, device: Device) -> bool:
         """Query an implementation's route; end its row if the case is unsupported or will not fit in memory."""
-        if name == ORIGINAL and not read_by_mlx_lm(work.kv_format):
-            self._progress.end_row(name, "unsupported", NOT_READ)
+        unread = why_unread(self._network.model, work.kv_format) if name == ORIGINAL else ""
+        if unread:
+            self._progress.end_row(name, "unsupported", unread)
             return False
         route = self._supported_route(name, self._layer(work), device)
         if route is None:

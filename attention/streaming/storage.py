@@ -33,10 +33,8 @@ class Slots:
         if form is None:
             return cls([mx.zeros(shape, dtype)], None, dtype)
         width = shape[3]
-        if width % form.group_size:
-            raise UsageError(
-                f"{name}: got heads of width {width}; {form.text} takes multiples of its group size, {form.group_size}"
-            )
+        if problem := form.width_problem(width):
+            raise UsageError(f"{name}: got heads of width {width}; {problem}")
         groups = (*shape[:3], width // form.group_size)
         numbers = mx.zeros((*shape[:3], width * form.bits // 32), mx.uint32)
         scales = [mx.zeros(groups, dtype)] * 2 if form.has_biases else [mx.zeros(groups, mx.uint8)]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models import cache as mlx_caches
+from mlx_lm.models import gemma2
 from mlx_lm.models.cache import (
     ArraysCache,
     BatchKVCache,
@@ -29,6 +30,7 @@ from attention.core.kv_format import Format, parse_kv_format
 from attention.core.route import Route, unsupported
 from attention.implementations.bounded.implementation import Practical
 from attention.mlx_lm import caches
+from attention.mlx_lm.generation import why_unread
 from tests.support.tiny_models import LAYERS, tiny, tokens
 
 WINDOW = 24
@@ -468,6 +470,14 @@ def test_a_prompt_of_16384_tokens_takes_little_memory(implementation: Any) -> No
     assert_small(tiny("qwen2", mx.bfloat16), implementation, 16384, 2048, 1 / 8)
 
 
+def test_what_mlx_lm_reads_of_a_model_is_known_in_one_line() -> None:
+    gemma = gemma2.Model(gemma2.ModelArgs("gemma2", 64, 1, 128, 4, 32, 1e-6, 512, 2))
+    assert why_unread(tiny("qwen2"), "int4") == why_unread(gemma, "none") == ""
+    assert "of one int format" in why_unread(tiny("qwen2"), "mxfp4")
+    assert "attention sinks" in why_unread(tiny("gpt_oss"), "int4")
+    assert "Gemma 2" in why_unread(gemma, "int4")
+
+
 def test_layers_without_keys_keep_their_caches() -> None:
     state = ArraysCache(2)
     (listed,) = caches.quantize_prompt_cache([CacheList(KVCache(), state)], "mxfp8")
@@ -478,7 +488,7 @@ def test_layers_without_keys_keep_their_caches() -> None:
 def test_mistakes_are_one_clear_line() -> None:
     model = tiny("qwen2")
     for line, mistake in {
-        "keys: got heads of width 32; a cache in int4 takes multiples of its group size, 64": lambda: logits(
+        "keys: got heads of width 32; int4 takes multiples of its group size, 64": lambda: logits(
             model, caches.make_prompt_cache(model), [3]
         ),
         "got 'int7'; it takes int8, ": lambda: caches.make_prompt_cache(model, kv_format="int7"),
