@@ -20,7 +20,7 @@ from benchmarks.distributed.start import start_ranks
 def main() -> int:
     """Run the parts named as arguments, all without any."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distributed", description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="parts, all by default")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all by default")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--backend", choices=("nccl", "ring"))
     parser.add_argument("--impl", default="poc", help="implementation")
@@ -31,6 +31,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     parser.add_argument("--timeout", type=float, default=600)
     given = parser.parse_args()
+    if unknown := [part for part in given.parts if part not in PARTS]:
+        parser.error(f"PART: got {unknown[0]!r}; it takes {', '.join(PARTS)}")
     rows: list[dict[str, Any]] = []
     failed = False
     if given.simulate:

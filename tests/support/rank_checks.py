@@ -182,7 +182,9 @@ def by_plan(group) -> None:
 def many(group) -> None:
     """All layouts and masks."""
     few(group)
-    for seq in (1024, 333, 37):
+    self_attention(group, "zigzag", 1024, mx.bfloat16, mask="causal")  # whole tiles on four ranks too
+    self_attention(group, "balanced", 1024, mx.bfloat16, mask=documents(1024))
+    for seq in (512, 333, 37):
         array = mx.random.normal((seq, seq), key=mx.random.key(1)) > 0
         kinds: list[str] = ["zigzag", "contiguous", "balanced"]
         if KV_HEADS % group.size() == 0:
