@@ -5,6 +5,7 @@ import os
 import signal
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Final
 
@@ -142,9 +143,16 @@ class Engine:
 
     def _dispatch(self, event: on.AnyEvent) -> None:
         if isinstance(event, on.RunStarted):
-            event.environment = structs.replace(event.environment, fatui=__version__)
+            event.environment = structs.replace(event.environment, fatui=__version__, device=self._devices(event))
         self.record.apply(event)
         self._listener(event)
+
+    def _devices(self, event: on.RunStarted) -> str | None:
+        """Return the device of a run, or those of its ranks: "2 x NVIDIA H200"."""
+        names = [state.started.device for state in self.record.ranks.values() if state.started]
+        if len(names) < 2:
+            return event.environment.device
+        return ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
 
     async def _run_worker(self) -> str:
         """Run one worker, or the ranks of one group, to the end; return a description of how it ended."""
@@ -184,6 +192,7 @@ class Engine:
         return elsewhere or ranks_of(self.record.plan.cases[self._assignment.first_case]) > 1
 
     async def _run_alone(self, mark: int) -> str:
+        self.record.ranks.clear()
         worker = await Worker.start((*WORKER, "--mark", str(mark)), self._run, (mark,))
         self._signal, self.process_id = worker.signal, worker.process.pid
         try:

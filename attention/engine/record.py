@@ -34,7 +34,7 @@ from attention.core.results import (
     Summary,
 )
 from attention.core.route import Route
-from attention.core.workload import Counterpart
+from attention.core.workload import Counterpart, Workload
 
 LOG_LINES: Final = 10_000
 INTERRUPTED: Final = "interrupted"
@@ -270,7 +270,7 @@ class Record(RunRecord[Plan, Case]):
         """Return the rows of one case so far."""
         workload, record = self.plan.cases[index], self.cases[index]
         floor, made = paired_rows(record, workload.tokens)
-        rows = tuple(_with_rates(row, workload.flops, self.peaks) for row, _ in made)
+        rows = tuple(_with_rates(row, workload, self.peaks) for row, _ in made)
         return Case(
             workload=workload,
             reference=record.reference,
@@ -280,12 +280,13 @@ class Record(RunRecord[Plan, Case]):
         )
 
 
-def _with_rates(row: Row, flops: int, peaks: Peaks) -> Row:
-    """Return the row with its FLOP/s and its efficiency."""
+def _with_rates(row: Row, workload: Workload, peaks: Peaks) -> Row:
+    """Return the row with its FLOP/s and its efficiency; peaks are those of each rank's device."""
     if row.call_s is None:
         return row
-    flops_per_s = flops / row.call_s.median
-    return structs.replace(row, flops_per_s=flops_per_s, efficiency=_efficiency(flops_per_s, peaks))
+    flops_per_s = workload.flops / row.call_s.median
+    efficiency = _efficiency(flops_per_s / workload.ranks, peaks)
+    return structs.replace(row, flops_per_s=flops_per_s, efficiency=efficiency)
 
 
 def paired_rows(record: CaseState, tokens: int) -> tuple[NoiseFloor | None, list[tuple[Row, RowState]]]:

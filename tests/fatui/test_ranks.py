@@ -73,6 +73,13 @@ def test_one_device_is_timed_in_the_same_rounds(two_ranks: Ran) -> None:
     assert two_ranks.row("baseline").one_device_s is None
 
 
+def test_efficiency_is_relative_to_all_ranks_devices(two_ranks: Ran) -> None:
+    row = two_ranks.row("baseline", 1)
+    assert row.flops_per_s is not None
+    assert row.efficiency == pytest.approx(row.flops_per_s / 2 / PEAKS.flops_per_s)
+    assert (two_ranks.engine.record.environment.device or "").startswith("2 x ")
+
+
 def test_no_rank_is_left_after_the_run(two_ranks: Ran) -> None:
     assert not two_ranks.left_over()
 
