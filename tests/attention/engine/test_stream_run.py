@@ -50,6 +50,7 @@ def test_every_token_is_measured_in_both_rows() -> None:
     assert not full.extrapolated
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_chunks_and_a_quantized_window_stream_too() -> None:
     row = rows_of(small(chunk=7, kv_format="int8:32"))[STREAMING]

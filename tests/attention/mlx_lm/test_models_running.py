@@ -71,6 +71,7 @@ def test_both_phases_are_measured_with_every_implementation():
     assert record.case(1).rows[0].tokens_per_second == pytest.approx(2 / record.case(1).rows[0].call_s.median)
 
 
+@pytest.mark.slow
 def test_a_quantized_cache_is_measured_beside_an_unquantized_one():
     work = {"generate": 2, "measured_layers": 2, "dtype": "float32", "kv_formats": ["int8:32"]}
     cases = generations(4, model="tiny-llama", prompts=[12], batches=[1], **work)
