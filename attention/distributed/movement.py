@@ -88,6 +88,8 @@ def _peer_moves(exchange: Exchange, group: Group, gather: Gather) -> Callable[[l
             sums.append(collectives.sum_of_own(collectives.after(of_others, sums or outputs), group))
             _, (contributed,) = mx.vjp(lambda own: [_contribution(own, exchange, rank)], [part], [sums[-1]])
             made.append(own + contributed)
+            size = (group.size() - 1) * sums[-1].nbytes
+            collectives.count_bytes(size, size)
         return made
 
     move.vjp(pull_back)
