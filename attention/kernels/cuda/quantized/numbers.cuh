@@ -215,12 +215,6 @@ struct RowScales {
     constexpr int EACH = 4 / F::SCALE_BYTES;
     return F::scale_of(words[i / EACH], i % EACH);
   }
-  // As it is in memory.
-  DEVICE u32 raw(int i) const {
-    if constexpr (!WHOLE_ROW || F::SCALE_BYTES == 4) return words[i];
-    constexpr int EACH = 4 / F::SCALE_BYTES, BITS = 8 * F::SCALE_BYTES;
-    return words[i / EACH] >> i % EACH * BITS & (1u << BITS) - 1;
-  }
 };
 
 // Numbers, scales and biases of a plane's keys or values; strides of rows in bytes.
