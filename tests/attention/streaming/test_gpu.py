@@ -55,5 +55,6 @@ def test_memory_does_not_grow():
     mx.reset_peak_memory()
     for _ in range(20):
         mx.eval([state.attend(q, k, v) for _ in range(64)])
+    mx.synchronize()  # scratch of the last kernels is freed when they have run, which is after the outputs are there
     assert mx.get_active_memory() <= before + 2**20
     assert mx.get_peak_memory() <= before + 64 * state.nbytes // 2  # with a copy for each step it was 64 rings
