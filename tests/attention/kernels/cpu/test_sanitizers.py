@@ -57,7 +57,7 @@ def test_the_library_passes_under_sanitizers(flags, library, options, tmp_path):
     subprocess.run([sys.executable, "-c", build], check=True, env={**environment, "LD_PRELOAD": ""}, timeout=600)
     command = [sys.executable, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", "-W", "ignore"]
     command += ["-m", "slow or not slow"]
-    command += [str(here / f"test_{name}.py") for name in TESTS]
+    command += [*(str(here / f"test_{name}.py") for name in TESTS), str(here.parent / "test_append.py")]
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=1200)
     report = done.stdout + done.stderr
     for word in ("ERROR: AddressSanitizer", "runtime error:", "WARNING: ThreadSanitizer"):
