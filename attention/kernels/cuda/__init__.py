@@ -165,10 +165,12 @@ def flash_attention_quantized(
     """
     if not logsumexp and mask is None and pattern is None and alibi is None:
         try:
-            found = _find_packed_call(
-                q, k.numbers, k.scales, k.biases, v.numbers, v.scales, v.biases, scale, causal, window, softcap
-            )
-        except TypeError:  # an argument of the wrong type: reported by the checks of `_resolve_packed_call`
+            found = None
+            if _is_as_wide(v, q):
+                found = _find_packed_call(
+                    q, k.numbers, k.scales, k.biases, v.numbers, v.scales, v.biases, scale, causal, window, softcap
+                )
+        except (TypeError, IndexError):  # a wrong type or shape: reported by the checks of `_resolve_packed_call`
             found = None
         if found is not None:
             return [found]
@@ -190,6 +192,11 @@ def flash_attention_quantized(
     if alibi is not None:
         given.append(alibi)
     return known(given)[: 2 if logsumexp else 1]
+
+
+def _is_as_wide(v: QuantizedArray, q: mx.array) -> bool:
+    """Return whether values are as wide as queries: then the shapes of the parts tell the formats."""
+    return v.numbers.shape[3] * 32 == q.shape[3] * v.format.bits
 
 
 def _attend(
@@ -226,7 +233,7 @@ def _find_nothing(*_: object) -> mx.array | None:
 _find_call: Callable[..., mx.array | None] = _find_nothing
 """Lookup in the launcher's table of repeated calls, once it has an entry: faster than a key built in Python."""
 _find_packed_call: Callable[..., mx.array | None] = _find_nothing
-"""The same of calls with quantized keys and values."""
+"""The same of calls with quantized keys and values as wide as each other."""
 
 
 def forget_calls() -> None:
@@ -279,7 +286,10 @@ def _resolve_packed_call(
     alibi: mx.array | None,
     logsumexp: bool,
 ) -> Attend:
-    """Select the kernels of a call with quantized keys and values; a plan without mask is also added to the table."""
+    """Select the kernels of a call with quantized keys and values.
+
+    A plan without mask is also added to the table if the shapes of its parts tell their formats (`_is_as_wide`).
+    """
     from attention.kernels.cuda.attend import repeated_packed_call
     from attention.kernels.cuda.quantized.formats import PackedKV, check_packed
     from attention.kernels.cuda.runtime import launcher
@@ -289,7 +299,8 @@ def _resolve_packed_call(
     dtype, kind = check_packed(q, k, v, mask, alibi)
     call = normalize(scale, causal, window, softcap, k.shape[2], kind, pattern, alibi is not None)
     made = repeated_packed_call(q.shape, k.shape, v.shape[3], dtype, call, PackedKV.of(k, v), logsumexp)
-    if mask is None and pattern is None and alibi is None and not logsumexp and launcher.is_plan(made):
+    plain = mask is None and pattern is None and alibi is None and not logsumexp
+    if plain and _is_as_wide(v, q) and launcher.is_plan(made):
         parts = (k.numbers, k.scales, k.biases, v.numbers, v.scales, v.biases)
         launcher.module().keep_packed_call(q, *parts, scale, causal, window, softcap, made)
         _find_packed_call = launcher.module().find_packed_call

@@ -20,6 +20,7 @@ from attention.kernels.cuda.quantized.formats import PackedKV
 from attention.kernels.cuda.quantized.forward import Dequantize, QuantizedGeneral
 from attention.kernels.cuda.quantized.forward_launch import Heads, divided_heads
 from attention.kernels.cuda.quantized.launch import alone_on_multiprocessor, fill, inputs
+from attention.kernels.cuda.runtime import launcher
 from attention.kernels.cuda.runtime.call import CallShape, normalize
 from attention.kernels.cuda.runtime.launch import NOTHING, POINTER, Launch, Stage, TensorBox
 from attention.quantized_kv import quantized
@@ -345,6 +346,19 @@ def test_every_kernel_gets_the_parameters_of_its_signature(on, what, queries):
     for _, program, *_, arguments in recorder.plans[-1].steps:
         found = [POINTER if argument[0] == NOTHING else argument[0] for argument in arguments]
         assert found == signature(program), program.name
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_values_with_parts_of_one_shape_and_two_widths(on, monkeypatch, first):
+    on("H100")
+    monkeypatch.setattr(launcher, "is_plan", lambda _: True)
+    q, k = mx.zeros((1, 4, 1, 128), mx.bfloat16), quantized(mx.zeros((1, 2, 300, 128), mx.bfloat16), "int8")
+    values = [
+        quantized(mx.zeros((1, 2, 300, width), mx.bfloat16), text) for width, text in ((128, "int4"), (64, "int8:32"))
+    ]
+    assert [part.shape for part in values[0].arrays] == [part.shape for part in values[1].arrays]
+    for v in (values[first], values[1 - first], values[first]):
+        assert cuda.flash_attention_quantized(q, k, v, scale=0.1)[0].shape == (1, 4, 1, v.shape[3])
 
 
 def test_parts_that_a_format_lacks_are_no_inputs():
