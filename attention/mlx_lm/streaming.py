@@ -11,6 +11,7 @@ from typing import Any, Final, Self
 import mlx.core as mx
 import msgspec
 from mlx_lm.models import cache as mlx_caches
+from mlx_lm.models import cohere2, smollm3
 from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
 
 from attention.core.errors import UsageError, error_line
@@ -114,14 +115,15 @@ def _first_of(holder: Any, names: Sequence[str]) -> Any:
 
 
 def rope_of(layer: Any) -> Rope | None:
-    """Return the rotary embedding of a layer of a model; None if it has none.
+    """Return the rotary embedding of a layer of a model; None if it has none, or does not use it.
 
     Raises:
         UsageError: it depends on the length of the sequence.
     """
     attention = _first_of(layer, ("self_attn", "attention", "attn"))
     found = _first_of(attention, ("rope", "rotary_emb"))
-    if found is None:
+    unused = isinstance(attention, cohere2.Attention) and not attention.use_sliding_window
+    if found is None or unused or isinstance(found, smollm3.NoPE):
         return None
     if isinstance(found, DynamicNTKScalingRoPE):
         raise UsageError("model: its rotary positions depend on the length of the sequence; a stream has none")

@@ -1,14 +1,17 @@
 """Models of mlx-lm with streaming caches."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import pytest
 from mlx_lm.generate import generate_step
+from mlx_lm.models import cohere2, smollm3
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
 from attention import UsageError, patch_mlx_lm
 from attention.mlx_lm.configuration import find_model
 from attention.mlx_lm.network import Network
-from attention.mlx_lm.streaming import make_prompt_cache
+from attention.mlx_lm.streaming import make_prompt_cache, rope_of
 
 PROMPT = mx.array([[(7 * i) % 41 for i in range(60)]])
 
@@ -61,3 +64,16 @@ def test_unpatched_mlx_lm_is_told_what_is_missing(model):
     """Without a patch the error names it."""
     with pytest.raises(UsageError, match="inside attention"):
         model(PROMPT, cache=make_prompt_cache(model))
+
+
+@pytest.mark.parametrize("sliding", [True, False])
+def test_rope_that_a_layer_of_cohere2_does_not_use(sliding):
+    """Its layers with full attention have a rotary embedding, and do not rotate."""
+    arguments = cohere2.ModelArgs("cohere2", hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=1)
+    layer = SimpleNamespace(self_attn=cohere2.Attention(arguments, layer_idx=0 if sliding else 3))
+    assert (rope_of(layer) is not None) == sliding
+
+
+def test_layers_of_smollm3_without_positions():
+    """Layers whose positions were taken out have none."""
+    assert rope_of(SimpleNamespace(self_attn=SimpleNamespace(rope=smollm3.NoPE()))) is None
