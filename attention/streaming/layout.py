@@ -79,7 +79,11 @@ class Row(Struct):
     def advance(self, layout: Layout, tokens: int) -> None:
         """Count tokens that were written."""
         self.seen += tokens
-        self.oldest = max(self.oldest, layout.first, self.seen - layout.ring)
+        self.overwrite(layout, self.seen)
+
+    def overwrite(self, layout: Layout, end: int) -> None:
+        """Count as gone what the tokens before position `end` replaced in the ring."""
+        self.oldest = max(self.oldest, layout.first, end - layout.ring)
 
     def begins(self, layout: Layout, position: int) -> int:
         """Return the position of the oldest token of the ring that a query at a position attends to."""

@@ -147,9 +147,13 @@ class StreamingKV:
         return sum(one.keys.nbytes + one.values.nbytes for one in self._kept())
 
     def kept(self, row: int = 0) -> NDArray[np.int64]:
-        """Return the positions of the tokens that a batch row's latest query attends to, in order."""
+        """Return the positions of the tokens that a batch row's latest query attends to, in order.
+
+        Raises:
+            UsageError: there is no such row.
+        """
         self._flush()
-        return self._rows[row].kept(self.layout) if self._rows else np.arange(0)
+        return self._chosen(row)[0].kept(self.layout) if self._rows else np.arange(0)
 
     def evaluated(self) -> "StreamingKV":
         """Evaluate all arrays; return the state."""
@@ -211,8 +215,10 @@ class StreamingKV:
             (B, H, L, Dv) in the query's dtype.
 
         Raises:
-            UsageError: shapes or dtypes are not those of the first call, or do not fit each other.
+            UsageError: shapes or dtypes are not those of the first call, or do not fit each other; nothing is stored.
         """
+        if not isinstance(q, mx.array) or q.ndim != 4:
+            _check_query(q, k)
         if self._pending is not None:
             self._flush()
         elif lengths is None and sinks is None and q.shape[2] == 1:
@@ -275,7 +281,7 @@ class StreamingKV:
                 out = self._fused.on_cpu(token, slots, [(row.seen, row.oldest) for row in self._rows])
             elif all(row == self._rows[0] for row in self._rows[1:]):
                 out = self._fused.on_cuda(token, slots, self._rows[0], self._takes)
-        except (KernelUnavailable, ValueError):  # the general way says what is wrong
+        except (KernelUnavailable, TypeError, ValueError):  # the general way says what is wrong
             return None
         if out is None:
             return None
@@ -303,6 +309,7 @@ class StreamingKV:
         settings: Settings,
     ) -> mx.array:
         _check_query(q, k)
+        _check_sinks(settings.sinks, q.shape[1])
         groups = self._groups(k, v, lengths)
         made = []
         for group in groups:
@@ -479,6 +486,8 @@ class StreamingKV:
         group = q.shape[1] // k.shape[1]
         if piece.tokens == 1:
             self._store(piece, k, v, rotated)
+            for one in self._rows[piece.batch]:  # gone, even if the call below fails
+                one.overwrite(self.layout, piece.row.seen + 1)
         made, heads = [], []
         for held in self._kept():
             own = [head * group + i for head in held.heads for i in range(group)]
@@ -556,8 +565,9 @@ class StreamingKV:
         """Return which of the tokens [start, stop) queries see whose windows begin at `begins`."""
         if int(begins[-1]) <= max(start, self.first):
             return Mask()
-        keys = mx.arange(start, stop)
-        return Mask(array=(keys >= mx.array(begins.astype(np.int32))[:, None]) | (keys < self.first))
+        keys = mx.arange(stop - start)  # counted from `start`, as positions may exceed 32 bits
+        begins = (begins - start).astype(np.int32)
+        return Mask(array=(keys >= mx.array(begins)[:, None]) | (keys < max(0, self.first - start)))
 
     # Copies and going back
 
@@ -576,10 +586,21 @@ class StreamingKV:
         return made
 
     def removable(self, *, row: int | None = None) -> int:
-        """Return how many tokens `rewind` can take back from one row of the batch, or from all."""
+        """Return how many tokens `rewind` can take back from one row of the batch, or from all.
+
+        Raises:
+            UsageError: there is no such row.
+        """
         self._flush()
-        rows = self._rows if row is None else self._rows[row : row + 1]
-        return min((one.removable(self.layout) for one in rows), default=0)
+        return min((one.removable(self.layout) for one in self._chosen(row)), default=0)
+
+    def _chosen(self, row: int | None) -> list[Row]:
+        """Return one row of the batch, or all of them."""
+        if row is None or not self._rows:
+            return self._rows
+        if type(row) is not int or not 0 <= row < len(self._rows):
+            raise UsageError(f"row: got {row!r}; it takes a whole number from 0 to {len(self._rows) - 1}")
+        return [self._rows[row]]
 
     def rewind(self, tokens: int, *, row: int | None = None) -> None:
         """Forget the latest tokens, of one row of the batch or of all.
@@ -588,13 +609,12 @@ class StreamingKV:
         the window has fewer tokens until new ones arrive.
 
         Raises:
-            UsageError: fewer tokens are kept.
+            UsageError: fewer tokens are kept, or there is no such row.
         """
         most = self.removable(row=row)
-        rows = self._rows if row is None else self._rows[row : row + 1]
         if type(tokens) is not int or not 0 <= tokens <= most:
             raise UsageError(f"tokens: got {tokens!r}; this state can take back from 0 to {most}")
-        for one in rows:
+        for one in self._chosen(row):
             one.seen -= tokens
 
     # Files
@@ -714,6 +734,16 @@ def _check_query(q: object, k: object) -> None:
         raise UsageError(
             f"q: got {_described(q)}; it takes k's batch, length, width and dtype, and a multiple of its heads: "
             f"{_described(k)}"
+        )
+
+
+def _check_sinks(sinks: object, heads: int) -> None:
+    if sinks is None:
+        return
+    if not isinstance(sinks, mx.array) or tuple(sinks.shape) != (heads,) or sinks.dtype not in FLOATS:
+        raise UsageError(
+            f"sinks: got {_described(sinks)}; it takes None, or float32, float16 or bfloat16 of shape ({heads},), "
+            "one a query head"
         )
 
 

@@ -260,6 +260,64 @@ def test_new_tokens_are_like_the_first_ones():
         attention(k, *state.update(k, v), mask=mx.ones((3, 3)))
 
 
+@pytest.mark.parametrize("rope", [None, ROPES["halves"]], ids=["none", "rope"])
+@pytest.mark.parametrize("length", [1, 7, 30])
+def test_positions_beyond_32_bits(rope, length):
+    """Far behind 2^31 tokens a chunk still sees its windows."""
+    state, oracle = StreamingKV(2, 12, rope=rope_of(rope)), Sequence(2, 12, rope=rope)
+    q, k, v = made(40)
+    state.append(mx.array(k), mx.array(v))
+    expected(oracle, q[0], k[0], v[0])
+    for row in state._rows:
+        row.seen, row.oldest = row.seen + 12 * 2**30, row.oldest + 12 * 2**30  # whole laps of the ring
+    for seed, tokens in enumerate((length, 1)):
+        q, k, v = made(tokens, seed=seed)
+        assert close(state.attend(*map(mx.array, (q, k, v)))[0], expected(oracle, q[0], k[0], v[0]))
+
+
+class Fails:
+    """An implementation that fails when it is called."""
+
+    name = "fails"
+
+    def route(self, workload, device):
+        """Never asked."""
+
+    def __call__(self, *arguments, **named):
+        """Fail."""
+        raise RuntimeError("failed")
+
+
+def test_a_failed_step_takes_the_token_that_it_overwrote():
+    """A rewind after a step that raised does not bring back a slot with another token in it."""
+    state = StreamingKV(2, 6)
+    state.append(*map(mx.array, made(20)[1:]))
+    with pytest.raises(RuntimeError, match="failed"):
+        state.attend(*map(mx.array, made(1, seed=1)), implementation=Fails())
+    assert (state.position, state.removable()) == (20, 5)
+    state.rewind(1)
+    assert state.kept().tolist() == [0, 1, 15, 16, 17, 18]
+
+
+@pytest.mark.parametrize("sinks", [mx.zeros(1), mx.zeros(3), mx.zeros((1, 4)), mx.zeros(4, mx.int32), [0.0] * 4])
+def test_sinks_are_one_number_a_query_head(sinks):
+    """Other shapes and types are refused, before a token is stored."""
+    state = StreamingKV(2, 6)
+    with pytest.raises(UsageError, match=r"sinks: got .*; it takes None, or float32, .* of shape \(4,\)"):
+        state.attend(*map(mx.array, made(1)), sinks=sinks)
+    assert state.position == 0
+
+
+def test_rows_that_do_not_exist():
+    """A row of the batch is counted from 0."""
+    state = StreamingKV(2, 6)
+    state.append(*map(mx.array, made(9, batch=2)[1:]))
+    for call in (state.kept, lambda row: state.rewind(0, row=row), lambda row: state.removable(row=row)):
+        for row in (2, -1, "x"):
+            with pytest.raises(UsageError, match=f"row: got {row!r}; it takes a whole number from 0 to 1"):
+                call(row)
+
+
 class Streams(RuleBasedStateMachine):
     """Forks, rewinds, steps, chunks and files of states, each beside its oracle."""
 
