@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Final, cast
 
 import mlx.core as mx
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from attention.core import events as on
 from attention.core.errors import InputsOverwrittenError
 from attention.core.route import Route
 from attention.core.workload import COUNTERPARTS, Counterpart, Workload
 from attention.engine.progress import Progress
-from attention.implementations.calls import runner_for
+from attention.implementations.calls import runner_for, take_path
 from attention.implementations.protocol import Implementation
 from attention.measure.accuracy import AccuracyChecker
 from attention.measure.device import Device
@@ -105,12 +105,14 @@ def prepare(name: str, implementation: Implementation, setting: CaseSetting) -> 
     """
     setting.progress.mark_running(name)  # an autotuning implementation runs its trial while it is bound
     inputs = setting.inputs.views()
+    take_path()  # clear what an earlier call left
     runner = setting.bind(name) if setting.bind else _bind_runner(implementation, setting, inputs)
     results, call_s = _first_call(name, runner, setting)
+    recorded = take_path()
     setting.inputs.check(inputs)
     _check(name, implementation, results, setting)
     del results
-    route = _emit_final_route(name, implementation, setting)
+    route = _emit_final_route(name, implementation, setting, recorded)
     setting.progress.begin_step(name, "memory")
     started = time.perf_counter()
     peak = runner.peak_bytes()
@@ -203,9 +205,15 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _emit_final_route(name: str, implementation: Implementation, setting: CaseSetting) -> Route:
-    """Emit the route again: an autotuning implementation knows its path only after the first call."""
+def _emit_final_route(name: str, implementation: Implementation, setting: CaseSetting, recorded: str | None) -> Route:
+    """Emit the route again: an autotuning implementation knows its path only after the first call.
+
+    `recorded`: the path that the first call recorded. On several ranks it is shown: a rank's part of the call has a
+    shape of its own, with a choice of its own, of which the route of the whole call knows nothing.
+    """
     route = setting.route(implementation)
+    if recorded is not None and setting.workload.ranks > 1:
+        route = structs.replace(route, path=f"x{setting.workload.ranks} {recorded}")
     setting.progress.emit(on.RouteFound(case=setting.progress.case, implementation=name, route=route))
     return route
 

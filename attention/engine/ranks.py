@@ -27,7 +27,7 @@ from attention.core import events as on
 from attention.core.errors import UnsupportedError, UsageError, error_line, truncated
 from attention.core.plan import Plan, RankSetting
 from attention.core.results import Peaks, RankFigures
-from attention.core.route import Route, fitted, unsupported, validated_route
+from attention.core.route import Route, unsupported, validated_route
 from attention.core.workload import Workload
 from attention.distributed import unshard
 from attention.distributed.bound_call import BoundCall
@@ -276,7 +276,7 @@ def ranks_route(
     part = None if alone.predicted_bytes is None else alone.predicted_bytes // workload.ranks
     return structs.replace(
         alone,
-        path=fitted(f"x{workload.ranks} {alone.path}"),
+        path=f"x{workload.ranks} {alone.path}",
         reason=f"{decision.reason.removesuffix('.')}; each rank: {alone.reason}",
         predicted_bytes=None if part is None else part + workload.key_value_bytes,
     )

@@ -1,5 +1,6 @@
 """A report as tables for a terminal: they fit in 100 columns; a narrower one drops columns, with a note."""
 
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
@@ -341,6 +342,7 @@ def curve(row: FineTuningRow, width: int = CURVE_WIDTH) -> str:
 
 WIDTH: Final = 100
 MIN_PATH_WIDTH: Final = 8
+MAX_PATH_LINES: Final = 2
 SMALL_RATE: Final = 1e12
 """Rates below this many FLOP/s are shown in GFLOP/s, since they would be mostly zeros in TFLOP/s."""
 DROPPED_FIRST: Final = (
@@ -418,9 +420,10 @@ def _columns(case: Case, rate_unit: tuple[float, str], further: FurtherColumns) 
     best = formatting.best_of(case)
     if len(best) == sum(row.status == formatting.OK for row in rows):
         best = ()  # a star on every row would say nothing
+    ranks = f"x{case.workload.ranks} "  # the title says it
     return [
         TextColumn(IMPLEMENTATION, [short_name(row.implementation) for row in rows]),
-        TextColumn("path", [row.path or formatting.UNKNOWN for row in rows]),
+        TextColumn("path", [(row.path or formatting.UNKNOWN).removeprefix(ranks) for row in rows]),
         TextColumn("tokens/s", [starred(row, best) for row in rows]),
         TextColumn("per call", [formatting.interval_text(row.call_s) for row in rows]),
         TextColumn("speedup", [formatting.speedup_text(row.speedup) for row in rows]),
@@ -447,10 +450,19 @@ def _fitted(columns: list[TextColumn], width: int) -> tuple[list[TextColumn], in
         for gap in (2, 1):
             spare = width - sum(column.width for column in kept) - gap * (len(kept) - 1)
             path = next((column for column in kept if column.head == "path"), None)
-            least = min(path.width, MIN_PATH_WIDTH) if path else 0
+            least = _least_path_width(path) if path else 0
             if spare >= 0 or (path and gap == 1 and path.width + spare >= least):
                 return kept, gap
     return kept, 1
+
+
+def _least_path_width(path: TextColumn) -> int:
+    """Return the least width at which every path wraps into at most MAX_PATH_LINES, between words."""
+    for width in range(MIN_PATH_WIDTH, path.width):
+        wrapped = [textwrap.wrap(cell, width, break_long_words=False, break_on_hyphens=False) for cell in path.cells]
+        if all(len(lines) <= MAX_PATH_LINES and max(map(cell_len, lines), default=0) <= width for lines in wrapped):
+            return width
+    return path.width
 
 
 def _grid(columns: list[TextColumn], gap: int, case: AnyCase, width: int) -> Table:

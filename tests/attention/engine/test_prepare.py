@@ -1,9 +1,20 @@
-"""Inputs that an implementation changes are noticed."""
+"""Preparation: inputs that an implementation changes are noticed, and the path that it takes is known."""
 
 import mlx.core as mx
 import pytest
+from msgspec import structs
 
-from attention.engine.prepare import SharedInputs
+from attention.core import events as on
+from attention.core.plan import Plan
+from attention.core.route import Route
+from attention.core.workload import Workload
+from attention.engine.prepare import CaseSetting, SharedInputs, prepare
+from attention.engine.progress import Progress
+from attention.implementations import load_implementation
+from attention.implementations.calls import make_inputs, record_path, runner_for
+from attention.measure.accuracy import AccuracyChecker
+from attention.measure.device import probe
+from attention.measure.rounds import Runner
 from attention.quantized_kv import QuantizedArray, quantized
 
 
@@ -28,3 +39,30 @@ def test_quantized_inputs_that_change_are_noticed(part: int) -> None:
     changed[part] = changed[part] + mx.ones((), changed[part].dtype)
     with pytest.raises(ValueError, match="wrote into its inputs"):
         inputs.check([view.with_arrays(changed)])
+
+
+def test_on_ranks_the_path_is_that_of_the_first_call() -> None:
+    workload = Workload(seq=32, head_dim=16, heads=2, ranks=2)
+    emitted: list[on.AnyEvent] = []
+    alone = structs.replace(workload, ranks=1)
+    baseline, inputs = load_implementation("baseline"), make_inputs(alone, 0)
+
+    def bind(name: str) -> Runner:
+        record_path("tuned: poc")
+        return runner_for(baseline, alone, inputs, 0.25)
+
+    progress = Progress(Plan(cases=(workload,), implementations=("demo",)), 0, emitted.append, lambda number: None)
+    setting = CaseSetting(
+        workload=workload,
+        device=probe(),
+        inputs=SharedInputs(inputs),
+        accuracy=AccuracyChecker(alone, inputs),
+        sample_s=0.001,
+        progress=progress,
+        route=lambda implementation: Route(path="x2 not tried yet", fused=False, reason="a reason"),
+        bind=bind,
+    )
+    progress.begin_case(0)
+    prepare("demo", baseline, setting)
+    routes = [event.route.path for event in emitted if isinstance(event, on.RouteFound)]
+    assert routes == ["x2 tuned: poc"]

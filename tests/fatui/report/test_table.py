@@ -34,16 +34,18 @@ def printed(report, width: int, shown_study=None) -> list[str]:
     return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
-@pytest.mark.parametrize("width", [100, 140])
-def test_everything_fits_also_with_long_names_and_large_figures(width):
-    record = record_of(plan_of([WIDE, Workload(seq=64)], ["baseline", "practical", LONG, "demo"]))
+@pytest.mark.parametrize(("width", "own"), [(100, "mine.py:A"), (140, LONG)])
+def test_everything_fits_also_with_long_names_and_large_figures(width, own):
+    record = record_of(plan_of([WIDE, Workload(seq=64)], ["baseline", "practical", own, "demo"]))
     record.apply(on.RowEnded(case=1, implementation="demo", status="unsupported", reason="a reason " * 20))
     lines = printed(record.report(run_of()), width)
     text = "\n".join(lines)
     assert max(map(cell_len, lines)) <= width
     for head in ("path", "tokens/s", "per call", "speedup", "FLOP/s", "eff.", "memory", "error", "verdict"):
         assert head in text
-    assert text.count("…") == 5  # the long name alone: in two tables, explained below each, and in the means
+    assert text.count("…") == (
+        5 if own == LONG else 0
+    )  # the long name alone: in two tables, explained below each, and in the means
     assert "no room" not in text
 
 
@@ -123,3 +125,17 @@ def test_the_studys_figures_are_its_own_and_marked():
 
 def test_other_runs_have_no_study_beside_them():
     assert beside(report_of()) is None
+
+
+@pytest.mark.parametrize("width", range(72, 124, 4))
+def test_a_path_wraps_into_two_lines_at_most(width):
+    names = ["baseline", "poc", "demo"]
+    record = record_of(plan_of([Workload(seq=64, ranks=2)], names))
+    for name, path in zip(names, ("manual, unfused", "CPU kernel avx512_bf16", "tuned: poc"), strict=True):
+        route = Route(path=f"x2 {path}", fused=False, reason="a reason")
+        record.apply(on.RouteFound(case=0, implementation=name, route=route))
+    lines = printed(record.report(run_of()), width)
+    first = next(number for number, line in enumerate(lines) if line.startswith("baseline"))
+    last = next(number for number, line in enumerate(lines) if line.startswith("demo"))
+    assert last - first <= 4
+    assert "x2" not in "".join(lines[first : last + 1])  # the title says it
