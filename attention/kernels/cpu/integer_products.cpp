@@ -276,9 +276,7 @@ void place(const int32_t* integers, int64_t row, int64_t columns, int bits, uint
 }
 constexpr bool takes_e2m1 = false;
 #endif
-}  // namespace
 
-namespace {
 // Bits of the numbers that scores are computed from.
 int score_bits(const Packing& packing) {
   return packing.bits == 4 && (takes_e2m1 || packing.mode == Mode::affine) ? 4 : 8;
@@ -473,9 +471,7 @@ void add_blocks(const Packed& values, const Weights& weights, float* output, int
     else if (values.group == dims / 2) Block<bits, 0, 2>::all(values, weights, block, output, line, next);
     else if constexpr (dims > 64) Block<bits, 0, 4>::all(values, weights, block, output, line, next);
 }
-}  // namespace
 
-namespace {
 // Bits of the numbers that the output is summed from.
 int sum_bits(const Packing& packing) { return packing.bits == 4 ? 4 : 8; }
 }  // namespace

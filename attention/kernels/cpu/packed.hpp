@@ -84,5 +84,4 @@ FATUI_INLINE __m128i packed(const uint8_t* p) {
 }
 #endif
 
-
 }  // namespace fatui

@@ -17,9 +17,10 @@
 //   output     n times (scale * weight), and the bias times the weight, which is added up apart; the groups of 32 or 16 values
 //              would need too many products, so their values are dequantized: one multiplication for two of them
 //
-// Ranges of STEP keys, one or more tiles of 16, are dealt round-robin to the warps of a split. As in sm90/decode.cu, each warp has its own ring of STAGES
-// buffers, filled by asynchronous copies, and never waits for another one. In the epilogue the warps' partial results are
-// combined in shared memory, and those of several splits by the last block to finish: see sm90/decode_join.cuh.
+// Ranges of STEP keys, one or more tiles of 16, are dealt round-robin to the warps of a split. As in sm90/decode.cu, each warp
+// has its own ring of STAGES buffers, filled by asynchronous copies, and never waits for another one. In the epilogue the
+// warps' partial results are combined in shared memory, and those of several splits by the last block to finish: see
+// sm90/decode_join.cuh.
 //
 // Weights are relative to a row's base, which is raised only when a score exceeds it by HEADROOM: most tiles need neither a
 // maximum over lanes nor a rescaled output (FlashAttention 4). Queries are scaled to float16 by a power of two per row, and
@@ -577,13 +578,7 @@ DEVICE void start(const Source& source, const Problem& problem, u32 ring, int be
 }
 
 // Element of a pair.
-DEVICE float element(u32 pair, int half) {
-#if BFLOAT16
-  return __uint_as_float(half == 0 ? pair << 16 : pair & 0xffff0000u);
-#else
-  return from_half(pair >> 16 * half);
-#endif
-}
+DEVICE float element(u32 pair, int half) { return half == 0 ? low_of(pair) : high_of(pair); }
 
 DEVICE float upper_half(float x) { return __uint_as_float(__float_as_uint(x) & 0xffff0000u); }
 DEVICE float sum_in_quad(float x) {

@@ -118,9 +118,12 @@ struct Packed {
                      : "l"(place + 4 * i));
       }
     } else if constexpr (BYTES % 8 == 0) {
-      asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
-                   : "=r"(words[0]), "=r"(words[1])
-                   : "l"(place));
+#pragma unroll
+      for (int i = 0; i < WORDS; i += 2) {
+        asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0, %1}, [%2];"
+                     : "=r"(words[i]), "=r"(words[i + 1])
+                     : "l"(place + 4 * i));
+      }
     } else if constexpr (BYTES % 4 == 0) {
 #pragma unroll
       for (int i = 0; i < WORDS; ++i) asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(words[i]) : "l"(place + 4 * i));
@@ -130,7 +133,8 @@ struct Packed {
       for (int i = 0; i < WORDS; ++i) words[i] = 0;
 #pragma unroll
       for (int i = 0; i < BYTES; i += STEP) {
-        const u32 x = STEP == 2 ? *reinterpret_cast<const unsigned short*>(place + i) : *reinterpret_cast<const unsigned char*>(place + i);
+        const u32 x = STEP == 2 ? *reinterpret_cast<const unsigned short*>(place + i)
+                                : *reinterpret_cast<const unsigned char*>(place + i);
         words[i / 4] |= x << i % 4 * 8;
       }
     }
@@ -223,14 +227,6 @@ struct Plane {
   int number_row, scale_row, bias_row;
 };
 
-// The plane from a column on.
-template <typename F>
-DEVICE Plane from_column(const Plane& plane, int column) {
-  const int scale = column / F::GROUP * F::SCALE_BYTES;
-  return {plane.numbers + column * F::BITS / 8, plane.scales + scale, plane.biases + scale, plane.number_row,
-          plane.scale_row, plane.bias_row};
-}
-
 struct PlaneRow {
   const char *numbers, *scales, *biases;
 
@@ -238,8 +234,6 @@ struct PlaneRow {
       : numbers(plane.numbers + static_cast<i64>(row) * plane.number_row),
         scales(plane.scales + static_cast<i64>(row) * plane.scale_row),
         biases(plane.biases + static_cast<i64>(row) * plane.bias_row) {}
-  DEVICE PlaneRow(const PlaneRow& row, int number_bytes, int scale_bytes)
-      : numbers(row.numbers + number_bytes), scales(row.scales + scale_bytes), biases(row.biases + scale_bytes) {}
 
   // Loads consecutive numbers from a column on, and their scale; zeros unless `valid`.
   template <typename F, int COUNT>

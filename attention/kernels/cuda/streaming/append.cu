@@ -11,14 +11,6 @@ constexpr int PAIRS = ROPE_DIMS / 2;
 
 using u16 = unsigned short;
 
-DEVICE float element(u16 bits) {
-#if BFLOAT16
-  return __uint_as_float(static_cast<u32>(bits) << 16);
-#else
-  return from_half(bits);
-#endif
-}
-
 // Rotates a row of HEAD_DIM elements by a number of positions. The angle is reduced in double: a slot may be far from 0.
 DEVICE void rotate(const u16* from, u16* to, const float* radians, int positions) {
   constexpr double TURN = 6.283185307179586;
@@ -28,7 +20,7 @@ DEVICE void rotate(const u16* from, u16* to, const float* radians, int positions
     const float rest = static_cast<float>(angle - TURN * rint(angle / TURN));
     float sine, cosine;
     sincosf(rest, &sine, &cosine);
-    const float x = element(from[low]), y = element(from[high]);
+    const float x = low_of(from[low]), y = low_of(from[high]);
     const u32 made = pack(x * cosine - y * sine, x * sine + y * cosine);
     to[low] = positions == 0 ? from[low] : static_cast<u16>(made);
     to[high] = positions == 0 ? from[high] : static_cast<u16>(made >> 16);

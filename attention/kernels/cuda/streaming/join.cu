@@ -4,14 +4,6 @@
 
 using u16 = unsigned short;
 
-DEVICE float element(u16 bits) {
-#if BFLOAT16
-  return __uint_as_float(static_cast<u32>(bits) << 16);
-#else
-  return from_half(bits);
-#endif
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS)
     KERNEL_NAME(const u16* versions, const float* logsumexp, u16* output) {
   constexpr float LOG2_E = 1.44269504f;
@@ -22,7 +14,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const float total = x + y + z, inverse = total > 0 ? 1 / total : 0;
   const u16* from = versions + row * 3 * HEAD_DIM;
   for (int i = threadIdx.x; i < HEAD_DIM; i += THREADS) {
-    const float sum = x * element(from[i]) + y * element(from[HEAD_DIM + i]) + z * element(from[2 * HEAD_DIM + i]);
+    const float sum = x * low_of(from[i]) + y * low_of(from[HEAD_DIM + i]) + z * low_of(from[2 * HEAD_DIM + i]);
     output[row * HEAD_DIM + i] = static_cast<u16>(pack(sum * inverse, 0));
   }
 }
