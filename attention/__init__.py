@@ -174,7 +174,6 @@ def attention(
     from attention.arguments import (
         check_mask,
         check_max_error,
-        check_numbers,
         check_score_mod,
         check_shapes,
         check_streaming,
@@ -182,6 +181,7 @@ def attention(
         find_implementation,
         is_streaming,
     )
+    from attention.core.numbers import check_numbers
 
     chosen = find_implementation(implementation)
     from attention.implementations.calls import (  # imports MLX, which the line above checks

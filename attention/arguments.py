@@ -2,12 +2,13 @@
 
 import math
 from functools import cache
-from typing import TYPE_CHECKING, Final, TypeGuard, cast
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 from msgspec import structs
 
 from attention import masks
 from attention.core.errors import NoBackendError, UnsupportedError, UsageError, suggestion
+from attention.core.numbers import is_number, shown_value
 from attention.core.workload import DTYPES
 from attention.implementations import load_implementation
 from attention.implementations.protocol import Implementation, ReturnsLogsumexp
@@ -18,12 +19,6 @@ if TYPE_CHECKING:
 
     from attention.quantized_kv import QuantizedArray
     from attention.streaming import StreamingKV
-
-MAX_SCALE: Final = 1e38
-MIN_SOFTCAP, MAX_SOFTCAP = 1e-30, 1e30
-"""Within these bounds scores and their quotients by a softcap stay in float32's range."""
-MAX_SHOWN: Final = 60
-"""Maximum number of characters of an invalid value in a message."""
 
 
 def find_implementation(implementation: object) -> Implementation:
@@ -113,28 +108,6 @@ def _shape_problems(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) 
     return problems
 
 
-def check_numbers(scale: object, softcap: object, head_dim: int) -> tuple[float, float | None]:
-    """Return the scale, 1 / sqrt(head_dim) by default, and the softcap.
-
-    Raises:
-        UsageError: the scale or the softcap is not a number or out of float32's useful range.
-    """
-    problems = []
-    if scale is not None and not (_is_number(scale) and abs(scale) <= MAX_SCALE):  # type: ignore[arg-type]
-        problems.append(
-            f"scale: got {_shown_value(scale)}; it takes a number from -{MAX_SCALE:g} to {MAX_SCALE:g}, "
-            "or None for 1 / sqrt(head_dim)"
-        )
-    if softcap is not None and not (_is_number(softcap) and MIN_SOFTCAP <= softcap <= MAX_SOFTCAP):  # type: ignore[operator]
-        problems.append(
-            f"softcap: got {_shown_value(softcap)}; it takes a number from {MIN_SOFTCAP:g} to {MAX_SOFTCAP:g}, or None"
-        )
-    if problems:
-        raise UsageError(*problems)
-    factor = head_dim**-0.5 if scale is None else scale
-    return float(factor), None if softcap is None else float(softcap)  # type: ignore[arg-type]
-
-
 def check_mask(mask: object, window: object, q: "mx.array", k: "mx.array | QuantizedArray") -> Mask:
     """Return the mask of a call of q and k, see `check_mask_of_shape`."""
     return check_mask_of_shape(mask, window, (q.shape[0], q.shape[1], q.shape[2], k.shape[2]))
@@ -148,7 +121,7 @@ def check_mask_of_shape(mask: object, window: object, shape: Shape) -> Mask:
     """
     problems = []
     if window is not None and (type(window) is not int or window < 1):
-        problems.append(f"window: got {_shown_value(window)}; it takes a whole number from 1, or None")
+        problems.append(f"window: got {shown_value(window)}; it takes a whole number from 1, or None")
     array = None if mask is None or isinstance(mask, str | Pattern) else mask
     try:
         _check_kind(mask)
@@ -201,8 +174,8 @@ def check_max_error(max_error: object, implementation: Implementation, return_ls
     Raises:
         UsageError: it is not a number above 0.
     """
-    if not (_is_number(max_error) and 0 < max_error < math.inf):  # type: ignore[operator]
-        raise UsageError(f"max_error: got {_shown_value(max_error)}; it takes a number above 0, or None")
+    if not (is_number(max_error) and 0 < max_error < math.inf):  # type: ignore[operator]
+        raise UsageError(f"max_error: got {shown_value(max_error)}; it takes a number above 0, or None")
     takes = getattr(implementation, "takes_max_error", False) and not return_lse
     return {"max_error": float(max_error)} if takes else {}  # type: ignore[arg-type]
 
@@ -242,7 +215,7 @@ def check_streaming(mask: object, window: object, score_mod: object, max_error: 
         UsageError: it has more.
     """
     given = {"window": window, "score_mod": score_mod, "max_error": max_error, "return_lse": return_lse or None}
-    problems = [f"{name}: got {_shown_value(x)}; with a StreamingKV it takes None" for name, x in given.items() if x]
+    problems = [f"{name}: got {shown_value(x)}; with a StreamingKV it takes None" for name, x in given.items() if x]
     if mask is not None and not (isinstance(mask, str) and mask == "causal"):
         problems.append("mask: got one; with a StreamingKV it takes None or 'causal': the state says what is kept")
     if problems:
@@ -254,19 +227,6 @@ def _accepted_types() -> "frozenset[mx.Dtype]":
     import mlx.core as mx
 
     return frozenset(getattr(mx, name) for name in DTYPES)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
-
-
-def _shown_value(value: object) -> str:
-    """Format an invalid value, truncated; Python refuses to print integers of thousands of digits."""
-    try:
-        text = repr(value)
-    except ValueError:
-        return "a number of thousands of digits"
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def _kind(value: object) -> str:

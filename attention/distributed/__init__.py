@@ -93,12 +93,12 @@ def attention(
     """
     from attention.arguments import (
         check_mask_of_shape,
-        check_numbers,
         check_score_mod,
         check_shapes,
         check_support,
         find_implementation,
     )
+    from attention.core.numbers import check_numbers
     from attention.distributed.attend import Problem, attend, check_local, check_supported
 
     chosen = find_implementation(implementation)

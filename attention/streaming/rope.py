@@ -7,6 +7,7 @@ import numpy as np
 from msgspec import Struct
 
 from attention.core.errors import UsageError
+from attention.core.numbers import is_number, shown_value
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,6 +28,11 @@ class Rope(Struct, frozen=True, eq=False):
         """Raise UsageError unless the parts fit together."""
         if type(self.dims) is not int or self.dims < 2 or self.dims % 2:
             raise UsageError(f"rope: got dims {self.dims!r}; it takes an even number from 2")
+        for name, value in (("base", self.base), ("scale", self.scale)):
+            if not is_number(value) or not 0 < value < float("inf"):
+                raise UsageError(f"rope: got {name} {shown_value(value)}; it takes a finite number above 0")
+        if self.freqs is not None and not isinstance(self.freqs, mx.array):
+            raise UsageError(f"rope: got freqs of type {type(self.freqs).__name__}; it takes None or an mlx.core.array")
         if self.freqs is not None and tuple(self.freqs.shape) != (self.dims // 2,):
             raise UsageError(f"rope: got freqs of shape {tuple(self.freqs.shape)}; it takes ({self.dims // 2},)")
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from attention.core.errors import KernelUnavailable, UsageError, error_line
 from attention.core.kv_format import DENSE, KVFormat, parse_kv_format
+from attention.core.numbers import check_numbers, shown_value
 from attention.implementations import load_implementation
 from attention.implementations.protocol import Implementation
 from attention.masks import Mask, dtype_name
@@ -93,6 +94,8 @@ class StreamingKV:
         """
         self.layout = Layout(first, window, spare)
         self.formats = parse_kv_format(format) if isinstance(format, str) else format
+        if not isinstance(self.formats, KVFormat | None):
+            raise UsageError(f"format: got {type(format).__name__}; it takes None or a name, as 'int8' or 'int8+int4'")
         if rope is not None and not isinstance(rope, Rope):
             raise UsageError(f"rope: got {type(rope).__name__}; it takes None or attention.Rope(dims)")
         self.rope = rope
@@ -215,20 +218,20 @@ class StreamingKV:
             (B, H, L, Dv) in the query's dtype.
 
         Raises:
-            UsageError: shapes or dtypes are not those of the first call, or do not fit each other; nothing is stored.
+            UsageError: shapes or dtypes are not those of the first call, or do not fit each other, or a number is out
+                of range; nothing is stored.
         """
         if not isinstance(q, mx.array) or q.ndim != 4:
             _check_query(q, k)
+        factor, cap = check_numbers(scale, softcap, q.shape[3])
         if self._pending is not None:
             self._flush()
         elif lengths is None and sinks is None and q.shape[2] == 1:
-            stepped = self._step(q, k, v, scale, softcap, rotated, implementation)
+            stepped = self._step(q, k, v, factor, cap, rotated, implementation)
             if stepped is not None:
                 return stepped
         chosen = load_implementation(implementation) if isinstance(implementation, str) else implementation
-        factor = q.shape[-1] ** -0.5 if scale is None else scale
-        settings = Settings(chosen, factor, softcap, sinks)
-        return self._attend(q, k, v, lengths, rotated, settings)
+        return self._attend(q, k, v, lengths, rotated, Settings(chosen, factor, cap, sinks))
 
     def attend_pending(
         self,
@@ -262,7 +265,7 @@ class StreamingKV:
         q: mx.array,
         k: mx.array,
         v: mx.array,
-        scale: float | None,
+        scale: float,
         softcap: float | None,
         rotated: bool,
         implementation: str | Implementation,
@@ -274,7 +277,7 @@ class StreamingKV:
             return None
         keys, values = held.keys.arrays, held.values.arrays
         slots = [*keys, *values]
-        token = fused.Token(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale, softcap, rotated)
+        token = fused.Token(q, k, v, scale, softcap, rotated)
         out: mx.array | None = None
         try:
             if backend == "cpu":
@@ -356,10 +359,13 @@ class StreamingKV:
         if self.rope is not None:
             self.rope.check_width(k.shape[3])
         if lengths is not None and (
-            len(lengths) != k.shape[0] or not all(type(n) is int and 0 <= n <= k.shape[2] for n in lengths)
+            not isinstance(lengths, Sequence)
+            or len(lengths) != k.shape[0]
+            or not all(type(n) is int and 0 <= n <= k.shape[2] for n in lengths)
         ):
             raise UsageError(
-                f"lengths: got {[*lengths]}; it takes {k.shape[0]} whole numbers from 0 to {k.shape[2]}, one a row"
+                f"lengths: got {shown_value(lengths)}; it takes {k.shape[0]} whole numbers from 0 to {k.shape[2]}, "
+                "one a row"
             )
 
     def _check_like_before(self, k: mx.array, v: mx.array) -> None:
@@ -671,6 +677,8 @@ class StreamingKV:
             spare=description.spare,
         )
         made._rows = [Row(seen, oldest) for seen, oldest in description.rows]
+        if any(row.seen < 0 or row.oldest < 0 for row in made._rows):
+            raise UsageError("it has negative positions")
         for kind, heads in description.kept:
             made._hold(kind, heads, arrays, description)
         if bool(made._rows) != bool(made._kept()):

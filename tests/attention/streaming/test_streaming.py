@@ -237,6 +237,7 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, damage):
         ({"first": -1}, "first: got -1; it takes a whole number from 0"),
         ({"window": 0}, "window: got 0; it takes a whole number from 1"),
         ({"format": "int9"}, "int9"),
+        ({"format": 8}, "format: got int; it takes None or a name"),
         ({"heads": "some"}, "heads: got 'some'"),
         ({"rope": 16}, "rope: got int; it takes None or attention.Rope"),
     ],
@@ -316,6 +317,33 @@ def test_rows_that_do_not_exist():
         for row in (2, -1, "x"):
             with pytest.raises(UsageError, match=f"row: got {row!r}; it takes a whole number from 0 to 1"):
                 call(row)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"softcap": 0.0}, "softcap: got 0.0; it takes a number from 1e-30"),
+        ({"softcap": -1.0}, "softcap: got -1.0; it takes a number"),
+        ({"scale": float("nan")}, "scale: got nan; it takes a number"),
+        ({"scale": "x"}, "scale: got 'x'; it takes a number"),
+        ({"lengths": 1}, "lengths: got 1; it takes 1 whole numbers"),
+    ],
+)
+def test_invalid_arguments_of_a_call(arguments, message, tokens):
+    """A step refuses what a chunk refuses, and stores nothing."""
+    state = StreamingKV(2, 6)
+    state.append(*map(mx.array, made(9)[1:]))
+    with pytest.raises(UsageError, match=message):
+        state.attend(*map(mx.array, made(tokens)), **arguments)
+    assert state.position == 9
+
+
+@pytest.mark.parametrize("wrong", [{"base": 0}, {"base": -1.0}, {"scale": "x"}, {"freqs": [1.0, 2.0]}])
+def test_invalid_rope(wrong):
+    """A bad field is named."""
+    with pytest.raises(UsageError, match=f"rope: got {next(iter(wrong))} "):
+        Rope(4, **wrong)
 
 
 class Streams(RuleBasedStateMachine):
