@@ -130,7 +130,7 @@ def _check_machine() -> None:
 
 
 def _host() -> bytes:
-    """Return what tells hosts apart."""
+    """Return what identifies this host."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     text = boot.read_text().strip() if boot.exists() else ""
     return f"{platform.node()[:24]} {text}".encode()[:NAME_BYTES]

@@ -137,7 +137,7 @@ class StreamBench(CaseRunner[StreamPlan]):
             Whether all tokens were given.
         """
         stream = self._blocks(name)
-        began = told = time.perf_counter()
+        began = emitted = time.perf_counter()
         position, block_end = 0, work.block_tokens
         block_s = self._plan.seconds / MAX_BLOCKS
         with without_collection():
@@ -154,8 +154,8 @@ class StreamBench(CaseRunner[StreamPlan]):
                     stream.close_block(position)
                     self._emit_taken_path(name)
                     up = up or not may_continue(position)
-                if now - told >= EMIT_INTERVAL_S:
-                    told = now
+                if now - emitted >= EMIT_INTERVAL_S:
+                    emitted = now
                     stream.flush()
                     left = min((work.tokens - position) * (now - began) / position, self._plan.seconds - now + began)
                     self._progress.emit_progress(f"{name}: token {position:,} of {work.tokens:,}", max(0.0, left))

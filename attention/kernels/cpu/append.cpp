@@ -9,7 +9,7 @@
 namespace fatui {
 namespace {
 
-constexpr int64_t most_values = 128;  // of a group
+constexpr int64_t max_values = 128;  // of a group
 constexpr int64_t rows_at_once = 32, least_shared_values = 1 << 15;  // fewer are quantized sooner than threads wake up
 
 template <class T>
@@ -157,8 +157,8 @@ void quantize_row(const NewRows& x, int64_t batch, int64_t head, int64_t row) {
   const int64_t to = x.first + row, group = x.packing.group;
   uint8_t* out = reinterpret_cast<uint8_t*>(row_of<uint32_t>(x.numbers, batch, head, to));
   for (int64_t g = 0; g < x.width / group; g++, out += group * x.packing.bits / 8) {
-    alignas(64) float values[most_values];
-    alignas(64) uint8_t numbers[most_values];
+    alignas(64) float values[max_values];
+    alignas(64) uint8_t numbers[max_values];
     for (int64_t i = 0; i < group; i += lanes)
       store(values + i, widen_strided(from + (g * group + i) * x.rows.stride[3], x.rows.stride[3], lanes));
     if (x.packing.mode == Mode::affine)

@@ -22,9 +22,9 @@ class FloatTiles {
     return query_tile * (padded(p.head_dim) + padded(p.value_dim)) + row_numbers;
   }
 
-  FloatTiles(const BackwardCall& call, int64_t slots, float* room)
+  FloatTiles(const BackwardCall& call, int64_t slots, float* buffer)
       : call_(call), p_(call.problem), d_(padded(p_.head_dim)), dv_(padded(p_.value_dim)), holds_(slots, -1) {
-    scores_ = room;
+    scores_ = buffer;
     score_gradients_ = scores_ + query_tile * step_keys;
     slopes_ = score_gradients_ + query_tile * step_keys;
     key_ = slopes_ + query_tile * step_keys;
@@ -44,14 +44,14 @@ class FloatTiles {
   // Forms of a query tile: Q and dO, transposed (packed unless still in the slot) and not.
   [[gnu::noinline]] void take_queries(const Item& item, int64_t tile) {
     const int64_t slot = std::min(tile, int64_t(holds_.size()) - 1), width = round_up(item.queries, lanes);
-    query_turned_ = slots_ + slot * a_slot(p_), gradient_turned_ = query_turned_ + query_tile * d_;
-    rows_ = reinterpret_cast<RowNumbers*>(gradient_turned_ + query_tile * dv_);
+    query_transposed_ = slots_ + slot * a_slot(p_), gradient_transposed_ = query_transposed_ + query_tile * d_;
+    rows_ = reinterpret_cast<RowNumbers*>(gradient_transposed_ + query_tile * dv_);
     if (holds_[slot] != tile) {
       holds_[slot] = tile;
       read_statistics(call_, item, *rows_);
-      turn(rows_of<T>(p_.query, item), p_.head_dim, width, query_turned_, p_.scale);
-      turn(rows_of<T>(call_.output_gradient, item), p_.value_dim, width, gradient_turned_);
-      for (int64_t d = 0; d < p_.value_dim; d++) divide(gradient_turned_ + d * query_tile, width);
+      transpose_rows(rows_of<T>(p_.query, item), p_.head_dim, width, query_transposed_, p_.scale);
+      transpose_rows(rows_of<T>(call_.output_gradient, item), p_.value_dim, width, gradient_transposed_);
+      for (int64_t d = 0; d < p_.value_dim; d++) divide(gradient_transposed_ + d * query_tile, width);
       make_deltas(item, width);
     }
     // Q in place only if whole vectors of columns can be read.
@@ -67,9 +67,9 @@ class FloatTiles {
   void step(const TileStep& t) {
     const int64_t width = round_up(t.item.queries, lanes);
     const float *k = k_.data + t.row * k_.stride, *v = v_.data + t.row * v_.stride;
-    multiply_scores({k, k_.stride, query_turned_, query_tile, p_.head_dim, scores_, query_tile, nullptr}, t.keys, width);
+    multiply_scores({k, k_.stride, query_transposed_, query_tile, p_.head_dim, scores_, query_tile, nullptr}, t.keys, width);
     multiply<Layout::depth_contiguous, Update::overwrite>(
-        {v, v_.stride, gradient_turned_, query_tile, p_.value_dim, score_gradients_, query_tile, nullptr}, t.keys,
+        {v, v_.stride, gradient_transposed_, query_tile, p_.value_dim, score_gradients_, query_tile, nullptr}, t.keys,
         width);
     if (p_.softcap > 0) cap_slopes(scores_, slopes_, t.keys, width, inside_cap(p_));
     const Scores scores{scores_, t.key, t.keys, 0, width, t.bounds.whole, t.bits};
@@ -119,7 +119,7 @@ class FloatTiles {
         Vector x[lanes];
         load_turned(rows, i, d, p_.value_dim, x);
         const int64_t some = std::min<int64_t>(lanes, p_.value_dim - d);
-        for (int64_t c = 0; c < some; c++) sum = fused(sum, x[c], load(gradient_turned_ + (d + c) * query_tile + i));
+        for (int64_t c = 0; c < some; c++) sum = fused(sum, x[c], load(gradient_transposed_ + (d + c) * query_tile + i));
       }
       store(rows_->delta + i, sum);
     }
@@ -191,7 +191,7 @@ class FloatTiles {
   bool one_value_ = false;  // for the current head
   std::vector<int64_t> holds_;
   float *scores_, *score_gradients_, *slopes_, *key_, *value_, *query_, *gradient_, *slots_;
-  float *query_turned_ = nullptr, *gradient_turned_ = nullptr;
+  float *query_transposed_ = nullptr, *gradient_transposed_ = nullptr;
   RowNumbers* rows_ = nullptr;
   Floats k_{}, v_{}, q_{};
 };

@@ -98,12 +98,12 @@ inline void cap_slopes(const float* s, float* slopes, int64_t keys, int64_t widt
 
 // Writes rows from a transposed tile, scaled by a factor.
 template <class T>
-void write_turned(T* out, const float* turned, int64_t rows, int64_t columns, float factor) {
+void write_transposed(T* out, const float* transposed, int64_t rows, int64_t columns, float factor) {
   for (int64_t row = 0; row < rows; row += lanes)
     for (int64_t d = 0; d < columns; d += lanes) {
       Vector x[lanes];
       for (int c = 0; c < lanes; c++)
-        x[c] = d + c < columns ? load(turned + (d + c) * query_tile + row) * factor : Vector{};
+        x[c] = d + c < columns ? load(transposed + (d + c) * query_tile + row) * factor : Vector{};
       transpose(x);
       for (int64_t r = 0; r < std::min<int64_t>(lanes, rows - row); r++)
         narrow_some(out + (row + r) * columns + d, x[r], columns - d);

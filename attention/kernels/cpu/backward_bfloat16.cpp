@@ -52,9 +52,9 @@ class PairTiles {
     return query_tile * 2 * (words_of(p.head_dim) + words_of(p.value_dim)) + row_numbers;
   }
 
-  PairTiles(const BackwardCall& call, int64_t slots, float* room)
+  PairTiles(const BackwardCall& call, int64_t slots, float* buffer)
       : call_(call), p_(call.problem), d_(words_of(p_.head_dim)), dv_(words_of(p_.value_dim)), holds_(slots, -1) {
-    scores_ = room;
+    scores_ = buffer;
     score_gradients_ = scores_ + query_tile * step_keys;
     slopes_ = score_gradients_ + query_tile * step_keys;
     probability_rows_ = reinterpret_cast<bfloat16_t*>(slopes_ + query_tile * step_keys);
@@ -76,14 +76,14 @@ class PairTiles {
   // Forms of a query tile: Q and dO, transposed and as pairs of rows, unless still in the slot.
   [[gnu::noinline]] void take_queries(const Item& item, int64_t tile) {
     const int64_t slot = std::min(tile, int64_t(holds_.size()) - 1), width = round_up(item.queries, 32);
-    query_turned_ = slots_ + slot * a_slot(p_), gradient_turned_ = query_turned_ + query_tile * d_;
-    query_rows_ = gradient_turned_ + query_tile * dv_, gradient_row_pairs_ = query_rows_ + query_tile * d_;
+    query_transposed_ = slots_ + slot * a_slot(p_), gradient_transposed_ = query_transposed_ + query_tile * d_;
+    query_rows_ = gradient_transposed_ + query_tile * dv_, gradient_row_pairs_ = query_rows_ + query_tile * d_;
     rows_ = reinterpret_cast<RowNumbers*>(gradient_row_pairs_ + query_tile * dv_);
     if (holds_[slot] == tile) return;
     holds_[slot] = tile;
     const auto q = rows_of<bfloat16_t>(p_.query, item), g = rows_of<bfloat16_t>(call_.output_gradient, item);
-    turn_pairs(q, p_.head_dim, 2 * d_, width, query_turned_, halves(copy_));
-    turn_pairs(g, p_.value_dim, 2 * dv_, width, gradient_turned_, halves(copy_));
+    turn_pairs(q, p_.head_dim, 2 * d_, width, query_transposed_, halves(copy_));
+    turn_pairs(g, p_.value_dim, 2 * dv_, width, gradient_transposed_, halves(copy_));
     pair_rows(q, p_.head_dim, query_rows_, 2 * d_);
     pair_rows(g, p_.value_dim, gradient_row_pairs_, 2 * dv_);
     read_statistics(call_, item, *rows_);
@@ -92,9 +92,9 @@ class PairTiles {
 
   void step(const TileStep& t) {
     const int64_t width = round_up(t.item.queries, 32), keys = round_up(t.keys, 32);
-    product({k_.data + t.row * k_.stride, k_.stride, query_turned_, query_tile, d_, scores_, query_tile, nullptr},
+    product({k_.data + t.row * k_.stride, k_.stride, query_transposed_, query_tile, d_, scores_, query_tile, nullptr},
             t.keys, width, false);
-    product({v_.data + t.row * v_.stride, v_.stride, gradient_turned_, query_tile, dv_, score_gradients_, query_tile,
+    product({v_.data + t.row * v_.stride, v_.stride, gradient_transposed_, query_tile, dv_, score_gradients_, query_tile,
              nullptr},
             t.keys, width, false);
     if (p_.softcap > 0) cap_slopes(scores_, slopes_, t.keys, width, p_.scale * inside_cap(p_));
@@ -147,7 +147,7 @@ class PairTiles {
   std::vector<int64_t> holds_;
   float *scores_, *score_gradients_, *slopes_, *gradient_pairs_, *key_, *value_, *key_turned_, *copy_, *slots_;
   bfloat16_t *probability_rows_, *gradient_rows_;
-  float *query_turned_ = nullptr, *gradient_turned_ = nullptr, *query_rows_ = nullptr, *gradient_row_pairs_ = nullptr;
+  float *query_transposed_ = nullptr, *gradient_transposed_ = nullptr, *query_rows_ = nullptr, *gradient_row_pairs_ = nullptr;
   RowNumbers* rows_ = nullptr;
   Floats k_{}, v_{};
 };

@@ -161,7 +161,7 @@ class Walk {
   void write_queries(const Item& item, const float* sums) const {
     T* out = static_cast<T*>(call_.query_gradient) +
              ((item.batch * p_.heads + item.head) * p_.queries + item.query) * p_.head_dim;
-    write_turned(out, sums, item.queries, p_.head_dim, p_.scale);
+    write_transposed(out, sums, item.queries, p_.head_dim, p_.scale);
   }
 
   const BackwardCall& call_;

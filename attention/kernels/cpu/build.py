@@ -281,8 +281,8 @@ def _compile(command: tuple[str, ...], text: Path, tools: Toolchain) -> Path:
     name = _object_name(command, text, tools)
     finished = _cached_object(name)
     if finished is None:
-        with tempfile.TemporaryDirectory(dir=cache.folder(), prefix=".building-") as room:
-            fresh = Path(room) / "out.o"
+        with tempfile.TemporaryDirectory(dir=cache.folder(), prefix=".building-") as folder:
+            fresh = Path(folder) / "out.o"
             run((*command, "-c", str(text), "-o", str(fresh)))
             fresh.chmod(0o600)
             finished = fresh.replace(cache.folder() / f"{name}-{cache.digest(fresh)[:_HASH_LENGTH]}.o")
@@ -308,8 +308,8 @@ def compile_library(tools: Toolchain, key: str) -> Path:
     cache.require_room(ROOM_BYTES)
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as threads:
         objects = list(threads.map(lambda job: _compile(job[0], job[1], tools), _jobs(tools)))
-    with tempfile.TemporaryDirectory(dir=cache.folder(), prefix=".linking-") as room:
-        fresh = Path(room) / "out.so"
+    with tempfile.TemporaryDirectory(dir=cache.folder(), prefix=".linking-") as folder:
+        fresh = Path(folder) / "out.so"
         run((*_link_command(tools), *map(str, objects), "-lmlx", "-o", str(fresh)))
         check_abi(tools, fresh)
         fresh.chmod(0o600)

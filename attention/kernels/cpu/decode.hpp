@@ -18,7 +18,7 @@ template <class T>
 int64_t decode_keys(const Problem& p) {
   return std::clamp<int64_t>((sizeof(T) == 4 ? 2048 : 8192) / p.head_dim / 16 * 16, 16, score_line);
 }
-static_assert(score_line <= most_quantized_rows);
+static_assert(score_line <= max_quantized_rows);
 
 // Calls f(row, R) for groups of 4, 2 and 1 rows.
 template <class F>
@@ -32,7 +32,7 @@ FATUI_INLINE void in_groups(int64_t rows, const F& f) {
 // Largest number of a row over their mean with which the row is read as integers of 16 bits: their rounding is then at most
 // 2^-12, or 2^-9, of the mean, which is that of the type.
 template <class T>
-constexpr float most_share = std::is_same_v<T, bfloat16_t> ? 128 : 16;
+constexpr float max_share = std::is_same_v<T, bfloat16_t> ? 128 : 16;
 
 // Whether rows can be read in place in whole vectors.
 inline bool whole_vectors(const Tensor& t, int64_t columns) { return t.stride[3] == 1 && columns % lanes == 0; }
@@ -104,7 +104,7 @@ struct FewRows {
   Softmax& state;
   float *query, *scores, *output, *key_copy, *value_copy;  // [row][d], score tiles, [row][dv]; tiles of K and V
   float* pairs = scores + few_rows * score_line;           // P in rows of bfloat16
-  float* turned = scores + query_tile * score_line;        // transposed scores for the masks: [key][row]
+  float* transposed = scores + query_tile * score_line;    // transposed scores for the masks: [key][row]
   int64_t rows = item.rows(), dv = round_up(p.value_dim, lanes);
   int64_t key_length = round_up(p.head_dim, lanes) / (in_pairs ? 2 : 1), value_length = dv / (in_pairs ? 2 : 1);
 
@@ -183,7 +183,7 @@ struct FewRows {
     IntegerQueries integers;
     const auto to_integers = [&] {
       return sizeof(T) == 2 && IntegerQueries::take(p.key_packing, p.head_dim) &&
-             integers.read(query, key_length, rows, p.head_dim, p.key_packing, most_share<T>, query + few_rows * key_length);
+             integers.read(query, key_length, rows, p.head_dim, p.key_packing, max_share<T>, query + few_rows * key_length);
     };
     int64_t query_read = run.query;
     bool in_integers = to_integers();
@@ -233,7 +233,7 @@ struct FewRows {
   }
 
   void softmax(int64_t key, int64_t keys, const uint64_t* bits) {
-    const float factor = finished({turned, key, keys, 0, round_up(rows, lanes), bounds.whole, bits});
+    const float factor = finished({transposed, key, keys, 0, round_up(rows, lanes), bounds.whole, bits});
     for (int64_t r = 0; r < rows; r++) softmax_row(r, keys, factor);
   }
 
@@ -245,13 +245,13 @@ struct FewRows {
     Rows<float> lines;
     lines.stride = 1, lines.count = rows;
     for (int64_t r = 0; r < rows; r++) lines.row[r] = scores + r * score_line;
-    turn(lines, tile.keys, tile.width(), turned);
+    transpose_rows(lines, tile.keys, tile.width(), transposed);
     float factor = 1.0f;
     if constexpr (in_pairs) factor = finish_raw_scores(tile, p, item, bounds);
     else finish_scores(tile, p, item, bounds);
     lines.count = tile.keys;
-    for (int64_t j = 0; j < tile.keys; j++) lines.row[j] = turned + j * query_tile;
-    turn(lines, rows, round_up(tile.keys, lanes), scores);
+    for (int64_t j = 0; j < tile.keys; j++) lines.row[j] = transposed + j * query_tile;
+    transpose_rows(lines, rows, round_up(tile.keys, lanes), scores);
     return factor;
   }
 
@@ -264,7 +264,7 @@ struct FewRows {
     Vector top = load(s + last), sum{};
     for (int64_t j = 0; j < last; j += lanes) top = larger(load(s + j), top);
     const float highest = max_of(top) * factor;
-    if (highest > state.maximum[row] + most_outgrown) move_reference(row, highest);
+    if (highest > state.maximum[row] + max_outgrown) move_reference(row, highest);
     // Rounds the product like that of the maximum: contracted into an FMA with the subtraction, it would differ.
     const float m = std::max(state.maximum[row], -largest);
     for (int64_t j = 0; j < end; j += lanes)

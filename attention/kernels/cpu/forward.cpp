@@ -18,16 +18,16 @@
 namespace fatui {
 namespace {
 
-struct Room {
+struct Buffers {
   float *query, *scores, *output, *key, *value;
   int64_t d, dv;  // padded; row lengths of the copies of K and V
 
   static size_t floats(const Problem& p) {
     const int64_t d = round_up(p.head_dim, lanes), dv = round_up(p.value_dim, lanes);
-    return query_tile * (most_panels * (d + dv) + key_tile) + key_tile * (d + dv);
+    return query_tile * (max_panels * (d + dv) + key_tile) + key_tile * (d + dv);
   }
-  Room() = default;
-  Room(const Problem& p, int64_t panel) : d(round_up(p.head_dim, lanes)), dv(round_up(p.value_dim, lanes)) {
+  Buffers() = default;
+  Buffers(const Problem& p, int64_t panel) : d(round_up(p.head_dim, lanes)), dv(round_up(p.value_dim, lanes)) {
     scores = scratch(floats(p) * sizeof(float));
     key = scores + query_tile * key_tile;
     value = key + key_tile * d;
@@ -41,26 +41,26 @@ struct Panel {
   Item item;
   Bounds bounds;
   Softmax state;
-  Room room;
+  Buffers buffer;
   int64_t width, begin, end;
   bool started[parts] = {};  // whether the output of each part is initialised
 
   template <class T>
   void open(const Problem& p, const Item& whole, int64_t index) {
     item = Schedule::panel(whole, index);
-    room = Room(p, index);
+    buffer = Buffers(p, index);
     bounds = bounds_of(p, item);
     state.reset();
     width = round_up(item.rows(), lanes);
     begin = std::max(item.key_begin, bounds.whole.any_first / key_tile * key_tile);
     end = std::min(item.key_end, bounds.whole.any_last + 1);
-    if (begin < end) turn(rows_of<T>(p.query, item), p.head_dim, width, room.query, p.scale);
+    if (begin < end) transpose_rows(rows_of<T>(p.query, item), p.head_dim, width, buffer.query, p.scale);
   }
 
   void step(const Problem& p, const Floats& k, const Floats& v, int64_t key, const uint64_t* bits) {
     if (key < begin || key >= end) return;
     const int64_t keys = std::min(key_tile, end - key);
-    const Scores whole{room.scores, key, keys, 0, width, bounds.whole};
+    const Scores whole{buffer.scores, key, keys, 0, width, bounds.whole};
     const bool alike = std::all_of(started, started + ceil_div(width, part_rows), [&](bool s) { return s == started[0]; });
     if (bits == nullptr && alike && whole.all_seen()) return attend(p, k, v, whole);
     // At the mask's edge each part skips the keys that none of its queries sees; parts that see the same keys stay together.
@@ -72,7 +72,7 @@ struct Panel {
       }
       if (seen.first > seen.last) continue;
       attend(p, {k.data + seen.first * k.stride, k.stride}, {v.data + seen.first * v.stride, v.stride},
-             {room.scores, key + seen.first, seen.last - seen.first + 1, i * part_rows, std::min(width, next * part_rows),
+             {buffer.scores, key + seen.first, seen.last - seen.first + 1, i * part_rows, std::min(width, next * part_rows),
               bounds.part[i], bits == nullptr ? nullptr : bits + seen.first});
     }
   }
@@ -81,7 +81,7 @@ struct Panel {
   void close(int64_t dims) {
     for (int64_t i = 0; i < parts; i++)
       for (int64_t d = 0; d < dims && !started[i]; d++)
-        std::fill_n(room.output + d * query_tile + i * part_rows, part_rows, 0.0f);
+        std::fill_n(buffer.output + d * query_tile + i * part_rows, part_rows, 0.0f);
   }
 
  private:
@@ -93,15 +93,15 @@ struct Panel {
 
   void attend(const Problem& p, const Floats& k, const Floats& v, const Scores& tile) {
     const int64_t i = tile.begin;
-    multiply_scores({k.data, k.stride, room.query + i, query_tile, p.head_dim, room.scores + i, query_tile, nullptr},
+    multiply_scores({k.data, k.stride, buffer.query + i, query_tile, p.head_dim, buffer.scores + i, query_tile, nullptr},
                     tile.keys, tile.width());
     finish_scores(tile, p, item, bounds);
     softmax_step(tile, state, Coarse(p), [&](int64_t column, int64_t columns) {
       finish_in_double({tile.s, tile.key, tile.keys, column, column + columns, tile.seen, tile.bits}, p, item, k,
                        {state.maximum, state.fine}, state.correction);
     });
-    const Operands to_output{v.data,          v.stride,   room.scores + i,     query_tile, tile.keys,
-                             room.output + i, query_tile, state.correction + i};
+    const Operands to_output{v.data,          v.stride,   buffer.scores + i,     query_tile, tile.keys,
+                             buffer.output + i, query_tile, state.correction + i};
     if (started[i / part_rows])
       multiply<Layout::rows_contiguous, Update::rescale>(to_output, p.value_dim, tile.width());
     else
@@ -114,11 +114,11 @@ struct Panel {
 template <class T>
 void share_tile(const Problem& p, const Item& item, Panel* panel, int64_t panels, int64_t key, int64_t keys,
                 ListWalk* walk = nullptr) {
-  const Room& room = panel[0].room;
+  const Buffers& buffer = panel[0].buffer;
   const Floats k =
-      floats_of<T>(p.key, p.key_packing, item.batch, item.kv_head, key, keys, p.head_dim, room.key, room.d);
+      floats_of<T>(p.key, p.key_packing, item.batch, item.kv_head, key, keys, p.head_dim, buffer.key, buffer.d);
   const Floats v =
-      floats_of<T>(p.value, p.value_packing, item.batch, item.kv_head, key, keys, p.value_dim, room.value, room.dv);
+      floats_of<T>(p.value, p.value_packing, item.batch, item.kv_head, key, keys, p.value_dim, buffer.value, buffer.dv);
   uint64_t bits[key_tile];
   for (int64_t i = 0; i < panels; i++) {
     const Sight sight = walk == nullptr ? Sight::all : walk->sight(i, bits);
@@ -130,7 +130,7 @@ template <class T>
 void attend_panels(const ForwardCall& call, const Item& item, Partials& partials) {
   const Problem& p = call.problem;
   const int64_t panels = item.heads > 1 ? 1 : ceil_div(item.queries, query_tile);
-  Panel panel[most_panels];
+  Panel panel[max_panels];
   int64_t begin = p.keys, end = 0;
   for (int64_t i = 0; i < panels; i++) {
     panel[i].open<T>(p, item, i);
@@ -146,7 +146,7 @@ void attend_panels(const ForwardCall& call, const Item& item, Partials& partials
   }
   for (int64_t i = 0; i < panels; i++) {
     panel[i].close(p.value_dim);
-    finish<T>(call, panel[i].item, panel[i].room.output, panel[i].state, partials);
+    finish<T>(call, panel[i].item, panel[i].buffer.output, panel[i].state, partials);
   }
 }
 
@@ -174,11 +174,11 @@ inline bool wants_panels(const ForwardCall& call, const Item& item, const Softma
 template <class T, Reading reading>
 void attend_few(const ForwardCall& call, const Item& item, Partials& partials) {
   const Problem& p = call.problem;
-  const Room room(p, 0), spare(p, 1);
+  const Buffers buffer(p, 0), spare(p, 1);
   const Bounds bounds = bounds_of(p, item);
   Softmax state;
   state.reset();
-  FewRows<T, reading> few{p, item, bounds, state, room.query, room.scores, spare.output, room.key, room.value};
+  FewRows<T, reading> few{p, item, bounds, state, buffer.query, buffer.scores, spare.output, buffer.key, buffer.value};
   few.attend(KeyRuns(p, item, bounds));
   if (p.spans == nullptr && wants_panels(call, item, state)) {
     if constexpr (bfloat16_pairs && std::is_same_v<T, bfloat16_t>)
@@ -189,8 +189,8 @@ void attend_few(const ForwardCall& call, const Item& item, Partials& partials) {
   Rows<float> rows;
   rows.stride = 1, rows.count = few.rows;
   for (int64_t r = 0; r < few.rows; r++) rows.row[r] = few.output + r * few.dv;
-  turn(rows, p.value_dim, round_up(few.rows, lanes), room.output);
-  partials.keep(item, room.output, state);
+  transpose_rows(rows, p.value_dim, round_up(few.rows, lanes), buffer.output);
+  partials.keep(item, buffer.output, state);
 }
 
 template <class T>
@@ -240,7 +240,7 @@ void forward(const ForwardCall& call) {
 int64_t forward_workspace(const Problem& p) {
   const Schedule schedule(p);
   if (p.query.element == Element::bfloat16 && in_pairs(p)) return bfloat16_workspace(p);
-  return int64_t(threads_for(p) * Room::floats(p) * sizeof(float)) + Partials::bytes(p, schedule);
+  return int64_t(threads_for(p) * Buffers::floats(p) * sizeof(float)) + Partials::bytes(p, schedule);
 }
 
 }  // namespace fatui

@@ -41,7 +41,7 @@ inline void write_statistics(const ForwardCall& call, int64_t place, const Softm
 
 // O = O' / sum, transposed back to rows. Fully masked rows: 0, with a logsumexp of -inf.
 template <class T>
-void write_rows(const ForwardCall& call, const Item& item, const float* turned, int64_t line, const Softmax& state) {
+void write_rows(const ForwardCall& call, const Item& item, const float* transposed, int64_t line, const Softmax& state) {
   const Problem& p = call.problem;
   const int64_t dv = p.value_dim, first = (item.batch * p.heads + item.head) * p.queries + item.query;
   const auto place = [&](int64_t row) { return first + row / item.queries * p.queries + row % item.queries; };
@@ -52,10 +52,10 @@ void write_rows(const ForwardCall& call, const Item& item, const float* turned, 
     for (int64_t d = 0; d < dv; d += lanes) {
       Vector x[lanes];
       if (d + lanes <= dv)
-        FATUI_UNROLL for (int c = 0; c < lanes; c++) x[c] = load(turned + (d + c) * line + row) * inverse;
+        FATUI_UNROLL for (int c = 0; c < lanes; c++) x[c] = load(transposed + (d + c) * line + row) * inverse;
       else
         for (int c = 0; c < lanes; c++)
-          x[c] = d + c < dv ? load(turned + (d + c) * line + row) * inverse : Vector{};
+          x[c] = d + c < dv ? load(transposed + (d + c) * line + row) * inverse : Vector{};
       transpose(x);
       for (int64_t r = 0; r < some; r++)
         narrow_some(static_cast<T*>(call.output) + place(row + r) * dv + d, x[r], dv - d);
@@ -91,12 +91,12 @@ class Partials {
   }
   bool wanted() const { return spans_ > 1; }
 
-  void keep(const Item& item, const float* turned, const Softmax& state) {
+  void keep(const Item& item, const float* transposed, const Softmax& state) {
     float* to = at(item.tile, item.span);
     std::copy_n(state.maximum, width_, to + dv_ * width_);
     for (int64_t i = 0; i < width_; i += lanes) {  // the low part of the maximum is not stored per span
       const Vector fine = exp2(load(state.fine + i) * log2_e);
-      for (int64_t d = 0; d < dv_; d++) store(to + d * width_ + i, load(turned + d * query_tile + i) * fine);
+      for (int64_t d = 0; d < dv_; d++) store(to + d * width_ + i, load(transposed + d * query_tile + i) * fine);
       store(to + (dv_ + 1) * width_ + i, load(state.sum + i) * fine);
     }
   }
@@ -142,9 +142,9 @@ class Partials {
 
 // Finishes an item: a span of keys is stored until the other spans are complete; a complete item is written.
 template <class T>
-void finish(const ForwardCall& call, const Item& item, const float* turned, const Softmax& state, Partials& partials) {
-  if (partials.wanted()) partials.keep(item, turned, state);
-  else write_rows<T>(call, item, turned, query_tile, state);
+void finish(const ForwardCall& call, const Item& item, const float* transposed, const Softmax& state, Partials& partials) {
+  if (partials.wanted()) partials.keep(item, transposed, state);
+  else write_rows<T>(call, item, transposed, query_tile, state);
 }
 
 }  // namespace fatui

@@ -26,7 +26,7 @@ namespace {
 constexpr int64_t items_wanted = 8;
 
 // Scratch of one thread, in 32-bit words.
-struct PairRoom {
+struct PairBuffers {
   int64_t d, dv;  // padded: whole tiles of 32 pairs' elements, of 16 rows
   float *scores, *pairs, *values, *panels;
   bfloat16_t* keys;
@@ -34,9 +34,9 @@ struct PairRoom {
   static size_t floats(const Problem& p) {
     const int64_t d = round_up(p.head_dim, 32), dv = round_up(p.value_dim, 16);
     return query_tile * (pair_keys + pair_keys / 2) + dv * pair_keys / 2 + pair_keys * d / 2 +
-           most_panels * query_tile * (d / 2 + dv);
+           max_panels * query_tile * (d / 2 + dv);
   }
-  explicit PairRoom(const Problem& p) : d(round_up(p.head_dim, 32)), dv(round_up(p.value_dim, 16)) {
+  explicit PairBuffers(const Problem& p) : d(round_up(p.head_dim, 32)), dv(round_up(p.value_dim, 16)) {
     scores = scratch(floats(p) * sizeof(float));
     pairs = scores + query_tile * pair_keys;
     values = pairs + query_tile * pair_keys / 2;
@@ -55,17 +55,17 @@ struct PairPanel {
   float *query, *output;
   int64_t width, begin, end;
 
-  void open(const Problem& p, const Item& whole, int64_t index, const PairRoom& room) {
+  void open(const Problem& p, const Item& whole, int64_t index, const PairBuffers& buffer) {
     item = Schedule::panel(whole, index);
     bounds = bounds_of(p, item);
     state.reset();
-    query = room.query(index), output = room.output(index);
+    query = buffer.query(index), output = buffer.output(index);
     width = round_up(item.rows(), lanes);
     begin = std::max(item.key_begin, bounds.whole.any_first / pair_keys * pair_keys);
     end = std::min(item.key_end, bounds.whole.any_last + 1);
-    std::fill_n(output, room.dv * query_tile, 0.0f);
+    std::fill_n(output, buffer.dv * query_tile, 0.0f);
     if (begin < end)
-      turn_pairs(rows_of<bfloat16_t>(p.query, item), p.head_dim, room.d, width, query, room.keys);
+      turn_pairs(rows_of<bfloat16_t>(p.query, item), p.head_dim, buffer.d, width, query, buffer.keys);
   }
 
   void correct(int64_t dims) {
@@ -74,23 +74,23 @@ struct PairPanel {
         store(output + d * query_tile + i, load(output + d * query_tile + i) * load(state.correction + i));
   }
 
-  bool softmax(int64_t keys, int64_t padded_keys, float factor, const PairRoom& room) {
+  bool softmax(int64_t keys, int64_t padded_keys, float factor, const PairBuffers& buffer) {
     bool moved = false;
     int64_t i = 0;
     for (; i + 4 * lanes <= width; i += 4 * lanes)
-      moved |= softmax_pairs<4>(room.scores, keys, padded_keys, factor, state, i, room.pairs);
+      moved |= softmax_pairs<4>(buffer.scores, keys, padded_keys, factor, state, i, buffer.pairs);
     for (; i < width; i += lanes)
-      moved |= softmax_pairs<1>(room.scores, keys, padded_keys, factor, state, i, room.pairs);
+      moved |= softmax_pairs<1>(buffer.scores, keys, padded_keys, factor, state, i, buffer.pairs);
     return moved;
   }
 
-  void step(const Problem& p, const Floats& k, int64_t key, const PairRoom& room) {
+  void step(const Problem& p, const Floats& k, int64_t key, const PairBuffers& buffer) {
     if (key < begin || key >= end) return;
     const int64_t keys = std::min(pair_keys, end - key), padded_keys = round_up(keys, 32);
-    product({k.data, k.stride, query, query_tile, room.d / 2, room.scores, query_tile, nullptr}, keys, width, false);
-    const float factor = finish_raw_scores({room.scores, key, keys, 0, width, bounds.whole}, p, item, bounds);
-    if (softmax(keys, padded_keys, factor, room)) correct(p.value_dim);
-    product({room.values, pair_keys / 2, room.pairs, query_tile, padded_keys / 2, output, query_tile, nullptr},
+    product({k.data, k.stride, query, query_tile, buffer.d / 2, buffer.scores, query_tile, nullptr}, keys, width, false);
+    const float factor = finish_raw_scores({buffer.scores, key, keys, 0, width, bounds.whole}, p, item, bounds);
+    if (softmax(keys, padded_keys, factor, buffer)) correct(p.value_dim);
+    product({buffer.values, pair_keys / 2, buffer.pairs, query_tile, padded_keys / 2, output, query_tile, nullptr},
             p.value_dim, width, true);
   }
 };
@@ -99,21 +99,21 @@ struct PairPanel {
 
 void attend_bfloat16(const ForwardCall& call, const Item& item, Partials& partials) {
   const Problem& p = call.problem;
-  const PairRoom room(p);
+  const PairBuffers buffer(p);
   const MatrixUnit unit;
   const int64_t panels = item.heads > 1 ? 1 : ceil_div(item.queries, query_tile);
-  PairPanel panel[most_panels];
+  PairPanel panel[max_panels];
   int64_t begin = p.keys, end = 0;
   for (int64_t i = 0; i < panels; i++) {
-    panel[i].open(p, item, i, room);
+    panel[i].open(p, item, i, buffer);
     begin = std::min(begin, panel[i].begin), end = std::max(end, panel[i].end);
   }
   for (int64_t key = begin; key < end; key += pair_keys) {
     const int64_t keys = std::min(pair_keys, end - key);
-    const Floats k = key_pairs(p.key, item.batch, item.kv_head, key, keys, p.head_dim, room.d, room.keys);
-    turn_rows(p.value, item.batch, item.kv_head, key, keys, p.value_dim, round_up(keys, 32), room.values,
+    const Floats k = key_pairs(p.key, item.batch, item.kv_head, key, keys, p.head_dim, buffer.d, buffer.keys);
+    turn_rows(p.value, item.batch, item.kv_head, key, keys, p.value_dim, round_up(keys, 32), buffer.values,
               pair_keys / 2);
-    for (int64_t i = 0; i < panels; i++) panel[i].step(p, k, key, room);
+    for (int64_t i = 0; i < panels; i++) panel[i].step(p, k, key, buffer);
   }
   const Coarse coarse(p);
   for (int64_t i = 0; i < panels; i++) {
@@ -135,7 +135,7 @@ void forward_bfloat16(const ForwardCall& call) {
 }
 
 int64_t bfloat16_workspace(const Problem& p) {
-  return int64_t(threads_for(p) * PairRoom::floats(p) * sizeof(float)) + Partials::bytes(p, Schedule(p, items_wanted));
+  return int64_t(threads_for(p) * PairBuffers::floats(p) * sizeof(float)) + Partials::bytes(p, Schedule(p, items_wanted));
 }
 #endif
 

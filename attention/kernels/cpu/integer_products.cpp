@@ -88,8 +88,8 @@ void to_bytes(const Packed& from, int offset, uint8_t* out) {
 
 // Rows spread to bytes, with scales and biases that fit those.
 struct Spread {
-  alignas(64) uint8_t bytes[most_quantized_rows * 512];
-  alignas(64) float scales[most_quantized_rows * most_groups + lanes], biases[most_quantized_rows * most_groups + lanes];
+  alignas(64) uint8_t bytes[max_quantized_rows * 512];
+  alignas(64) float scales[max_quantized_rows * max_groups + lanes], biases[max_quantized_rows * max_groups + lanes];
 
   // A byte is the number plus an offset if it is an integer, otherwise twice the number plus the offset, which the biases undo.
   Packed of(const Packed& from, const Packing& packing, int offset) {
@@ -288,13 +288,13 @@ bool IntegerQueries::take(const Packing& packing, int64_t columns) {
 }
 
 bool IntegerQueries::read(const float* query, int64_t line, int64_t rows, int64_t columns, const Packing& packing,
-                          float largest_share, float* room) {
+                          float largest_share, float* buffer) {
   const int64_t groups = columns / packing.group;
   row_groups_ = ceil_div(rows, rows_together);
-  float *units = room, *sums = units + row_groups_ * 16;
+  float *units = buffer, *sums = units + row_groups_ * 16;
   auto* bytes = reinterpret_cast<uint8_t*>(sums + row_groups_ * groups * 16);
   units_ = units, sums_ = sums, bytes_ = bytes;
-  std::fill_n(room, row_groups_ * 16 * (1 + groups), 0.0f);
+  std::fill_n(buffer, row_groups_ * 16 * (1 + groups), 0.0f);
   std::memset(bytes, 0, size_t(row_groups_ * rows_together * columns * 2));
   for (int64_t r = 0; r < rows; r++) {
     const float* q = query + r * line;
@@ -320,9 +320,9 @@ bool IntegerQueries::read(const float* query, int64_t line, int64_t rows, int64_
 void IntegerQueries::scores(const QuantizedRows& keys, float* s, int64_t line, Ahead& next) const {
   with_packed(keys, [&](const Packed& given) {
     const Packing& packing = keys.packing;
-    Spread room;
+    Spread buffer;
     const bool spread = score_bits(packing) != packing.bits;
-    const Packed packed = spread ? room.of(given, packing, packing.mode == Mode::mxfp4 ? 12 : 0) : given;
+    const Packed packed = spread ? buffer.of(given, packing, packing.mode == Mode::mxfp4 ? 12 : 0) : given;
     for (int64_t four = 0; four < row_groups_; four++) {
       const auto* bytes = bytes_ + four * rows_together * keys.columns * 2;
       const float *sums = sums_ + four * packed.groups * 16, *units = units_ + four * 16;
@@ -342,18 +342,18 @@ FATUI_INLINE Vector every_second(Vector a, Vector b, int64_t first, std::integer
 }
 
 constexpr auto all_lanes = std::make_integer_sequence<int, lanes>{};
-constexpr int64_t most_value_groups = 512 / 32;
+constexpr int64_t max_value_groups = 512 / 32;
 constexpr float largest_weight = 32767;
 
 // The weights p * scale of a tile: 4 rows, groups, keys; their units; and the sums of p * bias. Numbers are read as signed,
 // from -centre on, which leaves less to the rounding of the weights; the biases are those of the number at the centre.
 struct Weights {
-  alignas(64) int16_t number[rows_together][most_value_groups][most_quantized_rows];
-  float unit[rows_together][most_value_groups], offset[rows_together][most_value_groups];
+  alignas(64) int16_t number[rows_together][max_value_groups][max_quantized_rows];
+  float unit[rows_together][max_value_groups], offset[rows_together][max_value_groups];
 
   void read(const Packed& values, float centre, const float* p, int64_t p_line, int64_t rows) {
     for (int64_t g = 0; g < values.groups; g++) {
-      alignas(64) float scale[most_quantized_rows], bias[most_quantized_rows];
+      alignas(64) float scale[max_quantized_rows], bias[max_quantized_rows];
       of_group(values.scales, g, values.groups, values.rows, scale);
       of_group(values.biases, g, values.groups, values.rows, bias);
       read(g, centre, scale, bias, p, p_line, rows, round_up(values.rows, lanes));
@@ -486,8 +486,8 @@ void IntegerSums::add(const QuantizedRows& values, const float* p, int64_t p_lin
     const Packing& packing = values.packing;
     const int centre = 1 << (packing.bits - 1);
     Weights weights;
-    Spread room;
-    const Packed packed = sum_bits(packing) == packing.bits ? given : room.of(given, packing, 128 - centre);
+    Spread buffer;
+    const Packed packed = sum_bits(packing) == packing.bits ? given : buffer.of(given, packing, 128 - centre);
     for (int64_t row = 0; row < count; row += rows_together) {
       weights.read(packed, float(centre), p + row * p_line, p_line, count - row);
       float* to = output + row * output_line;

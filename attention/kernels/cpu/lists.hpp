@@ -69,13 +69,13 @@ class ListWalk {
   Sight sight(int64_t panel, uint64_t* seen);
 
  private:
-  static constexpr int64_t most_lists = query_tile;
+  static constexpr int64_t max_lists = query_tile;
 
   const Problem& p_;
   const Item& item_;
   int64_t lists_;
-  List rest_[most_lists];
-  int32_t bits_[most_lists];  // of the current tile
+  List rest_[max_lists];
+  int32_t bits_[max_lists];  // of the current tile
   int32_t held_ = not_listed;  // tile of bits in turned_
   uint64_t turned_[key_tile];
 };

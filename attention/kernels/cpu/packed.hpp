@@ -11,7 +11,7 @@
 namespace fatui {
 
 constexpr int chunk = 16;  // values: every group has a multiple of them
-constexpr int64_t most_groups = 512 / chunk;
+constexpr int64_t max_groups = 512 / chunk;
 
 enum class Number { integer, e2m1, e4m3, e4m3_finite };
 
@@ -29,12 +29,12 @@ void read_groups(const Tensor& t, Mode mode, int64_t at, int64_t rows, int64_t g
 // Whether no number of e4m3 is NaN and no scale overflows if it is multiplied by 2^8.
 bool can_be_finite(const Packed& from);
 
-// Reads the scales and biases of up to most_quantized_rows rows and calls f(packed rows). Rows whose words are not side by side
+// Reads the scales and biases of up to max_quantized_rows rows and calls f(packed rows). Rows whose words are not side by side
 // are copied.
 template <class F>
 void with_packed(const QuantizedRows& q, const F& f) {
   const Packing& packing = q.packing;
-  alignas(64) float scales[most_quantized_rows * most_groups + lanes], biases[most_quantized_rows * most_groups + lanes];
+  alignas(64) float scales[max_quantized_rows * max_groups + lanes], biases[max_quantized_rows * max_groups + lanes];
   Packed packed{q.data(), q.stride(), q.rows, q.columns / packing.group, packing.group, scales, biases};
   read_groups(packing.scales, packing.mode, q.at(packing.scales), q.rows, packed.groups, scales);
   if (packing.mode == Mode::affine)
@@ -47,7 +47,7 @@ void with_packed(const QuantizedRows& q, const F& f) {
     }
     return f(packed);
   }
-  uint32_t words[most_quantized_rows * 512 / 4];
+  uint32_t words[max_quantized_rows * 512 / 4];
   for (int64_t r = 0; r < q.rows; r++)
     for (int64_t w = 0; w < row_bytes / 4; w++)
       std::memcpy(words + r * row_bytes / 4 + w, packed.data + r * packed.stride + 4 * w * q.numbers.stride[3], 4);

@@ -26,28 +26,28 @@ inline void copy_row(const bfloat16_t* from, int64_t stride, int64_t count, bflo
 
 // Transposes query rows in words. `line` is scratch for one tile of padded rows.
 inline void turn_pairs(const Rows<bfloat16_t>& rows, int64_t columns, int64_t padded, int64_t width, float* out,
-                       bfloat16_t* room) {
+                       bfloat16_t* buffer) {
   Rows<float> wide;
   wide.count = rows.count, wide.stride = 1;
   const bool in_place = rows.stride == 1 && columns == padded;
   for (int64_t r = 0; r < rows.count; r++) {
-    if (!in_place) copy_row(rows.row[r], rows.stride, columns, room + r * padded, padded);
-    wide.row[r] = words(in_place ? rows.row[r] : room + r * padded);
+    if (!in_place) copy_row(rows.row[r], rows.stride, columns, buffer + r * padded, padded);
+    wide.row[r] = words(in_place ? rows.row[r] : buffer + r * padded);
   }
-  turn(wide, padded / 2, width, out);
+  transpose_rows(wide, padded / 2, width, out);
 }
 
 // Rows of keys: in place if whole tiles can be read there, else a padded copy.
 inline Floats key_pairs(const Tensor& t, int64_t batch, int64_t head, int64_t key, int64_t keys, int64_t columns,
-                        int64_t padded, bfloat16_t* room) {
+                        int64_t padded, bfloat16_t* buffer) {
   const bfloat16_t* data =
       static_cast<const bfloat16_t*>(t.data) + batch * t.stride[0] + head * t.stride[1] + key * t.stride[2];
   if (whole_words(t, columns) && columns == padded && keys % 16 == 0)
     return {words(data), t.stride[2] / 2};
   const int64_t whole = round_up(keys, 16);
-  for (int64_t j = 0; j < keys; j++) copy_row(data + j * t.stride[2], t.stride[3], columns, room + j * padded, padded);
-  std::memset(room + keys * padded, 0, size_t((whole - keys) * padded) * 2);
-  return {words(room), padded / 2};
+  for (int64_t j = 0; j < keys; j++) copy_row(data + j * t.stride[2], t.stride[3], columns, buffer + j * padded, padded);
+  std::memset(buffer + keys * padded, 0, size_t((whole - keys) * padded) * 2);
+  return {words(buffer), padded / 2};
 }
 
 FATUI_INLINE Vector interleaved(Vector even, Vector odd) {  // two vectors of 16-bit numbers, in the lower halves
@@ -115,7 +115,7 @@ template <int N>
 FATUI_INLINE bool move_reference(const Vector (&top)[N], Softmax& state, int64_t column) {
   bool moved = false;
   FATUI_UNROLL for (int v = 0; v < N; v++) {
-    const Integers outgrown = top[v] > load(state.maximum + column + v * lanes) + most_outgrown;
+    const Integers outgrown = top[v] > load(state.maximum + column + v * lanes) + max_outgrown;
     moved |= _mm512_test_epi32_mask((__m512i)outgrown, (__m512i)outgrown) != 0;
   }
   FATUI_UNROLL for (int v = 0; v < N; v++) {

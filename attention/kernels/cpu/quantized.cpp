@@ -357,9 +357,9 @@ bool can_be_finite(const Packed& from) {
 }
 
 void dequantize(const QuantizedRows& rows, float* out, int64_t line) {
-  for (int64_t first = 0; first < rows.rows; first += most_quantized_rows) {
+  for (int64_t first = 0; first < rows.rows; first += max_quantized_rows) {
     QuantizedRows some = rows;
-    some.row += first, some.rows = std::min(most_quantized_rows, rows.rows - first);
+    some.row += first, some.rows = std::min(max_quantized_rows, rows.rows - first);
     with_packed(some, [&](const Packed& packed) { run_for<Expand>(rows.packing, packed, out + first * line, line); });
   }
 }

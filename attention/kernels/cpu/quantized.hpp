@@ -29,16 +29,16 @@ void dequantize(const QuantizedRows& rows, float* out, int64_t line);
 // Rows as float32, as `floats_of` gives them, of keys or values of either kind.
 template <class T>
 Floats floats_of(const Tensor& t, const Packing& packing, int64_t batch, int64_t head, int64_t row, int64_t rows,
-                 int64_t columns, float* room, int64_t padded, bool in_place = true) {
-  if (packing.mode == Mode::none) return floats_of<T>(t, batch, head, row, rows, columns, room, padded, in_place);
-  dequantize({t, packing, batch, head, row, rows, columns}, room, padded);
-  return {room, padded};
+                 int64_t columns, float* buffer, int64_t padded, bool in_place = true) {
+  if (packing.mode == Mode::none) return floats_of<T>(t, batch, head, row, rows, columns, buffer, padded, in_place);
+  dequantize({t, packing, batch, head, row, rows, columns}, buffer, padded);
+  return {buffer, padded};
 }
 
 class Ahead;  // asks for what is read next
 
 constexpr int64_t rows_together = 4;         // query rows of the products with few rows, which are padded to a multiple
-constexpr int64_t most_quantized_rows = 64;  // keys or values of a tile
+constexpr int64_t max_quantized_rows = 64;  // keys or values of a tile
 
 // S[row][key] of `count` rows, padded as below; entries after the last key, up to a multiple of 16, are undefined.
 void score_quantized(const QuantizedRows& keys, const float* query, int64_t query_line, int64_t count, float* s, int64_t line,
@@ -56,10 +56,10 @@ class IntegerQueries {
   // Whether scores over such keys can be computed in integers.
   static bool take(const Packing& packing, int64_t columns);
 
-  // Reads rows, `line` floats apart, into `room`, 64-byte aligned. False if a number is so large beside the others of its row
+  // Reads rows, `line` floats apart, into `buffer`, 64-byte aligned. False if a number is so large beside the others of its row
   // that integers would lose those.
   bool read(const float* query, int64_t line, int64_t rows, int64_t columns, const Packing& packing, float largest_share,
-            float* room);
+            float* buffer);
 
   // S[row][key], `line` floats apart. Rows are padded to a multiple of rows_together, keys to one of 4.
   void scores(const QuantizedRows& keys, float* s, int64_t line, Ahead& next) const;

@@ -16,8 +16,8 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 constexpr int64_t few_rows = 8;                  // maximum query rows of an item of the kernel for few
-constexpr int64_t most_panels = 4;               // maximum panels of query_tile rows per item
-constexpr int64_t most_partial_bytes = 9 << 18;  // maximum size of the partial results of all spans
+constexpr int64_t max_panels = 4;               // maximum panels of query_tile rows per item
+constexpr int64_t max_partial_bytes = 9 << 18;  // maximum size of the partial results of all spans
 
 struct Item {
   int64_t batch, kv_head, head, heads;  // query heads [head, head + heads)
@@ -33,7 +33,7 @@ struct Schedule {
   // Uses the most rows per item that leave at least `items_wanted` items.
   explicit Schedule(const Problem& p, int64_t items_wanted = 64) {
     if (p.items > 0) items_wanted = p.items;
-    int64_t rows_wanted = most_panels * query_tile;
+    int64_t rows_wanted = max_panels * query_tile;
     while (rows_wanted > query_tile && p.batch * p.heads * (p.queries / rows_wanted) < items_wanted) rows_wanted /= 2;
     const int64_t group = p.heads / p.kv_heads;
     rows_per_tile = rows_wanted;
@@ -45,9 +45,9 @@ struct Schedule {
     const bool enough = tiles >= 32 || rows_per_tile > query_tile;  // spans support one panel only
     // Rounded to the widest vector of any CPU, so that the division depends on the shape only.
     const int64_t rows = round_up(heads_per_tile * std::min(p.queries, query_tile), 16);
-    const int64_t room = most_partial_bytes / (tiles * rows * (p.value_dim + 2) * int64_t(sizeof(float)));
+    const int64_t buffer = max_partial_bytes / (tiles * rows * (p.value_dim + 2) * int64_t(sizeof(float)));
     const int64_t least = p.spans == nullptr ? 512 : 2048;  // keys of a span; a stream's steps are many and short
-    spans = enough ? 1 : std::max<int64_t>(1, std::min({ceil_div(32, tiles), p.keys / least, room}));
+    spans = enough ? 1 : std::max<int64_t>(1, std::min({ceil_div(32, tiles), p.keys / least, buffer}));
     keys_per_span = round_up(ceil_div(std::max<int64_t>(p.keys, 1), spans), key_tile);
     spans = ceil_div(std::max<int64_t>(p.keys, 1), keys_per_span);
   }

@@ -114,7 +114,7 @@ namespace {
 constexpr int halves = 2, keys_at_once = 4;
 typedef double Doubles __attribute__((vector_size(lanes * 4)));  // half as many lanes as floats
 constexpr int per_half = lanes / halves;
-constexpr double most_above = 80;  // e^80 is finite; a score exceeds the maximum only by a rounding difference
+constexpr double max_above = 80;  // e^80 is finite; a score exceeds the maximum only by a rounding difference
 
 double number_of(const Tensor& t, int64_t at) {
   const auto halves_to_double = [](auto* data) { return double(widen_some(data, 1)[0]); };
@@ -160,7 +160,7 @@ struct InDouble {
     for (int64_t j = 0; j < t.keys; j++) {
       float& s = *t.at(j, column + i);
       const double above = (in_double ? get(j, i) : s) - m;
-      s = s == -infinity ? s : float(std::min(above, most_above));
+      s = s == -infinity ? s : float(std::min(above, max_above));
     }
   }
 

@@ -11,8 +11,8 @@
 namespace fatui {
 
 constexpr float no_matter = 40.0f;      // scores this far below the maximum contribute less than a rounding error
-constexpr float most_rounded = 0x1p-14f;  // bound of the relative rounding error of a score that is a long sum
-constexpr float most_outgrown = 5.5f;  // threshold of lazy updates of m: e^5.5 is about 2^8
+constexpr float max_rounded = 0x1p-14f;  // bound of the relative rounding error of a score that is a long sum
+constexpr float max_outgrown = 5.5f;  // threshold of lazy updates of m: e^5.5 is about 2^8
 
 struct Softmax {
   alignas(64) float maximum[query_tile], sum[query_tile];
@@ -54,7 +54,7 @@ FATUI_INLINE void softmax_panel(const Scores& t, Softmax& state, int64_t column,
   largest_scores(s, t.keys, top);
   FATUI_UNROLL for (int v = 0; v < N; v++) {
     const Vector before = load(state.maximum + column + v * lanes), size = magnitude(top[v]);
-    const Vector far = larger(broadcast(no_matter), size * most_rounded);
+    const Vector far = larger(broadcast(no_matter), size * max_rounded);
     coarsest = larger((top[v] > before - far) & (size < coarse.to) ? size : Vector{}, coarsest);
     top[v] = larger(top[v], before), subtracted[v] = or_zero(top[v]), sum[v] = Vector{};
   }

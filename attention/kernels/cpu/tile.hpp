@@ -49,7 +49,7 @@ FATUI_INLINE void load_turned(const Rows<T>& rows, int64_t row, int64_t column, 
 
 // Transposes a tile: out[column][row], `width` (a multiple of lanes) rows, with stride query_tile, scaled by a factor.
 template <class T>
-void turn(const Rows<T>& rows, int64_t columns, int64_t width, float* out, float factor = 1.0f) {
+void transpose_rows(const Rows<T>& rows, int64_t columns, int64_t width, float* out, float factor = 1.0f) {
   for (int64_t row = 0; row < width; row += lanes)
     for (int64_t column = 0; column < columns; column += lanes) {
       Vector x[lanes];
@@ -63,7 +63,7 @@ void turn(const Rows<T>& rows, int64_t columns, int64_t width, float* out, float
     }
 }
 
-// Rows of a tile as float32, for the products: in place if they are float32 already, else a copy in `room`, zero-padded to
+// Rows of a tile as float32, for the products: in place if they are float32 already, else a copy in `buffer`, zero-padded to
 // `padded` floats per row.
 struct Floats {
   const float* data;
@@ -71,19 +71,19 @@ struct Floats {
 };
 
 template <class T>
-Floats floats_of(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t columns, float* room,
+Floats floats_of(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t columns, float* buffer,
                  int64_t padded, bool in_place = true) {
   const T* data = static_cast<const T*>(t.data) + batch * t.stride[0] + head * t.stride[1] + row * t.stride[2];
   if constexpr (std::is_same_v<T, float>)
     if (in_place && t.stride[3] == 1) return {data, t.stride[2]};
   const int64_t whole = t.stride[3] == 1 ? columns / lanes * lanes : 0;
   for (int64_t r = 0; r < rows; r++, data += t.stride[2]) {
-    float* to = room + r * padded;
+    float* to = buffer + r * padded;
     int64_t c = 0;
     for (; c < whole; c += lanes) store(to + c, widen(data + c));
     for (; c < columns; c += lanes) store(to + c, widen_strided(data + c * t.stride[3], t.stride[3], columns - c));
   }
-  return {room, padded};
+  return {buffer, padded};
 }
 
 }  // namespace fatui

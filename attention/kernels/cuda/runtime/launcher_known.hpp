@@ -21,8 +21,8 @@ struct Keywords {
 
 // Everything that a plan depends on. The formats of quantized keys and values follow from the shapes of their parts, and from
 // which of these there are, if values are as wide as the queries; others are not looked up here.
-constexpr size_t MOST_INPUTS = 7;
-using CallKey = std::array<int64_t, 4 * MOST_INPUTS + 5>;
+constexpr size_t MAX_INPUTS = 7;
+using CallKey = std::array<int64_t, 4 * MAX_INPUTS + 5>;
 
 struct CallHash {
   size_t operator()(const CallKey& key) const {
