@@ -109,7 +109,7 @@ def read_hostfile(path: str) -> Hosts:
     try:
         content: Any = json.loads(read_bounded(expand_home(Path(path)), MAX_HOSTFILE_BYTES))
     except (OSError, ValueError) as error:
-        raise UsageError(f"hostfile: {path} cannot be read: {error}") from error
+        raise UsageError(f"hostfile: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     document = {"hosts": content} if isinstance(content, list) else content
     if not isinstance(document, dict) or not isinstance(document.get("hosts"), list) or not document["hosts"]:
         raise UsageError(f"hostfile: {path} has no list of hosts; `mlx.distributed_config` writes such files")

@@ -27,7 +27,7 @@ from attention.core import events as on
 from attention.core.errors import UnsupportedError, UsageError, error_line, truncated
 from attention.core.plan import Plan, RankSetting
 from attention.core.results import Peaks, RankFigures
-from attention.core.route import Route, unsupported, validated_route
+from attention.core.route import Needs, Route, unsupported, validated_route
 from attention.core.workload import Workload
 from attention.distributed import unshard
 from attention.distributed.bound_call import BoundCall
@@ -273,6 +273,11 @@ def ranks_route(
         return unsupported(str(error))
     if decision.method == "split keys" and not merges:
         return unsupported(f"{implementation.name} returns no logsumexp, by which ranks merge their parts of a step")
+    if decision.method == "split keys":
+        needs = Needs(logsumexp=True)
+        alone = validated_route(implementation.route(workload_of_one(workload), device, needs))
+        if not alone.supported:
+            return alone
     part = None if alone.predicted_bytes is None else alone.predicted_bytes // workload.ranks
     return structs.replace(
         alone,

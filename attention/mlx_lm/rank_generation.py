@@ -6,7 +6,9 @@ from contextlib import ExitStack
 from typing import Any, Final
 
 import mlx.core as mx
+from msgspec import structs
 
+from attention import implementations
 from attention.core import events as on
 from attention.core.errors import error_line
 from attention.core.kv_format import DENSE
@@ -15,6 +17,7 @@ from attention.core.workload import Generation, Workload
 from attention.distributed import collectives
 from attention.engine.case_runner import CaseRunner
 from attention.engine.ranks import RankCall, RankCalls
+from attention.implementations.calls import take_path
 from attention.measure.device import Device, probe
 from attention.measure.rounds import Arm, TakesSamples, take_sample
 from attention.mlx_lm import configuration
@@ -164,7 +167,15 @@ class RankGenerationBench(CaseRunner[GenerationPlan]):
         if work.estimated or work.kv_format != DENSE:
             self._progress.end_row(name, "unsupported", UNSUPPORTED)
             return False
-        return self._supported_route(name, layer, device) is not None
+        if self._supported_route(name, layer, device) is None:
+            return False
+        if work.phase == "prefill":  # whose last token is a step
+            step = self._layer(structs.replace(work, phase="decode"))
+            route = self._route(implementations.load_implementation(name), step, device)
+            if not route.supported:
+                self._progress.end_row(name, "unsupported", route.reason)
+                return False
+        return True
 
     def _expected(self, work: Generation) -> mx.array:
         """Return the logits of mlx-lm's own attention on one device: of the first token, or of the first step."""
@@ -187,9 +198,11 @@ class RankGenerationBench(CaseRunner[GenerationPlan]):
         try:
             progress.begin_step(name, "first call")
             runner = RankCalls(self._member, case, name, self._plan.ordered)
+            take_path()  # clear what an earlier call left
             started = time.perf_counter()
             found = runner.results()[0].astype(mx.float32)
             seconds = time.perf_counter() - started
+            self._emit_taken_path(name, case)
             progress.emit(on.FirstCall(case=case, implementation=name, seconds=seconds))
             self._compare(name, found, logits)
             progress.begin_step(name, "memory")
@@ -201,6 +214,14 @@ class RankGenerationBench(CaseRunner[GenerationPlan]):
             self._fail(name, error)
             return None
         return Arm(name=name, runner=runner, call_s=call_s, lead_in=False)
+
+    def _emit_taken_path(self, name: str, case: int) -> None:
+        """Emit the path that the prefill recorded; a step's is that of its route."""
+        work, path = self._plan.cases[case], take_path()
+        if path is not None and work.phase == "prefill":
+            route = self._route(implementations.load_implementation(name), self._layer(work), probe())
+            route = structs.replace(route, path=f"x{work.ranks} {path}")
+            self._progress.emit(on.RouteFound(case=case, implementation=name, route=route))
 
     def _compare(self, name: str, found: mx.array, logits: mx.array) -> None:
         spread = mx.sqrt(mx.mean(mx.square(logits)))

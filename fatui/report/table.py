@@ -147,11 +147,17 @@ def model_columns(case: ColumnCase, further: FurtherColumns | None = None) -> li
     return _generation(case, further_columns([case]) if further is None else further)
 
 
+def _path_column(case: Case | ModelCase) -> TextColumn:
+    """Return the column of paths, without the number of ranks, which the title says."""
+    ranks = f"x{case.workload.ranks} "
+    return TextColumn("path", [(row.path or formatting.UNKNOWN).removeprefix(ranks) for row in case.rows])
+
+
 def _generation(case: ModelCase, further: FurtherColumns) -> list[TextColumn]:
     rows, best = case.rows, _stars(case)
     return [
         TextColumn(IMPLEMENTATION, [short_name(row.implementation) for row in rows]),
-        TextColumn("path", [row.path or formatting.UNKNOWN for row in rows]),
+        _path_column(case),
         TextColumn("tokens/s", [starred(row, best) for row in rows]),
         TextColumn(STEPS[case.workload.phase], [formatting.interval_text(row.call_s) for row in rows]),
         TextColumn("speedup", [formatting.speedup_text(row.speedup) for row in rows]),
@@ -420,10 +426,9 @@ def _columns(case: Case, rate_unit: tuple[float, str], further: FurtherColumns) 
     best = formatting.best_of(case)
     if len(best) == sum(row.status == formatting.OK for row in rows):
         best = ()  # a star on every row would say nothing
-    ranks = f"x{case.workload.ranks} "  # the title says it
     return [
         TextColumn(IMPLEMENTATION, [short_name(row.implementation) for row in rows]),
-        TextColumn("path", [(row.path or formatting.UNKNOWN).removeprefix(ranks) for row in rows]),
+        _path_column(case),
         TextColumn("tokens/s", [starred(row, best) for row in rows]),
         TextColumn("per call", [formatting.interval_text(row.call_s) for row in rows]),
         TextColumn("speedup", [formatting.speedup_text(row.speedup) for row in rows]),

@@ -153,7 +153,7 @@ def test_fewer_ranks_than_hosts_run_on_the_first() -> None:
         ({"hosts": ("-oProxyCommand=x",)}, "hosts: got '-oProxyCommand=x'"),
         ({"hosts": ("a:0",)}, "hosts: got 'a:0'"),
         ({"hosts": ("a",), "hostfile": "b"}, "--hosts and --hostfile"),
-        ({"hostfile": "nowhere.json"}, "hostfile: nowhere.json cannot be read"),
+        ({"hostfile": "nowhere.json"}, "^hostfile: nowhere.json cannot be read: No such file or directory$"),
     ],
 )
 def test_wrong_hosts_are_refused_in_a_line(options: dict[str, object], words: str) -> None:

@@ -131,11 +131,13 @@ def test_each_failure_is_told_within_15_s(faulty_run: Ran) -> None:
 def test_a_model_runs_over_two_ranks_beside_one_device() -> None:
     fields = {"model": "tiny-llama", "dtype": "float32", "generate": 4, "ranks": 2}
     cases = generations(2, prompts=[128], batches=[1], **fields)
-    planned = GenerationPlan(cases=cases, implementations=("baseline",), seconds=0.5, hostfile=str(RING))
+    planned = GenerationPlan(cases=cases, implementations=("baseline", "mlx", "demo"), seconds=0.5, hostfile=str(RING))
     engine = Engine(planned, peaks=PEAKS)
     asyncio.run(asyncio.wait_for(engine.run(), 120))
     for index in range(2):
-        (row,) = engine.record.case(index).rows
+        row, without_logsumexp, tuned = engine.record.case(index).rows
+        assert without_logsumexp.status == "unsupported"
+        assert tuned.path not in (None, "x2 not tried yet")
         assert row.status == "ok"
         assert row.one_device_s is not None
         assert row.sent_bytes
