@@ -72,12 +72,20 @@ class StreamingCache:
         return None if tokens == 1 else "causal"
 
     def is_trimmable(self) -> bool:
-        """Return whether tokens can be removed from the end."""
-        return True
+        """Return whether tokens can be removed from the end, so that the rest is as if they had never come.
+
+        They can while nothing was overwritten, and with `spare` slots; mlx-lm asks before it reuses a prompt's cache.
+        """
+        return self.empty() or self.state_kv.removable_exactly() > 0
 
     def trim(self, n: int) -> int:
-        """Remove up to n tokens from the end, as far as they are kept; return how many were removed."""
-        removed = min(n, self.state_kv.removable())
+        """Remove up to n tokens from the end; return how many were removed: all, if there are fewer.
+
+        Raises:
+            UsageError: the ring has no longer what would be left.
+        """
+        seen = self.state_kv.position
+        removed = min(n, seen if isinstance(seen, int) else min(seen))
         self.state_kv.rewind(removed)
         return removed
 

@@ -99,3 +99,7 @@ class Row(Struct):
     def removable(self, layout: Layout) -> int:
         """Return how many tokens a rewind can take back."""
         return self.seen if self.oldest <= layout.first else self.seen - self.oldest
+
+    def removable_exactly(self, layout: Layout) -> int:
+        """Return how many tokens a rewind can take back with none missing from the window then."""
+        return self.seen if self.oldest <= layout.first else max(0, self.seen - layout.window - self.oldest)

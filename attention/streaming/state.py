@@ -591,6 +591,19 @@ class StreamingKV:
                 setattr(made, name, Kept(held.heads, held.keys.twin(), held.values.twin()))
         return made
 
+    def __copy__(self) -> "StreamingKV":
+        """Return a fork."""
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StreamingKV":
+        """Return a fork; mlx-lm copies the caches of prompts."""
+        return self.fork()
+
+    def removable_exactly(self) -> int:
+        """Return how many tokens `rewind` can take back from all rows so that the window stays full."""
+        self._flush()
+        return min((one.removable_exactly(self.layout) for one in self._rows), default=0)
+
     def removable(self, *, row: int | None = None) -> int:
         """Return how many tokens `rewind` can take back from one row of the batch, or from all.
 

@@ -1,5 +1,6 @@
 """Models of mlx-lm with streaming caches."""
 
+from copy import deepcopy
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -8,10 +9,10 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models import cohere2, smollm3
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
-from attention import UsageError, patch_mlx_lm
+from attention import StreamingKV, UsageError, patch_mlx_lm
 from attention.mlx_lm.configuration import find_model
 from attention.mlx_lm.network import Network
-from attention.mlx_lm.streaming import make_prompt_cache, rope_of
+from attention.mlx_lm.streaming import StreamingCache, make_prompt_cache, rope_of
 
 PROMPT = mx.array([[(7 * i) % 41 for i in range(60)]])
 
@@ -77,3 +78,34 @@ def test_rope_that_a_layer_of_cohere2_does_not_use(sliding):
 def test_layers_of_smollm3_without_positions():
     """Layers whose positions were taken out have none."""
     assert rope_of(SimpleNamespace(self_attn=SimpleNamespace(rope=smollm3.NoPE()))) is None
+
+
+def test_the_end_can_be_trimmed_while_it_is_exact():
+    """mlx-lm ignores how many tokens were removed: fewer than it asked for would be a wrong prompt."""
+    k = mx.random.normal((1, 2, 20, 16))
+    cache = StreamingCache(StreamingKV(2, 6))
+    assert cache.is_trimmable()
+    cache.state_kv.append(k[:, :, :8], k[:, :, :8])
+    assert cache.is_trimmable()
+    assert cache.trim(3) == 3
+    cache.state_kv.append(k, k)
+    assert not cache.is_trimmable()
+    with pytest.raises(UsageError, match="tokens: got 7; this state can take back from 0 to 6"):
+        cache.trim(7)
+    spare = StreamingCache(StreamingKV(2, 6, spare=3))
+    spare.state_kv.append(k, k)
+    assert spare.is_trimmable()
+    assert spare.trim(3) == 3
+    assert not spare.is_trimmable()
+
+
+def test_deep_copies_are_forks():
+    """mlx-lm copies the cache of a prompt before it goes on with it."""
+    k = mx.random.normal((1, 2, 20, 16))
+    cache = StreamingCache(StreamingKV(2, 6))
+    cache.state_kv.append(k, k)
+    copy = deepcopy(cache)
+    kept = mx.array(copy.state_kv.described()[0]["streaming.keys.0"])
+    cache.state_kv.append(k[:, :, :5], k[:, :, :5])
+    assert (cache.position, copy.position) == (25, 20)
+    assert mx.array_equal(copy.state_kv.described()[0]["streaming.keys.0"], kept)
