@@ -63,7 +63,8 @@ def test_a_row_has_a_rate_and_ratios(monkeypatch):
     row = measure.measure(SMALL, "float32", False, rounds=4, seconds=1e-4)
     assert set(row.seconds) == {"ours", "torch", "mlx"}
     assert row.ratios.keys() == {"torch", "mlx"}
-    assert row.peak_share == pytest.approx(row.flops / row.seconds["ours"] / row.peak_flops_per_s, rel=1)
+    share = row.flops / row.seconds["ours"] / row.peak_flops_per_s  # of medians; the row's is the median of shares
+    assert share / 20 < row.peak_share < 20 * share
 
 
 def test_a_decoding_shape_says_its_sizes():

@@ -104,6 +104,8 @@ def planted(monkeypatch):
     monkeypatch.setattr(launcher, "unavailable_reason", lambda: None)
     monkeypatch.setattr(launcher, "known_obstacle", lambda: None)
     monkeypatch.setattr(launcher, "module", lambda: found.recorder)
+    for lookup in ("_find_call", "_find_packed_call"):  # set to the recorder's by a call that repeats; restored with it
+        monkeypatch.setattr(cuda, lookup, cuda._find_nothing)
     forget()
     yield make
     forget()

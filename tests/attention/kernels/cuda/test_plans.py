@@ -171,7 +171,6 @@ def test_without_a_gradient_no_logsumexp_is_made(recorder):
 
 def test_the_launcher_keeps_calls_until_they_are_forgotten(recorder, monkeypatch):
     monkeypatch.setattr(launcher, "is_plan", lambda made: True)
-    monkeypatch.setattr(cuda, "_find_call", cuda._find_nothing)
     call(300, 300)
     monkeypatch.setattr(cuda, "_attend", lambda *_: pytest.fail("looked up again"))
     call(300, 300)
