@@ -83,6 +83,7 @@ async def test_a_model_is_set_up_run_shown_kept_and_exported(stage):
     await finish(stage, "models")
     assert "estimated from 2 of 22 layers" in stage.seen()
     assert "2.00 ±" in stage.seen()
+    await stage.settle(RunHistory().runs)  # a report is stored in a thread
     assert RunHistory().get("last").models[0].rows[0].attention_share.value > 0.5
     await stage.press("e")
     await stage.press("enter")
@@ -134,6 +135,7 @@ async def test_stopping_keeps_what_was_measured(stage):
     play_iterations(stage.engine, ["baseline"], 5)
     await stage.press("x")
     await stage.settle(lambda: "finetuning" in stage.app.runs.model_reports)
+    await stage.settle(RunHistory().runs)
     kept = RunHistory().get("last")
     assert kept.run.interrupted
     assert len(kept.fine_tunings[0].rows[0].losses) == 5

@@ -43,6 +43,7 @@ async def test_a_stream_is_set_up_drawn_live_and_kept(stage):
     assert "interrupted" not in seen
     stage.engine.tell(*list(stream_events(plan))[-2:])
     await end(stage)
+    await stage.settle(RunHistory().runs)  # a report is stored in a thread
     assert RunHistory().get("last").streams[0].rows[1].tokens == 100_000
     assert "--window 512" in RunHistory().get("last").run.command
 
