@@ -542,12 +542,9 @@ class ModelPatch(CallCounts):
         if not isinstance(chosen, ReturnsLogsumexp):
             self.count_passed_on(f"it does not return the logsumexp; {TO_PRACTICAL}")
             chosen = _practical()[0]
-        before, _thread.in_implementation = _thread.in_implementation, True
-        try:
+        with in_implementation():
             take_path()
             out = state.attend_pending(queries, chosen, scale, softcap, sinks)
-        finally:
-            _thread.in_implementation = before
         if chosen is self.implementation:
             self.count_taken(f"{take_path() or chosen.name}, {STREAMING}")
         return out
