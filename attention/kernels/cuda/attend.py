@@ -301,10 +301,7 @@ def _compare_packed(shape: CallShape, call: CallParams, packed: PackedKV, path: 
     (q, k, v), mask = selfcheck.inputs(small)[:3], selfcheck.random_mask(small, tried)
     parts = [
         quantized(x if scale == "uint8" else x.astype(getattr(mx, scale)), form)
-        for x, form, scale in (
-            (k, packed.format.key, packed.key_scale),
-            (v, packed.format.value, packed.value_scale),
-        )
+        for x, (form, scale) in zip((k, v), packed.parts, strict=True)
     ]
     made = packed_choice.check_stages(shape, call, packed, path, small, tried)
     run = run_of((*packed_inputs(packed), *extra_inputs(call)), OUTPUTS[:2], made)

@@ -133,8 +133,8 @@ class QuantizedDecode:
 
 def constants_of(packed: PackedKV) -> dict[str, int]:
     """Return the constants of numbers.cuh for the formats of keys and values."""
-    form = packed.format
-    return _numbers_of("KEY", form.key, packed.key_scale) | _numbers_of("VALUE", form.value, packed.value_scale)
+    key, value = packed.parts
+    return _numbers_of("KEY", *key) | _numbers_of("VALUE", *value)
 
 
 def _row_bytes(form: Format, scale: str, head_dim: int) -> int:

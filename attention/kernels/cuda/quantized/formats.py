@@ -64,7 +64,7 @@ class PackedKV:
         Kernels load numbers by the 16, and at most a row of scales at a time.
         """
         widths = {"k": head_dim, "v": value_dim or head_dim}
-        forms = {"k": (self.format.key, self.key_scale), "v": (self.format.value, self.value_scale)}
+        forms = dict(zip(widths, self.parts, strict=True))
         found = {name: _alignment(form) for name, (form, _) in forms.items()}
         for name, (form, scale) in forms.items():
             found[f"{name}_scales"] = found[f"{name}_biases"] = _scale_alignment(form, scale, widths[name])
