@@ -11,7 +11,7 @@ from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.gpu import gpu
 from attention.kernels.cuda.runtime.launch import OUTPUTS, Stage
 from attention.kernels.cuda.sm90.decode import LONG_KEYS
-from attention.kernels.cuda.sm90.launch import PARTS, SPLIT_OUTPUTS, KeySplit, decode
+from attention.kernels.cuda.sm90.launch import SPLIT_OUTPUTS, KeySplit, decode, unwritten
 
 READS: Final = ("q", "k", "k_scales", "k_biases", "v", "v_scales", "v_biases")
 MIN_STAGES: Final = 3
@@ -119,19 +119,15 @@ def stages(
 ) -> list[Stage]:
     """Return the launch of the split-K kernel, with a given splitting or the one for the call."""
     plan = plan or make_key_split(shape, call, packed)
-    omitted = set(packed.missing) | {OUTPUTS[2]}
-    if not with_logsumexp:
-        omitted.add(OUTPUTS[1])
-    if plan.splits == 1:
-        omitted.add(PARTS[0])
+    made = decode(shape, call, plan)
     return [
         Stage(
-            decode(shape, call, plan),
+            made,
             READS,
             SPLIT_OUTPUTS,
             strided=READS,
             alignments=packed.alignments(shape.head_dim),
-            omitted=frozenset(omitted),
+            omitted=packed.missing | {OUTPUTS[2]} | unwritten(made, with_logsumexp),
             serial=True,
         )
     ]

@@ -206,7 +206,7 @@ def forward_stages(
             (*INPUTS, *extra_inputs(call)),
             OUTPUT_NAMES,
             maps={"q": TensorBox(WARPGROUP_ROWS), "k": keys, "v": keys},
-            omitted=_omitted(made, with_logsumexp),
+            omitted=unwritten(made, with_logsumexp),
             serial=True,
         )
     ]
@@ -224,10 +224,10 @@ def decode_stages(
     """Return the launch of the split-K kernel with a given splitting."""
     made = decode(shape, call, plan)
     reads = (*INPUTS, *extra_inputs(call))
-    return [Stage(made, reads, SPLIT_OUTPUTS, strided=INPUTS, omitted=_omitted(made, with_logsumexp), serial=True)]
+    return [Stage(made, reads, SPLIT_OUTPUTS, strided=INPUTS, omitted=unwritten(made, with_logsumexp), serial=True)]
 
 
-def _omitted(made: launch.Launch, with_logsumexp: bool) -> frozenset[str]:
+def unwritten(made: launch.Launch, with_logsumexp: bool = True) -> frozenset[str]:
     """Return the arrays of `OUTPUT_NAMES` that are not written."""
     unwanted = set() if with_logsumexp else {"logsumexp", "stats"}
     parts = made.keywords["output_shapes"][OUTPUT_NAMES.index(PARTS[0])]

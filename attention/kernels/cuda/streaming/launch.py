@@ -26,6 +26,7 @@ from attention.kernels.cuda.sm90.launch import (
     decode_stages,
     make_key_split,
     same_kernel,
+    unwritten,
 )
 from attention.masks import dtype_name
 
@@ -116,13 +117,12 @@ def _spans_stages(kind: StepKind, split: KeySplit[Decode]) -> list[Stage]:
     """Return the launches over three runs of slots, each with its version of the query, and their join."""
     shape = _with_versions(kind.shape)
     made = decode(shape, kind.call, split)
-    omitted = {"stats"} if split.splits > 1 else {"stats", PARTS[0]}
     attends = Stage(
         made,
         ("turned", "k", "v"),
         ("versions", "logsumexp", "stats", PARTS[0]),
         strided=("turned", "k", "v"),
-        omitted=frozenset(omitted),
+        omitted=unwritten(made) | {"stats"},
         serial=True,
         passed=SPANS,
     )
