@@ -154,7 +154,7 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
     def _prepare_all(self, device: Device) -> None:
         first = self._plan.cases[0]
         self._configuration = configuration.find_model(first.model)
-        self._tokens = text.tokenizer_of(self._configuration).encode(text.read(first.data))
+        self._tokens = text.tokenizer_of(self._configuration).encode(text.read(first.data, "data"))
         self._paths: dict[str, str] = {}
         self._network = Network(self._configuration, first.dtype, seed=self._plan.seed)
         self._limit = self._plan.memory_limit_bytes or device.available_bytes

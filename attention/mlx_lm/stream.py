@@ -26,7 +26,7 @@ class ModelStreamBench(StreamBench):
     def _prepare(self, work: Stream) -> object:
         assert work.model is not None
         found = configuration.find_model(work.model)
-        encoded = text.tokenizer_of(found).encode(text.read(work.text))
+        encoded = text.tokenizer_of(found).encode(text.read(work.text, "text"))
         if len(encoded) <= work.tokens:
             self._progress.log(f"the text has {len(encoded):,} tokens, and is repeated")
         self._tokens = np.resize(np.array(encoded, np.int32), work.tokens + 1)

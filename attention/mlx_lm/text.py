@@ -66,19 +66,19 @@ def begin_token(configuration: Configuration) -> int | None:
     return found if type(found) is int else None
 
 
-def read(data: str | None) -> str:
-    """Return the text of a file, or the bundled one.
+def read(file: str | None, field: str) -> str:
+    """Return the text of a file, or the bundled one; `field` of a case names the file, and begins an error message.
 
     Raises:
         UsageError: the file cannot be read, or is empty.
     """
-    path = BUNDLED if data is None else expand_home(data)
+    path = BUNDLED if file is None else expand_home(file)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"data: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise UsageError(f"{field}: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not text.strip():
-        raise UsageError(f"data: {path} is empty")
+        raise UsageError(f"{field}: {path} is empty")
     return text
 
 

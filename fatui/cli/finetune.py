@@ -73,7 +73,7 @@ def _case(arguments: argparse.Namespace) -> "FineTuning":
     from fatui.cli.options import whole_numbers
 
     layers = find_model(arguments.model).layers
-    read(arguments.data)
+    read(arguments.data, "data")
     sizes = {name: whole_numbers(getattr(arguments, name), f"--{name}", single=True)[0] for name in SIZES}
     tuned = whole_numbers(arguments.lora_layers, "--lora-layers", single=True)[0]
     return FineTuning(

@@ -163,7 +163,7 @@ def _refuse(options: list[str], why: str) -> None:
 def _check_text(path: str | None) -> None:
     from attention.mlx_lm.text import read
 
-    read(path)
+    read(path, "text")
 
 
 def _rows(text: str | None, model: str | None) -> tuple[str, ...]:

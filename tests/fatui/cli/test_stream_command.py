@@ -35,6 +35,7 @@ def shown(report: Report, width: int = 100) -> str:
         (["--tokens", "many"], "--tokens: got 'many'; it takes one whole number"),
         (["--rows", "window"], "--rows: got 'window'; it takes full, streaming without a model"),
         (["--text", "a.txt"], "--text: not taken here; there is no model to read it"),
+        (["tiny-llama", "--text", "nowhere.txt"], "text: nowhere.txt cannot be read"),
         (["tiny-llama", "--heads", "4"], "--heads: not taken here; the model has its own"),
         (["nosuch"], "'nosuch': neither a model"),
         (["--kv-format", "int9"], "kv_format: got 'int9'"),
