@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from attention.core.results import Case, FineTuningCase, Report
 from fatui.report.counterparts import (
+    beside_unquantized,
     by_length,
     by_shape,
     density_break_even,
@@ -192,7 +193,7 @@ def format_charts(cases: Sequence[Case], names: Sequence[str]) -> list[Chart]:
     Two for each shape with several formats: speedups over unquantized, and errors. Then for each implementation that
     was measured at several lengths: speedups over unquantized by the number of keys, with a line for each format.
     """
-    quantized = [case for case in cases if case.workload.quantized]
+    quantized = beside_unquantized(cases)
     made = []
     for shape, group in by_shape(quantized).items():
         points = {name: found for name in names if (found := format_points(group, name))}

@@ -260,7 +260,7 @@ def _saving(workload: Workload) -> float:
 
 def quantized_blocks(cases: Sequence[Case], models: Sequence[ModelCase], names: Sequence[str]) -> list[Block]:
     """Return the section: findings by format and by length, the table of formats, and that of models' caches."""
-    found = [case for case in cases if case.workload.kv_format != DENSE]
+    found = beside_unquantized(cases)
     blocks: list[Block] = []
     if found:
         blocks.append(
@@ -289,6 +289,11 @@ def _findings(cases: Sequence[Case], names: Sequence[str]) -> Iterable[tuple[str
             for name in names:
                 if len(group) > 1 and (text := length_break_even_text(name, format_points(group, name))):
                     yield shape, text
+
+
+def beside_unquantized(cases: Sequence[Case]) -> list[Case]:
+    """Return the cases that are compared with unquantized keys and values: quantized ones, on one device."""
+    return [case for case in cases if "unquantized" in case.workload.counterparts]
 
 
 def by_shape(cases: Sequence[Case]) -> dict[str, list[Case]]:

@@ -231,6 +231,12 @@ def test_a_chart_shows_speed_over_the_length_with_a_line_of_unquantized_ones() -
     assert all(word in chart.svg for word in ("int4", "unquantized", "4096"))
 
 
+def test_a_quantized_case_on_several_ranks_is_not_beside_an_unquantized_one() -> None:
+    divided = Case(workload=Workload(kv_format="int4", ranks=2), reference=None, rows=())
+    assert quantized_blocks([divided], [], ["poc"]) == []
+    assert format_charts([divided], ["poc"]) == []
+
+
 def test_cases_of_two_shapes_are_apart() -> None:
     wide = structs.replace(FORMATS[0], workload=structs.replace(FORMATS[0].workload, heads=16, kv_heads=16))
     claims = [block for block in quantized_blocks([FORMATS[3], wide], [], ["poc"]) if isinstance(block, Claim)]
