@@ -267,14 +267,15 @@ def whole_numbers(text: str, option: str, *, single: bool = False) -> list[int]:
 
     Args:
         text: the option's value.
-        option: the option's name, for the error message.
+        option: the option's name, for the error message about a text; the range of a number is for its user to check.
         single: whether exactly one number is accepted.
 
     Raises:
         UsageError: a part is not a whole number, or there are several where one is accepted.
     """
     parts = [part.strip() for part in text.split(",")]
-    wrong = [part for part in parts if not (part.isascii() and part.isdigit() and len(part) < 12)]
+    digits = [part.removeprefix("-") for part in parts]
+    wrong = [part for part in digits if not (part.isascii() and part.isdigit() and len(part) < 12)]
     if wrong or (single and len(parts) > 1):
         takes = "one whole number" if single else "comma-separated whole numbers"
         raise UsageError(f"{option}: got '{text[:40]}'; it takes {takes}")

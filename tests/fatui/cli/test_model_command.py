@@ -104,6 +104,7 @@ def tuning_report(off: float = 0.0) -> Report:
         (["finetune", "tiny-llama", "--iters", "1,2"], "--iters: got '1,2'; it takes one whole number"),
         (["finetune", "tiny-llama", "--data", "nowhere.txt"], "data: nowhere.txt cannot be read"),
         (["finetune", "tiny-llama", "--rank", "0"], "rank: got 0"),
+        (["model", "tiny-llama", "--prompt", "-1"], "prompt: got -1; it takes a whole number from 2"),
     ],
 )
 def test_a_mistake_is_told_in_one_line_and_exits_2(arguments, told, capsys):

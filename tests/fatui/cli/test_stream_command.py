@@ -31,6 +31,7 @@ def shown(report: Report, width: int = 100) -> str:
     [
         (["--window", "0"], "window: got 0; it takes a whole number from 1"),
         (["--window", "8", "--first", "9"], "first: got 9; it takes a whole number from 0 to the window"),
+        (["--first", "-1"], "first: got -1; it takes a whole number from 0 to the window, which is 1,024"),
         (["--tokens", "0"], "tokens: got 0; it takes a whole number from 1"),
         (["--tokens", "many"], "--tokens: got 'many'; it takes one whole number"),
         (["--rows", "window"], "--rows: got 'window'; it takes full, streaming without a model"),
