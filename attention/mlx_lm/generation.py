@@ -531,22 +531,10 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         logits = logits.astype(mx.float32)
         if setting.logits is None:
             setting.logits = logits
-        spread = mx.sqrt(mx.mean(mx.square(setting.logits)))
-        difference = mx.abs(logits - setting.logits)
-        rms = float(mx.sqrt(mx.mean(mx.square(difference))) / spread)
-        largest = float(mx.max(difference))
-        allowed = TOLERANCE[setting.case.dtype]
-        self._progress.emit(
-            on.AccuracyChecked(
-                case=self._progress.case,
-                implementation=name,
-                max_error=largest if largest == largest else None,
-                rms_error=rms if rms == rms else None,
-                accurate=rms <= allowed,
-                detail=f"logits: {rms:.2g} of their spread off the reference's, {allowed:g} allowed",
-                kl_divergence=kl_divergence(setting.unquantized.logits, logits) if setting.unquantized else None,
-            )
-        )
+        checked = check_logits(self._progress.case, name, logits, setting.logits, setting.case.dtype, "the reference's")
+        if setting.unquantized:
+            checked.kl_divergence = kl_divergence(setting.unquantized.logits, logits)
+        self._progress.emit(checked)
 
     def _estimate_time(self, work: Generation, count: int) -> None:
         """Time two layers, of which a prefill completes one; if the case takes long, log a way to shorten it."""
@@ -584,6 +572,32 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         if arm.short and arm.many_s:
             event = on.LayersTimed(case=case, implementation=arm.name, layer_s=arm.layer_s, fixed_s=arm.fixed_s)
             self._progress.emit(event)
+
+
+def check_logits(case: int, name: str, found: Logits, expected: Logits, dtype: str, whose: str) -> on.AccuracyChecked:
+    """Return the event of an implementation's logits, compared with those that count as right; both in float32.
+
+    Args:
+        case: number of the case.
+        name: the implementation.
+        found: its logits.
+        expected: those that count as right.
+        dtype: of the weights; it says what rounding may cause.
+        whose: whose the expected ones are, in words: "the reference's".
+    """
+    spread = mx.sqrt(mx.mean(mx.square(expected)))
+    difference = mx.abs(found - expected)
+    rms = float(mx.sqrt(mx.mean(mx.square(difference))) / spread)
+    largest = float(mx.max(difference))
+    allowed = TOLERANCE[dtype]
+    return on.AccuracyChecked(
+        case=case,
+        implementation=name,
+        max_error=largest if largest == largest else None,
+        rms_error=rms if rms == rms else None,
+        accurate=rms <= allowed,
+        detail=f"logits: {rms:.2g} of their spread off {whose}, {allowed:g} allowed",
+    )
 
 
 def kl_divergence(expected: mx.array, found: mx.array) -> float | None:

@@ -24,10 +24,10 @@ from attention.mlx_lm import configuration
 from attention.mlx_lm.arms import Layers, ModelArm
 from attention.mlx_lm.generation import (
     PREFILL_STEP,
-    TOLERANCE,
     DecodeRun,
     PrefillRun,
     Prompts,
+    check_logits,
     next_logits,
 )
 from attention.mlx_lm.network import Network, copy_caches
@@ -204,7 +204,8 @@ class RankGenerationBench(CaseRunner[GenerationPlan]):
             seconds = time.perf_counter() - started
             self._emit_taken_path(name, case)
             progress.emit(on.FirstCall(case=case, implementation=name, seconds=seconds))
-            self._compare(name, found, logits)
+            dtype = self._plan.cases[case].dtype
+            progress.emit(check_logits(case, name, found, logits, dtype, "one device's"))
             progress.begin_step(name, "memory")
             progress.emit(on.MemoryMeasured(case=case, implementation=name, peak_bytes=runner.peak_bytes()))
             progress.begin_step(name, "warm up")
@@ -222,22 +223,6 @@ class RankGenerationBench(CaseRunner[GenerationPlan]):
             route = self._route(implementations.load_implementation(name), self._layer(work), probe())
             route = structs.replace(route, path=f"x{work.ranks} {path}")
             self._progress.emit(on.RouteFound(case=case, implementation=name, route=route))
-
-    def _compare(self, name: str, found: mx.array, logits: mx.array) -> None:
-        spread = mx.sqrt(mx.mean(mx.square(logits)))
-        difference = mx.abs(found - logits)
-        rms, largest = float(mx.sqrt(mx.mean(mx.square(difference))) / spread), float(mx.max(difference))
-        allowed = TOLERANCE[self._plan.cases[self._progress.case].dtype]
-        self._progress.emit(
-            on.AccuracyChecked(
-                case=self._progress.case,
-                implementation=name,
-                max_error=largest if largest == largest else None,
-                rms_error=rms if rms == rms else None,
-                accurate=rms <= allowed,
-                detail=f"logits: {rms:.2g} of their spread off one device's, {allowed:g} allowed",
-            )
-        )
 
     def _one_device(self, arm: Arm, work: Generation) -> ModelArm | None:
         """Return the arm of the same model on one device, in the same rounds; None if it fails."""
