@@ -1,6 +1,5 @@
 """Launch plans on a simulated Hopper GPU: stages, and kernel parameters; needs no GPU."""
 
-import re
 import struct
 
 import pytest
@@ -13,18 +12,10 @@ from attention.kernels import cuda
 from attention.kernels.cuda import KernelUnavailable, path
 from attention.kernels.cuda.runtime import launch, launcher
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
-from attention.kernels.cuda.runtime.launch import MAP, NUMBER, SERIAL, STRIDE
-from attention.kernels.cuda.runtime.program import TEXTS, Program
+from attention.kernels.cuda.runtime.launch import NOTHING, POINTER
+from attention.kernels.cuda.runtime.program import Program
 from attention.masks import Mask
-from tests.support.cuda_planted import planted
-
-FILES = {  # of a kernel's name
-    "flash_forward": "sm90/forward.cu",
-    "flash_decode": "sm90/decode.cu",
-    "flash_backward": "sm90/backward.cu",
-    "flash_backward_rows": "sm90/backward_rows.cu",
-    "flash_backward_finish": "sm90/backward_finish.cu",
-}
+from tests.support.cuda_planted import planted, signature
 
 
 @pytest.fixture
@@ -42,23 +33,6 @@ def call(queries, keys, dim=64, heads=4, kv_heads=2, with_logsumexp=False):
 
 def kernels(plan):
     return [step[0] for step in plan.steps]
-
-
-def parameters(kernel):
-    """The kinds of the parameters in a kernel's signature, in order."""
-    signature = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", (TEXTS / FILES[kernel]).read_text(), re.DOTALL)[1]
-    signature = re.sub(r"#if (?:LISTS|ALIBI|SPANS)\n.*?#endif\n", "", signature, flags=re.DOTALL)
-    return [kind_of(parameter) for parameter in signature.split(",")]
-
-
-def kind_of(parameter):
-    if "TensorMap" in parameter:
-        return "map"
-    return "address" if "*" in parameter else "long" if re.search("u64|long", parameter) else "number"
-
-
-def handed_over(argument):
-    return {MAP: "map", NUMBER: "number", STRIDE: "long", SERIAL: "long"}.get(argument[0], "address")
 
 
 def test_many_queries_take_one_launch(recorder):
@@ -110,8 +84,9 @@ def test_the_backward_kernel_adds_to_dq_in_place(recorder):
 def test_every_kernel_gets_the_parameters_of_its_signature(recorder):
     gradients(recorder, True)
     call(1, 5000)
-    for step in (step for plan in recorder.plans for step in plan.steps):
-        assert [handed_over(argument) for argument in step[-1]] == parameters(step[0]), step[0]
+    for _, program, *_, arguments in (step for plan in recorder.plans for step in plan.steps):
+        found = [POINTER if argument[0] == NOTHING else argument[0] for argument in arguments]
+        assert found == signature(program), program.name
 
 
 @pytest.mark.parametrize("with_logsumexp", [False, True])
