@@ -77,6 +77,17 @@ def selected_parts(words: Iterable[object]) -> tuple[list[str], Path | None]:
     return found.words, found.json
 
 
+def peak_beyond_output(call: Callable[[], mx.array]) -> int:
+    """Return the bytes that a call, not its first, allocates at its peak beyond its output."""
+    mx.eval(call())
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    made = call()
+    mx.eval(made)
+    return mx.get_peak_memory() - before - made.nbytes
+
+
 def run_parts(parts: Mapping[str, Callable[[], Sequence[dict[str, Any]]]]) -> None:
     """Run the parts named on the command line, or all, and print the missed targets; `--json PATH` writes the rows."""
     words, path = selected_parts(parts)

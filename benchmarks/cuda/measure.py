@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from attention.kernels.cuda import flash_attention
 from attention.measure.rounds import TimedCall
-from benchmarks.cuda.harness import check_target, cudnn, in_torch, random_arrays, report, run_parts
+from benchmarks.cuda.harness import check_target, cudnn, in_torch, peak_beyond_output, random_arrays, report, run_parts
 from benchmarks.rounds import MlxCalls, TorchCalls, medians, one_at_a_time
 
 Rows = list[dict[str, Any]]
@@ -140,12 +140,7 @@ def _memory_beside_output() -> float:
     """Return the MiB of a call (16384 tokens, 8 heads of 256) above its inputs and output."""
     shape = (1, 8, 16384, 256)
     q, k, v = random_arrays(shape, shape, shape)
-    mx.eval(flash_attention(q, k, v, scale=1 / 16))
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    mx.eval(flash_attention(q, k, v, scale=1 / 16))
-    return (mx.get_peak_memory() - before - q.nbytes) / 2**20
+    return peak_beyond_output(lambda: flash_attention(q, k, v, scale=1 / 16)) / 2**20
 
 
 def dims() -> Rows:

@@ -15,7 +15,7 @@ from attention.core.kv_format import parse_format
 from attention.kernels.cuda import flash_attention, flash_attention_quantized
 from attention.measure.rounds import TimedCall
 from attention.quantized_kv import QuantizedArray, quantized
-from benchmarks.cuda.harness import check_target, random_arrays, run_parts
+from benchmarks.cuda.harness import check_target, peak_beyond_output, random_arrays, run_parts
 from benchmarks.rounds import MlxCalls, medians
 
 Rows = list[dict[str, Any]]
@@ -124,8 +124,7 @@ def prefill() -> Rows:
             packed = [quantized(x, form) for x in (k, v)]
             mx.eval([part.arrays for part in packed])
             call = functools.partial(_first_of, flash_attention_quantized, q, *packed, **options)
-            mx.eval(call())
-            memory[form] = _peak_above(call)
+            memory[form] = peak_beyond_output(call)
             runs[form] = MlxCalls(call)
         seconds = medians(runs)
         operations = 4 * HEADS * length**2 * dim / (2 if causal else 1)
@@ -152,16 +151,6 @@ def _prefill_targets(row: dict[str, Any]) -> Rows:
             check_target(f"{form}, prefill of 8192, 64 MiB over what is allocated", 1.0, 2**26 / max(1, memory[form])),
         )
     ]
-
-
-def _peak_above(call: Callable[[], mx.array]) -> int:
-    """Return the bytes that a call allocates at its peak, beyond its output."""
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    made = call()
-    mx.eval(made)
-    return mx.get_peak_memory() - before - made.nbytes
 
 
 def _first_of(call: Callable[..., Sequence[mx.array]], *given: Any, **keywords: Any) -> mx.array:
