@@ -163,9 +163,9 @@ def make_key_split(shape: CallShape, call: CallParams) -> KeySplit[Decode]:
 
 def same_kernel(plan: KeySplit[Kernel], other: KeySplit[Kernel], keys: int) -> KeySplit[Kernel]:
     """Return the splitting of another call, with `keys` keys, by the kernel of a plan: in three splits."""
-    round_keys = plan.kernel.round_keys
-    split_keys = round_keys * math.ceil((keys - other.first_key) / 3 / round_keys)
-    return KeySplit(plan.kernel, other.tiles, other.first_key, -(-(keys - other.first_key) // split_keys), split_keys)
+    read, round_keys = keys - other.first_key, plan.kernel.round_keys
+    split_keys = round_keys * math.ceil(read / 3 / round_keys)
+    return KeySplit(plan.kernel, other.tiles, other.first_key, -(-read // split_keys), split_keys)
 
 
 @functools.lru_cache(maxsize=256)
