@@ -132,13 +132,14 @@ def arrays_of(
     lists: ListArrays | None = None,
 ) -> Arrays:
     """Return the arrays of a call; the mask gets four axes, sinks and slopes (H,) the dtype float32."""
-    absent = ListArrays(placeholder(4), placeholder(1), placeholder(1), placeholder(4), placeholder(1))
+    if lists is None:
+        lists = ListArrays(placeholder(4), placeholder(1), placeholder(1), placeholder(4), placeholder(1))
     return Arrays(
         *(q, _numbers(k), _numbers(v)),
         placeholder(4) if mask is None else mask.reshape((1,) * (4 - mask.ndim) + mask.shape),
         placeholder(1) if sinks is None else sinks.astype(mx.float32),
         placeholder(1) if slopes is None else slopes.astype(mx.float32),
-        *(absent if lists is None else lists),
+        *lists,
         *_scales_and_biases(k),
         *_scales_and_biases(v),
     )
