@@ -15,7 +15,6 @@ from msgspec import structs
 
 from attention import implementations
 from attention.core import events as on
-from attention.core.kv_format import DENSE
 from attention.core.plan import StreamPlan
 from attention.core.route import validated_route
 from attention.core.stream import FULL, MAX_BLOCKS, STREAMING, Stream, StreamBlock, bin_of, block_of
@@ -137,7 +136,7 @@ class StreamBench(CaseRunner[StreamPlan]):
             Whether all tokens were given.
         """
         stream = self._blocks(name)
-        began = emitted = time.perf_counter()
+        began = time.perf_counter()
         position, block_end = 0, work.block_tokens
         block_s = self._plan.seconds / MAX_BLOCKS
         with without_collection():
@@ -154,8 +153,7 @@ class StreamBench(CaseRunner[StreamPlan]):
                     stream.close_block(position)
                     self._emit_taken_path(name)
                     up = up or not may_continue(position)
-                if now - emitted >= EMIT_INTERVAL_S:
-                    emitted = now
+                if stream.due:
                     stream.flush()
                     left = min((work.tokens - position) * (now - began) / position, self._plan.seconds - now + began)
                     self._progress.emit_progress(f"{name}: token {position:,} of {work.tokens:,}", max(0.0, left))
@@ -168,6 +166,13 @@ class StreamBench(CaseRunner[StreamPlan]):
         if name == STREAMING:
             self._measure_bare_loop(stream.typical_s, -(-work.tokens // work.chunk))
         return True
+
+    def _emit_bound(self, size: int) -> None:
+        """Emit how fast the bytes that a token needs can be read."""
+        rate = self._peaks.copy_bytes_per_s if self._peaks else None
+        seconds = read_time_s(size, self._device, rate)
+        if seconds:
+            self._progress.emit(on.BoundMeasured(case=self._progress.case, implementation=STREAMING, seconds=seconds))
 
     def _measure_bare_loop(self, token_s: float, steps: int) -> None:
         """Emit the times of a loop that waits for as long as a token takes, to show what the system interrupts."""
@@ -310,9 +315,7 @@ class AttentionStreamBench(StreamBench):
         from attention.streaming.state import StreamingKV
 
         self._emit_route(STREAMING, work.workload)
-        state = StreamingKV(
-            first=work.first, window=work.window, format=None if work.kv_format == DENSE else work.kv_format
-        )
+        state = StreamingKV(first=work.first, window=work.window, format=work.kv_format)
 
         def step(position: int) -> None:
             q, k, v = self._pool[position // work.chunk % POOL]
@@ -321,10 +324,7 @@ class AttentionStreamBench(StreamBench):
             mx.eval(state.attend(q, k, v))
 
         complete = self._steps(STREAMING, work, step)
-        rate = self._peaks.copy_bytes_per_s if self._peaks else None
-        bound_s = read_time_s(work.workload.key_value_bytes, self._device, rate)
-        if bound_s:
-            self._progress.emit(on.BoundMeasured(case=self._progress.case, implementation=STREAMING, seconds=bound_s))
+        self._emit_bound(work.workload.key_value_bytes)
         return complete
 
     def _measure_full(self, work: Stream) -> bool:

@@ -8,9 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 from attention.core import events as on
-from attention.core.kv_format import DENSE
 from attention.core.stream import FULL, RECOMPUTED, STREAMING, WINDOW, Stream
-from attention.engine.stream import ATTENDS, CACHE_SHARE, StreamBench, read_time_s
+from attention.engine.stream import ATTENDS, CACHE_SHARE, StreamBench
 from attention.mlx_lm import configuration, text
 from attention.mlx_lm.network import Network
 from attention.mlx_lm.patch import replace_attention
@@ -45,7 +44,8 @@ class ModelStreamBench(StreamBench):
                 return self._recompute(work)
             complete = self._steps(name, work, self._step(name, work), may_continue=self._fits(name, work))
         if name == STREAMING:
-            self._emit_bound(work)
+            kept = self._network.layers * work.workload.key_value_bytes
+            self._emit_bound(self._network.own_bytes + kept)
         return complete
 
     def _cache(self, name: str, work: Stream) -> list[Any]:
@@ -54,8 +54,7 @@ class ModelStreamBench(StreamBench):
             return self._network.cache()
         if name == WINDOW:  # as many tokens as `streaming` keeps, all of them the last ones
             return list(make_prompt_cache(model, first=0, window=work.kept))
-        kv_format = None if work.kv_format == DENSE else work.kv_format
-        return list(make_prompt_cache(model, first=work.first, window=work.window, format=kv_format))
+        return list(make_prompt_cache(model, first=work.first, window=work.window, format=work.kv_format))
 
     def _step(self, name: str, work: Stream) -> Callable[[int], float | None]:
         """Return what gives the tokens from a position on, and returns the mean loss of those that follow them."""
@@ -85,13 +84,14 @@ class ModelStreamBench(StreamBench):
         if len(ends) > MAX_RECOMPUTED:
             ends = ends[np.linspace(0, len(ends) - 1, MAX_RECOMPUTED, dtype=np.int64)]
         stream = self._blocks(RECOMPUTED)
+        marked = self._begins_with_marker(work)
         began = time.perf_counter()
         for end in map(int, ends):
             if time.perf_counter() - began > self._plan.seconds:
                 stream.flush()
                 return False
             window = self._tokens[max(0, end - work.kept) : end].copy()
-            if self._begins_with_marker(work):
+            if marked:
                 window[0] = self._tokens[0]
             started = time.perf_counter()
             logits = self._network.model(mx.array(window[None]))
@@ -111,14 +111,6 @@ class ModelStreamBench(StreamBench):
         """Whether the tokenizer puts a token of its own before a text: a recomputed window then begins with it too."""
         assert work.model is not None
         return text.begin_token(configuration.find_model(work.model)) == int(self._tokens[0])
-
-    def _emit_bound(self, work: Stream) -> None:
-        """Emit how fast weights and kept keys and values can be read: what a token needs at least."""
-        kept = self._network.layers * work.workload.key_value_bytes
-        rate = self._peaks.copy_bytes_per_s if self._peaks else None
-        seconds = read_time_s(self._network.own_bytes + kept, self._device, rate)
-        if seconds:
-            self._progress.emit(on.BoundMeasured(case=self._progress.case, implementation=STREAMING, seconds=seconds))
 
 
 def _loss(logits: mx.array, targets: mx.array) -> mx.array:
