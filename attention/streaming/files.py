@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from attention.core.errors import UsageError, error_line
+from attention.streaming.layout import HeadKind
 
 SCHEMA: Final = 1
 KEY: Final = "streaming_kv"
@@ -31,7 +32,7 @@ class Description(msgspec.Struct, forbid_unknown_fields=True):
     """Tokens seen by each row of the batch, and the position of the oldest in its ring."""
     dtypes: list[str]
     """Of keys and values as they came."""
-    kept: list[tuple[str, list[int]]]
+    kept: list[tuple[HeadKind, list[int]]]
     """Kinds of heads, and which these are; each has its arrays "KIND.keys.0" and so on."""
     schema: int = SCHEMA
 

@@ -9,6 +9,7 @@ of a query to the keys of the lap before is that of slots, plus the ring.
 """
 
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 from msgspec import Struct
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from attention.core.errors import UsageError
 
+HeadKind = Literal["streaming", "full"]
 MAX_TOKENS = 2**31 - 1
 """Slots are 32-bit numbers in kernels."""
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, Literal, Self, cast
+from typing import Any, Final, Self, cast
 
 import mlx.core as mx
 import numpy as np
@@ -18,12 +18,11 @@ from attention.masks import Mask, dtype_name
 from attention.quantized_kv import FLOATS
 from attention.streaming import files, fused
 from attention.streaming.files import Description
-from attention.streaming.layout import Layout, Row
+from attention.streaming.layout import HeadKind, Layout, Row
 from attention.streaming.parts import Part, Settings, attend_parts
 from attention.streaming.rope import Rope
 from attention.streaming.storage import Slots, cut
 
-HeadKind = Literal["streaming", "full"]
 MAX_PIECE: Final = 1024
 """Tokens of a chunk that are attended to together while the ring has others: their mask has a bit for each pair."""
 STEP: Final = 256
@@ -101,8 +100,7 @@ class StreamingKV:
         self.rope = rope
         self.heads = _checked_heads(heads)
         self._rows: list[Row] = []
-        self._streaming: Kept | None = None
-        self._full: Kept | None = None
+        self._kept: dict[HeadKind, Kept] = {}
         self._fused = fused.Step(self.layout, self.formats, rope)
         self._pending: tuple[mx.array, mx.array, Sequence[int] | None, bool] | None = None
 
@@ -147,7 +145,7 @@ class StreamingKV:
     def nbytes(self) -> int:
         """Bytes of all keys and values, unused slots included."""
         self._flush()
-        return sum(one.keys.nbytes + one.values.nbytes for one in self._kept())
+        return sum(one.keys.nbytes + one.values.nbytes for one in self._kept.values())
 
     def kept(self, row: int = 0) -> NDArray[np.int64]:
         """Return the positions of the tokens that a batch row's latest query attends to, in order.
@@ -162,11 +160,8 @@ class StreamingKV:
         """Evaluate all arrays; return the state."""
         self._flush()
         self._fused.settle()
-        mx.eval([array for one in self._kept() for array in one.arrays])
+        mx.eval([array for one in self._kept.values() for array in one.arrays])
         return self
-
-    def _kept(self) -> list[Kept]:
-        return [one for one in (self._streaming, self._full) if one is not None]
 
     # Tokens in and out
 
@@ -271,8 +266,8 @@ class StreamingKV:
         implementation: str | Implementation,
     ) -> mx.array | None:
         """Store a token and attend with its query in one operation of a kernel; None if that cannot be."""
-        held = self._streaming
-        backend = None if held is None or self._full is not None else self._fused.backend_for(implementation)
+        held = self._kept.get("streaming")
+        backend = None if held is None or len(self._kept) > 1 else self._fused.backend_for(implementation)
         if held is None or backend is None:
             return None
         keys, values = held.keys.arrays, held.values.arrays
@@ -369,8 +364,8 @@ class StreamingKV:
             )
 
     def _check_like_before(self, k: mx.array, v: mx.array) -> None:
-        heads = sum(len(one.heads) for one in self._kept())
-        held = self._kept()[0]
+        heads = sum(len(one.heads) for one in self._kept.values())
+        held = next(iter(self._kept.values()))
         for name, array, slots in (("k", k, held.keys), ("v", v, held.values)):
             want = (len(self._rows), heads, slots.shape[3])
             if (array.shape[0], array.shape[1], array.shape[3]) != want or array.dtype != slots.dtype:
@@ -383,15 +378,14 @@ class StreamingKV:
         kinds = [self.heads] * k.shape[1] if isinstance(self.heads, str) else [*self.heads]
         key, value = (None, None) if self.formats is None else (self.formats.key, self.formats.value)
 
-        def kept(kind: str, slots: int) -> Kept | None:
-            heads = [i for i, one in enumerate(kinds) if one == kind]
-            if not heads:
-                return None
+        def kept(heads: list[int], slots: int) -> Kept:
             shape = (k.shape[0], len(heads), slots)
             keys = Slots.empty((*shape, k.shape[3]), key, k.dtype, "k")
             return Kept(heads, keys, Slots.empty((*shape, v.shape[3]), value, v.dtype, "v"))
 
-        self._streaming, self._full = kept("streaming", self.layout.slots), kept("full", STEP)
+        slots: dict[HeadKind, int] = {"streaming": self.layout.slots, "full": STEP}
+        heads = {kind: [i for i, one in enumerate(kinds) if one == kind] for kind in slots}
+        self._kept = {kind: kept(heads[kind], slots[kind]) for kind in slots if heads[kind]}
         self._rows = [Row() for _ in range(k.shape[0])]
 
     # Storing
@@ -433,7 +427,7 @@ class StreamingKV:
     def _store(self, piece: Rows, k: mx.array, v: mx.array, rotated: bool) -> None:
         """Write a piece's keys and values (B, Hkv, L, ·); their rotary position is their slot's."""
         seen, end = piece.row.seen, piece.row.seen + piece.tokens
-        if (held := self._streaming) is not None:
+        if (held := self._kept.get("streaming")) is not None:
             begin = max(seen, end - self.layout.ring) if seen >= self.first else seen
             some_k, some_v = (_heads(x, held.heads)[:, :, begin - seen :] for x in (k, v))
             if self.rope is not None:
@@ -442,7 +436,7 @@ class StreamingKV:
             for start, stop in self.layout.by_slot(begin, end):
                 k_parts, v_parts = ([part[:, :, start - begin : stop - begin] for part in parts] for parts in packed)
                 held.write(piece.batch, self.layout.slot(start), k_parts, v_parts)
-        if (held := self._full) is not None:
+        if (held := self._kept.get("full")) is not None:
             self._grow(held, end)
             some_k = _heads(k, held.heads)
             if self.rope is not None:
@@ -495,7 +489,7 @@ class StreamingKV:
             for one in self._rows[piece.batch]:  # gone, even if the call below fails
                 one.overwrite(self.layout, piece.row.seen + 1)
         made, heads = [], []
-        for held in self._kept():
+        for kind, held in self._kept.items():
             own = [head * group + i for head in held.heads for i in range(group)]
             rows = _heads(q, own)
             named = (
@@ -504,7 +498,7 @@ class StreamingKV:
             new = (_heads(k, held.heads), _heads(v, held.heads))
             parts = (
                 self._window(held, piece, rows, *new, rotated)
-                if held is self._streaming
+                if kind == "streaming"
                 else self._all(held, piece, rows, *new, rotated)
             )
             made.append(attend_parts(parts, named))
@@ -585,10 +579,7 @@ class StreamingKV:
         vars(made).update(vars(self))
         made._fused = fused.Step(self.layout, self.formats, self.rope)
         made._rows = [structs.replace(row) for row in self._rows]
-        for name in ("_streaming", "_full"):
-            held = cast("Kept | None", getattr(self, name))
-            if held is not None:
-                setattr(made, name, Kept(held.heads, held.keys.twin(), held.values.twin()))
+        made._kept = {kind: Kept(held.heads, held.keys.twin(), held.values.twin()) for kind, held in self._kept.items()}
         return made
 
     def __copy__(self) -> "StreamingKV":
@@ -643,8 +634,7 @@ class StreamingKV:
         self.evaluated()
         arrays = {
             f"{kind}.{name}.{i}": array
-            for kind, one in (("streaming", self._streaming), ("full", self._full))
-            if one is not None
+            for kind, one in self._kept.items()
             for name, slots in (("keys", one.keys), ("values", one.values))
             for i, array in enumerate(slots.arrays)
         }
@@ -653,7 +643,7 @@ class StreamingKV:
             rope = {name: getattr(self.rope, name) for name in ("dims", "base", "traditional", "scale")}
             if self.rope.freqs is not None:
                 arrays["rope.freqs"] = self.rope.freqs
-        held = self._kept()
+        held = [*self._kept.values()]
         description = Description(
             first=self.first,
             window=self.window,
@@ -663,11 +653,7 @@ class StreamingKV:
             rope=rope,
             rows=[(row.seen, row.oldest) for row in self._rows],
             dtypes=[dtype_name(slots.dtype) for slots in (held[0].keys, held[0].values)] if held else [],
-            kept=[
-                (kind, [*one.heads])
-                for kind, one in (("streaming", self._streaming), ("full", self._full))
-                if one is not None
-            ],
+            kept=[(kind, [*one.heads]) for kind, one in self._kept.items()],
         )
         return arrays, description
 
@@ -694,11 +680,11 @@ class StreamingKV:
             raise UsageError("it has negative positions")
         for kind, heads in description.kept:
             made._hold(kind, heads, arrays, description)
-        if bool(made._rows) != bool(made._kept()):
+        if bool(made._rows) != bool(made._kept):
             raise UsageError("it has rows without keys, or keys without rows")
         return made
 
-    def _hold(self, kind: str, heads: list[int], arrays: dict[str, mx.array], description: Description) -> None:
+    def _hold(self, kind: HeadKind, heads: list[int], arrays: dict[str, mx.array], description: Description) -> None:
         """Take over saved arrays of one kind of heads."""
         forms = (None, None) if self.formats is None else (self.formats.key, self.formats.value)
         slots = []
@@ -710,7 +696,7 @@ class StreamingKV:
             fits = shape[2] == rows if kind == "streaming" else shape[2] >= rows
             if len(shape) != 4 or (shape[0], shape[1]) != (len(self._rows), len(heads)) or not fits:
                 raise UsageError(f"{kind} {name} have shape {tuple(shape)}")
-        setattr(self, {"streaming": "_streaming", "full": "_full"}[kind], Kept(heads, *slots))
+        self._kept[kind] = Kept(heads, *slots)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a file, as a whole or not at all.
