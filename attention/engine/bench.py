@@ -14,7 +14,7 @@ from attention.engine.case_runner import CaseRunner
 from attention.engine.peaks import measure_peaks
 from attention.engine.progress import MAX_COUNTERPART_SHARE
 from attention.measure.device import Device, probe
-from attention.measure.rounds import Arm, TakesSamples, shared_calls
+from attention.measure.rounds import Arm, shared_calls
 
 if TYPE_CHECKING:
     from attention.engine.prepare import CaseSetting
@@ -72,9 +72,6 @@ class Bench(CaseRunner[Plan]):
             return "failed"
         beside = self._counterpart_arms(arms, setting)
         self._set_calls([*arms, *beside], setting)
-        for arm in arms:
-            if isinstance(arm.runner, TakesSamples):
-                arm.runner.begin_rounds()
         return self._run_rounds(arms, self._plan.seconds, beside)
 
     def _admit(self, name: str, workload: Workload, device: Device) -> bool:
@@ -188,13 +185,7 @@ class Bench(CaseRunner[Plan]):
             return None
 
     def _emit_arm_results(self, arm: Arm) -> None:
-        """Emit the ranks' figures, and samples of single calls as latencies.
-
-        They are the only latencies of slow calls, and the more reliable ones of others.
-        """
-        if isinstance(arm.runner, TakesSamples):
-            figures = arm.runner.figures()
-            self._progress.emit(on.RanksMeasured(case=self._progress.case, implementation=arm.name, per_rank=figures))
+        """Record samples of single calls as latencies: the only ones for slow calls, the more reliable for others."""
         if arm.calls == 1 and arm.valid_samples:
             seconds = median(arm.valid_samples)
             self._progress.emit(on.LatencyMeasured(case=self._progress.case, implementation=arm.name, seconds=seconds))

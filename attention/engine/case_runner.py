@@ -167,6 +167,8 @@ class CaseRunner(ABC, Generic[P]):
         rows = {id(arm) for arm in arms}
         self._progress.emit(on.ReferenceChosen(case=self._progress.case, implementation=reference.name))
         for arm in arms:
+            if isinstance(arm.runner, TakesSamples):
+                arm.runner.begin_rounds()
             self._progress.emit(on.StepStarted(case=self._progress.case, implementation=arm.name, step="rounds"))
         running = [reference, again, *arms[1:], *beside]
         set_strides(running, seconds)

@@ -19,7 +19,7 @@ from attention.engine.case_runner import CaseRunner
 from attention.engine.ranks import RankCall, RankCalls
 from attention.implementations.calls import take_path
 from attention.measure.device import Device, probe
-from attention.measure.rounds import Arm, TakesSamples, take_sample
+from attention.measure.rounds import Arm, take_sample
 from attention.mlx_lm import configuration
 from attention.mlx_lm.arms import Layers, ModelArm
 from attention.mlx_lm.generation import (
@@ -145,9 +145,6 @@ class RankGenerationBench(CaseRunner[GenerationPlan]):
         self._build([name for name in names if self._needs_building(name, layer, device)], layer, device)
         arms = [arm for name in names if (arm := self._prepare(name, case, logits))]
         beside = [made for arm in arms if (made := self._one_device(arm, work))]
-        for arm in arms:
-            assert isinstance(arm.runner, TakesSamples)
-            arm.runner.begin_rounds()
         return self._run_rounds(arms, self._plan.seconds, beside) if arms else "failed"
 
     def _layer(self, work: Generation) -> Workload:
@@ -253,8 +250,3 @@ class RankGenerationBench(CaseRunner[GenerationPlan]):
             further_bytes=0,
             counterpart="one_device",
         )
-
-    def _emit_arm_results(self, arm: Arm) -> None:
-        assert isinstance(arm.runner, TakesSamples)
-        figures, case = arm.runner.figures(), self._progress.case
-        self._progress.emit(on.RanksMeasured(case=case, implementation=arm.name, per_rank=figures))
