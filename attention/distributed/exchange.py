@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 from msgspec import Struct
 
-from attention.distributed.layout import ALIGNMENT, Chunk, Layout, rows_of
+from attention.distributed.layout import ALIGNMENT, Chunk, Layout, rows_of, union
 from attention.masks import Pattern
 from attention.masks.section import Chunks, Section, is_aligned
 
@@ -183,19 +183,6 @@ def tile_costs(pattern: Pattern, shape: tuple[int, int, int, int]) -> list[float
     per_tile = np.diff(found.offsets).reshape(found.batches * found.heads, found.row_tiles).sum(axis=0)
     costs: list[float] = per_tile.astype(float).tolist()
     return costs
-
-
-def union(chunks: Iterable[Chunk]) -> Chunks:
-    """Return ranges as ascending disjoint ones."""
-    made: list[Chunk] = []
-    for start, stop in sorted(chunks):
-        if start >= stop:
-            continue
-        if made and start <= made[-1][1]:
-            made[-1] = (made[-1][0], max(made[-1][1], stop))
-        else:
-            made.append((start, stop))
-    return tuple(made)
 
 
 def intersection(a: Sequence[Chunk], b: Sequence[Chunk]) -> Chunks:

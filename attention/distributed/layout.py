@@ -12,7 +12,7 @@ keys ->
 7 ########
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import Final, Literal, get_args
 
@@ -72,7 +72,7 @@ def extended(layout: Layout | None, rows: Layout, owner: int = 0) -> Layout:
     new = rows.chunks if rows.is_sharded else [((0, rows.seq),) if rank == owner else () for rank in range(rows.ranks)]
     old: Sequence[tuple[Chunk, ...]] = [()] * rows.ranks if layout is None else layout.chunks
     chunks = (
-        _joined([*own, *((before + start, before + stop) for start, stop in added)])
+        union([*own, *((before + start, before + stop) for start, stop in added)])
         for own, added in zip(old, new, strict=True)
     )
     return Layout("contiguous" if layout is None else layout.kind, before + rows.seq, tuple(chunks))
@@ -81,6 +81,19 @@ def extended(layout: Layout | None, rows: Layout, owner: int = 0) -> Layout:
 def rows_of(chunks: Sequence[Chunk]) -> int:
     """Return the number of positions of chunks."""
     return sum(stop - start for start, stop in chunks)
+
+
+def union(chunks: Iterable[Chunk]) -> tuple[Chunk, ...]:
+    """Return ranges as ascending disjoint ones."""
+    made: list[Chunk] = []
+    for start, stop in sorted(chunks):
+        if start >= stop:
+            continue
+        if made and start <= made[-1][1]:
+            made[-1] = (made[-1][0], max(made[-1][1], stop))
+        else:
+            made.append((start, stop))
+    return tuple(made)
 
 
 def check_layout_name(kind: object) -> Kind:
@@ -125,11 +138,11 @@ def make_layout(
         return Layout(kind, seq, (((0, seq),),) * ranks)
     if kind == "zigzag":
         cuts = _cuts(seq, [*shares, *reversed(shares)])
-        chunks = [_joined([cuts[rank], cuts[2 * ranks - 1 - rank]]) for rank in range(ranks)]
+        chunks = [union([cuts[rank], cuts[2 * ranks - 1 - rank]]) for rank in range(ranks)]
     elif kind == "balanced" and costs is not None:
-        chunks = [_joined([cut]) for cut in _balanced_cuts(seq, costs, shares)]
+        chunks = [union([cut]) for cut in _balanced_cuts(seq, costs, shares)]
     else:
-        chunks = [_joined([cut]) for cut in _cuts(seq, shares)]
+        chunks = [union([cut]) for cut in _cuts(seq, shares)]
     return Layout(kind, seq, tuple(chunks))
 
 
@@ -168,16 +181,3 @@ def _balanced_cuts(seq: int, costs: Sequence[float], shares: Sequence[float]) ->
             place += 1
         ends.append(min(seq, place * ALIGNMENT))
     return list(pairwise([*ends, seq]))
-
-
-def _joined(chunks: Sequence[Chunk]) -> tuple[Chunk, ...]:
-    """Return the chunks that are not empty, those that touch as one."""
-    made: list[Chunk] = []
-    for start, stop in chunks:
-        if start >= stop:
-            continue
-        if made and made[-1][1] == start:
-            made[-1] = (made[-1][0], stop)
-        else:
-            made.append((start, stop))
-    return tuple(made)

@@ -8,8 +8,8 @@ import mlx.core as mx
 
 from attention.distributed import collectives
 from attention.distributed.collectives import Group
-from attention.distributed.exchange import Exchange, offset_in, union
-from attention.distributed.layout import Chunk, rows_of
+from attention.distributed.exchange import Exchange, offset_in
+from attention.distributed.layout import Chunk, rows_of, union
 from attention.distributed.peers import MIN_BYTES, SLOT_BYTES, Gather, RowPlan
 
 
