@@ -14,7 +14,6 @@ import gc
 import itertools
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
 import mlx.core as mx
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from attention import Rope, StreamingKV
 from attention.core.kv_format import DENSE
+from attention.engine.stream import resident_bytes
 from attention.kernels.cpu import library
 
 Times = NDArray[np.float64]
@@ -32,14 +32,6 @@ POOL: Final = 32
 EDGES: Final = (1.1, 1.25, 1.5, 2, 3, 5, 10, 100)
 """Of the histograms, in medians."""
 MIB: Final = 2**20
-
-
-def resident_bytes() -> int:
-    """Return the resident memory of this process; 0 where Linux's file is missing."""
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-    except OSError:
-        return 0
 
 
 class Stream:
