@@ -139,9 +139,11 @@ def _case(arguments: argparse.Namespace, source: dict[str, Any]) -> Stream:
     elif arguments.text is not None:
         mistakes.catch(lambda: _refuse(["--text"], "there is no model to read it"))
     mistakes.raise_all()
-    for name in ("dtype", "kv_format", "text"):
+    for name in ("dtype", "kv_format"):
         if getattr(arguments, name) is not None:
-            given[name] = getattr(arguments, name)[:80] if name != "text" else arguments.text
+            given[name] = getattr(arguments, name)[:80]
+    if arguments.text is not None:
+        given["text"] = arguments.text
     if "heads" in given and "kv_heads" in given and arguments.heads and not arguments.kv_heads:
         given["kv_heads"] = 0  # those of the preset need not divide the heads given
     return Stream(**given)

@@ -207,11 +207,12 @@ def _legend_words(chart: StreamChart) -> list[tuple[str, int]]:
         for number, curve in enumerate(chart.curves)
         if curve.points
     ]
-    beyond = [curve for curve in chart.curves if curve.extrapolated]
-    for curve in beyond:
-        end = chart.format(curve.extrapolated[-1][1])
-        words.append((f"{EXTRAPOLATED} {curve.name}, {EXTRAPOLATED_WORDS}: {end}", chart.curves.index(curve)))
-    return words
+    beyond = [
+        (f"{EXTRAPOLATED} {curve.name}, {EXTRAPOLATED_WORDS}: {chart.format(curve.extrapolated[-1][1])}", number)
+        for number, curve in enumerate(chart.curves)
+        if curve.extrapolated
+    ]
+    return [*words, *beyond]
 
 
 def text_chart(chart: StreamChart, width: int, height: int) -> list[str]:
