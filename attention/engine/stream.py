@@ -25,6 +25,7 @@ from attention.engine.progress import EMIT_INTERVAL_S
 from attention.implementations.calls import take_path
 from attention.implementations.protocol import NeedsBuilding, NeedsBuildingPerCall
 from attention.measure.device import Device, probe
+from attention.measure.rounds import gc_disabled
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -243,15 +244,10 @@ class BlockStream:
 
 @contextmanager
 def without_collection() -> Iterator[None]:
-    """Keep Python's garbage collector from running in the context: its pauses would be a token's."""
-    was_enabled = gc.isenabled()
+    """Collect garbage before the context and not in it: the pauses would be a token's."""
     gc.collect()
-    gc.disable()
-    try:
+    with gc_disabled():
         yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def resident_bytes() -> int:

@@ -253,7 +253,7 @@ def run_rounds(
         for arm in arms:
             if arm not in turns:
                 arm.samples.append(math.nan)
-        with _gc_disabled():
+        with gc_disabled():
             for arm in draw.sample(turns, len(turns)):
                 before(arm)
                 try:
@@ -301,9 +301,12 @@ def _fresh_generation() -> Iterator[int]:
 
 
 @contextmanager
-def _gc_disabled() -> Iterator[None]:
+def gc_disabled() -> Iterator[None]:
+    """Keep Python's garbage collector from running in the context; leave it as it was after."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if was_enabled:
+            gc.enable()
