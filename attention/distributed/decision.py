@@ -150,7 +150,7 @@ def _options(
     item = ITEM_BYTES[workload.dtype]
     width = workload.head_dim + workload.value_dim
     even = (workload.flops / ranks,) * ranks
-    nothing = (0,) * ranks
+    passes = 2 if workload.pass_ == "training" else 1  # keys and values forward, their gradients backward
     if ranks == 1:
         return [Option("alone", "replicated", (0,), (workload.flops,), 0.0, 0.0)]
     if workload.seq != workload.kv_seq:
@@ -160,24 +160,15 @@ def _options(
         kind: Kind = layout if layout not in (None, "heads", "replicated") else best_layout(workload)
         placed = make_layout(workload.seq, ranks, kind, weights=weights)
         sent_rows = _rows_sent(workload, placed)
-        passes = 2 if workload.pass_ == "training" else 1  # keys and values forward, their gradients backward
         sent = passes * (ranks - 1) * sent_rows * workload.batch * workload.kv_heads * width * item
         made = [Option("context", kind, (sent,) * ranks, _flops(workload, placed), 0.0, 0.0)]
     refusal = _heads_refusal(workload, ranks, all_to_all, sharded_by)
     moved = 0
     if sharded_by == "sequence":
         rows = -(-workload.seq // ranks)
-        moved = (
-            (2 if workload.pass_ == "training" else 1)
-            * (ranks - 1)
-            * rows
-            * workload.batch
-            * (workload.heads + workload.kv_heads)
-            * width
-            * item
-            // ranks
-        )
-    made.append(Option("heads", "heads", (moved,) * ranks if moved else nothing, even, 0.0, 0.0, refusal))
+        heads = workload.heads + workload.kv_heads
+        moved = passes * (ranks - 1) * rows * workload.batch * heads * width * item // ranks
+    made.append(Option("heads", "heads", (moved,) * ranks, even, 0.0, 0.0, refusal))
     return made
 
 
