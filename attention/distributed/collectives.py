@@ -7,7 +7,7 @@ over the ranks, each rank getting the sum of its own part: the gradient of the s
 import os
 import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Final, NamedTuple, cast
 
 import mlx.core as mx
@@ -128,27 +128,16 @@ def tied(array: mx.array, token: mx.array) -> mx.array:
     return cast("mx.array", _tie(array, token))
 
 
-_functions: dict[int, tuple[Group, Callable[[list[mx.array]], list[mx.array]]]] = {}
-
-
-def _gather(group: Group) -> Callable[[list[mx.array]], list[mx.array]]:
-    """Return the function of `gathered` for a group, made once."""
-    known = _functions.get(id(group))
-    if known is None:
-        known = _functions[id(group)] = group, _make_gather(group)
-    return known[1]
-
-
-_peers: dict[int, tuple[peers.Gather | None, str]] = {}
-
-
 def peer_gather(group: Group) -> tuple[peers.Gather | None, str]:
     """Return the group's gather by peer copies, set up on first use by all ranks, or None and the reason."""
     if current_backend() != "cuda":
         return None, "peer copies are for NVIDIA GPUs"
-    if id(group) not in _peers:
-        _peers[id(group)] = peers.set_up(group, communication_stream(), gpu_stream)
-    return _peers[id(group)]
+    return _set_up_peers(group)
+
+
+@cache
+def _set_up_peers(group: Group) -> tuple[peers.Gather | None, str]:
+    return peers.set_up(group, communication_stream(), gpu_stream)
 
 
 def gpu_stream() -> mx.Stream:
@@ -158,7 +147,9 @@ def gpu_stream() -> mx.Stream:
     return _streams.gpu
 
 
-def _make_gather(group: Group) -> Callable[[list[mx.array]], list[mx.array]]:
+@cache
+def _gather(group: Group) -> Callable[[list[mx.array]], list[mx.array]]:
+    """Return the function of `gathered` for a group."""
     ranks = group.size()
 
     @mx.custom_function
