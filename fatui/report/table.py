@@ -25,7 +25,7 @@ from attention.core.results import (
     StreamRow,
 )
 from attention.core.route import FALLS_BACK
-from attention.core.stream import FULL, STREAMING, merged_bins, slow_steps
+from attention.core.stream import FULL, SLOW, STREAMING, merged_bins, slow_steps
 from attention.engine.record import NEVER_CALLED
 from fatui import formatting
 from fatui.report.stream_curves import loss_chart, step_histograms, text_chart, time_chart
@@ -235,7 +235,7 @@ def _stream_notes(case: StreamCase) -> list[str]:
             steps = sum(block.count for block in row.blocks)
             slowest = formatting.seconds(row.slowest_s)
             notes.append(
-                f"{row.implementation}: {row.slow_tokens:,} of {steps:,} steps took over 5 times the median, "
+                f"{row.implementation}: {row.slow_tokens:,} of {steps:,} steps took over {SLOW:g} times the median, "
                 f"the slowest {slowest}{bare_text(row)}"
             )
         if row.device_start_bytes is not None:
