@@ -147,11 +147,6 @@ void pack(int bits, const uint8_t* numbers, int64_t count, uint8_t* out) {
 }
 
 template <class T>
-T* row_of(const Tensor& t, int64_t batch, int64_t head, int64_t row) {
-  return static_cast<T*>(const_cast<void*>(t.data)) + batch * t.stride[0] + head * t.stride[1] + row * t.stride[2];
-}
-
-template <class T>
 void quantize_row(const NewRows& x, int64_t batch, int64_t head, int64_t row) {
   const T* from = row_of<const T>(x.rows, batch, head, row);
   const int64_t to = x.first + row, group = x.packing.group;

@@ -62,7 +62,7 @@ class KeyRuns {
 
   // The next run, valid together with the one before; an empty one after the last.
   KeyRun next() {
-    for (; spans_ != nullptr && turn_ < 3;) {
+    while (spans_ != nullptr && turn_ < 3) {
       const Span& span = spans_[turn_++];
       const KeyRun run{std::max(span.begin, item_.key_begin), std::min(span.end, item_.key_end), nullptr, span.query};
       if (!run.empty()) return run;

@@ -40,8 +40,7 @@ inline void turn_pairs(const Rows<bfloat16_t>& rows, int64_t columns, int64_t pa
 // Rows of keys: in place if whole tiles can be read there, else a padded copy.
 inline Floats key_pairs(const Tensor& t, int64_t batch, int64_t head, int64_t key, int64_t keys, int64_t columns,
                         int64_t padded, bfloat16_t* buffer) {
-  const bfloat16_t* data =
-      static_cast<const bfloat16_t*>(t.data) + batch * t.stride[0] + head * t.stride[1] + key * t.stride[2];
+  const bfloat16_t* data = row_of<const bfloat16_t>(t, batch, head, key);
   if (whole_words(t, columns) && columns == padded && keys % 16 == 0)
     return {words(data), t.stride[2] / 2};
   const int64_t whole = round_up(keys, 16);
@@ -64,8 +63,7 @@ FATUI_INLINE Vector bits_of(const bfloat16_t* p, int64_t stride, int64_t count) 
 // Transposes keys or values: VT[d][key / 2], with a row stride in words; zeros for missing keys and dims.
 inline void turn_rows(const Tensor& t, int64_t batch, int64_t head, int64_t key, int64_t keys, int64_t dims,
                         int64_t padded_keys, float* out, int64_t line) {
-  const bfloat16_t* data =
-      static_cast<const bfloat16_t*>(t.data) + batch * t.stride[0] + head * t.stride[1] + key * t.stride[2];
+  const bfloat16_t* data = row_of<const bfloat16_t>(t, batch, head, key);
   const auto row = [&](int64_t j, int64_t d) __attribute__((always_inline)) {
     return j < keys ? bits_of(data + j * t.stride[2] + d * t.stride[3], t.stride[3], dims - d) : Vector{};
   };

@@ -49,11 +49,6 @@ struct Angles {
   }
 };
 
-template <class T>
-float widened(T x) { return widen_strided(&x, 1, 1)[0]; }
-template <>
-float widened(float x) { return x; }
-
 // A row of (B, heads, 1, D), widened and rotated, or without angles as it is.
 template <class T>
 void rotate_row(const T* from, int64_t stride, int64_t columns, const Angles* angles, bool adjacent, T* out) {
@@ -75,11 +70,6 @@ void rotate_row(const T* from, int64_t stride, int64_t columns, const Angles* an
 }
 
 template <class T>
-const T* row_of(const Tensor& t, int64_t batch, int64_t head, int64_t row = 0) {
-  return static_cast<const T*>(t.data) + batch * t.stride[0] + head * t.stride[1] + row * t.stride[2];
-}
-
-template <class T>
 void run(const StreamStep& s) {
   const Problem& p = s.call.problem;
   const bool rope = !s.radians.empty();
@@ -89,10 +79,11 @@ void run(const StreamStep& s) {
   Angles angles[versions];
   int64_t end = 0;
   for (int64_t b = 0; b < p.batch; b++) {
-    const Place place(s, s.rows[size_t(b)]);
-    spans.push_back(place.spans(s, s.rows[size_t(b)]));
+    const StreamRow& row = s.rows[size_t(b)];
+    const Place place(s, row);
+    spans.push_back(place.spans(s, row));
     for (const Span& span : spans.back().of) end = std::max(end, span.end);
-    if (rope && (b == 0 || s.rows[size_t(b)].seen != s.rows[size_t(b - 1)].seen || s.rows[size_t(b)].oldest != s.rows[size_t(b - 1)].oldest)) {
+    if (rope && (b == 0 || row != s.rows[size_t(b - 1)])) {
       const int64_t at = s.rotated ? place.slot : 0;
       const int64_t positions[versions] = {place.slot - at, place.slot + s.ring - at, place.position - at};
       for (int i = 0; i < versions; i++) angles[i].set(s.radians, positions[i]);
@@ -100,38 +91,36 @@ void run(const StreamStep& s) {
     const Angles* to_slot = rope && !s.rotated ? &angles[0] : nullptr;
     for (int64_t h = 0; h < p.heads && rope; h++)
       for (int64_t i = 0; i < versions; i++)
-        rotate_row(row_of<T>(p.query, b, h), p.query.stride[3], p.head_dim, i == 0 ? to_slot : &angles[i], s.adjacent,
-                   query.data() + ((b * p.heads + h) * versions + i) * p.head_dim);
+        rotate_row(row_of<const T>(p.query, b, h, 0), p.query.stride[3], p.head_dim, i == 0 ? to_slot : &angles[i],
+                   s.adjacent, query.data() + ((b * p.heads + h) * versions + i) * p.head_dim);
     if (!is_quantized(p)) {
       for (int64_t h = 0; h < p.kv_heads; h++) {
-        rotate_row(row_of<T>(s.new_key, b, h), s.new_key.stride[3], p.head_dim, to_slot, s.adjacent,
-                   const_cast<T*>(row_of<T>(p.key, b, h, place.slot)));
-        rotate_row<T>(row_of<T>(s.new_value, b, h), s.new_value.stride[3], p.value_dim, nullptr, false,
-                      const_cast<T*>(row_of<T>(p.value, b, h, place.slot)));
+        rotate_row(row_of<const T>(s.new_key, b, h, 0), s.new_key.stride[3], p.head_dim, to_slot, s.adjacent,
+                   row_of<T>(p.key, b, h, place.slot));
+        rotate_row<T>(row_of<const T>(s.new_value, b, h, 0), s.new_value.stride[3], p.value_dim, nullptr, false,
+                      row_of<T>(p.value, b, h, place.slot));
       }
       continue;
     }
-    const auto some = [&](const Tensor& t) {  // one batch row
-      Tensor x = t;
-      x.data = static_cast<const char*>(t.data) + b * t.stride[0] * int64_t(sizeof(T));
-      return x;
+    const auto one = [&](Tensor t, int64_t element_bytes) {  // this batch row alone
+      t.data = static_cast<const char*>(t.data) + b * t.stride[0] * element_bytes;
+      return t;
     };
     const auto of_row = [&](const Tensor& rows, const Tensor& numbers, const Packing& packing, int64_t width) {
-      NewRows x{rows, numbers, packing, 1, p.kv_heads, 1, width, place.slot};
       const int64_t scale_bytes = packing.mode == Mode::affine ? int64_t(sizeof(T)) : 1;
-      const auto advance = [&](Tensor& t, int64_t bytes) { t.data = static_cast<const char*>(t.data) + b * t.stride[0] * bytes; };
-      advance(x.numbers, 4), advance(x.packing.scales, scale_bytes), advance(x.packing.biases, scale_bytes);
+      NewRows x{rows, one(numbers, 4), packing, 1, p.kv_heads, 1, width, place.slot};
+      x.packing.scales = one(packing.scales, scale_bytes), x.packing.biases = one(packing.biases, scale_bytes);
       return x;
     };
-    Tensor keys = some(s.new_key);
+    Tensor keys = one(s.new_key, sizeof(T));
     if (to_slot != nullptr) {
       for (int64_t h = 0; h < p.kv_heads; h++)
-        rotate_row(row_of<T>(s.new_key, b, h), s.new_key.stride[3], p.head_dim, to_slot, s.adjacent,
+        rotate_row(row_of<const T>(s.new_key, b, h, 0), s.new_key.stride[3], p.head_dim, to_slot, s.adjacent,
                    key.data() + h * p.head_dim);
       keys.data = key.data(), keys.stride[1] = p.head_dim, keys.stride[2] = p.head_dim, keys.stride[3] = 1;
     }
     quantize_into(of_row(keys, p.key, p.key_packing, p.head_dim),
-                  of_row(some(s.new_value), p.value, p.value_packing, p.value_dim));
+                  of_row(one(s.new_value, sizeof(T)), p.value, p.value_packing, p.value_dim));
   }
   ForwardCall call = s.call;
   call.problem.spans = spans.data();

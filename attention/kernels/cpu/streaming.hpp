@@ -15,6 +15,7 @@ namespace fatui {
 
 struct StreamRow {
   int64_t seen = 0, oldest = 0;  // tokens before this one; position of the oldest that the ring still has
+  bool operator==(const StreamRow&) const = default;
 };
 
 struct StreamStep {

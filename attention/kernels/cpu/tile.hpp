@@ -15,6 +15,12 @@ FATUI_INLINE Vector widen(const boolean_t* p) {
   return as<Vector>(__builtin_convertvector(bytes, Words));
 }
 
+// The first element of a row; of `const T` to read, of T to write.
+template <class T>
+T* row_of(const Tensor& t, int64_t batch, int64_t head, int64_t row) {
+  return static_cast<T*>(const_cast<void*>(t.data)) + batch * t.stride[0] + head * t.stride[1] + row * t.stride[2];
+}
+
 // Row r of a tile, r < rows: its first element; elements along the row are `stride` apart.
 template <class T>
 struct Rows {
@@ -73,7 +79,7 @@ struct Floats {
 template <class T>
 Floats floats_of(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t columns, float* buffer,
                  int64_t padded, bool in_place = true) {
-  const T* data = static_cast<const T*>(t.data) + batch * t.stride[0] + head * t.stride[1] + row * t.stride[2];
+  const T* data = row_of<const T>(t, batch, head, row);
   if constexpr (std::is_same_v<T, float>)
     if (in_place && t.stride[3] == 1) return {data, t.stride[2]};
   const int64_t whole = t.stride[3] == 1 ? columns / lanes * lanes : 0;
