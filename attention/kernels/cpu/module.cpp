@@ -145,6 +145,8 @@ namespace {
 
 using Arrays = std::vector<mx::array>;
 
+bool is_floating(mx::Dtype type) { return type == mx::float32 || type == mx::float16 || type == mx::bfloat16; }
+
 Element element_of(const mx::array& a) {
   if (a.dtype() == mx::float32) return Element::float32;
   if (a.dtype() == mx::float16) return Element::float16;
@@ -195,10 +197,15 @@ Problem problem_of(const Options& options, const Arrays& inputs, size_t next) {
   return p;
 }
 
+// MLX's allocator does not report a failure.
+void check_memory(const mx::array& a, const std::string& operation) {
+  if (a.nbytes() > 0 && a.data<char>() == nullptr)
+    throw std::runtime_error("[" + operation + "] no memory for an array of " + std::to_string(a.nbytes()) + " bytes.");
+}
+
 void* allocate(mx::array& out) {
   out.set_data(mx::allocator::malloc(out.nbytes()));
-  if (out.nbytes() > 0 && out.data<char>() == nullptr)  // MLX's allocator does not report the failure
-    throw std::runtime_error("[flash_attention] no memory for an array of " + std::to_string(out.nbytes()) + " bytes.");
+  check_memory(out, "flash_attention");
   return out.data<char>();
 }
 
@@ -396,8 +403,8 @@ struct Copy {
   }
 };
 
-Copy copy_of(const mx::array& from, mx::array& to) {
-  Copy copy{from.data<char>(), static_cast<char*>(allocate(to)), {}, {}, int64_t(from.itemsize())};
+Copy copy_of(const mx::array& from, void* to) {
+  Copy copy{from.data<char>(), static_cast<char*>(to), {}, {}, int64_t(from.itemsize())};
   for (int i = 0; i < 4; i++) copy.shape[i] = from.shape(i), copy.stride[i] = from.strides()[i];
   return copy;
 }
@@ -429,7 +436,7 @@ void AppendQuantized::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   std::vector<Copy> copies;
   for (size_t i = 0; i < count; i++) {
     if (inputs[i].is_donatable() && inputs[i].flags().row_contiguous) outputs[i].copy_shared_buffer(inputs[i]);
-    else copies.push_back(copy_of(inputs[i], outputs[i]));
+    else copies.push_back(copy_of(inputs[i], allocate(outputs[i])));
     if (outputs.size() > count) view_rows(outputs[i], outputs[count + i]);
   }
   size_t next = 0;
@@ -490,8 +497,7 @@ void check(const mx::array& q, const mx::array& k, const mx::array& v, const For
   } else if (k.dtype() != type || v.dtype() != type) {
     refuse("q, k and v have one type.");
   }
-  if (type != mx::float32 && type != mx::float16 && type != mx::bfloat16)
-    refuse("the type is float32, float16 or bfloat16.");
+  if (!is_floating(type)) refuse("the type is float32, float16 or bfloat16.");
   const bool agree = k.shape(0) == q.shape(0) && v.shape(0) == q.shape(0) && k.shape(1) == v.shape(1) &&
                      k.shape(2) == v.shape(2) && key.width(k) == q.shape(3);
   if (!agree) {
@@ -519,8 +525,7 @@ void add_parts(Arrays& inputs, const Format& format, const mx::array& numbers, c
     if (!part->has_value()) refuse_part("none");
     const mx::array& a = **part;
     const auto type = a.dtype();
-    const bool floating = type == mx::float32 || type == mx::float16 || type == mx::bfloat16;
-    const bool known = format.has_biases() ? floating && type == scales->dtype() : type == mx::uint8;
+    const bool known = format.has_biases() ? is_floating(type) && type == scales->dtype() : type == mx::uint8;
     const bool whole = format.width(numbers) % format.group == 0 && numbers.shape(3) * 32 % format.bits == 0;
     if (a.shape() != shape || !known || !whole) refuse_part(text(a.shape()));
     inputs.push_back(a);
@@ -528,9 +533,8 @@ void add_parts(Arrays& inputs, const Format& format, const mx::array& numbers, c
 }
 
 mx::array four_dimensional(const mx::array& mask, const mx::Shape& scores, mx::Stream s) {
-  const bool known = mask.dtype() == mx::bool_ || mask.dtype() == mx::float32 || mask.dtype() == mx::float16 ||
-                     mask.dtype() == mx::bfloat16;
-  if (!known) refuse("a mask is boolean (true = attend) or of a floating type (added to the scores).");
+  if (mask.dtype() != mx::bool_ && !is_floating(mask.dtype()))
+    refuse("a mask is boolean (true = attend) or of a floating type (added to the scores).");
   mx::Shape shape(4 - std::min<size_t>(4, mask.ndim()), 1);
   shape.insert(shape.end(), mask.shape().begin(), mask.shape().end());
   bool fits = shape.size() == 4;
@@ -598,13 +602,13 @@ std::vector<mx::array> append_quantized(const Arrays& buffers, const mx::array& 
          std::to_string(row) + " to " + std::to_string(used) + " of " + std::to_string(capacity) + ".");
   size_t next = 0;
   for (const auto& [rows, format] : {std::pair(&keys, &key), std::pair(&values, &value)}) {
-    const bool floating = rows->dtype() == mx::float32 || rows->dtype() == mx::float16 || rows->dtype() == mx::bfloat16;
     for (int i = 0; i < 1 + format->parts(); i++, next++) {
       mx::Shape shape = rows->shape();
       const int width = shape[3];
       shape[2] = capacity, shape[3] = i == 0 ? width * format->bits / 32 : width / format->group;
       const auto type = i == 0 ? mx::uint32 : format->has_biases() ? rows->dtype() : mx::uint8;
-      if (!floating || width % format->group != 0 || buffers[next].shape() != shape || buffers[next].dtype() != type)
+      if (!is_floating(rows->dtype()) || width % format->group != 0 || buffers[next].shape() != shape ||
+          buffers[next].dtype() != type)
         stop("rows " + text(rows->shape()) + " do not fit a buffer " + text(buffers[next].shape()) + ", or their types differ.");
     }
   }
@@ -622,8 +626,7 @@ mx::array evaluated(const mx::Shape& shape, mx::Dtype type) {
   size_t bytes = type.size();
   for (const auto n : shape) bytes *= size_t(n);
   mx::array made(mx::allocator::malloc(bytes), shape, type);
-  if (bytes > 0 && made.data<char>() == nullptr)
-    throw std::runtime_error("[stream_step] no memory for an array of " + std::to_string(bytes) + " bytes.");
+  check_memory(made, "stream_step");
   return made;
 }
 
@@ -651,10 +654,9 @@ MaybeArray stream_step(const mx::array& q, const mx::array& k, const mx::array& 
   if (slots[0].shape(2) != step.first + step.ring) stop("there are first + ring slots.");
   for (const mx::array* a : {&q, &k, &v})
     if (!a->is_available()) return std::nullopt;
-  const Options options{step.call.problem.scale, step.call.problem.softcap};
-  Options with_formats = options;
-  with_formats.key = key, with_formats.value = value;
-  step.call.problem = problem_of(with_formats, inputs, 3);
+  Options options{step.call.problem.scale, step.call.problem.softcap};
+  options.key = key, options.value = value;
+  step.call.problem = problem_of(options, inputs, 3);
   step.new_key = tensor_of(k), step.new_value = tensor_of(v);
   const mx::Shape shape{q.shape(0), q.shape(1), 1, value_shape[3]};
   mx::array out = evaluated(shape, q.dtype());
@@ -665,12 +667,8 @@ MaybeArray stream_step(const mx::array& q, const mx::array& k, const mx::array& 
 
 // A copy with memory of its own.
 mx::array own_copy(const mx::array& a) {
-  const auto strided = a.strides();
-  Copy copy{a.data<char>(), nullptr, {}, {}, int64_t(a.itemsize())};
-  for (int i = 0; i < 4; i++) copy.shape[i] = a.shape(i), copy.stride[i] = strided[i];
   mx::array out = evaluated(a.shape(), a.dtype());
-  copy.to = out.data<char>();
-  copy.run();
+  copy_of(a, out.data<char>()).run();
   return out;
 }
 
