@@ -230,6 +230,9 @@ def append_quantized(
 ) -> list[mx.array]:
     """Quantize new keys and values into a cache's buffers as one operation; `kernels.append` has the contract.
 
+    Buffers are numbers, scales and biases of the keys, and those of the values, in one sequence; so is the result, in
+    which views of the rows in use follow where there are other rows.
+
     Raises:
         ValueError: shapes, dtypes or rows do not fit.
         KernelUnavailable: the kernel cannot run on this machine.
@@ -238,7 +241,8 @@ def append_quantized(
     check_not_forked()
     if _module is None:
         load()
-    made: list[mx.array] = _quantized_call.append(_module, buffers, keys, values, kv_format, row, used)
+    codes = _quantized_call.code(kv_format.key), _quantized_call.code(kv_format.value)
+    made: list[mx.array] = _module.append_quantized(buffers, keys, values, *codes, row, used)
     return made
 
 

@@ -1,12 +1,11 @@
 """Calls of the compiled kernel for quantized keys and values."""
 
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Final
 
 import mlx.core as mx
 
-from attention.core.kv_format import Format, KVFormat
+from attention.core.kv_format import Format
 from attention.quantized_kv import QuantizedArray
 
 _MODES: Final = ("none", "affine", "mxfp8", "mxfp4", "nvfp4")
@@ -18,34 +17,6 @@ NO_LISTS: Final = (None, None, None, None, 0, 0)
 def code(form: Format) -> tuple[int, int, int]:
     """Return a format as the kernel takes it: mode, bits and group size."""
     return _MODES.index(form.mode), form.bits, form.group_size
-
-
-def append(
-    module: ModuleType,
-    buffers: Sequence[mx.array],
-    keys: mx.array,
-    values: mx.array,
-    kv_format: KVFormat,
-    row: int,
-    used: int,
-) -> list[mx.array]:
-    """Return the buffers with new rows, and views of the rows in use if there are others.
-
-    Args:
-        module: the compiled kernel.
-        buffers: numbers, scales and biases of the keys, and those of the values.
-        keys: (B, Hkv, S, D).
-        values: (B, Hkv, S, Dv).
-        kv_format: of both.
-        row: the first that is written.
-        used: number of rows in use.
-
-    Raises:
-        ValueError: shapes, dtypes or rows do not fit.
-    """
-    codes = code(kv_format.key), code(kv_format.value)
-    made: list[mx.array] = module.append_quantized(buffers, keys, values, *codes, row, used)
-    return made
 
 
 def is_quantized(k: object, v: object) -> bool:
