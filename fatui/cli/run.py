@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 from attention.core import events as on
-from attention.core.plan import AnyPlan, StreamPlan
+from attention.core.plan import AnyPlan
 from attention.core.results import Report
 from attention.engine.record import AnyRecord, StreamRecord
 from fatui import cli, formatting
@@ -33,11 +33,15 @@ MAX_QUIET_S: Final = 10.0
 
 
 class ProgressPrinter:
-    """Reporter of a run's progress on stderr, from its events."""
+    """Reporter of a run's progress on stderr, from its events.
+
+    Attributes:
+        record: the engine's record, from which the curves of a stream are drawn; None before the engine is made.
+    """
 
     def __init__(self, plan: AnyPlan) -> None:
         self._plan = plan
-        self._stream = StreamRecord(plan) if isinstance(plan, StreamPlan) else None
+        self.record: AnyRecord | None = None
         self._bar = _bar(self._curves) if sys.stderr.isatty() else None
         self._task = self._bar.add_task("starting", total=1.0, left="…") if self._bar else None
         self._drawn = 0.0
@@ -75,8 +79,6 @@ class ProgressPrinter:
                 self._print_once(f"{event.implementation}: training")
             case on.RowEnded() if self._bar is None:
                 self._print_once(f"{event.implementation}: {event.status}")  # the reason is printed below the table
-            case on.CaseStarted() | on.StreamAdvanced() if self._stream is not None:
-                self._stream.apply(event)
             case on.Tuned() | on.Switched():
                 self._print_once(on.tuning_log_line(event))
             case on.Message():
@@ -97,8 +99,10 @@ class ProgressPrinter:
 
     def _curves(self) -> str:
         """Return the curves of a stream so far, drawn above the bar; empty for other runs."""
-        rows = self._stream.case(0) if self._stream else None
-        return "\n".join(text_chart(time_chart(rows), CHART_WIDTH, CHART_HEIGHT)) if rows and rows.rows else ""
+        if not isinstance(self.record, StreamRecord):
+            return ""
+        chart = time_chart(self.record.case(0))
+        return "\n".join(text_chart(chart, CHART_WIDTH, CHART_HEIGHT)) if chart.curves else ""
 
     def _draw(self) -> None:
         now, event = time.monotonic(), self._progress
@@ -207,6 +211,7 @@ def run_headless(plan: AnyPlan) -> tuple[AnyRecord, bool]:
 
 async def _run(plan: AnyPlan, progress: ProgressPrinter) -> tuple[AnyRecord, bool]:
     engine = Engine(plan, progress.listen)
+    progress.record = engine.record
     loop = asyncio.get_running_loop()
     for number in STOPPING:
         with contextlib.suppress(NotImplementedError, RuntimeError):

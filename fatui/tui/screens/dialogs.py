@@ -14,8 +14,8 @@ from textual.widgets import Input, Static
 from attention.core.errors import UsageError
 from attention.core.files import expand_home
 from attention.core.plan import Plan
-from attention.core.results import Case, Interval, Row
-from attention.core.workload import COUNTERPARTS, Counterpart
+from attention.core.results import Case, Row
+from attention.core.workload import COUNTERPARTS
 from fatui import formatting
 from fatui.storage import own_presets, presets
 from fatui.storage.presets import Preset
@@ -151,14 +151,13 @@ def figure_lines(row: Row, case: Case) -> list[str]:
 
 
 def _counterparts(row: Row) -> list[tuple[str, str]]:
-    times: dict[Counterpart, Interval | None] = {name: getattr(row, f"{name}_s") for name in COUNTERPARTS}
     return [
         (
             formatting.OVER[name],
             f"{formatting.over_text(row, name)}, {name.replace('_', ' ')} {formatting.interval_text(call)} per call",
         )
         for name in COUNTERPARTS
-        if (call := times[name])
+        if (call := getattr(row, f"{name}_s"))
     ]
 
 
@@ -166,8 +165,7 @@ def _ranks(row: Row) -> list[tuple[str, str]]:
     if not row.per_rank:
         return []
     hidden = f"{formatting.exposed_text(row)} of communication not hidden by computing"
-    notes = [note.partition(": ") for note in formatting.rank_notes(row)]
-    lines = [(head, text) for head, _, text in notes]
+    lines = [(f"rank {each.rank}", formatting.rank_words(each)) for each in row.per_rank]
     return [("link", f"{formatting.sent_text(row)} sent per call, {hidden}"), *lines]
 
 
