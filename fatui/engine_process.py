@@ -7,7 +7,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 from msgspec import structs
@@ -18,9 +18,10 @@ from attention.core.results import Peaks
 from attention.core.workload import FineTuning, Generation
 from attention.engine.record import record_of
 from fatui import __version__
-from fatui.rank_group import RankProcesses
-from fatui.rank_launch import RankLaunch, hosts_of, rank_launches
 from fatui.worker_process import PATIENCE_S, WORKER, Worker, kill_marked, mark_file
+
+if TYPE_CHECKING:
+    from fatui.rank_launch import RankLaunch
 
 SILENCE_S: Final = 30.0
 BUILD_SILENCE_S: Final = 300.0
@@ -92,6 +93,8 @@ class Engine:
 
     def __init__(self, plan: AnyPlan, listener: Listener = lambda event: None, peaks: Peaks | None = None) -> None:
         """Prepare a run of a plan; `peaks` are the machine's rates if already measured."""
+        from fatui.rank_launch import hosts_of  # no part of the start of the app
+
         self.record = record_of(plan)
         self.record.peaks = peaks or Peaks()
         self.stopped = False
@@ -160,6 +163,8 @@ class Engine:
         mark = mark_file()
         try:
             if self._grouped:
+                from fatui.rank_launch import rank_launches
+
                 ranks = ranks_of(self.record.plan.cases[self._assignment.first_case])
                 return await self._run_group(mark, rank_launches(ranks, self._hosts))
             return await self._run_alone(mark)
@@ -205,8 +210,10 @@ class Engine:
         self._culprit = _marked(mark, self.record.plan.ordered)
         return self._hung or worker.reason()
 
-    async def _run_group(self, mark: int, launches: list[RankLaunch]) -> str:
+    async def _run_group(self, mark: int, launches: "list[RankLaunch]") -> str:
         """Run a group; a failure of one rank ends all of them, and is reported with its cause."""
+        from fatui.rank_group import RankProcesses
+
         group = RankProcesses(launches, self._run)
         self.record.ranks.clear()
         try:

@@ -9,14 +9,16 @@ import asyncio
 import contextlib
 import sys
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from attention.core.route import Route
 from attention.core.workload import Workload
-from attention.implementations.protocol import Implementation
 from attention.measure.device import Device
+
+if TYPE_CHECKING:
+    from attention.implementations.protocol import Implementation
 
 
 class AdviceRequest(msgspec.Struct, kw_only=True):
@@ -53,7 +55,7 @@ def answer(question: AdviceRequest, device: Device) -> AdviceReply:
     from attention import implementations
     from attention.engine.ranks import ranks_route, route_here
 
-    def route_of(implementation: Implementation, workload: Workload) -> Route:
+    def route_of(implementation: "Implementation", workload: Workload) -> Route:
         route = ranks_route if question.elsewhere and workload.ranks > 1 else route_here
         return route(implementation, workload, device)
 

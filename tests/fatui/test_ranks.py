@@ -14,7 +14,7 @@ from attention.core import events as on
 from attention.core.plan import GenerationPlan, Plan
 from attention.core.results import Case, Peaks, Row
 from attention.core.workload import Workload, generations
-from fatui import engine_process
+from fatui import rank_launch
 from fatui.engine_process import Engine
 from fatui.rank_launch import RankLaunch
 
@@ -187,9 +187,9 @@ def test_ranks_of_different_versions_are_refused(monkeypatch: pytest.MonkeyPatch
             where=launch.where,
         )
 
-    launches = engine_process.rank_launches
+    launches = rank_launch.rank_launches
     monkeypatch.setattr(
-        engine_process, "rank_launches", lambda ranks, hosts: [differing(each) for each in launches(ranks, hosts)]
+        rank_launch, "rank_launches", lambda ranks, hosts: [differing(each) for each in launches(ranks, hosts)]
     )
     ran = run(plan(cases=(ON_TWO, SMALL)))
     assert ran.row("baseline", 0).status == "failed"
