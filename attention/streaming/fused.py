@@ -68,13 +68,11 @@ class Step:
             return backend if cpu.is_loaded() or _loads() else None
         return backend if backend == "cuda" else None
 
-    def settle(self) -> bool:
-        """Evaluate the steps of CUDA, before anything else uses the slots; return whether there were any."""
-        if self.latest is None:
-            return False
-        mx.eval(self.latest)
-        self.latest = None
-        return True
+    def settle(self) -> None:
+        """Evaluate the steps of CUDA, before anything else uses the slots."""
+        if self.latest is not None:
+            mx.eval(self.latest)
+            self.latest = None
 
     def on_cpu(self, token: Token, slots: list[mx.array], rows: list[tuple[int, int]]) -> mx.array:
         """Write one token into slots, and attend with its query; slots are replaced where they had to be copied.
