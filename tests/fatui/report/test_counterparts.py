@@ -1,5 +1,7 @@
 """The report on counterparts: sparse patterns over dense, quantized keys and values over unquantized; break-even."""
 
+from typing import Any
+
 import pytest
 from msgspec import structs
 
@@ -27,17 +29,20 @@ def ratio(value: float, *, significant: bool = True) -> Ratio:
     return Ratio(value=value, low=value * 0.99, high=value * 1.01, significant=significant)
 
 
+def row_of(status: str, **figures: Any) -> Row:
+    """Return a row of poc whose calls take a second."""
+    second = Interval(median=1.0, low=0.99, high=1.01)
+    return Row(implementation="poc", status=status, call_s=second, samples=(1.0,) * 8, **figures)  # type: ignore[arg-type]
+
+
+def time_of(over: Ratio | None) -> Interval | None:
+    """Return the time of the counterpart of calls that take a second."""
+    return Interval(median=over.value, low=over.low, high=over.high) if over else None
+
+
 def masked(mask: str, over_dense: Ratio | None, status: str = "ok") -> Case:
     """Return a case with a row of poc."""
-    dense = Interval(median=over_dense.value, low=over_dense.low, high=over_dense.high) if over_dense else None
-    row = Row(
-        implementation="poc",
-        status=status,  # type: ignore[arg-type]
-        call_s=Interval(median=1.0, low=0.99, high=1.01),
-        samples=(1.0,) * 8,
-        over_dense=over_dense,
-        dense_s=dense,
-    )
+    row = row_of(status, over_dense=over_dense, dense_s=time_of(over_dense))
     return Case(workload=Workload(mask=mask, seq=1280, heads=2), reference="poc", rows=(row,))
 
 
@@ -107,16 +112,8 @@ def quantized(
     kv_format: str, over: float | None, *, kv_seq: int = 1024, clear: bool = True, status: str = "ok"
 ) -> Case:
     """Return a case with a row of poc, `over` times as fast as with unquantized keys and values."""
-    ratio = None if over is None else Ratio(value=over, low=over * 0.99, high=over * 1.01, significant=clear)
-    row = Row(
-        implementation="poc",
-        status=status,  # type: ignore[arg-type]
-        call_s=Interval(median=1.0, low=0.99, high=1.01),
-        samples=(1.0,) * 8,
-        over_unquantized=ratio,
-        unquantized_s=ratio and Interval(median=ratio.value, low=ratio.low, high=ratio.high),
-        kv_error=0.11,
-    )
+    speedup = None if over is None else ratio(over, significant=clear)
+    row = row_of(status, over_unquantized=speedup, unquantized_s=time_of(speedup), kv_error=0.11)
     return Case(workload=Workload(pass_="decode", kv_seq=kv_seq, kv_format=kv_format), reference="poc", rows=(row,))
 
 
