@@ -5,12 +5,13 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final
+from typing import Any
 
 from attention.core.errors import UsageError
 from attention.core.kv_format import DENSE
 from attention.core.plan import FineTuningPlan, GenerationPlan, Plan, RunOptions, StreamPlan
 from attention.core.results import Run
+from attention.core.stream import SHAPE
 from fatui.quantities import size_text
 from fatui.storage.presets import FIELDS, Preset, factor_cases
 
@@ -79,13 +80,10 @@ def finetune_command(plan: FineTuningPlan) -> str:
     return _command(["fatui", "finetune", case.model], {**options, "lora-layers": case.tuned_layers, **_options(plan)})
 
 
-STREAM_SHAPE: Final = ("heads", "kv_heads", "head_dim")
-
-
 def stream_command(plan: StreamPlan) -> str:
     """Return the command that repeats a run over a stream."""
     case = plan.cases[0]
-    shape = {} if case.model else {name.replace("_", "-"): getattr(case, name) for name in STREAM_SHAPE}
+    shape = {} if case.model else {name.replace("_", "-"): getattr(case, name) for name in SHAPE}
     options = {
         **{name: getattr(case, name) for name in ("tokens", "window", "first")},
         "chunk": case.chunk if case.chunk != 1 else None,

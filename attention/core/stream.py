@@ -26,6 +26,8 @@ STREAM_ROWS: Final[dict[str, str]] = {
 """The rows of a run over a stream, and what each one keeps."""
 ATTENTION_ROWS: Final = (FULL, STREAMING)
 """Rows without a model: a plain window has the same cost as `streaming`, and nothing is to be recomputed."""
+SHAPE: Final = ("heads", "kv_heads", "head_dim")
+"""Fields of a stream's attention calls, which a model has of its own."""
 MAX_STREAM_SIZES: Final = {"tokens": 1_000_000_000, "window": 1_048_576, "chunk": 65_536}
 MAX_BLOCKS: Final = 500
 """Maximum number of blocks that the tokens of a stream are grouped in, and those that are shorter for their time."""

@@ -4,14 +4,13 @@ import argparse
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from attention.core.stream import ATTENTION_ROWS, STREAM_ROWS, Stream
+from attention.core.stream import ATTENTION_ROWS, SHAPE, STREAM_ROWS, Stream
 
 if TYPE_CHECKING:
     from attention.core.plan import StreamPlan
     from fatui.cli.output import Export
 
 SIZES: Final = ("tokens", "window", "first", "chunk")
-SHAPE: Final = ("heads", "kv_heads", "head_dim")
 EXAMPLE: Final = """examples:
   fatui stream --tokens 1000000
   fatui stream --heads 32 --kv-heads 8 --head-dim 128 --window 4096 --kv-format int4 --json stream.json
