@@ -16,7 +16,7 @@ from attention.core.results import MIN_ROUNDS
 from attention.core.route import Route, unsupported, validated_route
 from attention.core.workload import COUNTERPARTS, Counterpart, Workload
 from attention.engine.progress import EMIT_INTERVAL_S, Emit, Progress
-from attention.implementations.protocol import Implementation, NeedsBuilding, NeedsBuildingPerCall, missing_feature
+from attention.implementations.protocol import Implementation, build, missing_feature, needs_building
 from attention.measure.device import Device, environment, probe
 from attention.measure.rounds import Arm, Limits, TakesSamples, min_rounds_s, run_rounds, set_strides
 
@@ -135,24 +135,17 @@ class CaseRunner(ABC, Generic[P]):
             return None
 
     def _needs_building(self, name: str, workload: Workload, device: Device) -> bool:
-        implementation = implementations.load_implementation(name)
-        if not isinstance(implementation, NeedsBuilding | NeedsBuildingPerCall):
-            return False
-        return implementation.needs_building(workload, device)
+        return needs_building(implementations.load_implementation(name), workload, device)
 
     def _build(self, names: Sequence[str], workload: Workload, device: Device) -> None:
         """Compile implementations, timed separately from the measurement."""
         for name in names:
             implementation = implementations.load_implementation(name)
-            assert isinstance(implementation, NeedsBuilding | NeedsBuildingPerCall)
             self._progress.begin_step(name, "build")
             started = time.perf_counter()
-            if isinstance(implementation, NeedsBuilding):
-                implementation.build(self._progress.log)
-            else:
-                implementation.build_for(workload, self._progress.log)
+            build(implementation, workload, self._progress.log)
             seconds = time.perf_counter() - started
-            if implementation.needs_building(workload, device):
+            if needs_building(implementation, workload, device):
                 self._progress.log(f"{name}: built in {seconds:.0f} s, but it could not be kept")
             elif seconds > EMIT_INTERVAL_S:
                 self._progress.log(f"{name}: compiling and checking took {seconds:.0f} s")

@@ -36,11 +36,11 @@ from attention.distributed.decision import DEFAULT_FLOPS_PER_S, Decision, Link, 
 from attention.engine.peaks import measure_peaks
 from attention.implementations.protocol import (
     Implementation,
-    NeedsBuilding,
-    NeedsBuildingPerCall,
     ProvidesRunner,
     ReturnsLogsumexp,
+    build,
     missing_feature,
+    needs_building,
 )
 from attention.measure.device import Device
 
@@ -418,13 +418,8 @@ class AttentionCalls:
         """Compile what is needed, and make this rank's part of the inputs."""
         workload, implementation = self._plan.cases[case], implementations.load_implementation(name)
         local = workload_of_one(workload)
-        if isinstance(implementation, NeedsBuilding | NeedsBuildingPerCall) and implementation.needs_building(
-            local, self._device
-        ):
-            if isinstance(implementation, NeedsBuilding):
-                implementation.build(lambda text: None)
-            else:
-                implementation.build_for(local, lambda text: None)
+        if needs_building(implementation, local, self._device):
+            build(implementation, local, lambda text: None)
         decision = divide(workload, self._conditions)
         bound = BoundCall(workload, self._group, decision, implementation, seed=self._plan.seed)
         return AttentionCall(bound, workload.pass_ == "training", self._group)

@@ -23,7 +23,7 @@ from attention.engine.case_runner import CaseRunner
 from attention.engine.peaks import measure_peaks
 from attention.engine.progress import EMIT_INTERVAL_S
 from attention.implementations.calls import take_path
-from attention.implementations.protocol import NeedsBuilding, NeedsBuildingPerCall
+from attention.implementations.protocol import build
 from attention.measure.device import Device, probe
 from attention.measure.rounds import gc_disabled
 
@@ -97,10 +97,7 @@ class StreamBench(CaseRunner[StreamPlan]):
         if self._needs_building(ATTENDS, workload, device):
             self._progress.emit(on.StepStarted(case=case, implementation=name, step="build"))
             self._progress.emit_progress(f"compiling {ATTENDS}, once", 0.0)
-            if isinstance(implementation, NeedsBuilding):
-                implementation.build(self._progress.log)
-            elif isinstance(implementation, NeedsBuildingPerCall):
-                implementation.build_for(workload, self._progress.log)
+            build(implementation, workload, self._progress.log)
             self._progress.emit(on.StepStarted(case=case, implementation=name, step="stream"))
         self._predicted = validated_route(implementation.route(workload, device))
         self._progress.emit(on.RouteFound(case=case, implementation=name, route=self._predicted))

@@ -52,6 +52,21 @@ class Implementation(Protocol):
         ...
 
 
+def needs_building(implementation: Implementation, workload: Workload, device: Device) -> bool:
+    """Return whether a first call of the workload would have to build; quick."""
+    if not isinstance(implementation, NeedsBuilding | NeedsBuildingPerCall):
+        return False
+    return implementation.needs_building(workload, device)
+
+
+def build(implementation: Implementation, workload: Workload, on_message: Callable[[str], None]) -> None:
+    """Build what an implementation of either kind needs for the workload's calls; others need nothing."""
+    if isinstance(implementation, NeedsBuilding):
+        implementation.build(on_message)
+    elif isinstance(implementation, NeedsBuildingPerCall):
+        implementation.build_for(workload, on_message)
+
+
 def missing_feature(implementation: object, workload: Workload) -> str | None:
     """Return what a workload has that an implementation does not declare to take, or None; its route may not know."""
     if workload.structured and not getattr(implementation, "takes_patterns", False):
