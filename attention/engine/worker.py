@@ -190,12 +190,13 @@ def _choose_gpu(setting: RankSetting) -> None:
 
 def _beat(setting: RankSetting, emit: Emit, status: "RankStatus") -> None:
     """Report once a second that this process runs, and whether the rank before it is reachable."""
+    import mlx.core as mx
+
     from attention.engine.ranks import LinkCheck
 
     link = LinkCheck(setting.addresses, setting.rank) if setting.addresses else None
     while True:
         silent_link_s = link.beat() if link else None
-        mlx = sys.modules.get("mlx.core")
         emit(
             on.RankAlive(
                 rank=setting.rank,
@@ -204,7 +205,7 @@ def _beat(setting: RankSetting, emit: Emit, status: "RankStatus") -> None:
                 joined=status.joined,
                 running=status.running,
                 silent_link_s=silent_link_s,
-                active_bytes=mlx.get_active_memory() if mlx and status.joined else None,
+                active_bytes=mx.get_active_memory() if status.joined else None,
             )
         )
         time.sleep(HEARTBEAT_S)
