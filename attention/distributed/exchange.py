@@ -90,17 +90,16 @@ class Exchange(Struct, frozen=True):
 
 
 @lru_cache(maxsize=512)
-def make_exchange(rows: Layout, keys: Layout, seen: Seen, one_call: bool = False) -> Exchange:
+def make_exchange(rows: Layout, keys: Layout, seen: Seen) -> Exchange:
     """Return the exchange of a context parallel call.
 
     Args:
         rows: layout of the query rows, of which row i has position i + Lk - Lq.
         keys: layout of the keys.
         seen: which pairs are visible.
-        one_call: a rank's rows are computed by one call, by lists of tiles if they are in several chunks.
     """
     ranks, owned = rows.ranks, keys.chunks
-    calls = tuple(tuple(_calls(rows, keys.seq, seen, rank, one_call)) for rank in range(ranks))
+    calls = tuple(tuple(_calls(rows, keys.seq, seen, rank)) for rank in range(ranks))
     needed = tuple(union(chunk for call in own for chunk in call.key_chunks) for own in calls)
     placed = tuple(tuple(_placed(call, needed[rank]) for call in calls[rank]) for rank in range(ranks))
     contributed = tuple(
@@ -110,12 +109,10 @@ def make_exchange(rows: Layout, keys: Layout, seen: Seen, one_call: bool = False
     return Exchange(contributed, needed, max(map(rows_of, contributed)), placed, owned)
 
 
-def _calls(rows: Layout, kv_seq: int, seen: Seen, rank: int, one_call: bool) -> Iterable[Call]:
+def _calls(rows: Layout, kv_seq: int, seen: Seen, rank: int) -> Iterable[Call]:
     """Yield the calls of a rank, their keys not yet placed."""
     chunks = rows.chunks[rank]
     whole = seen.pattern
-    if whole is None and one_call and seen.causal and len(chunks) > 1 and not (seen.array or seen.alibi):
-        whole = _bounds_as_pattern(seen)
     if whole is None or seen.array or seen.alibi:
         groups: list[Chunks] = [(chunk,) for chunk in chunks]
     else:
@@ -134,12 +131,6 @@ def _calls(rows: Layout, kv_seq: int, seen: Seen, rank: int, one_call: bool) -> 
         if seen.alibi and seen_keys:
             seen_keys = ((seen_keys[0][0], max(last, seen_keys[-1][1])),)
         yield Call(own, (0, 0), group, seen_keys, pattern=Section(whole, lengths, group, seen_keys))
-
-
-def _bounds_as_pattern(seen: Seen) -> Pattern:
-    from attention.masks import causal, window
-
-    return causal() if seen.window is None else window(seen.window)
 
 
 def _bounds(seen: Seen, first: int, last: int, kv_seq: int) -> Chunks:
