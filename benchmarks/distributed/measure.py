@@ -12,7 +12,6 @@ import msgspec
 from attention.distributed import collectives, decide, make_layout
 from attention.distributed.bound_call import BoundCall
 from attention.distributed.decision import Method
-from attention.distributed.layout import Kind
 from attention.implementations import load_implementation
 from attention.implementations.calls import MlxRunner, make_inputs
 from attention.measure.accuracy import AccuracyChecker
@@ -25,8 +24,7 @@ SAMPLE_S: Final = 0.05
 def measure(case: Case, group: collectives.Group, implementation: str, method: Method | None) -> dict[str, Any]:
     """Return the row of a case: median times of the slowest rank, and ratios within rounds."""
     workload = case.workload
-    layout: Kind | None = None
-    decision = decide(workload, group.size(), method=method, layout=layout, sharded_by="any" if method else "sequence")
+    decision = decide(workload, group.size(), method=method, sharded_by="any" if method else "sequence")
     alone = MlxRunner(load_implementation(implementation), workload, make_inputs(workload, 0), workload.head_dim**-0.5)
     call = BoundCall(workload, group, decision, implementation)
     arms: dict[str, Callable[[], list[mx.array]]] = {
