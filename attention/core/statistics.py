@@ -189,5 +189,40 @@ def geometric_mean(ratios: Sequence[Ratio]) -> Ratio | None:
     if not ratios:
         return None
     middle = fmean(math.log(ratio.value) for ratio in ratios)
-    half = math.sqrt(sum((math.log(ratio.high / ratio.low) / 2) ** 2 for ratio in ratios)) / len(ratios)
+    half = _joint_half_width(ratios)
     return _ratio(middle, middle - half, middle + half, MIN_FLOOR)
+
+
+def repeated_ratio(ratios: Sequence[Ratio], floor: float) -> Ratio | None:
+    """Return the geometric mean of repeated measurements of one ratio; None without any.
+
+    Its interval is the wider of two: that of their own intervals, as of independent ones, and Student's t of their
+    values, which has in it what changes from one measurement to the next. A single ratio keeps its own interval.
+    """
+    if not ratios:
+        return None
+    if len(ratios) == 1:
+        (ratio,) = ratios
+        return _ratio(math.log(ratio.value), math.log(ratio.low), math.log(ratio.high), floor)
+    logs = [math.log(ratio.value) for ratio in ratios]
+    low, high = mean_interval(logs)
+    half = max((high - low) / 2, _joint_half_width(ratios))
+    middle = fmean(logs)
+    return _ratio(middle, middle - half, middle + half, floor)
+
+
+def repeated_floor(floors: Sequence[NoiseFloor]) -> float:
+    """Return the noise floor of the mean of several runs, from those of the runs; MIN_FLOOR without any."""
+    if len(floors) == 1:
+        return floors[0].floor
+    if not floors:
+        return MIN_FLOOR
+    if any(each.low <= 0 for each in floors):  # of a file
+        return max(each.floor for each in floors)
+    middle, half = fmean(math.log(each.value) for each in floors), _joint_half_width(floors)
+    return max(math.expm1(abs(middle) + half), MIN_FLOOR)
+
+
+def _joint_half_width(ratios: Sequence[Ratio] | Sequence[NoiseFloor]) -> float:
+    """Return the half width of the interval of a mean of logarithms, from the intervals of independent values."""
+    return math.sqrt(sum((math.log(ratio.high / ratio.low) / 2) ** 2 for ratio in ratios)) / len(ratios)

@@ -11,6 +11,7 @@ DONE: Final = 0
 FAILED: Final = 1
 WRONG_USAGE: Final = 2
 NO_BACKEND: Final = 3
+GATE_FAILED: Final = 4
 INTERRUPTED: Final = 130
 
 

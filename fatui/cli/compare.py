@@ -1,63 +1,150 @@
-"""`fatui compare`: two past runs, row by row."""
+"""`fatui compare`: past runs, row by row; a gate for continuous integration; runs of several machines side by side."""
 
 import argparse
 from typing import TYPE_CHECKING, Final
 
+from attention.core.errors import UsageError
 from fatui import cli
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from attention.core.results import Report
     from fatui.report.comparison import Comparison, RowChange
+    from fatui.report.gate import Gate, Thresholds
+    from fatui.storage.history import RunHistory
 
+MAX_THRESHOLD_BYTES: Final = 2**16
 EXAMPLE: Final = """examples:
   fatui compare last~1 last     the run before the last, and the last
   fatui compare 3f9c 81d0
+  fatui compare base/ new/ --fail-on slower:3% --fail-on memory:10% --fail-on inaccurate
+  fatui compare base.json new.json --thresholds gate.toml --markdown -
 
 Above 1 means that the second run is faster. "times" compares the medians as they are. Between two runs the machine
 differs, so "change" is that of the speedup over the baseline, whose code is assumed unchanged; it counts only beyond
-both noise floors and beyond the change in the baseline's own time, and is "≈ 1" within them."""
+both noise floors and beyond the change in the baseline's own time, and is "≈ 1" within them.
+
+With --fail-on each row is FASTER, SAME, SLOWER or UNDECIDED; the exit code is 4 if the gate fails. Folders, and names
+joined by commas, are compared as pairs of runs, in their order (docs/gate.md)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    parser.add_argument("before", metavar="ID", help="a run of the history: its id or the start of it, last, last~1")
-    parser.add_argument("after", metavar="ID", help="another")
+    named = "a run of the history (its id or the start of it, last, last~1), a file of --json, or a folder of files"
+    parser.add_argument("before", metavar="BASE", help=named)
+    parser.add_argument("after", metavar="NEW", help="another")
+    group = parser.add_argument_group("gate")
+    group.add_argument(
+        "--fail-on",
+        action="append",
+        default=[],
+        metavar="WHAT",
+        help="slower:3%%, memory:10%% or inaccurate: what makes the exit code 4; may be repeated",
+    )
+    group.add_argument("--thresholds", metavar="FILE", help="the same as a TOML file, also for single implementations")
+    group.add_argument("--undecided", metavar="fail|pass", help="what rows do that the runs cannot decide (fail)")
+    parser.add_argument("--markdown", metavar="FILE", help="write the comparison as a Markdown table ('-' is stdout)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the ratio and interval of each row.
+    """Print the ratio and interval of each row, and judge them; return the exit code.
 
     Raises:
+        UsageError: the request is wrong, or a file is not a run.
         HistoryError: the history is unusable, or has no such run.
     """
-    from fatui.cli.output import show
-    from fatui.report.comparison import compare
+    from fatui.cli.options import Problems
+    from fatui.cli.output import STDOUT, requested_exports, show, write_text
+    from fatui.report.comparison import compare_pairs
+    from fatui.report.gate import judge, to_markdown
     from fatui.storage.history import RunHistory
 
+    mistakes = Problems()
+    thresholds = mistakes.catch(lambda: _thresholds(arguments))
+    exports = mistakes.catch(lambda: requested_exports(arguments, ("markdown",))) or []
+    mistakes.raise_all()
+    assert thresholds is not None
     history = RunHistory()
     try:
-        comparison = compare(history.get(arguments.before), history.get(arguments.after))
+        comparison = compare_pairs(_pairs(arguments, history))
     finally:
         if history.notice:
             cli.print_line(history.notice)
-    show(comparison_table(comparison))
-    return cli.DONE
+    gate = judge(comparison, thresholds)
+    if not any(export.target == STDOUT for export in exports):
+        show(comparison_table(comparison, gate if thresholds.judging else None))
+    failures = [problem for export in exports if (problem := write_text(export, to_markdown(gate)))]
+    for failure in failures:
+        cli.print_line(failure)
+    if thresholds.judging and not gate.passed:
+        for problem in gate.problems:
+            cli.print_line(problem)
+        return cli.GATE_FAILED
+    return cli.FAILED if failures else cli.DONE
 
 
-def comparison_table(comparison: "Comparison") -> "RenderableType":
-    """Render a block per workload, then the rows that only one run has."""
+def _thresholds(arguments: argparse.Namespace) -> "Thresholds":
+    from msgspec import structs
+
+    from fatui.report.gate import POLICIES, Thresholds, parse_criteria
+
+    base = _thresholds_of_file(arguments.thresholds) if arguments.thresholds is not None else Thresholds()
+    made = parse_criteria(arguments.fail_on, base)
+    if arguments.undecided is None:
+        return made
+    if arguments.undecided not in POLICIES:
+        raise UsageError(f"--undecided: got '{arguments.undecided[:40]}'; it takes fail or pass")
+    return structs.replace(made, undecided=arguments.undecided)
+
+
+def _thresholds_of_file(name: str) -> "Thresholds":
+    from attention.core.files import expand_home, parse_toml, read_bounded
+    from fatui.report.gate import thresholds_of
+
+    path = expand_home(name)
+    try:
+        return thresholds_of(parse_toml(read_bounded(path, MAX_THRESHOLD_BYTES).decode()))
+    except UsageError as error:
+        raise UsageError(*(f"{path}: {problem}" for problem in error.problems)) from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not UTF-8 text") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def _pairs(arguments: argparse.Namespace, history: "RunHistory") -> "list[tuple[Report, Report]]":
+    from fatui.storage.sources import read_runs
+
+    before, after = (read_runs(name, history) for name in (arguments.before, arguments.after))
+    if len(before) != len(after):
+        raise UsageError(f"compare: BASE has {len(before)} runs and NEW {len(after)}; pairs take as many of both")
+    return list(zip(before, after, strict=True))
+
+
+def comparison_table(comparison: "Comparison", gate: "Gate | None" = None) -> "RenderableType":
+    """Render a block per workload, then the rows that only one run has; with a gate the outcome of each row."""
     from rich.console import Group
     from rich.text import Text
 
+    from fatui.report.gate import outcome_text
+
     before, after = comparison.before.run, comparison.after.run
     title = Text(f"{before.id} ({before.started[:16]}), then {after.id} ({after.started[:16]})", style="bold")
+    if comparison.pairs > 1:
+        title.append(f", and {comparison.pairs - 1} more pairs")
     notes = [f"  they differ in {text}" for text in comparison.differences]
     notes += [f"  only in {before.id}: {name}" for name in comparison.only_before]
     notes += [f"  only in {after.id}: {name}" for name in comparison.only_after]
-    blocks = [_block(changes) for changes in _by_workload(comparison).values()]
+    words = {id(row.change): outcome_text(row) for row in gate.rows} if gate else {}
+    blocks = [_block(changes, words) for changes in _by_workload(comparison).values()]
     if not blocks:
         notes.insert(0, "  the two runs have no row in common")
+    if gate:
+        passed = "passes" if gate.passed else "fails"
+        notes.append(f"  the gate {passed}")
     return Group(title, *blocks, *(Text(note, style="dim") for note in notes))
 
 
@@ -68,7 +155,7 @@ def _by_workload(comparison: "Comparison") -> "dict[str, list[RowChange]]":
     return groups
 
 
-def _block(changes: "list[RowChange]") -> "RenderableType":
+def _block(changes: "list[RowChange]", outcomes: dict[int, str]) -> "RenderableType":
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -84,8 +171,8 @@ def _block(changes: "list[RowChange]") -> "RenderableType":
     for change in changes:
         calls = (formatting.interval_text(row.call_s) for row in (change.before, change.after))
         times = f"{formatting.three(change.times.value)}x" if change.times else formatting.UNKNOWN
-        texts = (short_name(change.implementation), *calls, times, formatting.speedup_text(change.ratio), _word(change))
-        table.add_row(*texts)
+        word = outcomes.get(id(change)) or _word(change)
+        table.add_row(short_name(change.implementation), *calls, times, formatting.speedup_text(change.ratio), word)
     return Group(title, table)
 
 

@@ -3,7 +3,6 @@
 import argparse
 from typing import TYPE_CHECKING, Final
 
-from attention.core.files import expand_home
 from fatui import cli
 
 if TYPE_CHECKING:
@@ -38,11 +37,12 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from fatui.cli.output import STDOUT, Export, requested_exports
     from fatui.storage.history import RunHistory
+    from fatui.storage.sources import read_run
 
     exports = requested_exports(arguments, FORMATS) or [Export("markdown", STDOUT)]
     history = RunHistory()
     try:
-        reports = [_read(name, history) for name in arguments.runs] if arguments.runs else _latest(history)
+        reports = [read_run(name, history) for name in arguments.runs] if arguments.runs else _latest(history)
     finally:
         if history.notice:
             cli.print_line(history.notice)
@@ -50,14 +50,6 @@ def run(arguments: argparse.Namespace) -> int:
         cli.print_line("report: no run is kept yet; `fatui bench seed-table` makes one")
         return cli.FAILED
     return _write(reports, exports)
-
-
-def _read(name: str, history: "RunHistory") -> "Report":
-    """Read a run from a file if there is one of that name, else from the history."""
-    from fatui.storage.result_files import read
-
-    path = expand_home(name)
-    return read(path) if "/" in name or path.is_file() else history.get(name)
 
 
 def _latest(history: "RunHistory") -> "list[Report]":

@@ -1,22 +1,27 @@
-"""Comparison of two runs: how much each row changed, beyond the change of the machine.
+"""Comparison of two runs, or of several pairs of them: how much each row changed, beyond the change of the machine.
 
 Between two runs the machine differs, by load, clocks or temperature, and all rows with it. The reference, whose code is
 assumed unchanged, measures by how much: a row's change is that of its speedup over the reference, and it counts only
-beyond the noise of both runs and beyond the change in the reference's own time.
+beyond the noise of both runs and beyond the change in the reference's own time. Of several pairs, measured one after
+the other, the change is the geometric mean, and its interval has in it how much the pairs differ.
 """
 
 import math
-from typing import Final
+from collections.abc import Sequence
+from statistics import median
+from typing import Final, Literal
 
 from msgspec import Struct
 
 from attention.core import statistics
-from attention.core.results import AnyCase, Ratio, Report, Row
+from attention.core.results import AnyCase, NoiseFloor, Ratio, Report, Row
 from attention.core.stream import Stream
 from attention.core.workload import FineTuning, Generation, Workload
 
 AnyWorkload = Workload | Generation | FineTuning | Stream
-FLOORLESS: Final = statistics.MIN_FLOOR
+Outcome = Literal["FASTER", "SAME", "SLOWER", "UNDECIDED"]
+DEFAULT_TOLERANCE: Final = 0.05
+"""The slowdown up to which a row counts as unchanged, unless one is given."""
 
 
 class RowChange(Struct, frozen=True, kw_only=True):
@@ -26,6 +31,7 @@ class RowChange(Struct, frozen=True, kw_only=True):
     implementation: str
     before: Row
     after: Row
+    """The rows of the runs, of several pairs those of the one with the median ratio."""
     times: Ratio | None
     """Median time before over median time after, the machine's change included; None for too few rounds."""
     ratio: Ratio | None
@@ -33,12 +39,36 @@ class RowChange(Struct, frozen=True, kw_only=True):
 
     None if one run has no speedup for it, or the references differ; 1 for the reference itself.
     """
+    noise: float
+    """The larger of the noise floors before and after."""
     floor: float
-    """The largest of both noise floors and the change of the reference's time; a ratio inside it is printed as ≈ 1."""
+    """The larger of `noise` and the change of the reference's time; a ratio inside it is printed as ≈ 1."""
     reference: str | None
     """The reference of both runs; None if they have none in common."""
     drift: Ratio | None
     """The change of the reference's own time."""
+    memory: float | None = None
+    """Peak memory after over that before; None if one of them is not known."""
+    pairs: int = 1
+    """Number of pairs of runs that it was computed from."""
+
+    def outcome(self, tolerance: float = DEFAULT_TOLERANCE) -> Outcome:
+        """Return whether the row got slower by more than a tolerance, by its interval and the floors.
+
+        FASTER and SLOWER: the whole interval lies beyond the floor, and for SLOWER beyond the tolerance. SAME: the
+        interval excludes a slowdown beyond the tolerance, and so do the noise floors; the reference always. UNDECIDED:
+        neither is shown.
+        """
+        if self.implementation == self.reference:
+            return "SAME"
+        if self.ratio is None or self.ratio.low <= 0:
+            return "UNDECIDED"
+        least, most = 1 / self.ratio.high - 1, 1 / self.ratio.low - 1
+        if least > tolerance and least > self.floor:
+            return "SLOWER"
+        if self.ratio.significant and self.ratio.value > 1:
+            return "FASTER"
+        return "SAME" if most <= tolerance and self.noise <= tolerance else "UNDECIDED"
 
 
 class Comparison(Struct, frozen=True, kw_only=True):
@@ -46,53 +76,112 @@ class Comparison(Struct, frozen=True, kw_only=True):
 
     before: Report
     after: Report
+    """Of several pairs, the first."""
     changes: tuple[RowChange, ...]
     only_before: tuple[str, ...]
     """Rows without a counterpart: "baseline on B=1 L=64 ..."."""
     only_after: tuple[str, ...]
     differences: tuple[str, ...]
     """Differences between the environments: "mlx: 0.32.4, then 0.33.0"."""
+    pairs: int = 1
+
+
+RowKey = tuple[AnyWorkload, str]
+Found = tuple[AnyCase, Row]
 
 
 def compare(before: Report, after: Report) -> Comparison:
     """Match rows by workload and implementation."""
-    first, second = _rows(before), _rows(after)
+    return compare_pairs([(before, after)])
+
+
+def compare_pairs(pairs: Sequence[tuple[Report, Report]]) -> Comparison:
+    """Compare runs that were measured in pairs, before and after, with at least one pair; rows are matched as above."""
+    matched: dict[RowKey, list[tuple[Found, Found]]] = {}
+    firsts: dict[RowKey, None] = {}
+    seconds: dict[RowKey, None] = {}
+    for before, after in pairs:
+        first, second = _rows(before), _rows(after)
+        firsts.update(dict.fromkeys(first))
+        seconds.update(dict.fromkeys(second))
+        for key in first:
+            if key in second:
+                matched.setdefault(key, []).append((first[key], second[key]))
+    differences = dict.fromkeys(text for before, after in pairs for text in _differences(before, after))
     return Comparison(
-        before=before,
-        after=after,
-        changes=tuple(_change(first[key], second[key]) for key in first if key in second),
-        only_before=tuple(_name(key) for key in first if key not in second),
-        only_after=tuple(_name(key) for key in second if key not in first),
-        differences=_differences(before, after),
+        before=pairs[0][0],
+        after=pairs[0][1],
+        changes=tuple(_change(matched[key]) for key in firsts if key in matched),
+        only_before=tuple(_name(key) for key in firsts if key not in matched),
+        only_after=tuple(_name(key) for key in seconds if key not in matched),
+        differences=tuple(differences),
+        pairs=len(pairs),
     )
 
 
-def _rows(report: Report) -> dict[tuple[AnyWorkload, str], tuple[AnyCase, Row]]:
+def _rows(report: Report) -> dict[RowKey, Found]:
     return {(case.workload, row.implementation): (case, row) for case in report.all_cases for row in case.rows}
 
 
-def _name(key: tuple[AnyWorkload, str]) -> str:
+def _name(key: RowKey) -> str:
     return f"{key[1]} on {key[0].label}"
 
 
-def _change(before: tuple[AnyCase, Row], after: tuple[AnyCase, Row]) -> RowChange:
-    (case, row), (case_after, row_after) = before, after
-    reference = case.reference if case.reference == case_after.reference else None
-    floors = [each.noise_floor.floor for each in (case, case_after) if each.noise_floor]
-    noise = max(floors, default=FLOORLESS)
-    drift = _times(_reference_row(case), _reference_row(case_after), noise) if reference else None
+def _change(pairs: Sequence[tuple[Found, Found]]) -> RowChange:
+    """Return the change of one row over all pairs of runs that have it."""
+    cases = [(before[0], after[0]) for before, after in pairs]
+    references = {case.reference for both in cases for case in both}
+    reference = references.pop() if len(references) == 1 else None
+    noise = max(statistics.repeated_floor(_floors(side)) for side in zip(*cases, strict=True))
+    drifts = [_times(_reference_row(before), _reference_row(after), noise) for before, after in cases]
+    drift = statistics.repeated_ratio([each for each in drifts if each], noise) if reference else None
     floor = max(noise, math.expm1(abs(math.log(drift.value)))) if drift else noise
+    times = [_times(before[1], after[1], noise) for before, after in pairs]
+    ratios = [_beyond(before[1], after[1], floor) for before, after in pairs] if drift else []
+    known = [ratio for ratio in ratios if ratio]
+    (case, row), (_, row_after) = _shown(pairs)
     return RowChange(
         workload=case.workload,
         implementation=row.implementation,
         before=row,
         after=row_after,
-        times=_times(row, row_after, noise),
-        ratio=_beyond(row, row_after, floor) if drift else None,
+        times=statistics.repeated_ratio([each for each in times if each], noise),
+        ratio=statistics.repeated_ratio(known, floor),
+        noise=noise,
         floor=floor,
         reference=reference,
         drift=drift,
+        memory=_growth([(before[1], after[1]) for before, after in pairs]),
+        pairs=max(1, len(known)),
     )
+
+
+def _floors(cases: Sequence[AnyCase]) -> list[NoiseFloor]:
+    return [case.noise_floor for case in cases if case.noise_floor]
+
+
+def _shown(pairs: Sequence[tuple[Found, Found]]) -> tuple[Found, Found]:
+    """Return the first pair with a row that is not ok, otherwise the one with the median ratio of times."""
+    for pair in pairs:
+        if any(row.status != "ok" for _, row in pair):
+            return pair
+    timed = [pair for pair in pairs if all(row.call_s for _, row in pair)]
+    if not timed:
+        return pairs[0]
+    return sorted(timed, key=_ratio_of_medians)[len(timed) // 2]
+
+
+def _ratio_of_medians(pair: tuple[Found, Found]) -> float:
+    before, after = pair[0][1].call_s, pair[1][1].call_s
+    assert before is not None
+    assert after is not None
+    return before.median / after.median
+
+
+def _growth(pairs: Sequence[tuple[Row, Row]]) -> float | None:
+    """Return the median peak memory after over that before."""
+    before, after = ([row.peak_bytes for row in side if row.peak_bytes] for side in zip(*pairs, strict=True))
+    return median(after) / median(before) if before and after else None
 
 
 def _reference_row(case: AnyCase) -> Row | None:

@@ -18,8 +18,8 @@ from attention.core.files import parse_toml
 from attention.core.workload import Workload
 from fatui import storage
 from fatui.cli.main import main
-from fatui.report import charts, export
-from fatui.report.comparison import compare
+from fatui.report import charts, export, gate
+from fatui.report.comparison import compare, compare_pairs
 from fatui.report.compose import compose
 from fatui.report.document import to_markdown
 from fatui.report.table import report_table
@@ -104,6 +104,8 @@ def shown(report):
         out = console(nothing)
         out.print(report_table(report))
         out.print(comparison_table(compare(report, report)))
+    comparison = compare_pairs([(report, report)] * 3)
+    assert not hostile.unsafe_in(gate.to_markdown(gate.judge(comparison, gate.Thresholds(slower=0.03, memory=0.1))))
     document = compose([report, report])
     for text in (to_markdown(document), export.to_json(report), export.to_csv(report), export.to_markdown(report)):
         assert not hostile.unsafe_in(text)
