@@ -20,6 +20,8 @@ class Action(Struct, frozen=True):
     """The Textual action."""
 
 
+PANE_TITLES: Final = ("Implementations", "Workload", "Live", "Comparison", "Log", "Row")
+"""The panes of the main screen, by the number that goes to each."""
 EXPORT: Final = "Write the run as md, csv, json, html, svg and its log"
 MAIN: Final = (
     Action("run", "r", "Run", "Run what is set up", "app.start_run"),
@@ -41,10 +43,22 @@ MAIN: Final = (
     Action("pause", "l", "Pause log", "Pause or resume the log; nothing is lost", "screen.pause"),
     Action("next_pane", "right_square_bracket", "Next pane", "Go to the next pane", "screen.pane(1)"),
     Action("previous_pane", "left_square_bracket", "Previous pane", "Go to the previous pane", "screen.pane(-1)"),
-    Action("put_away", "z", "Hide", "Hide the focused pane, or show all again", "screen.put_away"),
+    Action("maximise", "z", "Maximise", "Let the focused pane fill the screen, or show all again", "screen.maximise"),
+    Action("put_away", "Z", "Hide", "Hide the focused pane, or show all again", "screen.put_away"),
+    *(
+        Action(
+            f"pane_{number}",
+            f"{number},alt+{number}",
+            title,
+            f"Go to {title}; on a slider, which takes digits, with alt",
+            f"screen.go_to_pane({number})",
+        )
+        for number, title in enumerate(PANE_TITLES, 1)
+    ),
 )
 ANYWHERE: Final = (
     Action("theme", "t", "Theme", "Choose a theme", "app.change_theme"),
+    Action("jump", "semicolon", "Jump", "Label all that can be reached; the letter goes there", "app.jump"),
     Action("help", "question_mark", "Help", "The keys of this screen", "app.explain_keys"),
     Action("quit", "q", "Quit", "Quit; asks first while a run is active", "app.leave"),
 )
@@ -109,6 +123,7 @@ SCOPES: Final[dict[str, str]] = {
 SHOWN_KEYS: Final = {
     "question_mark": "?",
     "slash": "/",
+    "semicolon": ";",
     "right_square_bracket": "]",
     "left_square_bracket": "[",
 }

@@ -5,12 +5,13 @@ from typing import ClassVar
 from msgspec import structs
 from textual import on
 from textual.app import ComposeResult
-from textual.binding import BindingType
+from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Static
 
+from attention.core.results import Case, Row
 from attention.core.workload import Workload
 from fatui import formatting
 from fatui.tui import actions
@@ -23,6 +24,7 @@ from fatui.tui.widgets.comparison_pane import ComparisonPane
 from fatui.tui.widgets.implementation_picker import ImplementationPicker
 from fatui.tui.widgets.live_pane import LivePane
 from fatui.tui.widgets.log_pane import LogPane
+from fatui.tui.widgets.row_pane import RowPane
 from fatui.tui.widgets.row_table import RowTable
 from fatui.tui.widgets.slider import Slider
 from fatui.tui.widgets.workload_pane import WorkloadPane, shown_workload
@@ -30,16 +32,28 @@ from fatui.tui.widgets.workload_pane import WorkloadPane, shown_workload
 MIN_SIZE = (60, 16)
 MIN_WIDE_SIZE = (110, 32)
 """Minimum size at which all panes are shown side by side."""
+MIN_THREE_COLUMNS = (160, 40)
+"""Minimum size at which Live stands beside the comparison, with the row under its cursor below it."""
 MIN_FOUR_CHOICES = 76
 """Minimum columns at which all choices of the workload fit into one row."""
 TOO_SMALL = "fatui needs {0} x {1} characters.\nThis terminal has {2} x {3}; make it larger, or the letters smaller."
-PANES = {"implementations-pane": "setup", "workload": "setup", "live": "live", "comparison": "results", "log": "log"}
+PANES = {
+    "implementations-pane": "setup",
+    "workload": "setup",
+    "live": "live",
+    "comparison": "results",
+    "log": "log",
+    "row": "results",
+}
+"""The tab of each pane, in the order of their numbers."""
+RIGHT = ("live", "comparison", "log", "row")
 FOCUS = {
     "implementations-pane": "#implementations",
     "workload": "#axis-batch",
     "live": "#live",
     "comparison": "#comparison-table",
     "log": "#log-view",
+    "row": "#row",
 }
 """The widget to focus in each pane."""
 
@@ -47,7 +61,10 @@ FOCUS = {
 class MainScreen(Screen[None]):
     """Main screen of the app's state; the only state of its own is the open tab."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.MAIN)]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        *actions.bindings(actions.MAIN),
+        Binding("escape", "restore", "Show all panes again", show=False, id="back"),
+    ]
     app: Lab
 
     _model_ran = False
@@ -61,13 +78,14 @@ class MainScreen(Screen[None]):
         with Horizontal(id="body"):
             with Vertical(id="left"):
                 with Vertical(id="implementations-pane", classes="pane") as pane:
-                    pane.border_title = "Implementations"
+                    pane.border_title = "1 Implementations"
                     yield ImplementationPicker(id="implementations")
                 yield WorkloadPane(self.app.draft, id="workload")
             with Vertical(id="right"):
                 yield LivePane(id="live")
                 yield ComparisonPane(id="comparison")
                 yield LogPane(self.app.journal, id="log")
+                yield RowPane(id="row")
         yield KeyBar()
 
     def on_mount(self) -> None:
@@ -103,7 +121,11 @@ class MainScreen(Screen[None]):
         """Set the classes that the layout depends on, all at once, as each change restyles every widget."""
         width, height = self.app.size
         narrow = width < MIN_WIDE_SIZE[0] or height < MIN_WIDE_SIZE[1]
+        wide = width >= MIN_THREE_COLUMNS[0] and height >= MIN_THREE_COLUMNS[1]
+        maximised = self._maximised
         wanted = {
+            "-wide": wide,
+            "-max": maximised is not None,
             "-small": width < MIN_SIZE[0] or height < MIN_SIZE[1],
             "-narrow": narrow,
             "-slim": width < MIN_FOUR_CHOICES,
@@ -112,6 +134,14 @@ class MainScreen(Screen[None]):
         classes = (self.classes - wanted.keys()) | {name for name, is_set in wanted.items() if is_set}
         if classes != self.classes:
             self.set_classes(classes)
+        self._fill_the_grid()
+
+    def _fill_the_grid(self) -> None:
+        """Let the last of an odd number of panes take the whole row of the grid of wide terminals."""
+        panes = [self.query_one(f"#{name}") for name in RIGHT]
+        seen = [pane for pane in panes if not pane.has_class("-away")]
+        for pane in panes:
+            pane.set_class(len(seen) % 2 == 1 and pane is seen[-1], "-fill")
 
     def show_draft(self) -> None:
         """Draw the draft and the advice for it."""
@@ -153,7 +183,20 @@ class MainScreen(Screen[None]):
         elif self.app.report is not None:
             comparison.show_report(self.app.report)
         self.query_one(LogPane).refresh_lines()
+        self.show_row()
         self._show_bars()
+
+    def show_row(self) -> None:
+        """Draw the row under the comparison's cursor, where there is a pane for it."""
+        if not self.has_class("-wide"):
+            return
+        key = self.query_one(ComparisonPane).table.key
+        case, row, command = self._row_of(*table_lines.split_key(key)) if key else (None, None, "")
+        self.query_one(RowPane).show(case, row, command)
+
+    @on(RowTable.Highlighted, "#comparison-table")
+    def _follow_cursor(self) -> None:
+        self.show_row()
 
     def show_reading(self, reading: Reading) -> None:
         """Draw a reading of the machine."""
@@ -207,6 +250,9 @@ class MainScreen(Screen[None]):
     def open_tab(self, tab: str) -> None:
         """Open a tab; without effect where all panes are visible."""
         self.query_one(PaneTabs).show(tab)
+        full = self._maximised
+        if full is not None and self.has_class("-narrow") and PANES[full.id or ""] != tab:
+            self._maximise(None)
         self._lay_out()
 
     @on(PaneTabs.Opened)
@@ -215,7 +261,7 @@ class MainScreen(Screen[None]):
 
     def action_pane(self, count: int) -> None:
         """Focus the next or previous visible pane; where panes are tabs, open the next or previous tab."""
-        panes = [name for name in PANES if not self.query_one(f"#{name}").has_class("-away")]
+        panes = self._reachable_panes
         if not panes:
             return
         if self.has_class("-narrow"):
@@ -225,12 +271,55 @@ class MainScreen(Screen[None]):
         else:
             focused = self._focused_pane()
             here = _neighbour(panes, focused.id if focused else None, count)
-        self.open_tab(PANES[here])
-        self.call_after_refresh(self.query_one(FOCUS[here]).focus)
+        self._go_to(here)
+
+    def action_go_to_pane(self, number: int) -> None:
+        """Focus the pane with a number; a hidden one is shown again."""
+        name = list(PANES)[number - 1]
+        if name == "row" and name not in self._reachable_panes and not self.has_class("-wide"):
+            self.app.tell(f"the row's pane needs {MIN_THREE_COLUMNS[0]} columns; enter on a row shows the same")
+            return
+        self.query_one(f"#{name}").remove_class("-away")
+        self._go_to(name)
+
+    @property
+    def _reachable_panes(self) -> list[str]:
+        """The names of the panes that are not hidden."""
+        wide = self.has_class("-wide")
+        return [name for name in PANES if (wide or name != "row") and not self.query_one(f"#{name}").has_class("-away")]
+
+    def _go_to(self, name: str) -> None:
+        """Focus a pane; while one is maximised, this one instead."""
+        if self._maximised is not None:
+            self._maximise(self.query_one(f"#{name}"))
+        self.open_tab(PANES[name])
+        self.call_after_refresh(self.query_one(FOCUS[name]).focus)
 
     def _focused_pane(self) -> Widget | None:
         node = self.focused
         return next((each for each in node.ancestors_with_self if each.id in PANES), None) if node else None  # type: ignore[return-value]
+
+    @property
+    def _maximised(self) -> Widget | None:
+        """The pane that fills the screen, or None."""
+        return next(iter(self.query(".-maximised")), None)
+
+    def action_maximise(self) -> None:
+        """Let the focused pane fill the screen; if one does, show all again."""
+        self._maximise(None if self._maximised else self._focused_pane())
+
+    def action_restore(self) -> None:
+        """Show all panes again."""
+        self._maximise(None)
+
+    def _maximise(self, pane: Widget | None) -> None:
+        for each in self.query(".pane"):
+            each.set_class(each is pane, "-maximised")
+        for name in ("left", "right"):
+            column = self.query_one(f"#{name}")
+            column.set_class(pane is not None and pane.parent is column, "-holds")
+        self._lay_out()
+        self.call_after_refresh(self.show_run)
 
     def action_put_away(self) -> None:
         """Hide the focused pane; if any is hidden already, show all again."""
@@ -238,11 +327,13 @@ class MainScreen(Screen[None]):
         for each in away:
             each.remove_class("-away")
         pane = self._focused_pane()
-        if not away and pane is not None:
+        if not away and pane is not None and pane.id is not None:
+            self._maximise(None)
             pane.add_class("-away")
-            name = str(pane.border_title).partition(" · ")[0]
-            self.app.tell(f"{name} is hidden; {self.app.keys['put_away']} brings it back")
+            title = actions.PANE_TITLES[list(PANES).index(pane.id)]
+            self.app.tell(f"{title} is hidden; {self.app.keys['put_away']} brings it back")
             self.action_pane(0)
+        self._fill_the_grid()
 
     @property
     def hidden(self) -> list[str]:
@@ -301,6 +392,14 @@ class MainScreen(Screen[None]):
         """Show the details of a row of a case."""
         from fatui.tui.screens.dialogs import RowDetails
 
+        case, row, command = self._row_of(index, implementation)
+        if case is not None and row is not None:
+            self.app.push_screen(RowDetails(case, row, command))
+        elif case is not None:
+            self.app.tell(f"{implementation} has no figures yet")
+
+    def _row_of(self, index: int, implementation: str) -> tuple[Case | None, Row | None, str]:
+        """Return a case, one of its rows, and the command that measures it; None for what there is not."""
         session, report = self.app.session, self.app.report
         if session is not None:
             case = session.case(index)
@@ -309,12 +408,8 @@ class MainScreen(Screen[None]):
             case = report.cases[index]
             command = report.run.command  # its plan is not kept, so the command is the whole run's
         else:
-            return
-        row = next((row for row in case.rows if row.implementation == implementation), None)
-        if row is None:
-            self.app.tell(f"{implementation} has no figures yet")
-        else:
-            self.app.push_screen(RowDetails(case, row, command))
+            return None, None, ""
+        return case, next((row for row in case.rows if row.implementation == implementation), None), command
 
 
 def _phase(session: AnySession) -> str:

@@ -1,5 +1,7 @@
 """The top row: what is set up and on which machine, with the phase on the right."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, Final
 
 from rich.segment import Segment
@@ -135,6 +137,15 @@ class PaneTabs(Widget):
             Segment(self._title(name, title, self.tab), opened if name == self.tab else other) for name, title in TABS
         ]
         return Strip([*parts, Segment("  [ and ] turn", other)]).adjust_cell_length(self.size.width, other)
+
+    def jump_spots(self) -> list[tuple[int, int, Callable[[], object]]]:
+        """Return the place of each tab."""
+        spots: list[tuple[int, int, Callable[[], object]]] = []
+        at = 0
+        for name, title in TABS:
+            spots.append((at, 0, partial(self.post_message, self.Opened(name))))
+            at += len(self._title(name, title, self.tab))
+        return spots
 
     def on_click(self, event: events.Click) -> None:
         """Open the clicked tab."""

@@ -60,6 +60,8 @@ class Choice(Stepper):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left", "step(-1)", "Previous", show=False),
         Binding("right,enter", "step(1)", "Next", show=False),
+        Binding("up,k", "app.focus_previous", "The control before", show=False),
+        Binding("down,j", "app.focus_next", "The next control", show=False),
         Binding("space", "mark", "Next; in a sweep, mark", show=False),
         Binding("home", "end(0)", "First", show=False),
         Binding("end", "end(-1)", "Last", show=False),

@@ -28,7 +28,7 @@ class ComparisonPane(Vertical):
         self._summary: tuple[int, tuple[Summary, ...]] = (0, ())
         self._owner: object = None
 
-        self.border_title = "Comparison"
+        self.border_title = "4 Comparison"
 
     def compose(self) -> ComposeResult:
         """Yield the table and the finding below it."""
@@ -64,7 +64,7 @@ class ComparisonPane(Vertical):
         case = session.case(session.case_number) if session.case_number is not None else None
         label = f"{len(session.plan.cases)} cases" if several else session.plan.cases[0].label
         floor = lines_of.notes(case) if case and not several else ""
-        self.border_title = literal(f"Comparison · {label}{floor}")
+        self.border_title = literal(f"4 Comparison · {label}{floor}")
 
     def _session_case(self, session: Session, index: int, several: bool) -> list[TableLine]:
         if session.is_final(index) and index in self._lines:
@@ -97,7 +97,7 @@ class ComparisonPane(Vertical):
             f"{len(report.cases)} cases" if several else report.cases[0].workload.label if report.cases else "no rows"
         )
         floor = lines_of.notes(report.cases[0]) if len(report.cases) == 1 else ""
-        self.border_title = literal(f"Comparison · {label}{floor}")
+        self.border_title = literal(f"4 Comparison · {label}{floor}")
 
     def _begin(self, owner: object) -> None:
         if owner is not self._owner:

@@ -1,5 +1,7 @@
 """The list of implementations: which are selected, and the path each would take for the workload."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, Final
 
 from rich.segment import Segment
@@ -22,8 +24,8 @@ class ImplementationPicker(Widget, can_focus=True):
         *("picker--on", "picker--off", "picker--cursor", "picker--path", "picker--unable", "picker--reason"),
     }
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("up", "move(-1)", "Up", show=False),
-        Binding("down", "move(1)", "Down", show=False),
+        Binding("up,k", "move(-1)", "Up", show=False),
+        Binding("down,j", "move(1)", "Down", show=False),
         Binding("home", "move(-100)", "First", show=False),
         Binding("end", "move(100)", "Last", show=False),
         Binding("space,enter", "take", "Select or deselect", show=False),
@@ -54,6 +56,15 @@ class ImplementationPicker(Widget, can_focus=True):
             self.screen.focus_next() if count > 0 else self.screen.focus_previous()
             return
         self._cursor = min(max(target, 0), len(self.rows) - 1)
+        self.refresh()
+
+    def jump_spots(self) -> list[tuple[int, int, Callable[[], object]]]:
+        """Return the place of each implementation."""
+        return [(0, y, partial(self._jump_to, y)) for y in range(len(self.rows))]
+
+    def _jump_to(self, index: int) -> None:
+        self._cursor = index
+        self.focus()
         self.refresh()
 
     def action_take(self) -> None:

@@ -27,7 +27,7 @@ class LivePane(Vertical, can_focus=True):
 
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id, classes="pane")
-        self.border_title = "Live"
+        self.border_title = "3 Live"
         self._least: int | None = None
         self._devices = 0
 
@@ -47,7 +47,7 @@ class LivePane(Vertical, can_focus=True):
             self.query_one("#progress", Static).update(opened_line(opened) if opened else IDLE, layout=False)
             self.query_one("#telemetry", Static).update("", layout=False)
             self._show_devices([])
-            self.border_title = "Live"
+            self.border_title = "3 Live"
             return
         self.query_one("#progress", Static).update(progress_line(session), layout=False)
         trends = rate_trends(session)
@@ -64,7 +64,7 @@ class LivePane(Vertical, can_focus=True):
         needed = len(trends) + len(drawn) + len(devices) + AROUND
         self._set_least(min(needed, self.app.size.height - AROUND))
         label = session.plan.cases[session.case_number].label if session.case_number is not None else ""
-        self.border_title = literal(f"Live · {label}" if label else "Live")
+        self.border_title = literal(f"3 Live · {label}" if label else "3 Live")
 
     def _show_devices(self, lines: list[str]) -> None:
         """Draw a line for each rank's device; none in a run on one."""
@@ -80,6 +80,8 @@ class LivePane(Vertical, can_focus=True):
 
     def _set_least(self, rows: int | None) -> None:
         """Set the pane's minimum height to fit all trends; a minimum on one chart would push the others out."""
+        if self.screen.has_class("-wide"):  # the grid gives it its height
+            rows = None
         if rows != self._least:
             self._least = rows
             self.styles.min_height = rows

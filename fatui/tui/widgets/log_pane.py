@@ -143,7 +143,7 @@ class LogPane(Vertical):
         """Show new lines and update the title."""
         view = self.view
         view.update_lines()
-        parts = ["Log"]
+        parts = ["5 Log"]
         if view.needle or view.level != "info":
             what = [f"'{view.needle}'"] if view.needle else []
             parts.append(f"only {', '.join([*what, *([f'{view.level}s'] if view.level != 'info' else [])])}")

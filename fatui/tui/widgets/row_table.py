@@ -1,7 +1,8 @@
 """A table that draws only its visible rows, and pages through its columns when they do not all fit."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import ClassVar, Final
 
 from rich.segment import Segment
@@ -32,8 +33,8 @@ class RowTable(ScrollView, can_focus=True):
         *("table--good", "table--bad", "table--block"),
     }
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("up", "move(-1)", "Up", show=False),
-        Binding("down", "move(1)", "Down", show=False),
+        Binding("up,k", "move(-1)", "Up", show=False),
+        Binding("down,j", "move(1)", "Down", show=False),
         Binding("pageup", "move(-10)", "Ten up", show=False),
         Binding("pagedown", "move(10)", "Ten down", show=False),
         Binding("home", "move(-1000000)", "First", show=False),
@@ -123,6 +124,16 @@ class RowTable(ScrollView, can_focus=True):
         self.scroll_to_region(Region(0, index, 1, 2), animate=False, force=True)
         self.refresh()
         self.post_message(self.Highlighted(self, self.key))
+
+    def jump_spots(self) -> list[tuple[int, int, Callable[[], object]]]:
+        """Return the place of each visible line that can be chosen."""
+        top = self.scroll_offset.y
+        seen = [index for index, line in enumerate(self.lines) if line.key is not None and index >= top]
+        return [(0, index - top + 1, partial(self._jump_to, index)) for index in seen]
+
+    def _jump_to(self, index: int) -> None:
+        self.focus()
+        self._put_cursor(index)
 
     def _nearest(self, index: int, direction: int) -> int:
         """Return the first selectable line from an index on, or the cursor's own if there is none."""

@@ -53,7 +53,7 @@ class WorkloadPane(Vertical):
         self.draft = draft
         self.devices = 1
         self._parameters: list[tuple[mask_editor.Parameter, tuple[int, ...]]] = []
-        self.border_title = "Workload"
+        self.border_title = "2 Workload"
 
     def compose(self) -> ComposeResult:
         """Yield the sliders, the choices, and the lines below them."""
@@ -101,7 +101,7 @@ class WorkloadPane(Vertical):
             draft.choices("kv_format"), sweeping=draft.sweeping, options=kv_format.options(widths)
         )
         self._show_mask(draft)
-        self.border_title = literal(f"Workload · {draft.title()}")
+        self.border_title = literal(f"2 Workload · {draft.title()}")
         self.query_one("#choices").set_class(draft.sweeping, "-sweeping")
         cases = cases_text(draft)
         self._line("cases", cases)

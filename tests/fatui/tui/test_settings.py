@@ -58,7 +58,7 @@ async def test_layout_theme_and_workload_come_back():
         await stage.press("end")
         stage.app.theme = "nord"
         stage.find("#log-view").focus()
-        await stage.press("z")
+        await stage.press("Z")
         await stage.press("o", "q")
         await stage.settle(lambda: stage.app._exit)
 

@@ -1,0 +1,115 @@
+"""Where the panes stand, and how keys reach them."""
+
+import pytest
+
+from fatui.tui.screens.jump import Jump
+from fatui.tui.widgets.implementation_picker import ImplementationPicker
+from fatui.tui.widgets.row_table import RowTable
+from fatui.tui.widgets.slider import Slider
+from tests.support.stage import on_stage
+
+
+def at(stage, pane):
+    return stage.find(f"#{pane}").region
+
+
+async def test_from_160_columns_live_stands_beside_the_table_and_the_row_below_it():
+    async with on_stage(size=(160, 48)) as stage:
+        await stage.run_to_the_end()
+        live, comparison, log, row = (at(stage, pane) for pane in ("live", "comparison", "log", "row"))
+        assert live.y == comparison.y and comparison.x >= live.right
+        assert row.x == comparison.x and row.y >= comparison.bottom and log.x == live.x
+        assert "6 Row · baseline" in stage.seen() and "fatui bench" in stage.seen()
+        stage.find("#comparison-table", RowTable).focus()
+        await stage.press("j")
+        assert "6 Row · poc" in stage.seen() and "why poc" in stage.seen()
+
+
+async def test_below_160_columns_there_is_no_row_pane(stage):
+    assert not stage.find("#row").display
+    await stage.press("6")
+    assert "needs 160 columns" in stage.app.journal.text()
+
+
+async def test_hiding_a_pane_leaves_no_hole():
+    async with on_stage(size=(160, 48)) as stage:
+        stage.find("#log-view").focus()
+        await stage.press("Z")
+        await stage.pilot.pause()
+        assert not stage.find("#log").display
+        assert at(stage, "row").width == at(stage, "live").width + at(stage, "comparison").width
+
+
+async def test_z_lets_a_pane_fill_the_screen_and_goes_along_with_the_focus(stage):
+    stage.find("#comparison-table").focus()
+    await stage.press("z")
+    await stage.pilot.pause()
+    assert at(stage, "comparison").size == stage.find("#body").size
+    await stage.press("5")
+    await stage.pilot.pause()
+    assert at(stage, "log").size == stage.find("#body").size
+    assert not stage.find("#comparison").display
+    await stage.press("escape")
+    await stage.pilot.pause()
+    assert stage.find("#comparison").display and stage.find("#left").display
+
+
+async def test_a_maximised_pane_of_a_narrow_terminal_does_not_hide_the_run():
+    async with on_stage(size=(80, 24)) as stage:
+        await stage.press("z")
+        assert stage.app.main._maximised is not None
+        await stage.press("r")
+        await stage.pilot.pause()
+        assert stage.find("#live").region.height > 10
+
+
+async def test_numbers_go_to_panes_and_on_a_slider_with_alt(stage):
+    for number, focus in (("4", "comparison-table"), ("3", "live"), ("1", "implementations"), ("2", "axis-batch")):
+        await stage.press(number)
+        await stage.pilot.pause()
+        assert stage.app.focused.id == focus
+    await stage.press("4")
+    assert stage.find("#axis-batch", Slider).typed == "4"
+    await stage.press("escape", "alt+5")
+    await stage.pilot.pause()
+    assert stage.app.focused.id == "log-view"
+
+
+async def test_a_number_brings_a_hidden_pane_back(stage):
+    stage.find("#live").focus()
+    await stage.press("Z")
+    assert not stage.find("#live").display
+    await stage.press("4", "3")
+    await stage.pilot.pause()
+    assert stage.find("#live").display and stage.app.focused.id == "live"
+
+
+async def test_up_and_down_go_between_controls_as_between_rows(stage):
+    stage.find("#axis-batch").focus()
+    await stage.press("j", "down")
+    assert stage.app.focused.id == "axis-head_dim"
+    await stage.press("k", "up", "up")
+    assert stage.app.focused.id == "implementations"
+
+
+async def test_jump_mode_labels_all_that_can_be_reached(stage):
+    await stage.press("semicolon")
+    jump = stage.app.screen
+    assert isinstance(jump, Jump)
+    picker = stage.app.main.query_one(ImplementationPicker)
+    row = next(spot for spot in jump.spots if (spot.x, spot.y) == (picker.region.x, picker.region.y + 2))
+    reached = {(spot.x, spot.y) for spot in jump.spots}
+    for name in ("axis-seq", "choice-mask", "live", "log-view"):
+        region = stage.app.main.query_one(f"#{name}").content_region
+        assert region.offset in reached, name
+    await stage.press(row.letter)
+    assert stage.app.screen is stage.app.main
+    assert stage.app.focused is picker and picker._cursor == 2
+
+
+@pytest.mark.parametrize("key", ["escape", "semicolon"])
+async def test_jump_mode_closes_without_going_anywhere(stage, key):
+    before = stage.app.focused
+    await stage.press("semicolon", key)
+    assert stage.app.screen is stage.app.main
+    assert stage.app.main.focused is before
