@@ -203,6 +203,7 @@ void place(const int32_t* integers, int64_t row, int64_t columns, int bits, uint
       }
 }
 constexpr bool takes_e2m1 = true;
+constexpr int sum_lanes = 1;  // of a row's four, the sum of a group's integers is in the first: they are added up
 #else
 FATUI_INLINE Words repeated(const uint8_t* p) {
 #if defined(__AVX512BW__)
@@ -213,49 +214,73 @@ FATUI_INLINE Words repeated(const uint8_t* p) {
 }
 FATUI_INLINE Words load_words(const uint8_t* p) { return as<Words>(load(reinterpret_cast<const float*>(p))); }
 
+// The biases of four keys, for each row of a vector.
+FATUI_INLINE Vector of_keys(const float* biases, const int64_t (&at)[4]) {
+  Vector all;
+  FATUI_UNROLL for (int i = 0; i < lanes; i++) all[i] = biases[at[i % 4]];
+  return all;
+}
+
 // Four rows against all keys, four at a time. 16 bytes of a key are 8 words for each row, and as many vectors as a word has
 // numbers.
 template <int bits, Number>
 struct Scores4 {
-  static constexpr int together = 4, at_once = 2, fields = 16 / bits;
+  static constexpr int together = 4, fields = 16 / bits;
 
+  static void run(const Packed& keys, const uint8_t* query, const float* sums, const float* units, float* s, int64_t line,
+                  Ahead& ahead) {
+    switch (keys.group) {
+      case 32: return run<bits / 4>(keys, query, sums, units, s, line, ahead);
+      case 64: return run<bits / 2>(keys, query, sums, units, s, line, ahead);
+      default: return run<bits>(keys, query, sums, units, s, line, ahead);
+    }
+  }
+
+ private:
+  template <int pieces>  // of 16 bytes in a group
   static void run(const Packed& keys, const uint8_t* query, const float* sums, const float* units, float* s, int64_t line,
                   Ahead& ahead) {
     Ahead next = ahead;
     for (int64_t j = 0; j < keys.rows; j += together) {
-      Vector total[row_vectors][together];
-      for (int n = 0; n < together; n += at_once) {
-        const int64_t key[at_once] = {std::min(j + n, keys.rows - 1), std::min(j + n + 1, keys.rows - 1)};
-        const uint8_t* p[at_once] = {keys.data + key[0] * keys.stride, keys.data + key[1] * keys.stride};
-        const uint8_t* q = query;
-        Vector t[at_once][row_vectors] = {};
-        for (int64_t g = 0; g < keys.groups; g++) {
-          Integers sum[at_once][row_vectors] = {};
-          for (int64_t d = 0; d < keys.group; d += 128 / bits, q += fields * 64) {
-            if (d % 32 == 0) next.ask<bits / 4>();
-            FATUI_UNROLL for (int i = 0; i < at_once; i++) {
-              const Words x = repeated(p[i]);
-              p[i] += 16;
-              FATUI_UNROLL for (int f = 0; f < fields; f++)
-                FATUI_UNROLL for (int v = 0; v < row_vectors; v++)
-                  sum[i][v] = dot_pairs(sum[i][v], field_of<bits>(x, f), load_words(q + (f * row_vectors + v) * lanes * 4));
-            }
+      const uint8_t* p[together];
+      int64_t at[together];
+      FATUI_UNROLL for (int n = 0; n < together; n++) {
+        const int64_t key = std::min(j + n, keys.rows - 1);
+        p[n] = keys.data + key * keys.stride, at[n] = key * keys.groups;
+      }
+      const uint8_t* q = query;
+      Vector total[row_vectors][together] = {};
+      for (int64_t g = 0; g < keys.groups; g++, q += pieces * fields * 64) {
+        next.ask<pieces>();
+        FATUI_UNROLL for (int n = 0; n < together; n++) {
+          Integers sum[row_vectors] = {};
+          FATUI_UNROLL for (int piece = 0; piece < pieces; piece++) {
+            const Words x = repeated(p[n] + 16 * piece);
+            FATUI_UNROLL for (int f = 0; f < fields; f++)
+              FATUI_UNROLL for (int v = 0; v < row_vectors; v++) {
+                const uint8_t* of_query = q + ((piece * fields + f) * row_vectors + v) * lanes * 4;
+                sum[v] = dot_pairs(sum[v], field_of<bits>(x, f), load_words(of_query));
+              }
+            // Otherwise the compiler multiplies all before it adds, and stores the products in between.
+            FATUI_UNROLL for (int v = 0; v < row_vectors; v++) sum[v] = as<Integers>(in_register(as<Vector>(sum[v])));
           }
-          FATUI_UNROLL for (int i = 0; i < at_once; i++)
-            FATUI_UNROLL for (int v = 0; v < row_vectors; v++) {
-              const int64_t at = key[i] * keys.groups + g;
-              const Vector product = __builtin_convertvector(sum[i][v], Vector);
-              t[i][v] = fused(t[i][v], product, broadcast(keys.scales[at]));
-              t[i][v] = fused(t[i][v], load(sums + (g * row_vectors + v) * lanes), broadcast(keys.biases[at]));
-            }
+          p[n] += 16 * pieces;
+          const Vector scale = broadcast(keys.scales[at[n] + g]);
+          FATUI_UNROLL for (int v = 0; v < row_vectors; v++)
+            total[v][n] = fused(total[v][n], __builtin_convertvector(sum[v], Vector), scale);
         }
-        FATUI_UNROLL for (int i = 0; i < at_once; i++)
-          FATUI_UNROLL for (int v = 0; v < row_vectors; v++) total[v][n + i] = t[i][v];
+      }
+      Vector all[row_vectors];
+      FATUI_UNROLL for (int v = 0; v < row_vectors; v++) all[v] = fold<together>(total[v]);
+      for (int64_t g = 0; g < keys.groups; g++) {
+        const Vector bias = of_keys(keys.biases + g, at);
+        FATUI_UNROLL for (int v = 0; v < row_vectors; v++)
+          all[v] = fused(all[v], load(sums + (g * row_vectors + v) * lanes), bias);
       }
       FATUI_UNROLL for (int v = 0; v < row_vectors; v++) {
-        const Vector all = fold<together>(total[v]) * load(units + v * lanes);
+        all[v] *= load(units + v * lanes);
         FATUI_UNROLL for (int r = 0; r < rows_of_vector; r++)
-          std::memcpy(s + (v * rows_of_vector + r) * line + j, reinterpret_cast<const float*>(&all) + r * together,
+          std::memcpy(s + (v * rows_of_vector + r) * line + j, reinterpret_cast<const float*>(&all[v]) + r * together,
                       together * sizeof(float));
       }
     }
@@ -275,6 +300,7 @@ void place(const int32_t* integers, int64_t row, int64_t columns, int bits, uint
       }
 }
 constexpr bool takes_e2m1 = false;
+constexpr int sum_lanes = 4;  // of a row, one for each key
 #endif
 
 // Bits of the numbers that scores are computed from.
@@ -311,7 +337,11 @@ bool IntegerQueries::read(const float* query, int64_t line, int64_t rows, int64_
     std::fill_n(units + four * 16 + lane, 4, largest / largest_integer);
     alignas(64) int32_t integers[512];
     for (int64_t d = 0; d < columns; d++) integers[d] = int32_t(std::nearbyint(q[d] * inverse));
-    for (int64_t d = 0; d < columns; d++) sums[(four * groups + d / packing.group) * 16 + lane] += float(integers[d]);
+    for (int64_t g = 0; g < groups; g++) {
+      float sum = 0;
+      for (int64_t d = g * packing.group; d < (g + 1) * packing.group; d++) sum += float(integers[d]);
+      std::fill_n(sums + (four * groups + g) * 16 + lane, sum_lanes, sum);
+    }
     place(integers, r % rows_together, columns, score_bits(packing), bytes + four * rows_together * columns * 2);
   }
   return true;
@@ -345,6 +375,19 @@ constexpr auto all_lanes = std::make_integer_sequence<int, lanes>{};
 constexpr int64_t max_value_groups = 512 / 32;
 constexpr float largest_weight = 32767;
 
+// Lanes [i lanes / groups, (i + 1) lanes / groups) are those of x[i * stride].
+template <int groups>
+FATUI_INLINE Words by_groups(const void* x, int64_t stride) {
+  Words all{};
+  FATUI_UNROLL for (int i = 0; i < groups; i++) {
+    uint32_t word;
+    std::memcpy(&word, static_cast<const char*>(x) + i * stride, sizeof word);
+    const Words one = Words{} + word;
+    all = i == 0 ? one : lane_numbers() >= i * (lanes / groups) ? one : all;
+  }
+  return all;
+}
+
 // The weights p * scale of a tile: 4 rows, groups, keys; their units; and the sums of p * bias. Numbers are read as signed,
 // from -centre on, which leaves less to the rounding of the weights; the biases are those of the number at the centre.
 struct Weights {
@@ -358,6 +401,12 @@ struct Weights {
       of_group(values.biases, g, values.groups, values.rows, bias);
       read(g, centre, scale, bias, p, p_line, rows, round_up(values.rows, lanes));
     }
+  }
+
+  // Those of two adjacent keys, of some groups from one on.
+  template <int groups>
+  FATUI_INLINE Words of_pair(int r, int64_t group, int64_t pair) const {
+    return by_groups<groups>(number[r][group] + 2 * pair, sizeof number[r][group]);
   }
 
  private:
@@ -403,41 +452,62 @@ struct Weights {
   }
 };
 
-// Lanes [i lanes / groups, (i + 1) lanes / groups) are those of x[i * stride].
-template <int groups>
-FATUI_INLINE Words by_groups(const void* x, int64_t stride) {
-  Words all{};
-  FATUI_UNROLL for (int i = 0; i < groups; i++) {
-    uint32_t word;
-    std::memcpy(&word, static_cast<const char*>(x) + i * stride, sizeof word);
-    const Words one = Words{} + word;
-    all = i == 0 ? one : lane_numbers() >= i * (lanes / groups) ? one : all;
-  }
-  return all;
+// Numbers of words of two adjacent keys, as signed ones of 16 bits with others in them: the lower or upper halves of the words.
+template <int bits, bool upper>
+FATUI_INLINE Words halves_of(const uint8_t* p, const Packed& values, int64_t j) {
+  Words a, b;
+  std::memcpy(&a, p + j * values.stride, sizeof a);
+  std::memcpy(&b, p + std::min(j + 1, values.rows - 1) * values.stride, sizeof b);
+  constexpr uint32_t tops = bits == 4 ? 0x88888888u : 0x80808080u;  // n - centre: the top bit becomes a sign
+  return (upper ? (a >> 16) | (b & 0xffff0000u) : (a & 0xffffu) | (b << 16)) ^ tops;
 }
+
+constexpr int block_vectors = registers == 32 ? 4 : 2;  // that are summed at once
+
+// What the vectors of a block share, if they are more than are summed at once: the halves of its words, and the weights of
+// pairs of keys in vectors.
+template <int bits>
+struct Shared {
+  static constexpr bool used = block_vectors < 16 / bits;
+  static constexpr int64_t pairs = used ? max_quantized_rows / 2 : 1;
+  Words halves[2][pairs], weight[pairs][rows_together];
+
+  template <int groups>
+  void read(const uint8_t* p, const Packed& values, const Weights& weights, int64_t group, Ahead& ahead) {
+    Ahead next = ahead;
+    for (int64_t pair = 0; 2 * pair < values.rows; pair++) {
+      next.ask<lanes / 8>();
+      halves[0][pair] = halves_of<bits, false>(p, values, 2 * pair);
+      halves[1][pair] = halves_of<bits, true>(p, values, 2 * pair);
+      FATUI_UNROLL for (int r = 0; r < rows_together; r++) weight[pair][r] = weights.of_pair<groups>(r, group, pair);
+    }
+    ahead = next;
+  }
+};
 
 // Some vectors of a block of `lanes` words: 4 rows x 4 vectors, or x 2 with 16 registers.
 template <int bits, int first, int groups>
 struct Block {
-  static constexpr int count = registers == 32 ? 4 : 2, fields = 16 / bits;
+  static constexpr int count = block_vectors, fields = 16 / bits;
   static constexpr bool low = first < fields, high = first + count > fields;
 
-  static void run(const Packed& values, const Weights& weights, int64_t block, float* output, int64_t line,
-                  Ahead& ahead) {
+  static void run(const Packed& values, const Shared<bits>& shared, const Weights& weights, int64_t block, float* output,
+                  int64_t line, Ahead& ahead) {
     Ahead next = ahead;
     const uint8_t* p = values.data + block * lanes * 4;
     const int64_t group = block * lanes * (32 / bits) / values.group;
     Integers sum[rows_together][count] = {};
-    for (int64_t j = 0; j < values.rows; j += 2) {
-      if constexpr (first == 0) next.ask<lanes / 8>();
-      Words a, b, halves[2], weight[rows_together];
-      std::memcpy(&a, p + j * values.stride, sizeof a);
-      std::memcpy(&b, p + std::min(j + 1, values.rows - 1) * values.stride, sizeof b);
-      constexpr uint32_t tops = bits == 4 ? 0x88888888u : 0x80808080u;  // n - centre: the top bit becomes a sign
-      if constexpr (low) halves[0] = ((a & 0xffffu) | (b << 16)) ^ tops;
-      if constexpr (high) halves[1] = ((a >> 16) | (b & 0xffff0000u)) ^ tops;
-      FATUI_UNROLL for (int r = 0; r < rows_together; r++)
-        weight[r] = by_groups<groups>(weights.number[r][group] + j, sizeof weights.number[r][group]);
+    for (int64_t pair = 0; 2 * pair < values.rows; pair++) {
+      Words halves[2], weight[rows_together];
+      if constexpr (Shared<bits>::used) {
+        halves[low ? 0 : 1] = shared.halves[low ? 0 : 1][pair];
+        FATUI_UNROLL for (int r = 0; r < rows_together; r++) weight[r] = shared.weight[pair][r];
+      } else {
+        if constexpr (first == 0) next.ask<lanes / 8>();
+        if constexpr (low) halves[0] = halves_of<bits, false>(p, values, 2 * pair);
+        if constexpr (high) halves[1] = halves_of<bits, true>(p, values, 2 * pair);
+        FATUI_UNROLL for (int r = 0; r < rows_together; r++) weight[r] = weights.of_pair<groups>(r, group, pair);
+      }
       FATUI_UNROLL for (int v = 0; v < count; v++) {
         const Words x = signed_field_of<bits>(halves[(first + v) / fields], (first + v) % fields);
         FATUI_UNROLL for (int r = 0; r < rows_together; r++) sum[r][v] = dot_pairs(sum[r][v], x, weight[r]);
@@ -455,21 +525,30 @@ struct Block {
     ahead = next;
   }
 
-  static void all(const Packed& values, const Weights& weights, int64_t block, float* output, int64_t line,
-                  Ahead& next) {
-    run(values, weights, block, output, line, next);
+  static void all(const Packed& values, const Shared<bits>& shared, const Weights& weights, int64_t block, float* output,
+                  int64_t line, Ahead& next) {
+    run(values, shared, weights, block, output, line, next);
     if constexpr (first + count < 32 / bits)
-      Block<bits, first + count, groups>::all(values, weights, block, output, line, next);
+      Block<bits, first + count, groups>::all(values, shared, weights, block, output, line, next);
   }
 };
+
+template <int bits, int groups>
+void add_block(const Packed& values, const Weights& weights, int64_t block, float* output, int64_t line, Ahead& next) {
+  Shared<bits> shared;
+  const uint8_t* p = values.data + block * lanes * 4;
+  const int64_t group = block * lanes * (32 / bits) / values.group;
+  if constexpr (Shared<bits>::used) shared.template read<groups>(p, values, weights, group, next);
+  Block<bits, 0, groups>::all(values, shared, weights, block, output, line, next);
+}
 
 template <int bits>
 void add_blocks(const Packed& values, const Weights& weights, float* output, int64_t line, Ahead& next) {
   constexpr int dims = lanes * 32 / bits;
   for (int64_t block = 0; block < values.groups * values.group / dims; block++)
-    if (values.group >= dims) Block<bits, 0, 1>::all(values, weights, block, output, line, next);
-    else if (values.group == dims / 2) Block<bits, 0, 2>::all(values, weights, block, output, line, next);
-    else if constexpr (dims > 64) Block<bits, 0, 4>::all(values, weights, block, output, line, next);
+    if (values.group >= dims) add_block<bits, 1>(values, weights, block, output, line, next);
+    else if (values.group == dims / 2) add_block<bits, 2>(values, weights, block, output, line, next);
+    else if constexpr (dims > 64) add_block<bits, 4>(values, weights, block, output, line, next);
 }
 
 // Bits of the numbers that the output is summed from.
