@@ -508,22 +508,29 @@ def _of_cases(cases: Sequence[AnyCase], summary: Sequence[Summary]) -> list[str]
         return ["nothing is faster than the reference over all cases"]
     best = max(means, key=lambda line: line.speedup.value if line.speedup else 0.0)
     mean = f"{best.implementation} is {speedup_text(best.speedup)} the reference on average"
-    return [f"{mean} ({best.cases} of {len(cases)} cases)"]
+    off = sum(_reference_is_off(case) for case in cases)
+    which = f"; the reference is inaccurate in {off} of them" if off else ""
+    return [f"{mean} ({best.cases} of {len(cases)} cases{which})"]
+
+
+def _reference_is_off(case: AnyCase) -> bool:
+    return any(row.implementation == case.reference and row.status == "inaccurate" for row in case.rows)
 
 
 def _of_one(case: AnyCase) -> list[str]:
     rows = {row.implementation: row for row in case.rows}
     if case.reference not in rows:
         return ["nothing was measured"]
+    named = f"{case.reference}, which is inaccurate" if _reference_is_off(case) else case.reference
     best = best_of(case)
     wins = [row for row in case.rows if row.status == OK and row.speedup and row.speedup.significant]
     wins = [row for row in wins if row.speedup and row.speedup.value > 1]
     if not wins:
         unclear = any(word(row, case) == "unclear" or row.collecting for row in case.rows)
-        return [f"nothing is {'clearly ' if unclear else ''}faster than {case.reference}"]
+        return [f"nothing is {'clearly ' if unclear else ''}faster than {named}"]
     row = max(wins, key=lambda row: (row.implementation in best, row.speedup.value if row.speedup else 0.0))
     reference = rows[case.reference]
-    parts = [f"{row.implementation} is {speedup_text(row.speedup)} {case.reference}"]
+    parts = [f"{row.implementation} is {speedup_text(row.speedup)} {named}"]
     if row.peak_bytes is not None and reference.peak_bytes is not None:
         parts.append(f"memory {size(row.peak_bytes)} instead of {size(reference.peak_bytes)}")
     return parts

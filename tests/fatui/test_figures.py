@@ -200,6 +200,25 @@ def test_a_finding_says_who_won_and_what_it_takes():
     assert formatting.finding(empty)
 
 
+def with_an_inaccurate_reference(report):
+    """Return a report whose first case has one."""
+    case, *rest = report.cases
+    rows = (structs.replace(case.rows[0], status="inaccurate", reason="error 0.5"), *case.rows[1:])
+    return structs.replace(report, cases=(structs.replace(case, rows=rows), *rest))
+
+
+def test_a_finding_says_that_its_reference_is_inaccurate():
+    text = formatting.finding(with_an_inaccurate_reference(report_of()))
+    assert "x baseline, which is inaccurate; memory" in text
+    plan = plan_of(names=["baseline", "demo"])
+    assert "faster than baseline, which is inaccurate" in formatting.finding(
+        with_an_inaccurate_reference(report_of(plan))
+    )
+    several = report_of(plan_of([Workload(seq=64), Workload(seq=128)]))
+    text = formatting.finding(with_an_inaccurate_reference(several))
+    assert "(2 of 2 cases; the reference is inaccurate in 1 of them)" in text
+
+
 def test_a_reference_other_than_the_baseline_is_explained():
     record = Record(plan_of(names=("baseline", "poc", "demo")))
     record.apply(on.CaseStarted(case=0))
