@@ -16,7 +16,6 @@ from attention.kernels.cuda.portable import gradient as portable_gradient
 from attention.kernels.cuda.portable import launch as portable_launch
 from attention.kernels.cuda.quantized.decode import MAX_ROWS
 from attention.kernels.cuda.quantized.formats import NO_GRADIENT, PackedKV
-from attention.kernels.cuda.quantized.forward_launch import divided_heads, shape_of
 from attention.kernels.cuda.quantized.launch import inputs as packed_inputs
 from attention.kernels.cuda.runtime import launcher, selfcheck
 from attention.kernels.cuda.runtime.call import DIM_STEP, ELEMENTS, CallParams, CallShape
@@ -260,7 +259,7 @@ def distrust_of_packed(shape: CallShape, call: CallParams, packed: PackedKV, pat
     """Check the kernels of a path for quantized keys and values unless that was done; return an error, or None."""
     if path == "workspace":
         try:
-            for part in {shape_of(shape, own) for own in divided_heads(shape)}:
+            for part in packed_choice.workspace_parts(shape):
                 first_trusted(part, call)
         except KernelUnavailable as unavailable:
             return str(unavailable)

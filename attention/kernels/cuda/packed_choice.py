@@ -35,6 +35,11 @@ def candidates(shape: CallShape, call: CallParams) -> Iterator[PackedPath]:
     yield "general"
 
 
+def workspace_parts(shape: CallShape) -> set[CallShape]:
+    """Return the shapes of the dense calls that read the workspace, of which there may be two."""
+    return {shape_of(shape, own) for own in divided_heads(shape)}
+
+
 def path_of(shape: CallShape, call: CallParams, packed: PackedKV) -> tuple[PackedPath, list[str]]:
     """Return the path of a call according to the checks so far, and why faster paths are not trusted.
 
@@ -47,7 +52,8 @@ def path_of(shape: CallShape, call: CallParams, packed: PackedKV) -> tuple[Packe
         distrusted = selfcheck.distrust_reason(program)
         if distrusted is None and path == "workspace":
             try:
-                choice.path_of(shape_of(shape, divided_heads(shape)[0]), call)
+                for part in workspace_parts(shape):
+                    choice.path_of(part, call)
             except KernelUnavailable as unavailable:
                 distrusted = str(unavailable)
         if distrusted is None:

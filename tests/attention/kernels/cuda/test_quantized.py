@@ -1,6 +1,7 @@
 """CUDA kernels with quantized keys and values against float64 over their exact values; most need a CUDA device."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 mx = pytest.importorskip("mlx.core")
 
 from attention import masks
+from attention.core.errors import KernelUnavailable
 from attention.core.kv_format import parse_kv_format
 from attention.core.route import Needs
 from attention.core.workload import Workload
@@ -245,6 +247,26 @@ def test_a_call_takes_the_fastest_kernel_that_supports_it():
     assert paths(replace(many, keys=2**19)) == ["general"]  # 128 MiB a head
     assert paths(replace(many, keys=2**18)) == ["workspace", "general"]
     assert paths(replace(many, keys=2**18), pattern=masks.causal()) == ["general"]  # more than one group of heads
+
+
+def test_a_route_considers_the_kernel_of_every_group_of_heads(monkeypatch):
+    """The last group of heads is larger here; a call would not take the workspace without a kernel for it."""
+    shape = CallShape(1, 22, 11, 100, 8192, 128, "bf16")
+    first, last = (own.heads for own in divided_heads(shape))
+    assert first != last
+
+    def for_the_first(part, call):
+        if part.kv_heads == last:
+            raise KernelUnavailable("the kernel failed its self-check")
+        return "hopper", []
+
+    monkeypatch.setattr(packed_choice, "program_of", lambda *given: SimpleNamespace(name=given[-1]))
+    monkeypatch.setattr(packed_choice.selfcheck, "distrust_reason", lambda program: None)
+    monkeypatch.setattr(packed_choice.choice, "path_of", for_the_first)
+    call = normalize(0.1, False, None, None, shape.keys)
+    path, reasons = packed_choice.path_of(shape, call, PackedKV.of_text("int4", "bfloat16"))
+    assert path == "general"
+    assert reasons == ["workspace: the kernel failed its self-check"]
 
 
 @pytest.mark.parametrize("size", [(1, 8, 8192), (3, 8, 8192), (5, 2, 4096), (2, 7, 30_000), (1, 3, 10**6)])
