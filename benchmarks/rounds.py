@@ -122,6 +122,16 @@ def medians(runs: Mapping[str, TimedCall]) -> dict[str, float]:
     return {name: statistics.median(times) for name, times in sample(arms, ROUNDS).items()}
 
 
+def queued(runs: Mapping[str, TimedCall], calls: int, rounds: int = 12) -> dict[str, float]:
+    """Return the median seconds per call of each run, in samples of so many calls, queued and evaluated together."""
+    arms = []
+    for name, run in runs.items():
+        for _ in range(WARM_UP_CALLS):
+            take_sample(run, 1)
+        arms.append(Arm(name=name, runner=run, call_s=take_sample(run, calls), calls=calls, lead_in=True))
+    return {name: statistics.median(times) for name, times in sample(arms, rounds).items()}
+
+
 def one_at_a_time(runs: Mapping[str, TimedCall], count: int = 200) -> dict[str, float]:
     """Return the median seconds of one queued and evaluated call of each run."""
     arms = [Arm(name=name, runner=run, call_s=take_sample(run, 1)) for name, run in runs.items()]

@@ -2,7 +2,12 @@
 
 Parts are decode and prefill; `--json PATH` writes the timings. Arms of a row share its rounds: this package's kernels
 on bfloat16 and on each format, MLX's SDPA on bfloat16, and for decoding mlx-lm's path for quantized caches (two
-quantized products). Each part ends with its target figures and whether they are met.
+quantized products), which is marked if its result is not that of attention. A decoding step is timed in two ways:
+
+    queued        20 calls are made and evaluated together (8 of long ones): a model's step is one of many operations
+    one by one    a call is evaluated before the next is made: mostly the time until the GPU has it and the host knows
+
+Targets are of queued calls. Each part ends with its target figures and whether they are met.
 """
 
 import functools
@@ -10,13 +15,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import mlx.core as mx
+import numpy as np
 
 from attention.core.kv_format import parse_format
 from attention.kernels.cuda import flash_attention, flash_attention_quantized
 from attention.measure.rounds import TimedCall
 from attention.quantized_kv import QuantizedArray, quantized
 from benchmarks.cuda.harness import check_target, peak_beyond_output, random_arrays, run_parts
-from benchmarks.rounds import MlxCalls, medians
+from benchmarks.rounds import MlxCalls, medians, one_at_a_time, queued
 
 Rows = list[dict[str, Any]]
 FORMATS: Final = ("int8", "int4", "mxfp8", "mxfp4", "nvfp4")
@@ -24,6 +30,13 @@ HEADS, KV_HEADS, DIM = 32, 8, 128
 SCALE: Final = DIM**-0.5
 SIZES: Final = ((1, 8192, 8), (1, 32768, 4), (1, 131072, 3), (16, 8192, 3))
 """Batch, keys, and sets of inputs that calls cycle through, so that these are read from memory."""
+QUEUED: Final = 20
+"""Calls that are queued and evaluated together."""
+LONG, QUEUED_LONG = 100_000, 8
+"""Number of keys from which fewer are queued, and how many."""
+MLX_LM_FORMATS: Final = ("int8", "int4")
+PEER_ERROR: Final = 0.03
+"""Difference of a peer's output beyond which it is marked as wrong, relative to the largest element."""
 
 
 def like_mlx_lm(q: mx.array, k: QuantizedArray, v: QuantizedArray) -> mx.array:
@@ -46,8 +59,8 @@ def _product(x: mx.array, packed: QuantizedArray, transpose: bool) -> mx.array:
 def decode() -> Rows:
     """Benchmark a decoding step: 32 query and 8 key heads of 128."""
     rows: Rows = []
-    found = {}
-    copied = medians({"copy": _copy()})  # not in the rounds: its outputs displace the memory that short calls reuse
+    copied = medians({"copy": _copy()})["copy"]  # not in the rounds: its outputs displace memory that short calls reuse
+    rate = 2 * 2**30 / copied
     mx.clear_cache()
     for batch, keys, count in SIZES:
         dense = [_inputs(batch, 1, keys) for _ in range(count)]
@@ -55,39 +68,62 @@ def decode() -> Rows:
             "bf16": _calls(functools.partial(flash_attention, scale=SCALE), dense),
             "mlx": _calls(functools.partial(mx.fast.scaled_dot_product_attention, scale=SCALE), dense),
         }
+        errors = {}
         sizes = dict.fromkeys(runs, dense[0][1].nbytes + dense[0][2].nbytes)
         for form in FORMATS:
             packed = [(q, quantized(k, form), quantized(v, form)) for q, k, v in dense]
             mx.eval([part.arrays for _, k, v in packed for part in (k, v)])
             runs[form] = _calls(_ours, packed)
             sizes[form] = packed[0][1].nbytes + packed[0][2].nbytes
-            if form == "int4":
-                runs["mlx-lm int4"] = _calls(like_mlx_lm, packed)
-                sizes["mlx-lm int4"] = sizes[form]
-        seconds = medians(runs) | copied
-        rate = 2 * 2**30 / seconds["copy"]
+            if form in MLX_LM_FORMATS:
+                runs[f"mlx-lm {form}"] = _calls(like_mlx_lm, packed)
+                sizes[f"mlx-lm {form}"] = sizes[form]
+                errors[f"mlx-lm {form}"] = _error(like_mlx_lm(*packed[0]), _ours(*packed[0]))
+        found = {
+            "queued": queued(runs, QUEUED if keys < LONG else QUEUED_LONG),
+            "one by one": one_at_a_time(runs),
+        }
+        print(f"{batch} x {keys}: us, and how many times as long bf16 takes", flush=True)
+        print(f"  {'':12} {'queued':>16} {'one by one':>16} {'read, queued':>24}")
         for name in runs:
-            own = sizes[name] / seconds[name]
-            print(
-                f"{batch} x {keys:6} {name:12} {seconds[name] * 1e6:8.1f} us {own / 1e9:6.0f} GB/s, "
-                f"{own / rate:4.0%} of the copy; bf16 takes {seconds['bf16'] / seconds[name]:.2f} times as long",
-                flush=True,
-            )
-        found[batch, keys] = seconds
-        rows.append({"label": f"decode {batch} x {keys}", "seconds": seconds, "bytes": sizes})
+            columns = [
+                f"{seconds[name] * 1e6:8.1f} {seconds['bf16'] / seconds[name]:6.2f}x" for seconds in found.values()
+            ]
+            own = sizes[name] / found["queued"][name]
+            wrong = f"; wrong by {errors[name]:.0%} of the largest output" if errors.get(name, 0) > PEER_ERROR else ""
+            read = f"{own / 1e9:6.0f} GB/s, {own / rate:4.0%} of a copy"
+            print(f"  {name:12} {columns[0]} {columns[1]} {read}{wrong}", flush=True)
+        rows.append(
+            {
+                "label": f"decode {batch} x {keys}",
+                "seconds": found,
+                "bytes": sizes,
+                "copy bytes/s": rate,
+                "errors": errors,
+            }
+        )
         mx.clear_cache()
-    return rows + _decode_targets(found, rows)
+    return rows + _decode_targets(dict(zip([size[:2] for size in SIZES], rows, strict=True)))
 
 
-def _decode_targets(found: dict[tuple[int, int], dict[str, float]], rows: Rows) -> Rows:
+def _error(found: mx.array, expected: mx.array) -> float:
+    """Return the largest difference of a peer's output, relative to the largest element of the expected one."""
+    wide = expected.astype(mx.float32)
+    return float(np.array(mx.abs(found.astype(mx.float32) - wide).max() / mx.abs(wide).max()))
+
+
+def _decode_targets(found: dict[tuple[int, int], dict[str, Any]]) -> Rows:
+    def time(batch: int, keys: int, name: str) -> float:
+        return float(found[batch, keys]["seconds"]["queued"][name])
+
     def over(batch: int, keys: int, fast: str, slow: str = "bf16") -> float:
-        return found[batch, keys][slow] / found[batch, keys][fast]
+        return time(batch, keys, slow) / time(batch, keys, fast)
 
-    long = rows[2]
-    rate = long["bytes"]["int4"] / long["seconds"]["int4"] / (2 * 2**30 / long["seconds"]["copy"])
+    long = found[1, 131072]
+    rate = long["bytes"]["int4"] / time(1, 131072, "int4") / long["copy bytes/s"]
     return [
-        check_target("int4, 1 x 8192, 12 us over", 1.0, 12e-6 / found[1, 8192]["int4"]),
-        check_target("int4, 1 x 32768, 17 us over", 1.0, 17e-6 / found[1, 32768]["int4"]),
+        check_target("int4, 1 x 8192, 12 us over", 1.0, 12e-6 / time(1, 8192, "int4")),
+        check_target("int4, 1 x 32768, 17 us over", 1.0, 17e-6 / time(1, 32768, "int4")),
         check_target("int4, 1 x 32768, over bf16", 2.3, over(1, 32768, "int4")),
         check_target("int4, 1 x 32768, over mlx-lm's path", 12.0, over(1, 32768, "int4", "mlx-lm int4")),
         check_target("int4, 1 x 131072, over bf16", 3.0, over(1, 131072, "int4")),
@@ -96,7 +132,7 @@ def _decode_targets(found: dict[tuple[int, int], dict[str, float]], rows: Rows) 
         check_target("mxfp4 beside int4, 1 x 131072", 0.9, over(1, 131072, "mxfp4", "int4")),
         check_target("mxfp8 beside int8, 1 x 131072", 0.9, over(1, 131072, "mxfp8", "int8")),
         check_target("int4, 1 x 131072, share of the copy", 0.75, rate),
-        check_target("bf16, 1 x 8192, 15 us over", 1.0, 15e-6 / found[1, 8192]["bf16"]),
+        check_target("bf16, 1 x 8192, 15 us over", 1.0, 15e-6 / time(1, 8192, "bf16")),
         check_target("bf16, 1 x 32768, over MLX's SDPA", 1.0, over(1, 32768, "bf16", "mlx")),
     ]
 

@@ -1,7 +1,7 @@
 """Every implementation against float64: either a correct result, or a route that declines."""
 
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
@@ -96,12 +96,14 @@ SHARED = (
 """Forms of `practical` that share the examples among them; "blocks of few keys" and "slices" take all."""
 
 
-def calls_of(names: Iterable[str]) -> Iterator[Any]:
+def calls_of(names: Iterable[str]) -> list[Any]:
     """Return each implementation with its examples."""
+    made = []
     for name in names:
         forms = next((forms for forms in SHARED if name in forms), (name,))
-        for example in EXAMPLES[forms.index(name) :: len(forms)]:
-            yield pytest.param(name, example, id=f"{name}-{example.label}")
+        examples = EXAMPLES[forms.index(name) :: len(forms)]
+        made += [pytest.param(name, example, id=f"{name}-{example.label}") for example in examples]
+    return made
 
 
 @pytest.mark.parametrize(("name", "example"), calls_of(IMPLEMENTATIONS))

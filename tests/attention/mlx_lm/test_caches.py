@@ -128,7 +128,7 @@ def test_logits_of_two_layers_agree(model: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("kv_format", "model"), zip(FORMATS, ["llama", "qwen2"] * 3, strict=True))
+@pytest.mark.parametrize(("kv_format", "model"), [*zip(FORMATS, ["llama", "qwen2"] * 3, strict=True)])
 def test_logits_agree_over_300_steps(model: str, layout: str, kv_format: str) -> None:
     assert_same(tiny(model, num_hidden_layers=1), layout, kv_format, [40, *[1] * 300])
 
