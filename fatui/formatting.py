@@ -40,6 +40,7 @@ WIDE: Final = 0.25
 """Relative half width of an interval, above which its ends are shown instead of ±, and it gets no star."""
 DECIMAL: Final = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "K"), (1.0, ""))
 BINARY: Final = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))
+ENERGIES: Final = ((1.0, "J"), (1e-3, "mJ"), (1e-6, "µJ"), (1e-9, "nJ"))
 TIMES: Final = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 
 
@@ -114,6 +115,12 @@ def seconds(value: float | None) -> str:
     if value is None:
         return UNKNOWN
     factor, unit = _scaled(value, TIMES)
+    return f"{three(value / factor)} {unit}"
+
+
+def energy(value: float) -> str:
+    """Format an energy: "6.00 mJ"."""
+    factor, unit = _scaled(value, ENERGIES)
     return f"{three(value / factor)} {unit}"
 
 

@@ -346,6 +346,8 @@ class Peaks(Struct, frozen=True, kw_only=True):
     """Rate of float32 multiply-adds in registers, on a CPU whose kernel is compiled."""
     copy_bytes_per_s: float | None = None
     """Bytes read plus bytes written per second."""
+    launch_s: float | None = None
+    """Seconds of the shortest evaluated call, of an operation on one number."""
 
     @property
     def flops_per_s(self) -> float | None:

@@ -21,6 +21,7 @@ COPY_BYTES: Final = {"cpu": 2**26, "metal": 2**28, "cuda": 2**30}
 NUMPY_SIZE: Final = 768
 NUMPY_REPEATS: Final = 20
 REPEATS: Final = 3
+LAUNCHES: Final = 50
 
 
 def measure_peaks(device: Device, seconds: float = 0.6) -> Peaks:
@@ -37,7 +38,12 @@ def measure_peaks(device: Device, seconds: float = 0.6) -> Peaks:
     matmul = _best_matmul(device, seconds * 0.8)
     if device.backend == "cpu":
         matmul = max(matmul, _numpy_matmul())  # MLX's BLAS may be far from what these cores can do
-    return Peaks(matmul_flops_per_s=matmul, fma_flops_per_s=_fma(device), copy_bytes_per_s=_best_copy(device))
+    return Peaks(
+        matmul_flops_per_s=matmul,
+        fma_flops_per_s=_fma(device),
+        copy_bytes_per_s=_best_copy(device),
+        launch_s=_launch_s(),
+    )
 
 
 def _best_matmul(device: Device, seconds: float) -> float:
@@ -95,6 +101,14 @@ def _best_copy(device: Device) -> float:
         target = np.empty_like(source)
         fastest = min(fastest, _fastest_s(lambda: np.copyto(target, source)))
     return 2 * size / fastest
+
+
+def _launch_s() -> float:
+    """Return the seconds of the shortest call: an addition to one number, evaluated."""
+    import mlx.core as mx
+
+    one = mx.ones(1)
+    return _fastest_s(lambda: mx.eval(one + one), LAUNCHES)
 
 
 def _fastest_s(call: Callable[[], object], repeats: int = REPEATS) -> float:

@@ -9,6 +9,7 @@ import msgspec
 
 from attention.core.errors import suggestion
 from attention.core.files import make_folder, parse_toml, read_bounded
+from attention.core.results import Peaks
 from fatui import storage
 from fatui.draft import Draft
 
@@ -52,6 +53,12 @@ class SavedState(msgspec.Struct, kw_only=True):
     sort: str = ""
     """The column that the comparison is sorted by; empty for the plan's own order."""
     descending: bool = True
+    view: str = "common"
+    """How the Live pane draws the trends."""
+    peaks: Peaks = msgspec.field(default_factory=Peaks)
+    """The best rates that the latest run measured."""
+    peaks_of: str = ""
+    """The device that they belong to."""
     export_folder: str = ""
     pace: RunSpeed = msgspec.field(default_factory=RunSpeed)
 

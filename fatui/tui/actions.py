@@ -41,6 +41,8 @@ MAIN: Final = (
     Action("reverse", "O", "Reverse", "Reverse the order of the table", "screen.reverse"),
     Action("find", "slash", "Filter log", "Filter the log by a word and a level", "screen.find"),
     Action("pause", "l", "Pause log", "Pause or resume the log; nothing is lost", "screen.pause"),
+    Action("live_view", "v", "View", "Live: a common scale, own scales, or ratios by round", "screen.live_view"),
+    Action("live_tab", "i", "Roofline", "Live: the roofline, what limits the case; or trends", "screen.live_tab"),
     Action("next_pane", "right_square_bracket", "Next pane", "Go to the next pane", "screen.pane(1)"),
     Action("previous_pane", "left_square_bracket", "Previous pane", "Go to the previous pane", "screen.pane(-1)"),
     Action("maximise", "z", "Maximise", "Let the focused pane fill the screen, or show all again", "screen.maximise"),

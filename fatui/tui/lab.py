@@ -11,7 +11,7 @@ from textual.app import App
 
 from attention.core.errors import UsageError
 from attention.core.plan import ModelPlan, Plan
-from attention.core.results import Report
+from attention.core.results import Peaks, Report
 from fatui.draft import Draft, draft_of
 from fatui.engine_process import Engine
 from fatui.storage import settings
@@ -89,8 +89,8 @@ class Lab(App[int]):
         advice: the routes of the draft's workload.
     """
 
-    REPAINT_S = 0.5
-    """Seconds between repaints of a run."""
+    REPAINT_S = 0.25
+    """Seconds between repaints of a run's trends; its table is repainted every second time."""
 
     def __init__(
         self, *, make_engine: MakeEngine | None, clock: Callable[[], float], now: Callable[[], datetime]
@@ -119,6 +119,16 @@ class Lab(App[int]):
     def report(self) -> Report | None:
         """The report that export, copy and the other screens use."""
         return self.runs.report
+
+    @property
+    def peaks(self) -> Peaks:
+        """The rates of this machine: those of the run shown, else those of an earlier run on the same device."""
+        session, report, kept = self.session, self.report, self.remembered
+        if session is not None and session.record.peaks.flops_per_s:
+            return session.record.peaks
+        if report is not None and report.peaks.flops_per_s:
+            return report.peaks
+        return kept.peaks if kept.peaks_of == self.device_name else Peaks()
 
     @property
     def device_name(self) -> str:
@@ -282,6 +292,8 @@ class RunController:
             else:
                 self.model_reports[screen] = report
             await self._store(report)
+            if report.peaks.flops_per_s and report.environment.device:
+                self._app.remembered.peaks, self._app.remembered.peaks_of = report.peaks, report.environment.device
             if session.phase == "done" and screen is None:
                 remembered = self._app.remembered
                 remembered.pace = estimate.learn(remembered.pace, report, session.rounds_s + session.once_s)

@@ -95,8 +95,9 @@ PAIRS: Final = {
     "─━═╌┄▔▀": "-------",
     "│┃║▏▎▍▌▋▊▉▕▐": "||||||||||||",
     "┌┐└┘╭╮╰╯├┤┬┴┼┏┓┗┛╺╸╶╴": "++++++++++++++++++++",
-    "●◉○•·": "oO*.-",
-    "★✓✗▸‹›→←↑↓▼▲…": "*x!><>><^vv^.",
+    "●◉◎○•·": "oOO*.-",
+    "■▲◆✚✖□△◇╳": "#^&+x=v%X",
+    "★✓✗▸‹›→←↑↓▼…": "*x!><>><^vv.",
     "±≈×µ°⏎": "~~xu'<",
     "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏": "|/-\\|/-\\|/",
 }
@@ -107,6 +108,8 @@ def _table() -> dict[int, str]:
     for glyphs, letters in PAIRS.items():
         for index, glyph in enumerate(glyphs):
             made[ord(glyph)] = letters[min(index, len(letters) - 1)]
+    for bits in range(2**8):  # Braille: the more dots, the denser
+        made[0x2800 + bits] = " ..::++##"[bits.bit_count()]
     return made
 
 

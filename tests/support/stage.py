@@ -33,6 +33,7 @@ DEVICE = Device(
     architecture="x86_64",
     mlx="0.32.4",
 )
+PEAKS = Peaks(matmul_flops_per_s=60e9, fma_flops_per_s=900e9, copy_bytes_per_s=12e9, launch_s=20e-6)
 AT = datetime(2026, 3, 14, 12, 4, 11)
 
 
@@ -74,7 +75,7 @@ class ScriptedEngine:
 
     def begin(self):
         where = Environment(device="Test CPU", backend="cpu", mlx="0.32.4", fatui="0.1.0")
-        self.tell(on.RunStarted(environment=where), on.PeaksMeasured(peaks=Peaks(matmul_flops_per_s=60e9)))
+        self.tell(on.RunStarted(environment=where), on.PeaksMeasured(peaks=PEAKS))
 
     def begin_case(self, case=0):
         plan = self.record.plan

@@ -37,6 +37,8 @@ MIN_THREE_COLUMNS = (160, 40)
 MIN_FOUR_CHOICES = 76
 """Minimum columns at which all choices of the workload fit into one row."""
 TOO_SMALL = "fatui needs {0} x {1} characters.\nThis terminal has {2} x {3}; make it larger, or the letters smaller."
+TABLE_TICKS = 2
+"""The table is repainted at every so many repaints of the trends."""
 PANES = {
     "implementations-pane": "setup",
     "workload": "setup",
@@ -67,6 +69,7 @@ class MainScreen(Screen[None]):
     ]
     app: Lab
 
+    _ticks = 0
     _model_ran = False
     """Whether a model run was active at the last tick, so that its end is shown too."""
 
@@ -82,7 +85,7 @@ class MainScreen(Screen[None]):
                     yield ImplementationPicker(id="implementations")
                 yield WorkloadPane(self.app.draft, id="workload")
             with Vertical(id="right"):
-                yield LivePane(id="live")
+                yield LivePane(id="live", view=self.app.remembered.view)
                 yield ComparisonPane(id="comparison")
                 yield LogPane(self.app.journal, id="log")
                 yield RowPane(id="row")
@@ -103,6 +106,10 @@ class MainScreen(Screen[None]):
 
     def _tick(self) -> None:
         if self.app.session is not None and self.app.session.active:
+            self._ticks += 1
+            if self._ticks % TABLE_TICKS:
+                self._show_live()
+                return
             self.app.runs.watch_silence()
             self.show_run()
         elif self.app.runs.active != self._model_ran or self.app.runs.active:
@@ -155,6 +162,7 @@ class MainScreen(Screen[None]):
         if pane.draft is not app.draft or pane.devices != devices:
             pane.devices = devices
             pane.show(app.draft)
+        self.show_roofline()
         needs = availability.needs_text(app.draft, app.advice) if workload else ""
         pane.show_words(needs, self._estimate_text() if workload else "", app.keys)
         self._show_bars()
@@ -176,7 +184,7 @@ class MainScreen(Screen[None]):
         if not self.is_mounted:
             return
         session = self.app.session
-        self.query_one(LivePane).show(session, self.app.report)
+        self._show_live()
         comparison = self.query_one(ComparisonPane)
         if session is not None:
             comparison.show_session(session)
@@ -197,6 +205,34 @@ class MainScreen(Screen[None]):
     @on(RowTable.Highlighted, "#comparison-table")
     def _follow_cursor(self) -> None:
         self.show_row()
+
+    def show_roofline(self) -> None:
+        """Draw the roofline of the workload on the sliders, with what the run has measured."""
+        live = self.query_one(LivePane)
+        if live.opened != "roofline":
+            return
+        app, session = self.app, self.app.session
+        cases = app.report.cases if app.report else ()
+        if session is not None and app.report is None:
+            cases = tuple(session.case(index) for index, case in enumerate(session.record.cases) if case.started)
+        live.show_roofline(shown_workload(app.draft), app.peaks, cases, app.keys["run"])
+
+    def action_live_view(self) -> None:
+        """Draw the trends of Live in the next view."""
+        self.open_tab("live")
+        live = self.query_one(LivePane)
+        live.turn_view()
+        self.app.remembered.view = live.view
+
+    def action_live_tab(self) -> None:
+        """Open the other tab of Live."""
+        self.open_tab("live")
+        self.query_one(LivePane).turn_tab()
+
+    @on(LivePane.Turned)
+    def _show_live(self) -> None:
+        self.query_one(LivePane).show(self.app.session, self.app.report, self.app.keys)
+        self.show_roofline()
 
     def show_reading(self, reading: Reading) -> None:
         """Draw a reading of the machine."""

@@ -25,10 +25,10 @@ from fatui.tui.lab import Lab
 from fatui.tui.terminal import literal
 from fatui.tui.view_models import kv_format
 from fatui.tui.view_models.session import ModelSession
+from fatui.tui.view_models.trends import Scale, Trend, ceiling, from_zero, progress_line, rate_chart, rate_trends
 from fatui.tui.widgets.bars import SPINNER, KeyBar, StatusLine
-from fatui.tui.widgets.charts import Scale, Trend, TrendChart
 from fatui.tui.widgets.choice import Choice, Toggles
-from fatui.tui.widgets.live_pane import ceiling, progress_line, rate_trends
+from fatui.tui.widgets.trend_chart import TrendChart
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -295,10 +295,7 @@ class Models(ModelScreen):
 
     def draw(self, session: ModelSession) -> None:
         """Draw tokens/s."""
-        top = ceiling(max((series.highest or 0.0 for series in session.rates.values()), default=0.0))
-        self.query_one("#model-rates", TrendChart).show(
-            Scale("tokens/s", top, formatting.rate(top)), rate_trends(session)
-        )
+        self.query_one("#model-rates", TrendChart).show(*rate_chart(session))
 
 
 TUNED_LAYERS: Final = 16
@@ -351,9 +348,9 @@ class FineTunings(ModelScreen):
         tokens = session.plan.cases[0].tokens
         top = ceiling(max((series.highest or 0.0 for series in session.rates.values()), default=0.0) / tokens)
         rates = tuple(_per_iteration(trend, tokens, session) for trend in rate_trends(session))
-        self.query_one("#tuning-rates", TrendChart).show(Scale("it/s", top, formatting.rate(top)), rates)
+        self.query_one("#tuning-rates", TrendChart).show(from_zero("it/s", top), rates)
         highest = max((series.highest or 0.0 for series in session.losses.values()), default=0.0)
-        scale = Scale("loss", highest, f"{highest:.2f}", columns=("now", "first"))
+        scale = Scale("loss", highest, f"0 to {highest:.2f}", columns=("now", "first"))
         self.query_one("#losses", TrendChart).show(scale, tuple(_loss(name, session) for name in session.plan.ordered))
 
 

@@ -12,11 +12,11 @@ from fatui.formatting import histogram
 from fatui.report.scaling import RatePoint, crossovers
 from fatui.storage.settings import RunSpeed
 from fatui.tui.terminal import plain
+from fatui.tui.view_models.braille import stretched
 from fatui.tui.view_models.estimate import estimate_s, learn
 from fatui.tui.view_models.journal import Log
 from fatui.tui.view_models.session import Series
-from fatui.tui.widgets.charts import resample
-from fatui.tui.widgets.live_pane import ceiling
+from fatui.tui.view_models.trends import ceiling
 
 
 @pytest.mark.parametrize(("text", "number"), [("512", 512), ("8k", 8192), (" 1 M ", 2**20), ("1_000", 1000)])
@@ -99,9 +99,10 @@ def test_a_journal_keeps_the_last_lines_and_counts_all():
     assert len(list(journal.since(0))) == 1000
 
 
-def test_resampling_keeps_the_mean_and_short_series():
-    assert resample([1, 2, 3], 10) == [1, 2, 3]
-    assert resample([1, 1, 3, 3], 2) == [1, 3]
+def test_points_are_averaged_or_repeated_to_fill_a_width():
+    assert stretched([1, 2, 3], 6) == [1, 1, 2, 2, 3, 3]
+    assert stretched([1, 1, 3, 3], 2) == [1, 3]
+    assert stretched([], 4) == []
 
 
 @pytest.mark.parametrize("value", [1, 3.2, 999, 28e3, 1.4e6])

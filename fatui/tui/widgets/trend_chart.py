@@ -1,0 +1,134 @@
+"""Chart of trends, each drawn in Braille with its label and figures beside it."""
+
+from typing import ClassVar, Final
+
+from rich.segment import Segment
+from rich.style import Style
+from textual.strip import Strip
+from textual.widget import Widget
+
+from fatui.tui.view_models.braille import ACROSS, DOWN, Canvas, area, stretched
+from fatui.tui.view_models.trends import Scale, Trend
+from fatui.tui.widgets.row_table import clip
+
+LABEL_WIDTH: Final = 10
+FIGURE_WIDTH: Final = 11
+MAX_TREND_ROWS: Final = 6
+"""Maximum rows of one trend, however large the terminal."""
+EDGE: Final = 4
+"""Every so many dots of the edges of a band and of a level are drawn, so that both are seen without colour."""
+Drawn = list[list[tuple[str, bool]]]
+"""Rows of (text, whether it is shaded)."""
+
+
+class TrendChart(Widget):
+    """Chart of trends over the time since the case began."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {
+        *("trend--head", "trend--label", "trend--line", "trend--band", "trend--figure", "trend--note"),
+    }
+
+    def __init__(self, scale: Scale, *, id: str) -> None:
+        super().__init__(id=id)
+        self.scale = scale
+        self.trends: tuple[Trend, ...] = ()
+        self._drawn: dict[int, tuple[object, Drawn]] = {}
+
+    def show(self, scale: Scale, trends: tuple[Trend, ...]) -> None:
+        """Set the scale and the trends."""
+        if (scale, trends) != (self.scale, self.trends):
+            self.scale, self.trends = scale, trends
+            self.refresh()
+
+    @property
+    def _line_width(self) -> int:
+        return max(4, self.size.width - LABEL_WIDTH - 2 * FIGURE_WIDTH - 2)
+
+    @property
+    def _rows_each(self) -> int:
+        return min(MAX_TREND_ROWS, max(1, (self.size.height - 1) // max(1, len(self.trends))))
+
+    def render_line(self, y: int) -> Strip:
+        """Draw the heading, or one row of one trend."""
+        if y == 0:
+            return self._strip(self._head())
+        index, row = divmod(y - 1, self._rows_each)
+        if index >= len(self.trends):
+            return Strip.blank(self.size.width, self.rich_style)
+        return self._strip(self._trend(index, row))
+
+    def _strip(self, segments: list[Segment]) -> Strip:
+        return Strip(segments).adjust_cell_length(self.size.width, self.rich_style)
+
+    def _head(self) -> list[Segment]:
+        style = self.get_component_rich_style("trend--head")
+        scale = self.scale
+        words = " · ".join(filter(None, (scale.title, scale.words)))
+        if not scale.words:
+            return [Segment(words, style)]
+        now, best = scale.columns
+        width = LABEL_WIDTH + 1 + self._line_width
+        return [Segment(f"{clip(words, width):<{width}} {now:>{FIGURE_WIDTH}}{best:>{FIGURE_WIDTH}}", style)]
+
+    def _trend(self, index: int, row: int) -> list[Segment]:
+        """Draw one row of a trend, counted from its top; the last one has the label and the figures."""
+        trend, rows = self.trends[index], self._rows_each
+        label, line, band, figure, note = (
+            self.get_component_rich_style(f"trend--{part}") for part in ("label", "line", "band", "figure", "note")
+        )
+        words = row == rows - 1
+        head = Segment(f"{trend.label if words else '':<{LABEL_WIDTH}.{LABEL_WIDTH}} ", label)
+        if not trend.points:
+            return [head, Segment(clip(trend.note, self.size.width - LABEL_WIDTH - 1) if words else "", note)]
+        parts = [Segment(text, _on(line, band) if shaded else line) for text, shaded in self._lines(index)[row]]
+        if words:
+            parts.append(Segment(f" {trend.now:>{FIGURE_WIDTH}}{trend.best:>{FIGURE_WIDTH}}", figure))
+        elif row == rows - 2 and trend.note:
+            parts.append(Segment(f" {trend.note:>{2 * FIGURE_WIDTH}}", note))
+        return [head, *parts]
+
+    def _lines(self, index: int) -> Drawn:
+        """Return the rows of a trend's graph, which are drawn once for each state of it."""
+        trend = self.trends[index]
+        key = trend, self._line_width, self._rows_each, self.scale.highest
+        if self._drawn.get(index, (None,))[0] != key:
+            draw = _draw_line if trend.low else _draw_area
+            self._drawn[index] = key, draw(trend, self.scale.highest, self._line_width, self._rows_each)
+        return self._drawn[index][1]
+
+
+def _on(line: Style, band: Style) -> Style:
+    """Return the style of a line on a shaded background."""
+    return line + Style(bgcolor=band.bgcolor)
+
+
+def _draw_area(trend: Trend, highest: float, columns: int, rows: int) -> Drawn:
+    high = highest if trend.high is None else trend.high
+    drawn = area(trend.points, high, columns, rows)
+    if trend.line is None or high <= 0:
+        return [[(row, False)] for row in drawn]
+    level = round((1 - min(trend.line / high, 1.0)) * (rows * DOWN - 1))
+    at = level // DOWN
+    mark = Canvas(columns, rows)
+    mark.line((0, level), (mark.width - 1, level), every=EDGE)
+    dots = "".join(glyph for glyph, _ in mark.cells()[at])
+    merged = (dot if cell == " " else cell for dot, cell in zip(dots, drawn[at], strict=True))
+    return [[("".join(merged) if row == at else text, False)] for row, text in enumerate(drawn)]
+
+
+def _draw_line(trend: Trend, _highest: float, columns: int, rows: int) -> Drawn:
+    canvas = Canvas(columns, rows)
+    high = trend.high or 0.0
+
+    def down(value: float) -> int:
+        place = (value - trend.low) / (high - trend.low) if high > trend.low else 0.5
+        return round((1 - min(max(place, 0.0), 1.0)) * (canvas.height - 1))
+
+    values = [down(value) for value in stretched(trend.points, columns * ACROSS)]
+    for x, y in enumerate(values):
+        canvas.line((max(x - 1, 0), values[max(x - 1, 0)]), (x, y))
+    edges = [down(edge) for edge in trend.band or ()]
+    for y in {*edges, *([down(trend.line)] if trend.line is not None else [])}:
+        canvas.line((0, y), (canvas.width - 1, y), every=EDGE)
+    shaded = range(edges[1] // DOWN, edges[0] // DOWN + 1) if edges else range(0)
+    return [[("".join(glyph for glyph, _ in row), number in shaded)] for number, row in enumerate(canvas.cells())]
