@@ -7,6 +7,7 @@ import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import cache, partial
 from types import FunctionType
 from typing import Any, Final
@@ -137,6 +138,7 @@ class Compiled:
     def __init__(self, call: FlexCall) -> None:
         self.failure: str | None = None
         self._attend: Callable[..., Tensor]
+        self._training = call.training
         started = time.perf_counter()
         try:
             self._compile(call)
@@ -152,14 +154,15 @@ class Compiled:
 
     def attend(self, primals: Sequence[Tensor], scale: float) -> Tensor:
         """Call it on q, k and v."""
-        return self._attend(*primals)
+        # in one grad mode, as torch compiles a call anew in another
+        with _unlimited_compilations(), import_torch().set_grad_enabled(self._training):
+            return self._attend(*primals)
 
     def _compile(self, call: FlexCall) -> None:
         torch, flex = import_torch(), _flex_module()
         if call.training and call.place == "cpu":
             raise UnsupportedError(NO_CPU_GRADIENT)
         compiled = torch.compile(flex.flex_attention, fullgraph=True, dynamic=False)
-        config = importlib.import_module("torch._dynamo.config")
         options: dict[str, Any] = {"scale": call.scale, "enable_gqa": call.shapes[0][1] != call.shapes[1][1]}
         if call.mask != ALL_VISIBLE:
             options["block_mask"] = block_mask(call)
@@ -167,12 +170,21 @@ class Compiled:
         primals = [torch.zeros(shape, dtype=getattr(torch, call.dtype), device=call.place) for shape in call.shapes]
         for x in primals:
             x.requires_grad_(call.training)
-        with config.patch(recompile_limit=RECOMPILE_LIMIT, accumulated_recompile_limit=RECOMPILE_LIMIT):
-            if not _compiles():
-                raise RuntimeError("torch.compile is switched off, and without it FlexAttention is not fused")
-            out = self._attend(*primals)
-            if call.training:
-                torch.autograd.grad(out, primals, torch.zeros_like(out))
+        with _unlimited_compilations():
+            compiles = _compiles()
+        if not compiles:
+            raise RuntimeError("torch.compile is switched off, and without it FlexAttention is not fused")
+        out = self.attend(primals, call.scale)
+        if call.training:
+            torch.autograd.grad(out, primals, torch.zeros_like(out))
+
+
+def _unlimited_compilations() -> AbstractContextManager[None]:
+    """Return a context in which torch compiles any number of kinds of call; it would refuse the ninth."""
+    config = importlib.import_module("torch._dynamo.config")
+    limits = {"recompile_limit": RECOMPILE_LIMIT, "accumulated_recompile_limit": RECOMPILE_LIMIT}
+    patch: AbstractContextManager[None] = config.patch(**limits)
+    return patch
 
 
 def _compiles() -> bool:

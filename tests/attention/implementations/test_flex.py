@@ -134,3 +134,17 @@ def test_results_are_those_of_float64(mask: str) -> None:
     ):
         judged = checker.check(results)
         assert judged.accurate, judged.detail
+
+
+@pytest.mark.slow
+def test_calls_are_not_refused_beyond_torchs_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch counts the calls of one function; those in another grad mode would be other ones."""
+    config = pytest.importorskip("torch._dynamo.config")
+    monkeypatch.setattr(config, "recompile_limit", 1)
+    for mask in ("causal", "window:50"):
+        workload = Workload(mask=mask, heads=1, seq=130, head_dim=16, dtype="float32")
+        made = Compiled(call_of(workload)).checked()
+        inputs = [torch.zeros(1, 1, 130, 16) for _ in range(3)]
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                assert made.attend(inputs, 0.25).shape == (1, 1, 130, 16)
