@@ -313,9 +313,11 @@ def _resolve(mask: Expression, tiles: Tiles, state: Array, needed: Array, index:
             number = np.cumsum(used) - 1 + count
             visible[group[place]] = seen
             index[group[place]] = np.where(mixed, number[local], -1)
-            stored.append(bits[used])
+            stored.append(bits if used.all() else bits[used])
             count += int(used.sum())
-    return np.concatenate(stored) if count else _no_bits(grid)
+    if not count:
+        return _no_bits(grid)
+    return stored[0] if len(stored) == 1 else np.concatenate(stored)
 
 
 def _no_bits(grid: Grid) -> Array:

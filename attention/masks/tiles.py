@@ -4,6 +4,7 @@ A tile is `block_q` query rows by `block_k` keys of one plane (a batch and a hea
 is one plane.
 """
 
+import functools
 from typing import Any, Final
 
 import numpy as np
@@ -16,8 +17,6 @@ Span = tuple[Array, Array]
 EMPTY, PARTIAL, FULL = 0, 1, 2
 """State of a tile: no pair is visible, some may be, all are. `and` is the minimum and `or` the maximum."""
 WORD: Final = 32
-_BELOW: Final = np.array([(1 << n) - 1 for n in range(WORD + 1)], np.uint32)
-"""Words whose lowest n bits are set."""
 
 
 class Grid(Struct, frozen=True):
@@ -245,14 +244,22 @@ def interval_bits(grid: Grid, low: Array, high: Array) -> Array:
         low: integers (tiles, block_q or 1).
         high: the same.
     """
-    bits = _below(grid, high) & ~_below(grid, low)
-    return np.broadcast_to(bits, (len(bits), grid.block_q, grid.words))
+    bits = _below(grid, high)
+    if np.any(low > 0):
+        bits = bits & ~_below(grid, low)
+    return np.broadcast_to(bits, (max(len(low), len(high)), grid.block_q, grid.words))
 
 
 def _below(grid: Grid, end: Array) -> Array:
     """Return words of the keys before `end`."""
-    end = np.clip(end, 0, grid.block_k).astype(np.int32)[..., None] - np.arange(0, grid.block_k, WORD, dtype=np.int32)
-    return _BELOW[np.minimum(np.maximum(end, 0), WORD)]
+    return np.take(_words_below(grid.block_k), end, axis=0, mode="clip")
+
+
+@functools.lru_cache(maxsize=16)
+def _words_below(block_k: int) -> Array:
+    """Return the words of a row whose keys before 0, 1, ... `block_k` are visible: (block_k + 1, words)."""
+    keys = np.arange(block_k)
+    return packed(keys < np.arange(block_k + 1)[:, None])
 
 
 def packed(visible: Array) -> Array:
