@@ -1,18 +1,19 @@
 """The attention engine: implementations, kernels, and benchmarking.
 
-Importing this package imports neither MLX nor numpy; the first call does.
+Importing this package imports neither MLX nor numpy, nor anything else that takes long; the first call does.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any, Final, Literal, cast, overload
 
 from attention.core.errors import ForkedError, NoBackendError, UnsupportedError, UsageError
-from attention.core.workload import Workload
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
+    from attention.core.workload import Workload
     from attention.distributed.layout import Kind, Layout
+    from attention.engine.library import abench, bench, benchmark
     from attention.implementations.protocol import Implementation
     from attention.masks import Alibi, Pattern
     from attention.mlx_lm.patch import ModelPatch
@@ -30,7 +31,10 @@ __all__ = [
     "UnsupportedError",
     "UsageError",
     "Workload",
+    "abench",
     "attention",
+    "bench",
+    "benchmark",
     "monitor",
     "patch_mlx_lm",
     "quantized",
@@ -41,11 +45,15 @@ _HOMES: Final = {
     "quantized": "attention.quantized_kv",
     "Rope": "attention.streaming",
     "StreamingKV": "attention.streaming",
+    "Workload": "attention.core.workload",
+    "abench": "attention.engine.library",
+    "bench": "attention.engine.library",
+    "benchmark": "attention.engine.library",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import what imports MLX when it is first used."""
+    """Import what takes long to import when it is first used."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

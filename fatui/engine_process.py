@@ -17,8 +17,9 @@ from attention.core.plan import AnyPlan, Assignment, Plan, StreamPlan, ranks_of
 from attention.core.results import Peaks
 from attention.core.workload import FineTuning, Generation
 from attention.engine.record import record_of
+from attention.engine.resume import MAX_FRUITLESS, mark_file, marked_name, next_assignment
 from fatui import __version__
-from fatui.worker_process import PATIENCE_S, WORKER, Worker, kill_marked, mark_file
+from fatui.worker_process import PATIENCE_S, WORKER, Worker, kill_marked
 
 if TYPE_CHECKING:
     from fatui.rank_launch import RankLaunch
@@ -123,9 +124,9 @@ class Engine:
                 continue
             self._resume_after(reason)
             fruitless = fruitless + 1 if self._assignment == before else 0
-            if fruitless == 2 and self._grouped:
+            if fruitless == MAX_FRUITLESS and self._grouped:
                 self._give_up_group(reason)
-            elif fruitless == 2:
+            elif fruitless == MAX_FRUITLESS:
                 what = "the engine cannot start"
                 if self._culprit:
                     what = f"implementation: '{self._culprit}' cannot be loaded"
@@ -207,7 +208,7 @@ class Engine:
             await worker.end()
             kill_marked(self._run)
             self._signal = self.process_id = None
-        self._culprit = _marked(mark, self.record.plan.ordered)
+        self._culprit = marked_name(mark, self.record.plan.ordered)
         return self._hung or worker.reason()
 
     async def _run_group(self, mark: int, launches: "list[RankLaunch]") -> str:
@@ -226,7 +227,7 @@ class Engine:
             self._signal = self.process_id = None
         fault = group.watch.verdict
         self._fatal = fault is not None and fault.fatal
-        self._culprit = _marked(mark, self.record.plan.ordered) or (fault.running if fault else None)
+        self._culprit = marked_name(mark, self.record.plan.ordered) or (fault.running if fault else None)
         return self._hung or (fault.reason if fault else group.first.reason())
 
     async def _follow(self, worker: Worker) -> None:
@@ -290,20 +291,13 @@ class Engine:
 
     def _resume_after(self, reason: str) -> None:
         """Fail the row that was running, and create the assignment of the next worker."""
-        case = self.record.current_case
-        if case is None:
+        if self.record.current_case is None:
             return
-        if self.record.cases[case].stopped_by is not None:
-            case += 1
-        elif self._culprit:
-            self._fail(case, self._culprit, reason)
-        if case == len(self.record.cases):
+        assignment = next_assignment(self.record, self._culprit, lambda case, name: self._fail(case, name, reason))
+        if assignment is None:
             self._dispatch(on.RunDone())
-            return
-        rows = self.record.cases[case].rows.values()
-        failed = tuple(row.implementation for row in rows if row.ended and row.ended.status == "failed")
-        peaks = self.record.peaks if self.record.peaks.matmul_flops_per_s else None
-        self._assignment = Assignment(plan=self.record.plan, first_case=case, skip={case: failed}, peaks=peaks)
+        else:
+            self._assignment = assignment
 
     def _fail(self, case: int, name: str, reason: str) -> None:
         if self.record.cases[case].rows[name].ended is None:
@@ -317,12 +311,6 @@ def _model_flops(work: Generation | FineTuning, weights_bytes: int) -> float:
     if isinstance(work, FineTuning):
         return 3.0 * work.tokens * weights_bytes
     return float(work.batch * work.prompt * weights_bytes)
-
-
-def _marked(mark: int, names: tuple[str, ...]) -> str | None:
-    """Return the implementation that the worker was running; it writes its number, from 1, before each step."""
-    number = int.from_bytes(os.pread(mark, 1, 0), "little")
-    return names[number - 1] if number else None
 
 
 async def _first_of(*tasks: asyncio.Task[None]) -> None:

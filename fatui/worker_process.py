@@ -5,7 +5,6 @@ import contextlib
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Final, Self
 
@@ -13,7 +12,7 @@ import msgspec
 import psutil
 
 from attention.core import events as on
-from attention.core.errors import truncated
+from attention.engine.resume import exit_reason
 from fatui.untrusted_text import MAX_SHOWN, escape_all
 
 LINE_LIMIT: Final = 2**26
@@ -178,21 +177,3 @@ class PipeTail:
         self._kept += chunk
         del self._kept[:-STDERR_BYTES]
         return bool(chunk)
-
-
-def mark_file() -> int:
-    """Create a file of one byte, in memory where possible: a full disk must not lose the mark."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("fatui-mark")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
-
-
-def exit_reason(code: int, stderr: list[str]) -> str:
-    """Return how a process ended, from its return code and its last lines."""
-    if code < 0:
-        name = signal.Signals(-code).name
-        hint = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
-        return f"killed by signal {-code} ({name}){hint}"
-    last = next((line for line in reversed(stderr) if line.strip()), "")
-    return f"the engine ended with code {code}" + (f": {truncated(last)}" if last else "")

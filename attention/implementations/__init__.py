@@ -1,10 +1,12 @@
 """The catalogue of implementations by name. Importing it imports none of them, and no MLX."""
 
+import contextlib
 import importlib
 import importlib.util
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from msgspec import Struct
 
@@ -86,22 +88,43 @@ def check_name(name: str) -> None:
         )
 
 
-@cache
+_given: dict[str, Implementation] = {}
+"""Implementations of the caller, by name."""
+
+
+@contextlib.contextmanager
+def given_implementations(named: Mapping[str, Implementation]) -> Iterator[None]:
+    """Let `load_implementation` find implementations of the caller by their names, while the context is open."""
+    before = dict(_given)
+    _given.update(named)
+    try:
+        yield
+    finally:
+        _given.clear()
+        _given.update(before)
+
+
 def load_implementation(name: str) -> Implementation:
     """Return an implementation; one instance per process.
 
     Args:
-        name: a name in the catalogue, "package.module:CLASS", or "path/to/file.py:CLASS".
+        name: a name in the catalogue or of `given_implementations`, "package.module:NAME", or "path/to/file.py:NAME":
+            a class that is constructed without arguments, or a function of q, k and v.
 
     Raises:
         UsageError: the name does not exist, or the object is not an implementation.
     """
+    return _given.get(name) or _load(name)
+
+
+@cache
+def _load(name: str) -> Implementation:
     check_name(name)
     location = next((entry.location for entry in CATALOGUE if entry.name == name), name)
     module_name, _, attribute = location.rpartition(":")
     try:
         module = _module_at(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
-        made = getattr(module, attribute)()
+        made = _made(getattr(module, attribute), attribute)
     except (ImportError, OSError, AttributeError, TypeError) as error:
         if name in NAMES:
             raise
@@ -113,6 +136,15 @@ def load_implementation(name: str) -> Implementation:
     if not isinstance(made, Implementation):
         raise UsageError(f"implementation: '{name}' needs a name, a route method and a call method")
     return made
+
+
+def _made(found: Any, attribute: str) -> object:
+    """Return the instance of a class, or an implementation that calls a function."""
+    if isinstance(found, type):
+        return found()
+    from attention.implementations.functions import FunctionImplementation, computes_attention
+
+    return FunctionImplementation(found, attribute) if computes_attention(found) else found()
 
 
 def _module_at(path: Path) -> object:

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 import msgspec
 
-from attention.core.results import AnyCase, Case, FineTuningCase, ModelCase, Report, Row, StreamCase, StreamRow
+from attention.core.flat import ORIGIN, flat_rows
+from attention.core.results import AnyCase, Case, Report, Row
 from attention.core.stream import Stream
 from attention.core.workload import FineTuning, Generation
 from fatui import formatting
@@ -39,12 +40,7 @@ FIGURES: Final = (
     *("peak_bytes", "predicted_bytes", "max_error", "rms_error", "kv_error", "approximate"),
     *("sample_count", "stopped_by", "throttled"),
 )
-ORIGIN: Final = ("run_id", "started", "fatui", "mlx", "backend", "device")
 COLUMNS: Final = (*ORIGIN, "case", *FIELDS, "kv_token_bytes", "reference", "noise_floor", *FIGURES)
-INTERVALS: Final = (
-    *("call_s", "speedup", "over_dense", "dense_s", "over_unquantized", "unquantized_s"),
-    *("over_one_device", "one_device_s", "attention_share"),
-)
 SHARE: Final = tuple(f"attention_share_{part}" for part in ("value", "low", "high"))
 CALLS: Final = ("replaced_calls", "passed_on_calls")
 GENERATION_COLUMNS: Final = (
@@ -101,10 +97,8 @@ def to_csv(report: Report) -> str:
     out = io.StringIO()
     writer = csv.DictWriter(out, _columns(report), lineterminator="\n")
     writer.writeheader()
-    origin = dict(zip(ORIGIN, _origin(report), strict=True))
-    for number, case in enumerate(report.all_cases, start=1):
-        for row in case.rows:
-            writer.writerow({name: _cell(value) for name, value in {**origin, **_line(number, case, row)}.items()})
+    for line in flat_rows(report):
+        writer.writerow({name: _cell(value) for name, value in line.items()})
     return out.getvalue()
 
 
@@ -112,55 +106,6 @@ def _columns(report: Report) -> tuple[str, ...]:
     if report.streams:
         return STREAM_COLUMNS
     return GENERATION_COLUMNS if report.models else FINE_TUNING_COLUMNS if report.fine_tunings else COLUMNS
-
-
-def _origin(report: Report) -> tuple[object, ...]:
-    where = report.environment
-    return report.run.id, report.run.started, where.fatui, where.mlx, where.backend, where.device
-
-
-def _line(number: int, case: AnyCase, row: Row) -> dict[str, object]:
-    fields: dict[str, Any] = msgspec.to_builtins(row)
-    samples = fields.pop("samples")
-    if isinstance(row, StreamRow):
-        del fields["blocks"], fields["bare_bins"]  # in the JSON
-        fields["seen_tokens"] = fields.pop("tokens")  # the workload's are those that were asked for
-    fields.update(_rank_fields(row))
-    del fields["per_rank"]
-    for name in INTERVALS:
-        parts = fields.pop(name, None) or {}
-        fields.update({f"{name}_{part}": value for part, value in parts.items()})
-    return {
-        "case": number,
-        **msgspec.to_builtins(case.workload),
-        "reference": case.reference,
-        "noise_floor": case.noise_floor.floor if case.noise_floor else None,
-        **_sizes(case),
-        "sample_count": len(samples),
-        **fields,
-    }
-
-
-def _rank_fields(row: Row) -> dict[str, object]:
-    """Return what the ranks sent and waited, with one value for each rank where they differ."""
-    ranks = row.per_rank
-    return {
-        "sent_bytes": row.sent_bytes,
-        "exposed_s": row.exposed_s,
-        "rank_call_s": [rank.call_s for rank in ranks],
-        "rank_waiting_s": [rank.waiting_s for rank in ranks],
-        "rank_sent_bytes": [rank.sent_bytes for rank in ranks],
-    }
-
-
-def _sizes(case: AnyCase) -> dict[str, object]:
-    match case:
-        case Case():
-            return {"kv_token_bytes": case.workload.kv_token_bytes}
-        case ModelCase():
-            return {name: getattr(case, name) for name in ("weights_bytes", "kv_token_bytes", "cache_bytes")}
-        case FineTuningCase() | StreamCase():
-            return {"weights_bytes": case.weights_bytes}
 
 
 def _cell(value: object) -> object:

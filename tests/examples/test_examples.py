@@ -3,6 +3,8 @@
 import argparse
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +12,8 @@ from types import ModuleType
 import mlx.core as mx
 import numpy as np
 import pytest
+
+from fatui.storage import result_files
 
 FOLDER = Path(__file__).parents[2] / "examples"
 
@@ -70,3 +74,39 @@ def test_a_trained_model_chats_without_an_end(tmp_path: Path) -> None:
     assert len(turns) == 6
     assert turns[-1].position > 60
     assert turns[-1].cache_bytes == turns[1].cache_bytes
+
+
+BENCHES = sorted(path.stem for path in FOLDER.glob("bench_*.py"))
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the examples of `bench` print, each run as a script; together, since each waits for an engine."""
+    folder = tmp_path_factory.mktemp("examples")
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent)}
+    started = {
+        name: subprocess.Popen(
+            [sys.executable, str(FOLDER / f"{name}.py")],
+            cwd=folder,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for name in BENCHES
+    }
+    texts = {name: process.communicate()[0] for name, process in started.items()}
+    for name, process in started.items():
+        assert process.returncode == 0, (name, texts[name])
+    assert result_files.read(folder / "mine.json").cases
+    return texts
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_an_example_of_bench_prints_its_rows(name: str, printed: dict[str, str]) -> None:
+    mine = {"bench_function": "fused", "bench_lambda": "mine", "bench_decorator": "kernel", "bench_async": "poc"}[name]
+    lines = [line for line in printed[name].splitlines() if "B=1" in line]
+    assert any("baseline" in line for line in lines)
+    assert any(mine in line for line in lines)
+    assert not any(word in printed[name] for word in ("failed", "unsupported", "inaccurate"))
+    assert len((FOLDER / f"{name}.py").read_text().splitlines()) <= 25

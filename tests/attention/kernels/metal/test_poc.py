@@ -126,9 +126,9 @@ def test_demos_candidate_ignores_trials_and_can_be_retried(monkeypatch, tmp_path
     tried(tmp_path, "mlx", {"mlx": 1e-4})  # at the path of the user's own file
     with on_a_mac(Device()):
         assert candidates()["poc"].route(WORKLOAD, MAC).path == "Metal kernel"
-        implementations.load_implementation.cache_clear()
+        implementations._load.cache_clear()
         assert implementations.load_implementation("poc").route(WORKLOAD, MAC).path == "falls back: MLX SDPA"
-    implementations.load_implementation.cache_clear()
+    implementations._load.cache_clear()
 
 
 def test_sinks_are_taken_and_get_a_gradient():
