@@ -5,6 +5,9 @@ precision on the same inputs (quantized keys and values rounded to it), and atol
 precision; for gradients 3 in place of the first 2 (hopper/test_flash_attn.py in Dao-AILab/flash-attention). NaN and
 infinity never pass.
 
+That rule takes the largest error over all rows, so that one ill-conditioned row would excuse an error in any other. An
+output's rows are therefore judged one by one (`row_tolerances`): a row is allowed no more than its own condition gives.
+
 Results in fp8 arithmetic cannot pass that rule. They pass if RMS(o - ref) <= 3 RMS(o_8 - ref), where o_8 is the output
 of a published recipe for 8 bits on the same inputs (`eight_bit`).
 """
@@ -21,7 +24,7 @@ from numpy.typing import NDArray
 
 from attention.core.workload import Workload
 from attention.measure.eight_bit import recipe_output
-from attention.measure.reference import Rules, forward, gradients, visible
+from attention.measure.reference import Rules, forward, gradients, sensitivity, visible
 from attention.quantized_kv import KeyOrValue, QuantizedArray
 
 FORWARD_FACTOR: Final = 2.0
@@ -65,8 +68,11 @@ class ReferenceTensor(Struct, frozen=True):
     """Reference values of one tensor of one group, with the tolerance."""
 
     exact: Array
-    plain_error: float
+    plain_errors: Array
+    """Largest error of plain attention in each row: (heads or 1, rows)."""
     rounding: float
+    sensitivity: Array | None
+    """`reference.sensitivity` of the rows, in the same shape; None for gradients."""
 
 
 class AccuracyChecker:
@@ -133,10 +139,10 @@ class AccuracyChecker:
         shares, errors, details = [], [], []
         for index, result in enumerate(compared):
             difference, allowed = self._compare(index, result)
-            error = _largest(difference)
-            shares.append(error / allowed if np.isfinite(error) and allowed else np.inf if error else 0.0)
-            errors.append(difference)
-            details.append(f"{NAMES[index]}: {error:.2g} off, {allowed:.2g} allowed")
+            share, detail = judge_rows(_of_rows(difference), allowed)
+            shares.append(share)
+            errors.append(difference.ravel())
+            details.append(f"{NAMES[index]}: {detail}")
         broken = [NAMES[i] for i, x in enumerate(results) if not bool(mx.isfinite(x).all())]
         worst = int(np.argmax(shares))
         every = np.concatenate(errors)
@@ -156,7 +162,7 @@ class AccuracyChecker:
         return float(np.sqrt(np.mean(np.square(found - exact))) / size) if size else None
 
     def _check_approximate(self, output: mx.array, arithmetic: str) -> AccuracyResult:
-        difference = self._compare(0, output)[0]
+        difference = self._compare(0, output)[0].ravel()
         error, allowed = self._relative(_rms(difference)), FP8_FACTOR * self._recipe_error
         finite = bool(mx.isfinite(output).all())
         words = f"output: relative RMS error {error:.2g}, {allowed:.2g} allowed in {arithmetic}"
@@ -184,28 +190,28 @@ class AccuracyChecker:
             differences.append((np.stack(made) - expected[0].exact).ravel())
         return self._relative(_rms(np.concatenate(differences)))
 
-    def _compare(self, index: int, result: mx.array) -> tuple[Array, float]:
-        """Return the differences of one tensor's sample, and its tolerance."""
+    def _compare(self, index: int, result: mx.array) -> tuple[Array, Array]:
+        """Return the differences of one tensor's sample, (heads, rows, width), and the tolerances of its rows."""
         expected = [group[index] for group in self._expected]
         found = [self._part(index, result, group) for group in self.sample.groups]
-        differences = [(a - b.exact).ravel() for a, b in zip(found, expected, strict=True)]
+        differences = [a - b.exact for a, b in zip(found, expected, strict=True)]
         return np.concatenate(differences), _allowed(expected, FORWARD_FACTOR if index == 0 else GRADIENT_FACTOR)
 
     def _of_group(self, inputs: Sequence[Any], group: tuple[int, int], scale: float) -> list[ReferenceTensor]:
         arrays = [self._cut(index, array, group) for index, array in enumerate(inputs)]
         rules = self._rules(group, scale)
-        exact = self._exact_of_group(inputs, group, scale)
+        exact, sensitivities = _exact([_numpy(array) for array in arrays], rules, self.sample.rows)
         dtype = inputs[0].dtype
         rounded = [x.dequantized(dtype) if isinstance(x, QuantizedArray) else x for x in arrays]
         plain = _plain(rounded, scale, self._seen(rules), self.sample.rows)
         return [
-            ReferenceTensor(a, _largest(_numpy(b) - a), _rounding(a, b.dtype))
-            for a, b in zip(exact, plain, strict=True)
+            ReferenceTensor(a, _of_rows(_numpy(b) - a), _rounding(a, b.dtype), None if index else sensitivities)
+            for index, (a, b) in enumerate(zip(exact, plain, strict=True))
         ]
 
     def _exact_of_group(self, inputs: Sequence[Any], group: tuple[int, int], scale: float) -> list[Array]:
         arrays = [_numpy(self._cut(index, array, group)) for index, array in enumerate(inputs)]
-        return _exact(arrays, self._rules(group, scale), self.sample.rows)
+        return _exact(arrays, self._rules(group, scale), self.sample.rows)[0]
 
     def _cut(self, index: int, array: KeyOrValue, group: tuple[int, int]) -> KeyOrValue:
         """Return an input's part in a group: (query heads or 1, length, width)."""
@@ -249,15 +255,22 @@ def choose_sample(workload: Workload, seed: int, scores: int = SCORES) -> Sample
     return SampledPart(tuple(pairs[i] for i in picked), chosen.astype(np.intp))
 
 
-def _exact(arrays: Sequence[Array], rules: Sequence[Rules], rows: NDArray[np.intp]) -> list[Array]:
-    """Return output, and in training dQ, dK, dV, of the query heads of one group: (heads or 1, rows or Lk, width)."""
+def _exact(arrays: Sequence[Array], rules: Sequence[Rules], rows: NDArray[np.intp]) -> tuple[list[Array], Array]:
+    """Return output, and in training dQ, dK, dV, of the query heads of one group, and the rows' sensitivities.
+
+    The shapes are (heads or 1, rows or Lk, width) and (heads, rows).
+    """
     q, k, v = arrays[0], arrays[1][0], arrays[2][0]
-    output = np.stack([forward(head, k, v, own, rows).output for head, own in zip(q, rules, strict=True)])
+    results = [forward(head, k, v, own, rows) for head, own in zip(q, rules, strict=True)]
+    output = np.stack([result.output for result in results])
+    sensitivities = np.stack(
+        [sensitivity(head, k, v, own, each, rows) for head, own, each in zip(q, rules, results, strict=True)]
+    )
     if len(arrays) < 4:
-        return [output]
+        return [output], sensitivities
     made = [gradients(head, k, v, upstream, own, rows) for head, upstream, own in zip(q, arrays[3], rules, strict=True)]
     d_q, d_k, d_v = (list(column) for column in zip(*made, strict=True))
-    return [output, np.stack(d_q), np.sum(d_k, axis=0)[None], np.sum(d_v, axis=0)[None]]
+    return [output, np.stack(d_q), np.sum(d_k, axis=0)[None], np.sum(d_v, axis=0)[None]], sensitivities
 
 
 def _plain(arrays: Sequence[mx.array], scale: float, seen: mx.array, rows: NDArray[np.intp]) -> list[mx.array]:
@@ -289,9 +302,47 @@ def _only_rows(array: mx.array, rows: NDArray[np.intp]) -> mx.array:
     return kept
 
 
-def _allowed(expected: Sequence[ReferenceTensor], factor: float) -> float:
-    """Return the tolerance, with all groups together treated as one tensor."""
-    return factor * max(e.plain_error for e in expected) + max(e.rounding for e in expected)
+def row_tolerances(plain_errors: Array, sensitivities: Array, factor: float = FORWARD_FACTOR) -> Array:
+    """Return the error that each row of an output is allowed, without the rounding of the result.
+
+    It is the factor times plain attention's error, as a multiple of a row's sensitivity, in the row where that is
+    largest; and never more than the factor times plain attention's largest error.
+
+    Args:
+        plain_errors: the largest error of plain attention in each row, any shape.
+        sensitivities: `reference.sensitivity` of the rows, same shape.
+        factor: of plain attention's error.
+    """
+    relative = np.divide(plain_errors, sensitivities, out=np.zeros_like(plain_errors), where=sensitivities > 0.0)
+    own = np.multiply(relative.max(initial=0.0), sensitivities, out=np.zeros_like(relative), where=sensitivities > 0.0)
+    allowed: Array = factor * np.minimum(own, _largest(plain_errors))
+    return allowed
+
+
+def judge_rows(errors: Array, allowed: Array) -> tuple[float, str]:
+    """Return the largest ratio of a row's error to its tolerance, infinite for NaN, and both of that row in words."""
+    shares = np.where(
+        errors == 0.0, 0.0, np.divide(errors, allowed, out=np.full_like(errors, np.inf), where=allowed > 0.0)
+    )
+    shares = np.where(np.isfinite(errors), shares, np.inf).ravel()
+    worst = int(np.argmax(shares))
+    return float(shares[worst]), f"{errors.ravel()[worst]:.2g} off, {allowed.ravel()[worst]:.2g} allowed"
+
+
+def _allowed(expected: Sequence[ReferenceTensor], factor: float) -> Array:
+    """Return the tolerances of the rows, with all groups together treated as one tensor; one for all of a gradient."""
+    plain = np.concatenate([e.plain_errors for e in expected])
+    rounding = max(e.rounding for e in expected)
+    sensitivities = [e.sensitivity for e in expected if e.sensitivity is not None]
+    if not sensitivities:
+        return np.full_like(plain, factor * _largest(plain) + rounding)
+    return row_tolerances(plain, np.concatenate(sensitivities), factor) + rounding
+
+
+def _of_rows(difference: Array) -> Array:
+    """Return the largest difference in each row of (..., rows, width); NaN if a row has any."""
+    largest: Array = np.abs(difference).max(axis=-1, initial=0.0)
+    return largest
 
 
 def _rounding(exact: Array, dtype: mx.Dtype) -> float:

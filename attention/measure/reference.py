@@ -79,6 +79,27 @@ def forward(q: Array, k: Array, v: Array, rules: Rules, rows: NDArray[np.intp] |
         return Result(probabilities @ v, probabilities, slope, (top + np.log(total))[:, 0])
 
 
+def sensitivity(
+    q: Array, k: Array, v: Array, rules: Rules, result: Result, rows: NDArray[np.intp] | None = None
+) -> Array:
+    """Return a first-order bound of each row's rounding error, in units of the relative rounding error: (rows,).
+
+    A relative rounding error e of query, key, score and mask changes the weight of key j by at most
+    e p_j (1 + |scale| |q| |k_j| + |mask_j|), with Euclidean norms, and the output by that times the largest |v_j|.
+    Arguments as in `forward`, whose result this takes.
+    """
+    rows = np.arange(len(q)) if rows is None else rows
+    sizes = abs(rules.scale) * np.linalg.norm(q[rows], axis=-1)[:, None] * np.linalg.norm(k, axis=-1)[None]
+    sizes = 1.0 + result.slope * sizes
+    if rules.softcap is not None:
+        sizes = sizes + rules.softcap * np.sqrt(np.maximum(0.0, 1.0 - result.slope))  # the capped score itself
+    if rules.mask is not None and rules.mask.dtype != np.bool_:
+        added = np.abs(rules.mask[rows])
+        sizes = sizes + np.where(np.isinf(added), 0.0, added)
+    bound: Array = (result.probabilities * sizes) @ np.abs(v).max(axis=-1, initial=0.0)
+    return bound
+
+
 def gradients(
     q: Array, k: Array, v: Array, cotangent: Array, rules: Rules, rows: NDArray[np.intp] | None = None
 ) -> tuple[Array, Array, Array]:

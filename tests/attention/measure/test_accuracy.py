@@ -40,6 +40,18 @@ def test_an_error_of_a_few_roundings_is_found_in_any_tensor() -> None:
         assert verdict.detail.startswith(name)
 
 
+def test_an_ill_conditioned_row_does_not_excuse_the_others() -> None:
+    workload = Workload(seq=64, heads=2, head_dim=16, mask="none", dtype="bfloat16")
+    inputs = make_inputs(workload, 0)
+    inputs[0][0, 0, 5] *= 300.0  # scores in the hundreds, which bfloat16 rounds by more than 1
+    inputs[0][0, 1, 9] *= 300.0
+    judge, right = AccuracyChecker(workload, inputs), results("poc", workload, inputs)
+    verdict = judge.check(right)
+    assert verdict.accurate, verdict.detail
+    right[0][0, 0, 30] += 0.1
+    assert not judge.check(right).accurate
+
+
 @pytest.mark.parametrize("poison", [mx.nan, mx.inf])
 def test_nan_and_infinity_never_pass(poison: float) -> None:
     inputs = make_inputs(SMALL, 0)

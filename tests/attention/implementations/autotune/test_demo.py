@@ -11,7 +11,7 @@ from msgspec import structs
 
 from attention.core import events as on
 from attention.core.route import NO_NEEDS
-from attention.core.workload import Workload
+from attention.core.workload import DType, Workload
 from attention.implementations.autotune.implementation import Demo, _path
 from attention.implementations.autotune.store import Store, class_of
 from attention.implementations.autotune.trial import AccuracyCheck, Task, candidates, fitting_candidates
@@ -381,10 +381,24 @@ def test_a_pattern_of_a_program_is_checked_against_float64(array: str | None) ->
     workload = structs.replace(PATTERN, mask=f"pattern:{PATTERN.density}")
     given = None
     if array:
-        # Rows see their own key: of one with -1e9 at every key float32 keeps no scores, and its error allows any.
         given = (mx.random.uniform(shape=(1, 4, 130, 130)) > 0.3) | mx.eye(130, dtype=mx.bool_)
-        given = given if array == "bool" else mx.where(given, 0.0, -1e9)
+        given = given if array == "bool" else _hides_a_row(given)
     mask = structs.replace(of_workload(PATTERN), array=given)
     check = AccuracyCheck(Task(workload=workload, inputs=make_inputs(PATTERN, 0), scale=0.25, mask=mask))
     assert check.error(Baseline())[1] == ""
+    assert "off" in check.error(Wrong("wrong", 0.0))[1]
+
+
+def _hides_a_row(shown: mx.array) -> mx.array:
+    """Return an additive mask with -1e9 where nothing is shown and in one row, of whose scores float32 keeps none."""
+    return mx.where(shown & (mx.arange(shown.shape[2])[:, None] != 40), 0.0, -1e9)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_hidden_by_a_large_mask_does_not_excuse_the_others(dtype: DType) -> None:
+    workload = structs.replace(PATTERN, mask="none", dtype=dtype)
+    mask = Mask(array=_hides_a_row(mx.random.uniform(shape=(1, 1, 130, 130)) > 0.3))
+    check = AccuracyCheck(Task(workload=workload, inputs=make_inputs(workload, 0), scale=0.25, mask=mask))
+    assert check.error(Baseline())[1] == ""
+    assert check.error(Practical(65536))[1] == ""
     assert "off" in check.error(Wrong("wrong", 0.0))[1]
