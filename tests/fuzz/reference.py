@@ -42,9 +42,10 @@ def multiplies_in_tf32(problem: Problem) -> bool:
 
 
 def in_tf32(x: Floats) -> Floats:
-    """Cut off all but the 10 bits of TF32's fraction, as tensor cores do."""
+    """Round to the 10 bits of TF32's fraction, to nearest and ties to even, as MLX's products do on an H200."""
     bits = np.asarray(x, np.float32).view(np.uint32)
-    return (bits & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
+    half = np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))
+    return ((bits + half) & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
 
 
 def largest_score(problem: Problem) -> float:

@@ -3,11 +3,12 @@
 import json
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from attention import implementations as built_in
 from tests.fuzz import __main__ as program
-from tests.fuzz import cases, edges, patterns, quantized
+from tests.fuzz import cases, edges, patterns, quantized, reference
 from tests.fuzz.__main__ import main
 from tests.fuzz.judge import FAILURES, PEERS, Judge, implementations
 from tests.fuzz.problem import exact, relaid
@@ -173,6 +174,12 @@ def test_the_gradient_of_a_reference_is_its_difference_quotient():
 
 
 @pytest.mark.slow
+def test_tf32_rounds_to_nearest_and_ties_to_even():
+    bit = 2.0**-10
+    given = np.array([1 + bit / 2, 1 + bit * 3 / 4, 1 + bit * 3 / 2, -1 - bit / 4])
+    assert reference.in_tf32(given).tolist() == [1, 1 + bit, 1 + 2 * bit, -1]
+
+
 def test_a_process_that_dies_costs_one_case(tmp_path, capsys):
     plugin = tmp_path / "plugin.py"
     plugin.write_text(
