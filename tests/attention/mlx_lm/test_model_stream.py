@@ -11,7 +11,7 @@ from attention.engine import stream as stream_engine
 from attention.engine.record import StreamRecord, record_of
 from attention.mlx_lm.stream import ModelStreamBench
 
-CASE = Stream(model="tiny-llama", heads=4, kv_heads=2, head_dim=32, tokens=40, window=60, dtype="float32")
+CASE = Stream(model="tiny-llama", heads=4, kv_heads=2, head_dim=32, tokens=20, window=30, dtype="float32")
 
 
 def rows_of(case: Stream, *names: str) -> dict[str, StreamRow]:
@@ -33,7 +33,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_all_rows_agree_while_nothing_falls_out_of_the_window() -> None:
     rows = rows_of(CASE, FULL, WINDOW, STREAMING)
     losses = [[block.loss for block in rows[name].blocks] for name in (FULL, WINDOW, STREAMING)]
-    assert len(losses[0]) == 40
+    assert len(losses[0]) == 20
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     np.testing.assert_allclose(losses[2], losses[0], rtol=1e-4)
     assert rows[STREAMING].loss_inside == pytest.approx(np.mean(losses[0]), rel=1e-4)
@@ -52,6 +52,6 @@ def test_rows_differ_once_tokens_fall_out() -> None:
 
 def test_chunks_give_the_losses_of_single_tokens() -> None:
     case = structs.replace(CASE, window=8, first=2)
-    alone, together = (rows_of(structs.replace(case, chunk=n), STREAMING)[STREAMING] for n in (1, 16))
+    alone, together = (rows_of(structs.replace(case, chunk=n), STREAMING)[STREAMING] for n in (1, 8))
     assert len(together.blocks) == 3
     assert mean_loss(together.blocks) == pytest.approx(mean_loss(alone.blocks), rel=1e-4)
