@@ -79,8 +79,13 @@ HISTORY: Final = (
     BACK,
 )
 SCALING: Final = (
+    Action(
+        "scaling_figure", "tab", "Figure", "tokens/s, latency, FLOP/s with the roof, or memory", "screen.turn('figure')"
+    ),
     Action("scaling_axis", "a", "Axis", "Draw over the next axis", "screen.turn('axis')"),
-    Action("scaling_name", "i", "Implementation", "Heat map of the next implementation", "screen.turn('name')"),
+    Action(
+        "scaling_name", "i", "Implementation", "Map of the winners, or of one implementation", "screen.turn('name')"
+    ),
     Action(
         "scaling_part", "v", "Other values", "The next values of the axes that are not drawn", "screen.turn('part')"
     ),

@@ -1,28 +1,86 @@
-"""How a sweep scales: a heat map of speedups over two axes, tokens/s over one, and the crossovers."""
+"""How a sweep scales: a figure over an axis with the crossovers on it, a map over two axes, and the rows of a point."""
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
+from rich.text import Text
+from textual import events, on
 from textual.app import ComposeResult
-from textual.binding import BindingType
-from textual.containers import Vertical, VerticalScroll
+from textual.binding import Binding, BindingType
+from textual.containers import Vertical
+from textual.message import Message
 from textual.screen import Screen
 from textual.widgets import Static
 
-from attention.core.results import Report
+from attention.core.results import Case, Report
 from fatui import formatting
 from fatui.report import counterparts, scaling
 from fatui.tui import actions
 from fatui.tui.lab import Lab
 from fatui.tui.terminal import literal
+from fatui.tui.view_models import sweep, table_lines
+from fatui.tui.view_models.plot import LEFT, Plot, mark_of
 from fatui.tui.widgets.bars import KeyBar, StatusLine
-from fatui.tui.widgets.charts import ChartData, HeatData, HeatMap, LineChart, format_value
+from fatui.tui.widgets.heat_map import HeatMap
+from fatui.tui.widgets.plot_view import PlotView
+from fatui.tui.widgets.row_table import RowTable
 
-NO_SWEEP = "This run has one case. {sweep} on the main screen starts a sweep; the preset 'scaling' is one."
-NO_RUN = "No run yet. A sweep is drawn here once it has run or is opened from the history."
+NO_SWEEP: Final = "This run has one case. {sweep} on the main screen starts a sweep; the preset 'scaling' is one."
+NO_RUN: Final = "No run yet. A sweep is drawn here once it has run or is opened from the history."
+DENSITY: Final = "density"
+ROOMY: Final = 34
+"""Minimum terminal rows at which the rows of a point and the map are visible at once."""
+MAX_WORDS: Final = 4
+"""Maximum findings below the chart."""
+
+
+class CurveChart(PlotView, can_focus=True):
+    """The curves; left and right move the cursor from value to value, up and down the row, enter opens it."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left,h", "move(-1)", "The value before", show=False),
+        Binding("right", "move(1)", "The next value", show=False),
+        Binding("up,k", "row(-1)", "The row above", show=False),
+        Binding("down,j", "row(1)", "The row below", show=False),
+        Binding("enter", "open", "Details of the row", show=False),
+    ]
+
+    class Moved(Message):
+        """Posted when the cursor is to move by a number of values, or to a part of the width."""
+
+        def __init__(self, values: int = 0, place: float | None = None) -> None:
+            super().__init__()
+            self.values, self.place = values, place
+
+    class RowMoved(Message):
+        """Posted when the cursor of the table is to move."""
+
+        def __init__(self, rows: int) -> None:
+            super().__init__()
+            self.rows = rows
+
+    class Opened(Message):
+        """Posted when the row under the cursor is to be opened."""
+
+    def action_move(self, count: int) -> None:
+        """Move the cursor."""
+        self.post_message(self.Moved(count))
+
+    def action_row(self, count: int) -> None:
+        """Move to another row of the point."""
+        self.post_message(self.RowMoved(count))
+
+    def action_open(self) -> None:
+        """Open the row."""
+        self.post_message(self.Opened())
+
+    def on_click(self, event: events.Click) -> None:
+        """Move the cursor to the value nearest to the click."""
+        self.focus()
+        self.post_message(self.Moved(place=(event.x - LEFT - 1) / max(1, self.size.width - LEFT - 2)))
 
 
 class Scaling(Screen[None]):
-    """Screen of the shown report's scaling; keys cycle through axes, implementations and slices."""
+    """Screen of the shown report's scaling; keys go through figures, axes, implementations and slices."""
 
     CSS_PATH: ClassVar = ["list.tcss", "scaling.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.SCALING), actions.closing("scaling")]
@@ -30,106 +88,221 @@ class Scaling(Screen[None]):
 
     def __init__(self) -> None:
         super().__init__(classes="list-screen")
-        self._turns = {"axis": 0, "name": 0, "part": 0}
+        self._turns = {"axis": 0, "name": 0, "part": 0, "figure": 0}
+        self._choices = {"axis": 0, "name": 0, "part": 0, "figure": 0}
         self._logarithmic: bool | None = None
+        self._drawn_logarithmic = False
+        self._at = 0
+        self._values: tuple[scaling.Value, ...] = ()
+        self._cases: list[Case] = []
+        self._places: list[float] = []
 
     def compose(self) -> ComposeResult:
-        """Yield the heat map, the chart and the crossovers."""
+        """Yield the chart, the rows of its cursor, the map and the findings."""
         yield StatusLine()
-        with VerticalScroll(id="scaling-body", can_focus=False):
-            with Vertical(classes="pane", id="map-pane"):
-                yield HeatMap(id="map")
-            with Vertical(classes="pane", id="chart-pane"):
-                yield LineChart(id="chart")
-            with Vertical(classes="pane", id="words-pane") as pane:
-                pane.border_title = "Crossovers"
-                yield Static(id="words", markup=False)
-        yield KeyBar(keys=actions.bar(actions.SCALING, self.app.keys))
+        with Vertical(classes="pane", id="chart-pane"):
+            yield CurveChart(id="chart")
+            yield Static(id="chart-legend", markup=False)
+        with Vertical(classes="pane", id="point-pane"):
+            yield RowTable(table_lines.COLUMNS, id="point")
+        with Vertical(classes="pane", id="map-pane"):
+            yield HeatMap(id="map")
+        with Vertical(classes="pane", id="words-pane") as pane:
+            pane.border_title = "Crossovers"
+            yield Static(id="words", markup=False)
+        yield KeyBar()
 
     def on_mount(self) -> None:
         """Draw the initial state."""
+        self.query_one("#point", RowTable).can_focus = False
+        self._draw()
+        self.query_one("#chart").focus()
+
+    def on_resize(self) -> None:
+        """Lay the panes out again."""
         self._draw()
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Leave out keys that have nothing to turn to."""
+        return self._choices[str(parameters[0])] > 1 if action == "turn" else True
+
     def action_turn(self, what: str) -> None:
-        """Show the next axis, implementation or slice."""
+        """Show the next figure, axis, implementation or slice."""
         self._turns[what] += 1
         self._draw()
 
     def action_logarithmic(self) -> None:
         """Switch between a linear and a logarithmic scale."""
-        self._logarithmic = not self.query_one(LineChart).logarithmic
+        self._logarithmic = not self._drawn_logarithmic
         self._draw()
 
     def action_back(self) -> None:
         """Close the screen."""
         self.dismiss()
 
+    @on(CurveChart.Moved)
+    def _move(self, event: CurveChart.Moved) -> None:
+        if not self._values:
+            return
+        self._at = min(max(self._at + event.values, 0), len(self._values) - 1)
+        if event.place is not None and self._places:
+            place = event.place
+            self._at = min(range(len(self._places)), key=lambda index: abs(self._places[index] - place))
+        self._draw()
+
+    @on(CurveChart.RowMoved)
+    def _move_row(self, event: CurveChart.RowMoved) -> None:
+        self.query_one("#point", RowTable).action_move(event.rows)
+
+    @on(CurveChart.Opened)
+    def _open_row(self) -> None:
+        key = self.query_one("#point", RowTable).key
+        report = self.app.report
+        if key is None or report is None:
+            return
+        from fatui.tui.screens.dialogs import RowDetails
+
+        index, name = table_lines.split_key(key)
+        case = report.cases[index]
+        row = scaling.row_of(case, name)
+        if row is not None:
+            self.app.push_screen(RowDetails(case, row, report.run.command))
+
+    def _turn(self, what: str, count: int) -> int:
+        self._choices[what] = count
+        return self._turns[what] % count if count else 0
+
     def _draw(self) -> None:
         report = self.app.report
         axes = scaling.swept_axes(report) if report else ()
         status = self.query_one(StatusLine)
+        panes = [self.query_one(f"#{name}-pane") for name in ("map", "chart", "point")]
         if report is None or not axes:
             status.show("Scaling", "")
             self.query_one("#words", Static).update(NO_SWEEP.format(sweep=self.app.keys["sweep"]) if report else NO_RUN)
             self.query_one("#words-pane").border_title = "Scaling"
-            self.query_one("#map-pane").display = self.query_one("#chart-pane").display = False
+            for pane in panes:
+                pane.display = False
+            self.query_one(KeyBar).show(actions.bar((actions.BACK,), self.app.keys))
             return
         status.show(f"Scaling · {report.run.preset or 'unnamed'}", f"{len(report.cases)} cases over {_axes_text(axes)}")
+        swept = axes
         if _densities(report, scaling.slices(report, ("mask",))[0]):
-            axes = ("density", *axes)
-        axis = axes[self._turns["axis"] % len(axes)]
-        swept = tuple(each for each in axes if each != "density")
-        if axis == "density":
+            axes = (DENSITY, *axes)
+        axis = axes[self._turn("axis", len(axes))]
+        if axis == DENSITY:
             self._draw_densities(report)
         else:
-            self._draw_chart(report, axis)
-        self._draw_map(report, "mask" if axis == "density" else axis, swept)
+            self._draw_curves(report, axis)
+        self._draw_map(report, "mask" if axis == DENSITY else axis, swept)
+        alive = [each for each in actions.SCALING if self.check_action(*_call(each.does)) is not False]
+        self.query_one(KeyBar).show(actions.bar(tuple(alive), self.app.keys))
 
-    def _draw_chart(self, report: Report, axis: str) -> None:
+    def _draw_curves(self, report: Report, axis: str) -> None:
         parts = scaling.slices(report, (axis,))
-        part = parts[self._turns["part"] % len(parts)]
-        values = tuple(each for each in scaling.values_on(report, axis) if _in_part(report, axis, part, each))
-        lines = scaling.curves(report, axis, part)
-        logarithmic = scaling.spans_much(lines) if self._logarithmic is None else self._logarithmic
-        self.query_one(LineChart).show(ChartData(axis.rstrip("_"), values, lines, logarithmic))
-        scale = "logarithmic" if logarithmic else "from 0"
-        self.query_one("#chart-pane").border_title = literal(
-            f"tokens/s over {_axes_text((axis,))}{' · ' + part if part else ''} · {scale}"
+        part = parts[self._turn("part", len(parts))]
+        order = scaling.values_on(report, axis)
+        cases = sorted(scaling.cases_of(report, (axis,), part), key=lambda each: order.index(_value(each, axis)))
+        self._cases, self._values = cases, tuple(dict.fromkeys(_value(case, axis) for case in cases))
+        self._at = min(self._at, len(self._values) - 1)
+        figure = sweep.FIGURES[self._turn("figure", len(sweep.FIGURES))]
+        lines = sweep.figure_curves(cases, axis, figure)
+        roof = sweep.roof_curve(cases, axis, report.peaks) if figure == "FLOP/s" else []
+        logarithmic = scaling.spans_much({**lines, "": roof}) if self._logarithmic is None else self._logarithmic
+        plot = sweep.curve_plot(
+            self._values,
+            lines,
+            logarithmic=logarithmic,
+            say=sweep.FORMATS[figure],
+            roof=roof,
+            cursor=self._values[self._at],
+            crossing=figure in ("tokens/s", "FLOP/s"),
         )
-        words = [*_crossover_words(lines, axis), *_quantized_words(report, axis, part)]
-        self.query_one("#words", Static).update("\n".join(words))
+        self._show_plot(f"{sweep.MEANS[figure]} over {_axes_text((axis,))}", part, lines, plot, logarithmic)
+        self._show_point(report, axis)
+        crossed = _crossover_words(scaling.curves_of(cases, axis), axis)
+        self._say([*crossed, *_quantized_words(report, axis, part)])
 
     def _draw_densities(self, report: Report) -> None:
         parts = scaling.slices(report, ("mask",))
-        part = parts[self._turns["part"] % len(parts)]
+        part = parts[self._turn("part", len(parts))]
+        self._turn("figure", 1)
         cases, names = scaling.cases_of(report, ("mask",), part), _names(report)
         values, lines = counterparts.density_curves(cases, names)
+        self._cases, self._values = [], ()
         logarithmic = bool(self._logarithmic)
-        chart = ChartData("density", values, lines, logarithmic, formatting.three)
-        self.query_one(LineChart).show(chart)
-        scale = "logarithmic" if logarithmic else "from 0"
-        self.query_one("#chart-pane").border_title = literal(
-            f"time of random blocks / own dense time, over density{' · ' + part if part else ''} · {scale}"
-        )
+        plot = sweep.curve_plot(values, lines, logarithmic=logarithmic, say=formatting.three)
+        title = "time of random blocks / own dense time, over density"
+        self._show_plot(title, part, lines, plot, logarithmic)
+        self.query_one("#point-pane").display = False
         found = [counterparts.density_break_even_text(name, counterparts.density_points(cases, name)) for name in names]
-        words = [text for text in found if text] or ["No break-even with dense is supported by these densities."]
-        self.query_one("#words", Static).update("\n".join(words))
+        self._say([text for text in found if text] or ["No break-even with dense is supported by these densities."])
+
+    def _show_plot(self, title: str, part: str, lines: sweep.Curves, plot: Plot | None, logarithmic: bool) -> None:
+        self._drawn_logarithmic = logarithmic
+        chart = self.query_one(CurveChart)
+        chart.empty = "No row has this figure."
+        chart.show(plot)
+        self._places = [plot.x.place(at) for at, _ in plot.x.ticks] if plot else []
+        legend = Text()
+        for number, name in enumerate(lines):
+            legend.append(f"{mark_of(number)} {name}   ", chart.style_of(number))
+        if plot and plot.notes:
+            legend.append("╳ crossover", chart.style_of(plot.notes[0].number))
+        self.query_one("#chart-legend", Static).update(legend)
+        scale = "logarithmic" if logarithmic else "from 0"
+        pane = self.query_one("#chart-pane")
+        pane.border_title = literal(f"{title}{' · ' + part if part else ''} · {scale}")
+
+    def _show_point(self, report: Report, axis: str) -> None:
+        """Draw the rows of the case under the cursor."""
+        pane = self.query_one("#point-pane")
+        at = self._values[self._at]
+        case = next(case for case in self._cases if _value(case, axis) == at)
+        index = report.cases.index(case)
+        pane.display = True
+        pane.border_title = literal(f"{axis.rstrip('_')} {sweep.format_value(at)} · {case.workload.label}")
+        pane.border_subtitle = "← → the value · ↑ ↓ the row · enter opens it"
+        self.query_one("#point", RowTable).show(table_lines.case_lines(index, case, "", True))
+        pane.styles.height = len(case.rows) + 3
+
+    def _say(self, words: list[str]) -> None:
+        more = [f"and {len(words) - MAX_WORDS} more"] if len(words) > MAX_WORDS else []
+        self.query_one("#words", Static).update("\n".join([*words[:MAX_WORDS], *more]))
 
     def _draw_map(self, report: Report, axis: str, axes: tuple[str, ...]) -> None:
         pane = self.query_one("#map-pane")
         pane.display = len(axes) > 1
         if len(axes) < 2:
+            self._turn("name", 1)
             return
         other = axes[(axes.index(axis) + 1) % len(axes)]
-        names = [line.implementation for line in report.summary if line.implementation != report.cases[0].reference]
-        name = names[self._turns["name"] % len(names)] if names else report.summary[0].implementation
+        reference = report.cases[0].reference
+        names: list[str | None] = [None, *(name for name in _names(report) if name != reference)]
+        short = self.app.size.height < ROOMY
+        turn = self._turn("name", len(names) + short) - short
+        if short:  # the map stands in the place of the point's rows, once it is turned to
+            pane.display = turn >= 0
+            self.query_one("#point-pane").display = turn < 0 and bool(self._values)
+        name = names[max(turn, 0)]
         parts = scaling.slices(report, (axis, other))
         part = parts[self._turns["part"] % len(parts)]
-        rows = scaling.grid(report, name, axis, other, part)
-        across = tuple(each for each in scaling.values_on(report, axis) if any(each == key[0] for key in rows))
-        down = tuple(each for each in scaling.values_on(report, other) if any(each == key[1] for key in rows))
-        self.query_one(HeatMap).show(HeatData((axis.rstrip("_"), across), (other.rstrip("_"), down), rows))
-        pane.border_title = literal(f"Speedup of {name} over {report.cases[0].reference}{' · ' + part if part else ''}")
+        self._choices["part"] = max(self._choices["part"], len(parts))
+        self.query_one(HeatMap).show(sweep.heat_map(report, name, axis, other, part))
+        letters = ", ".join(f"{letter} {each}" for each, letter in sweep.letters_of(_names(report)).items())
+        what = f"Fastest, with its speedup over {reference}: {letters}" if name is None else ""
+        title = what or f"Speedup of {name} over {reference}"
+        pane.border_title = literal(f"{title}{' · ' + part if part else ''}")
+
+
+def _call(does: str) -> tuple[str, tuple[object, ...]]:
+    """Return the name and the argument of an action: "screen.turn('axis')" is turn and axis."""
+    name, _, rest = does.rpartition(".")[2].partition("(")
+    return name, (rest.strip("')"),)
+
+
+def _value(case: Case, axis: str) -> scaling.Value:
+    return scaling.value(case.workload, axis)
 
 
 def _names(report: Report) -> list[str]:
@@ -150,10 +323,6 @@ def _quantized_words(report: Report, axis: str, part: str) -> list[str]:
     return [text for text in found if text]
 
 
-def _in_part(report: Report, axis: str, part: str, value: scaling.Value) -> bool:
-    return any(scaling.value(case.workload, axis) == value for case in scaling.cases_of(report, (axis,), part))
-
-
 def _axes_text(axes: tuple[str, ...]) -> str:
     return ", ".join(axis.rstrip("_") for axis in axes)
 
@@ -164,7 +333,7 @@ def _crossover_words(lines: dict[str, list[scaling.RatePoint]], axis: str) -> li
     if not found:
         return [f"No implementation clearly overtakes another over {name}."]
     return [
-        f"{each.faster_after} overtakes {each.faster_before} between {name} {format_value(each.between[0])}"
-        f" and {format_value(each.between[1])}"
+        f"{each.faster_after} overtakes {each.faster_before} between {name} {sweep.format_value(each.between[0])}"
+        f" and {sweep.format_value(each.between[1])}"
         for each in found
     ]

@@ -87,14 +87,13 @@ class Plot(Struct, frozen=True):
 
 
 def decades(low: float, high: float, say: Callable[[float], str] = formatting.rate) -> Axis:
-    """Return a logarithmic axis with a tick at each power of ten, or at 1, 2 and 5 times it if there are few."""
+    """Return a logarithmic axis with a tick at each power of ten, or at 1, 2 and 5 times it if there is but one."""
     low, high = low / 1.15, high * 1.15
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [10.0**power for power in powers]
-    if sum(low <= tick <= high for tick in ticks) < 3:
-        ticks = [step * 10.0**power for power in powers for step in (1, 2, 5)]
-    shown = [tick for tick in ticks if low <= tick <= high]
-    shown = shown[:: -(-len(shown) // MAX_TICKS)] if shown else []
+    shown = [tick for power in powers if low <= (tick := 10.0**power) <= high]
+    if len(shown) < 2:
+        shown = [tick for power in powers for step in (1, 2, 5) if low <= (tick := step * 10.0**power) <= high]
+    shown = shown[:: -(-len(shown) // MAX_TICKS) or 1]
     return Axis(low, high, True, tuple((tick, tick_text(tick, say)) for tick in shown))
 
 

@@ -141,11 +141,12 @@ async def test_scaling_draws_a_map_a_chart_and_names_crossovers(stage):
     assert "tokens/s over batch" in seen
     await stage.press("a")
     seen = stage.seen()
-    assert "Speedup of poc over baseline" in seen
+    assert "Fastest, with its speedup over baseline: B baseline, P poc" in seen
+    assert "╳" in seen and "poc overtakes" in seen
     assert "poc overtakes baseline between seq 64 and 128" in seen
     assert "logarithmic" in stage.seen()
     await stage.press("l", "i", "v")
-    assert "from 0" in stage.seen()
+    assert "from 0" in stage.seen() and "Speedup of poc over baseline" in stage.seen()
 
 
 async def test_scaling_over_random_blocks_names_the_break_even(stage):

@@ -1,0 +1,143 @@
+"""The Scaling screen and its view model."""
+
+import pytest
+
+from attention.core.results import Interval, Peaks, Ratio, Row
+from attention.core.workload import Workload
+from fatui.report.scaling import RatePoint, curves
+from fatui.tui.screens.dialogs import RowDetails
+from fatui.tui.screens.scaling import CurveChart
+from fatui.tui.view_models import roofline, sweep
+from fatui.tui.view_models.plot import CROSSING
+from fatui.tui.widgets.bars import KeyBar
+from tests.support.sample_runs import plan_of, report_of
+from tests.support.stage import on_stage
+
+LENGTHS = tuple(Workload(seq=seq) for seq in (64, 128, 256, 512))
+
+
+def line(*rates):
+    return [RatePoint(2**index, rate, rate * 0.99, rate * 1.01) for index, rate in enumerate(rates)]
+
+
+@pytest.mark.parametrize("logarithmic", [False, True])
+def test_a_crossover_is_marked_where_the_drawn_lines_meet(logarithmic):
+    lines = {"a": line(10, 10, 10, 10), "b": line(2, 5, 20, 40)}
+    plot = sweep.curve_plot((1, 2, 4, 8), lines, logarithmic=logarithmic, say=str, crossing=True)
+    (note,) = plot.notes
+    assert note.sign == CROSSING and note.words == "b overtakes"
+    assert 2 < note.x < 4 and note.y == pytest.approx(10)
+    part = (plot.x.place(note.x) - plot.x.place(2)) / (plot.x.place(4) - plot.x.place(2))
+    assert part == pytest.approx(1 / 2 if logarithmic else 1 / 3)
+
+
+def test_words_stand_at_equal_distances_and_lengths_by_their_size():
+    words = sweep.AxisPlaces(("none", "int8", "int4")).axis
+    assert words.place(1) - words.place(0) == pytest.approx(words.place(2) - words.place(1))
+    lengths = sweep.AxisPlaces((64, 128, 1024)).axis
+    assert lengths.logarithmic and [text for _, text in lengths.ticks] == ["64", "128", "1 K"]
+    assert lengths.place(1024) - lengths.place(128) == pytest.approx(3 * (lengths.place(128) - lengths.place(64)))
+
+
+def test_each_figure_is_that_of_the_rows():
+    report = report_of(plan_of(LENGTHS))
+    row = report.cases[1].rows[1]
+    found = {figure: sweep.figure_curves(report.cases, "seq", figure)["poc"][1] for figure in sweep.FIGURES}
+    assert found["tokens/s"].rate == pytest.approx(row.tokens_per_second)
+    assert found["latency"] == RatePoint(128, row.latency_s, row.latency_s, row.latency_s)
+    assert found["FLOP/s"].rate == pytest.approx(row.flops_per_s)
+    assert found["memory"].rate == row.peak_bytes
+    assert found["tokens/s"].low < found["tokens/s"].rate < found["tokens/s"].high
+    assert sweep.figure_curves(report.cases, "seq", "tokens/s") == curves(report, "seq", "")
+
+
+def test_the_roof_of_each_case_is_its_own():
+    report = report_of(plan_of(LENGTHS))
+    roof = sweep.roof_curve(report.cases, "seq", report.peaks)
+    for point, case in zip(roof, report.cases, strict=True):
+        assert point.rate == case.workload.flops / roofline.limits_of(case.workload, report.peaks).seconds
+    assert sweep.roof_curve(report.cases, "seq", Peaks()) == []
+
+
+def test_letters_are_different_and_the_first_of_a_name_where_it_is_free():
+    assert sweep.letters_of(["baseline", "poc", "practical", "poc-fp8", "mlx"]) == {
+        "baseline": "B",
+        "poc": "P",
+        "practical": "R",
+        "poc-fp8": "O",
+        "mlx": "M",
+    }
+
+
+def test_a_cell_names_the_winners_with_their_speedup():
+    report = report_of(plan_of(LENGTHS[:1]))
+    letters = sweep.letters_of([row.implementation for row in report.cases[0].rows])
+    cell = sweep.winner_cell(report.cases[0], letters)
+    assert cell.text.startswith("P 50") and cell.tone == "much-faster"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "text", "tone"),
+    [
+        (Ratio(value=0.5, low=0.49, high=0.51, significant=True), "0.500x", "slower"),
+        (Ratio(value=1.0, low=0.99, high=1.01, significant=False), "≈ 1", "same"),
+        (Ratio(value=1.5, low=1.49, high=1.51, significant=True), "1.50x", "faster"),
+        (Ratio(value=3.0, low=2.9, high=3.1, significant=True), "3.00x", "much-faster"),
+        (None, "n/a", "none"),
+    ],
+)
+def test_the_shade_of_a_cell_repeats_its_text(ratio, text, tone):
+    row = Row(implementation="x", status="ok", call_s=Interval(median=1.0), speedup=ratio)
+    assert sweep.speedup_cell(row) == sweep.MapCell(text, tone)
+
+
+async def scaled(stage, lengths=LENGTHS):
+    stage.app.runs.show_past(report_of(plan_of(lengths)))
+    await stage.press("g")
+
+
+async def test_tab_turns_through_the_figures(stage):
+    await scaled(stage)
+    titles = []
+    for _ in range(4):
+        titles.append(str(stage.find("#chart-pane").border_title))
+        await stage.press("tab")
+    assert [title.partition(" over")[0] for title in titles] == list(sweep.MEANS.values())
+    assert "tokens/s over seq" in stage.seen()
+
+
+async def test_the_cursor_reads_a_point_and_enter_opens_its_row(stage):
+    await scaled(stage)
+    assert "seq 64 · B=1 L=64" in stage.seen()
+    await stage.press("right", "right", "right", "right", "left", "down")
+    assert "seq 256 · B=1 L=256" in stage.seen()
+    await stage.press("enter")
+    dialog = stage.app.screen
+    assert isinstance(dialog, RowDetails)
+    assert (dialog._case.workload.seq, dialog._row.implementation) == (256, "poc")
+
+
+async def test_a_click_moves_the_cursor_to_the_nearest_value(stage):
+    await scaled(stage)
+    chart = stage.find("#chart", CurveChart)
+    await stage.pilot.click(chart, offset=(chart.size.width - 2, 2))
+    await stage.pilot.pause()
+    assert "seq 512 ·" in stage.seen()
+
+
+async def test_with_one_axis_only_keys_that_do_something_are_offered(stage):
+    await scaled(stage)
+    offered = [label for _, label, _ in stage.find(KeyBar).keys]
+    assert offered == ["Figure", "Log scale", "Back"]
+    await stage.press("a", "i", "v")
+    assert "tokens/s over seq" in stage.seen() and not stage.find("#map-pane").display
+
+
+async def test_a_short_terminal_turns_from_the_rows_of_a_point_to_the_map():
+    async with on_stage(size=(80, 24)) as stage:
+        grid = tuple(Workload(seq=seq, batch=batch) for seq in (64, 128) for batch in (1, 2))
+        await scaled(stage, grid)
+        assert stage.find("#point-pane").display and not stage.find("#map-pane").display
+        await stage.press("i")
+        assert stage.find("#map-pane").display and not stage.find("#point-pane").display
+        assert "P 50" in stage.seen()
