@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", metavar="A,B", default=PROMPTS, help=f"tokens of each prompt ({PROMPTS})")
     parser.add_argument("--generate", metavar="N", default=GENERATE, help=f"tokens of a decode sample ({GENERATE})")
     parser.add_argument("--batch", metavar="A,B", default="1", help="sequences at once (1)")
-    parser.add_argument("--layers", metavar="N", help="run only N layers, and estimate the whole model")
+    parser.add_argument("--layers", metavar="N", help="run only N layers, at least 2, and estimate the whole model")
     parser.add_argument("--dtype", default="bfloat16", help="float32, float16 or bfloat16 (bfloat16)")
     parser.add_argument("--ranks", metavar="N", help="devices among which the sequence is divided (1)")
     parser.add_argument("--kv-format", metavar="A,B", default=DENSE, help=KV_HELP)

@@ -3,8 +3,8 @@
 The accepted error of an output is twice that of plain attention in the same type, of a gradient three times, plus the
 rounding of the result. A backward pass that recomputes the weights in float32 has an error that plain attention may
 not have: that counts as well, see `reference.recomputed_results`. Plain attention in 16 bits clips a large mask; what
-float32 loses beside it counts as well. On CUDA the error of TF32 counts too: MLX multiplies float32 matrices in TF32
-there if cuBLAS chooses to.
+float32 loses beside it counts as well, and so does the error of plain attention with each row's largest mask value
+subtracted. On CUDA the error of TF32 counts too: MLX multiplies float32 matrices in TF32 there if cuBLAS chooses to.
 """
 
 from collections.abc import Callable
@@ -91,7 +91,9 @@ class Judge:
                 self.recomputed = [
                     reference.recomputed_results(problem, keep, added, order) for order in reference.ORDERS
                 ]
-            self.in_float32 = self.expected
+            self.in_float32, self.shifted = self.expected, self.plain
+            if added is not None and problem.q.dtype != mx.float32:
+                self.shifted = reference.plain_results(problem, keep, added, is_shifted=True)
             if added is not None:
                 self.in_float32 = reference.expected(problem, keep, added, is_sum_in_float32=True)
 
@@ -127,7 +129,7 @@ class Judge:
         """Return the largest error that is accepted of a result."""
         largest = float(np.abs(expected).max(initial=0))
         of_plain = float(np.abs(plain - expected).max(initial=0))
-        for rounded in (self.in_float32, self.in_tf32):
+        for rounded in (self.in_float32, self.in_tf32, self.shifted):
             of_plain = np.maximum(of_plain, np.abs(rounded[index] - expected).max(initial=0))  # NaN stays NaN
         for results in self.recomputed:
             if 0 < index < len(results):

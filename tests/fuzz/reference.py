@@ -180,8 +180,15 @@ def reduced(x: Floats, shape: tuple[int, ...]) -> Floats:
     return np.asarray(x.sum(axis=spread, keepdims=True))
 
 
-def plain_results(problem: Problem, keep: np.ndarray, added: Floats | None) -> list[Floats]:
-    """Return the same as `expected` by plain attention in the inputs' own type."""
+def plain_results(problem: Problem, keep: np.ndarray, added: Floats | None, is_shifted: bool = False) -> list[Floats]:
+    """Return the same as `expected` by plain attention in the inputs' own type.
+
+    `is_shifted` subtracts the largest value of each row of an additive mask: beside -1e9 a 16-bit type keeps no score,
+    so that without it gradients that cancel are exactly 0 by accident.
+    """
+    if added is not None and is_shifted:
+        largest = np.where(keep, added, -np.inf).max(-1, keepdims=True)
+        added = added - np.where(np.isfinite(largest), largest, 0.0)
     attend = _plain_attention(problem, keep, added)
     shift = mx.zeros((), problem.q.dtype)
     if problem.has_mask_gradient and isinstance(problem.mask, mx.array):

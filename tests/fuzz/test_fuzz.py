@@ -64,6 +64,7 @@ def test_calls_with_masks_as_values_are_right(mode, number):
 
 CANCELLING = [
     slow(("broad", 942, 501)),
+    slow(("broad", 96, 1412)),
     ("broad", 1215, 501),
     ("broad", 1910, 501),
     ("edges", 124, 501),
