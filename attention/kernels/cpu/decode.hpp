@@ -169,8 +169,9 @@ struct FewRows {
       score_lines<group, numbers>(query + row * key_length, key_length, k, scores + row * score_line, values);
     });
     softmax(key, k.count, bits);
-    constexpr int most = registers == 32 && !in_pairs ? 4 : 2;
     in_groups(rows, [&](int64_t row, auto group) {
+      // with 16 registers, 8 accumulators of all rows: as many as hide the latency of a sum
+      constexpr int most = registers == 32 ? (in_pairs ? 2 : 4) : 8 / group;
       int64_t c = 0;
       for (; c + most * lanes <= value_length; c += most * lanes) add<group, most>(row, v, c, keys);
       for (; c < value_length; c += lanes) add<group, 1>(row, v, c, keys);
