@@ -22,6 +22,7 @@ from attention.measure.device import Device, blas, probe
 from fatui import __version__, formatting, storage
 from fatui.storage import presets, settings
 from fatui.storage.history import HistoryError, RunHistory
+from fatui.trust import PRELOAD
 
 BACKENDS: Final = ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")
 COMPILERS: Final = {
@@ -32,10 +33,6 @@ COMPILERS: Final = {
 TYPICAL: Final = Workload(seq=1024, mask="causal")
 """The shape whose route decides whether an implementation is available."""
 MATMUL_SIZE: Final = 768
-PRELOAD: Final = (
-    "install OpenBLAS (Debian, Ubuntu: apt install libopenblas0), "
-    "then put LD_PRELOAD=libopenblas.so.0 in front of the command"
-)
 
 
 class DiagnosisItem(Struct, frozen=True, kw_only=True):

@@ -13,16 +13,13 @@ from attention.core.results import (
     ModelRow,
     RankFigures,
     Ratio,
-    Report,
     Row,
     Share,
     StreamCase,
     StreamRow,
-    Summary,
 )
 from attention.core.stream import FULL, RECOMPUTED, STREAMING, WINDOW
-from attention.core.workload import COUNTERPARTS, PHASES, Counterpart, Workload, short_name
-from attention.engine.record import summarise
+from attention.core.workload import COUNTERPARTS, Counterpart, Workload
 
 UNKNOWN: Final = "n/a"
 INSTALL_BACKEND: Final = "pip install 'fatui[cpu]', 'fatui[cuda12]' or 'fatui[cuda13]' on Linux, 'fatui' on macOS"
@@ -153,6 +150,13 @@ def size(value: float | None) -> str:
     return f"{text.rstrip('0').rstrip('.') if '.' in text else text} {unit}"
 
 
+def size_of(part: float, whole: float) -> str:
+    """Format a part of a size, the unit once if it is the same: "0.51 of 5.0 MiB", "310 KiB of 2.0 GiB"."""
+    text, of = size(part), size(whole)
+    number, _, unit = text.partition(" ")
+    return f"{number if of.endswith(f' {unit}') else text} of {of}"
+
+
 def percent(value: float | None) -> str:
     """Format a fraction as a percentage: "62 %", "0.8 %", "0.04 %"."""
     if value is None:
@@ -202,11 +206,11 @@ def interval_text(interval: Interval | None) -> str:
     if half is None or interval.low is None or interval.high is None:
         return f"{three(middle)} {unit}"
     if half > WIDE:
-        return f"{_span(interval.low / factor, interval.high / factor)} {unit}"
+        return f"{span(interval.low / factor, interval.high / factor)} {unit}"
     return f"{three(middle)} ±{_outward(half * middle, decimals(middle))} {unit}"
 
 
-def _span(low: float, high: float) -> str:
+def span(low: float, high: float) -> str:
     """Format the ends of an interval, rounded outward to two significant figures: "0.43 to 1.9"."""
     return f"{_two(low, math.floor)} to {_two(high, math.ceil)}"
 
@@ -249,7 +253,7 @@ def speedup_text(ratio: Ratio | None) -> str:
         return "≈ 1"
     half = half_width(ratio)
     if half > WIDE * ratio.value:
-        text = f"{_span(ratio.low, ratio.high)}x"
+        text = f"{span(ratio.low, ratio.high)}x"
     else:
         text = f"{three(ratio.value)} ±{_outward(half, decimals(ratio.value))}x"
     return text if ratio.significant else f"{text}?"
@@ -323,7 +327,7 @@ def ideal_text(share: Ratio | None) -> str:
     if share is None:
         return "-"
     if half_width(share) > WIDE * share.value:
-        return f"{_span(100 * share.low, 100 * share.high)} %"
+        return f"{span(100 * share.low, 100 * share.high)} %"
     return f"{100 * share.value:.1f} ±{_outward(100 * half_width(share), 1)} %"
 
 
@@ -481,74 +485,12 @@ def _standing(row: Row, case: AnyCase) -> str:
     return short
 
 
-def finding(report: Report) -> str:
-    """Summarise a run in one line: "poc is 49.6 ±0.4x baseline; memory 7 instead of 41 MiB; all accurate"."""
-    if report.cases:
-        return "; ".join([*_of_cases(report.cases, report.summary), *_of_quantized(report.cases), *_accuracy(report)])
-    if report.streams:
-        return "; ".join([*(_of_stream(case) for case in report.streams), *_accuracy(report)])
-    phases: dict[str, Sequence[AnyCase]] = {
-        name: [case for case in report.models if case.workload.phase == name] for name in PHASES
-    }
-    groups: dict[str, Sequence[AnyCase]] = {**phases, "fine-tuning": report.fine_tunings}
-    model = short_name((report.models or report.fine_tunings)[0].workload.model) if report.all_cases else ""
-    parts = [
-        f"{model} {name}: {', '.join(_of_cases(cases, summarise(cases, _names(cases))))}"
-        for name, cases in groups.items()
-        if cases
-    ]
-    return "; ".join([*(parts or ["nothing was measured"]), *_accuracy(report)])
-
-
-def _names(cases: Sequence[AnyCase]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(row.implementation for case in cases for row in case.rows))
-
-
-def _of_cases(cases: Sequence[AnyCase], summary: Sequence[Summary]) -> list[str]:
-    collecting = [row.collecting for case in cases for row in case.rows if row.collecting]
-    if collecting and not any(row.status == OK and not row.collecting for case in cases for row in case.rows):
-        return [f"too few rounds for a verdict: {collecting[0]}"]
-    if len(cases) == 1:
-        return _of_one(cases[0])
-    means = [line for line in summary if line.speedup and line.speedup.significant and line.speedup.value > 1]
-    if not means:
-        return ["nothing is faster than the reference over all cases"]
-    best = max(means, key=lambda line: line.speedup.value if line.speedup else 0.0)
-    mean = f"{best.implementation} is {speedup_text(best.speedup)} the reference on average"
-    off = sum(_reference_is_off(case) for case in cases)
-    which = f"; the reference is inaccurate in {off} of them" if off else ""
-    return [f"{mean} ({best.cases} of {len(cases)} cases{which})"]
-
-
-def _reference_is_off(case: AnyCase) -> bool:
-    return any(row.implementation == case.reference and row.status == "inaccurate" for row in case.rows)
-
-
-def _of_one(case: AnyCase) -> list[str]:
-    rows = {row.implementation: row for row in case.rows}
-    if case.reference not in rows:
-        return ["nothing was measured"]
-    named = f"{case.reference}, which is inaccurate" if _reference_is_off(case) else case.reference
-    best = best_of(case)
-    wins = [row for row in case.rows if row.status == OK and row.speedup and row.speedup.significant]
-    wins = [row for row in wins if row.speedup and row.speedup.value > 1]
-    if not wins:
-        unclear = any(word(row, case) == "unclear" or row.collecting for row in case.rows)
-        return [f"nothing is {'clearly ' if unclear else ''}faster than {named}"]
-    row = max(wins, key=lambda row: (row.implementation in best, row.speedup.value if row.speedup else 0.0))
-    reference = rows[case.reference]
-    parts = [f"{row.implementation} is {speedup_text(row.speedup)} {named}"]
-    if row.peak_bytes is not None and reference.peak_bytes is not None:
-        parts.append(f"memory {size(row.peak_bytes)} instead of {size(reference.peak_bytes)}")
-    return parts
-
-
 def stream_rows(case: StreamCase) -> dict[str, StreamRow]:
     """Return the rows of a stream that have figures, by name."""
     return {row.implementation: row for row in case.rows if row.call_s is not None}
 
 
-def _of_stream(case: StreamCase) -> str:
+def stream_finding(case: StreamCase) -> str:
     """Format the cost of a token, how flat it stayed, and what full attention would cost at the end."""
     rows = stream_rows(case)
     row, full, again = rows.get(STREAMING), rows.get(FULL), rows.get(RECOMPUTED)
@@ -576,7 +518,7 @@ def _other_losses(rows: Mapping[str, StreamRow]) -> str:
     return ", ".join(known) or ("" if inside is None else f"{inside:.3f} inside")
 
 
-def _of_quantized(cases: Sequence[Case]) -> list[str]:
+def quantized_finding(cases: Sequence[Case]) -> list[str]:
     """Format the largest speedup over unquantized keys and values, if one is significant."""
     gains = [
         (row.over_unquantized, row.implementation, case.workload.kv_format)
@@ -586,24 +528,6 @@ def _of_quantized(cases: Sequence[Case]) -> list[str]:
     ]
     best = max((each for each in gains if each[0].value > 1), key=lambda each: each[0].value, default=None)
     return [f"{best[1]} with K/V in {best[2]} is {speedup_text(best[0])} as fast as unquantized"] if best else []
-
-
-def _accuracy(report: Report) -> list[str]:
-    rows: list[Row] = [row for case in report.all_cases for row in case.rows]
-    counts = [
-        f"{sum(row.status == status for row in rows)} {status}"
-        for status in ("inaccurate", "failed", "refused", "unsupported")
-        if any(row.status == status for row in rows)
-    ]
-    if counts:
-        return [", ".join(counts)]
-    if report.streams or all(row.collecting for row in rows):
-        return []
-    words = "all accurate so far" if report.run.interrupted else "all accurate"
-    coarse = dict.fromkeys(
-        f"{row.implementation} by the tolerance of {row.approximate}" for row in rows if row.approximate
-    )
-    return [", ".join([words, *coarse])]
 
 
 BLOCKS: Final = " ▁▂▃▄▅▆▇█"

@@ -8,7 +8,7 @@ from typing import Final, Literal, get_args
 import msgspec
 
 from attention.core.errors import Remedy
-from attention.core.results import Environment, Peaks, RankFigures, Ratio
+from attention.core.results import Conditions, Environment, Peaks, RankFigures, Ratio
 from attention.core.route import Route
 from attention.core.stream import StreamBlock
 from attention.core.workload import Counterpart
@@ -35,6 +35,12 @@ class PeaksMeasured(Event, tag="peaks_measured"):
     """The best matmul and copy rates were measured."""
 
     peaks: Peaks
+
+
+class ConditionsMeasured(Event, tag="conditions_measured"):
+    """What else went on on this machine while a case was measured."""
+
+    conditions: Conditions
 
 
 class CaseStarted(Event, tag="case_started"):
@@ -384,6 +390,7 @@ RankEvent = RankStarted | RankAlive | RankFailed
 AnyEvent = (
     RunStarted
     | PeaksMeasured
+    | ConditionsMeasured
     | Progress
     | Message
     | WorkerUnusable

@@ -368,6 +368,40 @@ class Environment(Struct, frozen=True, kw_only=True):
     python: str | None = None
 
 
+class Conditions(Struct, frozen=True, kw_only=True):
+    """What else went on while a run measured, at its worst over the cases; None where that cannot be known."""
+
+    cores: int | None = None
+    """Cores that the run may use."""
+    other_cores: float | None = None
+    """Mean number of cores that other processes kept busy."""
+    busiest: tuple[str, ...] = ()
+    """Names of the other processes with the most processor time, at most three."""
+    stolen_cores: float | None = None
+    """Mean number of cores that the hypervisor gave to other machines."""
+    other_engines: int = 0
+    """Engines of other runs on this machine."""
+    governor: str | None = None
+    """Linux's scaling governor of the processor's clock."""
+    on_battery: bool | None = None
+    tf32: bool | None = None
+    """Whether MLX multiplies float32 matrices in TF32."""
+
+    def worst(self, other: "Conditions") -> "Conditions":
+        """Return the worse of two measurements in each field."""
+        busier = max(self, other, key=lambda each: each.other_cores or 0.0)
+        return structs.replace(
+            other,
+            other_cores=busier.other_cores,
+            busiest=busier.busiest,
+            stolen_cores=max(
+                (each for each in (self.stolen_cores, other.stolen_cores) if each is not None), default=None
+            ),
+            other_engines=max(self.other_engines, other.other_engines),
+            on_battery=other.on_battery if self.on_battery is None else self.on_battery or other.on_battery,
+        )
+
+
 class Run(Struct, frozen=True, kw_only=True):
     """The identity of a run."""
 
@@ -388,6 +422,8 @@ class Report(Struct, frozen=True, kw_only=True):
     run: Run
     environment: Environment
     peaks: Peaks
+    conditions: Conditions | None = None
+    """None in results of versions that did not record them."""
     cases: tuple[Case, ...] = ()
     summary: tuple[Summary, ...] = ()
     models: tuple[ModelCase, ...] = ()

@@ -265,6 +265,22 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
         return self.batch * self.heads * self.seq * self.kv_seq
 
 
+AXES: Final = (
+    *("batch", "seq", "kv_seq", "heads", "kv_heads", "head_dim", "ranks", "dtype", "kv_format", "mask", "pass_"),
+)
+"""The fields over which runs sweep."""
+
+
+def swept_axes(workloads: Sequence[Workload]) -> tuple[str, ...]:
+    """Return the axes on which workloads differ, without those that only follow another."""
+    columns = {axis: [getattr(workload, axis) for workload in workloads] for axis in AXES}
+    axes = [axis for axis in AXES if len(set(columns[axis])) > 1]
+    for follower, leader in (("kv_seq", "seq"), ("kv_heads", "heads")):
+        if follower in axes and leader in axes and columns[follower] == columns[leader]:
+            axes.remove(follower)
+    return tuple(axes)
+
+
 @lru_cache(maxsize=256)
 def _counterparts(case: Workload) -> Mapping[Counterpart, Workload]:
     """Return the counterparts of a case; cached, since each event of a run's progress asks for them."""

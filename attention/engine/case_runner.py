@@ -17,6 +17,7 @@ from attention.core.route import Route, unsupported, validated_route
 from attention.core.workload import COUNTERPARTS, Counterpart, Workload
 from attention.engine.progress import EMIT_INTERVAL_S, Emit, Progress
 from attention.implementations.protocol import Implementation, build, missing_feature, needs_building
+from attention.measure.conditions import ConditionsWatch
 from attention.measure.device import Device, environment, probe
 from attention.measure.rounds import Arm, Limits, TakesSamples, min_rounds_s, run_rounds, set_strides
 
@@ -66,12 +67,15 @@ class CaseRunner(ABC, Generic[P]):
         self._load_implementations()
         self._progress.emit(on.RunStarted(environment=environment(device)))
         self._prepare_all(device)
+        conditions = ConditionsWatch(device)
         with on.listening_to_tuning(self._on_tuning_event):
             for case in range(self._assignment.first_case, len(self._plan.cases)):
                 if ranks_of(self._plan.cases[case]) != self._ranks:
                     return
                 self._progress.begin_case(case)
-                self._progress.end_case(self._run_case(case))
+                stopped_by = self._run_case(case)
+                self._progress.emit(on.ConditionsMeasured(conditions=conditions.read()))
+                self._progress.end_case(stopped_by)
         self._progress.emit(on.RunDone())
 
     def _load_implementations(self) -> None:

@@ -15,6 +15,7 @@ from attention.core.results import (
     MIN_ROUNDS,
     AnyCase,
     Case,
+    Conditions,
     Environment,
     FineTuningCase,
     FineTuningRow,
@@ -108,6 +109,7 @@ class RunRecord(ABC, Generic[P, C]):
         plan: the plan of the run.
         cases: one entry for each case of the plan.
         environment, peaks: empty until the worker reports them.
+        conditions: what else went on, at its worst over the cases so far; None before the first is complete.
         progress: the latest Progress event, or None.
         last_rounds: the latest RoundsDone event, with its memory figures.
         log: the latest messages, at most LOG_LINES.
@@ -123,6 +125,7 @@ class RunRecord(ABC, Generic[P, C]):
         ]
         self.environment = Environment()
         self.peaks = Peaks()
+        self.conditions: Conditions | None = None
         self.progress: on.Progress | None = None
         self.last_rounds: on.RoundsDone | None = None
         self.log: deque[on.Message] = deque(maxlen=LOG_LINES)
@@ -138,6 +141,9 @@ class RunRecord(ABC, Generic[P, C]):
                 self.environment = event.environment
             case on.PeaksMeasured():
                 self.peaks = event.peaks
+            case on.ConditionsMeasured():
+                before = self.conditions
+                self.conditions = before.worst(event.conditions) if before else event.conditions
             case on.Progress():
                 self.progress = event
             case on.Message():
@@ -250,7 +256,13 @@ class RunRecord(ABC, Generic[P, C]):
         """
         cases = [self.case(index) for index in range(len(self.cases))] if cases is None else cases
         shown = tuple(case for case in cases if case.rows)
-        return Report(run=run, environment=self.environment, peaks=self.peaks, **self._results(shown))
+        return Report(
+            run=run,
+            environment=self.environment,
+            peaks=self.peaks,
+            conditions=self.conditions,
+            **self._results(shown),
+        )
 
     @abstractmethod
     def _results(self, cases: tuple[C, ...]) -> dict[str, Any]:

@@ -31,7 +31,6 @@ from fatui.report.sections import (
     largest_saving,
     leanest,
     mean_finding,
-    mean_speedup,
     memory_blocks,
     model_blocks,
     peak_line,
@@ -42,6 +41,7 @@ from fatui.report.sections import (
 from fatui.report.streaming import stream_blocks, stream_charts
 from fatui.report.study import origin_blocks
 from fatui.untrusted_text import escape_all
+from fatui.verdict import mean_speedup
 
 
 def compose(reports: Sequence[Report]) -> Document:

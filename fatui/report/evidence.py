@@ -12,13 +12,13 @@ from attention.core.results import (
     Environment,
     FineTuningCase,
     ModelCase,
-    Ratio,
     Report,
     Row,
     StreamCase,
 )
 from fatui import formatting
 from fatui.report.document import Block, Paragraph, Table, counted, joined
+from fatui.verdict import is_sound
 
 C = TypeVar("C", Case, ModelCase, FineTuningCase, StreamCase)
 
@@ -88,21 +88,12 @@ def newest(cases: Iterable[C]) -> tuple[C, ...]:
 
 def sound_rows(case: AnyCase) -> Iterator[Row]:
     """Yield the rows that can support a claim: accurate, and with enough rounds."""
-    return (row for row in case.rows if row.status == "ok" and row.call_s is not None and not row.collecting)
+    return filter(is_sound, case.rows)
 
 
 def evidence_rows(cases: Sequence[AnyCase], name: str) -> list[EvidenceRow]:
     """Return an implementation's sound rows."""
     return [EvidenceRow(case, row) for case in cases for row in sound_rows(case) if row.implementation == name]
-
-
-def compared(cases: Sequence[AnyCase], name: str) -> list[tuple[AnyCase, Ratio]]:
-    """Return an implementation's speedups with their cases, without those in which it is the reference."""
-    return [
-        (line.case, line.row.speedup)
-        for line in evidence_rows(cases, name)
-        if line.row.speedup is not None and name != line.case.reference
-    ]
 
 
 def unsound(cases: Sequence[AnyCase]) -> list[EvidenceRow]:

@@ -10,13 +10,11 @@ from msgspec import Struct
 
 from attention.core.results import Case, Interval, Report, Row
 from attention.core.statistics import CONFIDENCE, student_t
-from attention.core.workload import Workload
+from attention.core.workload import AXES, Workload
+from attention.core.workload import swept_axes as axes_of
 from fatui.report.document import Block, Claim, MissingData, joined
 from fatui.report.evidence import sound_rows
 
-AXES: Final = (
-    *("batch", "seq", "kv_seq", "heads", "kv_heads", "head_dim", "ranks", "dtype", "kv_format", "mask", "pass_"),
-)
 MUCH: Final = 20
 Value = int | str
 
@@ -46,12 +44,7 @@ def value(workload: Workload, axis: str) -> Value:
 
 def swept_axes(report: Report) -> tuple[str, ...]:
     """Return the axes on which the cases differ, without those that only follow another."""
-    columns = {axis: [value(case.workload, axis) for case in report.cases] for axis in AXES}
-    axes = [axis for axis in AXES if len(set(columns[axis])) > 1]
-    for follower, leader in (("kv_seq", "seq"), ("kv_heads", "heads")):
-        if follower in axes and leader in axes and columns[follower] == columns[leader]:
-            axes.remove(follower)
-    return tuple(axes)
+    return axes_of([case.workload for case in report.cases])
 
 
 def values_on(report: Report, axis: str) -> tuple[Value, ...]:

@@ -7,23 +7,15 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Final
 
-from attention.core import statistics
 from attention.core.results import AnyCase, Case, FineTuningCase, ModelCase, Ratio
 from attention.implementations import CATALOGUE
 from fatui import formatting
 from fatui.report.document import Block, Claim, Code, MissingData, Paragraph, Table, counted, joined
-from fatui.report.evidence import EvidenceRow, compared, evidence_rows, sound_rows
+from fatui.report.evidence import EvidenceRow, evidence_rows, sound_rows
 from fatui.report.table import further_columns, model_columns
+from fatui.verdict import agreed_speedup, mean_speedup, speedups
 
 RUN_BENCH = "fatui bench seed-table"
-
-
-def mean_speedup(cases: Sequence[AnyCase], name: str) -> Ratio | None:
-    """Return the geometric mean of an implementation's speedups, or its only one; None if the references differ."""
-    found = compared(cases, name)
-    if len({case.reference for case, _ in found}) != 1:
-        return None
-    return found[0][1] if len(found) == 1 else statistics.geometric_mean([ratio for _, ratio in found])
 
 
 def mean_finding(cases: Sequence[AnyCase], name: str, where: str = "") -> Claim | None:
@@ -31,22 +23,18 @@ def mean_finding(cases: Sequence[AnyCase], name: str, where: str = "") -> Claim 
 
     A mean is reported only if most of its cases agree with it, each beyond its own noise floor.
     """
-    found, mean = compared(cases, name), mean_speedup(cases, name)
+    found, mean = speedups(cases, name), mean_speedup(cases, name)
     if mean is None:
         return None
     reference, over = found[0][0].reference, f"over {counted(len(found), 'case')}"
     how = "(geometric mean)" if len(found) > 1 else f"({found[0][0].workload.label})"
     ratios = [ratio for _, ratio in found]
-    if mean.significant and 2 * sum(_agrees(ratio, mean) for ratio in ratios) > len(ratios):
+    if agreed_speedup(cases, name):
         return Claim(f"{where}{name} is {times(mean)} {reference} {over} {how}.")
     if not mean.significant and all(formatting.is_clear(ratio) for ratio in (mean, *ratios)):
         low, high = formatting.three(mean.low), formatting.three(mean.high)
         return Claim(f"{where}{name} is as fast as {reference} within {low} to {high} times, {over} {how}.")
     return None
-
-
-def _agrees(ratio: Ratio, mean: Ratio) -> bool:
-    return ratio.significant and (ratio.value > 1) == (mean.value > 1)
 
 
 def times(ratio: Ratio) -> str:
@@ -56,7 +44,7 @@ def times(ratio: Ratio) -> str:
 
 def extremes(cases: Sequence[AnyCase], name: str) -> list[Block]:
     """Return where an implementation gains most, and where it gains nothing or loses."""
-    clear = [(case, ratio) for case, ratio in compared(cases, name) if formatting.is_clear(ratio)]
+    clear = [(case, ratio) for case, ratio in speedups(cases, name) if formatting.is_clear(ratio)]
     wins = [(case, ratio) for case, ratio in clear if ratio.significant and ratio.value > 1]
     losses = [(case, ratio) for case, ratio in clear if ratio.significant and ratio.value < 1]
     equal = [(case, ratio) for case, ratio in clear if not ratio.significant]
@@ -303,7 +291,7 @@ def _blocks(cases: Sequence[ModelCase | FineTuningCase]) -> list[Block]:
 
 def _gain(case: AnyCase, name: str) -> Claim | None:
     """Return the finding of a significant speedup, with the time it saves or costs."""
-    for _, ratio in compared([case], name):
+    for _, ratio in speedups([case], name):
         if ratio.significant:
             return Claim(f"{case.workload.label}: {name} is {times(ratio)} {case.reference}{_time(ratio.value)}.")
     return None

@@ -30,7 +30,9 @@ from attention.engine.record import NEVER_CALLED
 from fatui import formatting
 from fatui.report.stream_curves import loss_chart, step_histograms, text_chart, time_chart
 from fatui.report.study import SHOWN, Study, StudyRow, rate_text, times_text
+from fatui.trust import trust, trust_line, worst
 from fatui.untrusted_text import escape_all
+from fatui.verdict import confidence_text, finding, headline, loss_lines, verdicts
 
 
 def study_table(study: Study, report: Report) -> RenderableType:
@@ -542,13 +544,28 @@ def summary_table(report: Report) -> RenderableType:
     return Group(title, table)
 
 
+TRUST_STYLES: Final = {"note": "dim", "warning": "yellow", "serious": "bold yellow"}
+
+
+def _verdict_lines(report: Report) -> list[Text]:
+    """Return the verdict, why the others lose, how sure it is, and what the figures depend on."""
+    lines = [Text(finding(report), style="bold")] if report.streams else []
+    for verdict in verdicts(report):
+        lines += [Text(text, style="bold") for text in (headline(verdict), *verdict.notes)]
+        if verdict.winner is not None:
+            lines += [Text(f"  {line}", style="dim") for line in loss_lines(verdict)]
+            lines.append(Text(f"  {confidence_text(verdict)}", style="" if verdict.confidence == "high" else "yellow"))
+    findings = trust(report)
+    return [*lines, *([Text(trust_line(findings), style=TRUST_STYLES[worst(findings)])] if findings else [])]
+
+
 def _footer(report: Report) -> RenderableType:
     where, peaks = report.environment, report.peaks
     known = [where.device, where.backend, where.mlx and f"MLX {where.mlx}", where.blas]
     parts = [part for part in known if part]
     if peaks.flops_per_s:
         parts.append(f"best rate measured {formatting.flops(peaks.flops_per_s)}/s = 100 %")
-    lines: list[RenderableType] = [Text(formatting.finding(report), style="bold")]
+    lines: list[RenderableType] = [*_verdict_lines(report)]
     if parts:
         lines.append(Text(" · ".join(parts), style="dim"))
     state = ", interrupted" if report.run.interrupted else ""

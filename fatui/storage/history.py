@@ -16,9 +16,10 @@ from msgspec import Struct, structs
 from attention.core.errors import suggestion
 from attention.core.files import make_folder
 from attention.core.results import Report
-from fatui import formatting, storage
+from fatui import storage
 from fatui.storage import result_files
 from fatui.untrusted_text import escape_all, one_line
+from fatui.verdict import finding
 
 T = TypeVar("T")
 
@@ -76,7 +77,7 @@ def summary_of(report: Report) -> RunSummary:
         backend=report.environment.backend,
         cases=len(report.all_cases),
         implementations=tuple(names),
-        finding=formatting.finding(report),
+        finding=finding(report),
     )
 
 

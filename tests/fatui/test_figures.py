@@ -17,6 +17,7 @@ from fatui import formatting
 from fatui.quantities import parse_size, size_text
 from fatui.report.export import to_json, to_markdown
 from fatui.report.table import report_table
+from fatui.verdict import finding
 from tests.support.sample_runs import plan_of, record_of, report_of, run_of
 
 
@@ -146,7 +147,7 @@ def test_too_few_rounds_give_no_verdict_anywhere(rounds):
     assert [formatting.verdict(row, case) for row in case.rows] == [text, text]
     assert [row.speedup for row in case.rows] == [None, None]
     assert formatting.best_of(case) == ()
-    assert formatting.finding(report) == f"too few rounds for a verdict: {text}"
+    assert finding(report) == f"No winner · too few rounds for a verdict: {text}"
     printed = io.StringIO()
     Console(file=printed, width=120).print(report_table(report))
     for shown in (printed.getvalue(), to_markdown(report)):
@@ -191,13 +192,12 @@ def test_a_wide_interval_earns_no_star_and_equals_share_one():
 
 
 def test_a_finding_says_who_won_and_what_it_takes():
-    assert formatting.finding(report_of()).startswith("poc is 50")
-    assert formatting.finding(report_of()).endswith("x baseline; memory 512 KiB instead of 512 KiB; all accurate")
+    assert finding(report_of()) == "Use poc · 50.0x baseline (49 to 51) · 512 of 512 KiB · accurate"
     several = report_of(plan_of([Workload(seq=64), Workload(seq=128)]))
-    assert "the reference on average (2 of 2 cases)" in formatting.finding(several)
-    assert "nothing" in formatting.finding(report_of(plan_of(names=["baseline", "demo"])))
+    assert "x baseline on average (" in finding(several) and "fastest in all 2 cases" in finding(several)
+    assert "nothing" in finding(report_of(plan_of(names=["baseline", "demo"])))
     empty = record_of(plan_of(cases=[])).report(run_of())
-    assert formatting.finding(empty)
+    assert finding(empty) == "nothing was measured"
 
 
 def with_an_inaccurate_reference(report):
@@ -292,7 +292,10 @@ def test_an_approximate_row_is_marked_wherever_its_accuracy_is_told() -> None:
     report = structs.replace(report, cases=(case,))
     assert formatting.row_error(coarse) == "1.2e-2 fp8"
     assert formatting.verdict(coarse, case).endswith(" in fp8")
-    assert formatting.finding(report).endswith(f"all accurate, {coarse.implementation} by the tolerance of fp8")
+    fast = structs.replace(report_of(plan_of(names=("baseline", "poc"))).cases[0].rows[1], approximate="fp8")
+    assert finding(structs.replace(report, cases=(structs.replace(case, rows=(plain, fast)),))).endswith(
+        "accurate by the tolerance of fp8"
+    )
     out = io.StringIO()
     Console(file=out, width=200).print(report_table(report))
     assert "8 bits; so far off" in out.getvalue()

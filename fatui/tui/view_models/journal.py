@@ -96,7 +96,7 @@ def event_line(event: on.AnyEvent, plan: AnyPlan) -> LeveledText:
             return f"rank {event.rank}: {event.device} of {event.host}, process {event.process_id}", "info"
         case on.RankFailed():
             return f"rank {event.rank}: {event.reason}", "warning"
-        case on.Progress() | on.RankAlive():
+        case on.Progress() | on.RankAlive() | on.ConditionsMeasured():
             return UNLOGGED
         case _:
             return _case_line(event, plan)

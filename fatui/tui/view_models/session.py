@@ -194,7 +194,7 @@ class RunSession(Generic[P, C]):
         stopped = self.phase == "stopping"
         self.phase = "failed" if failed else "refused" if record.refused else "done" if record.done else "stopped"
         if self._final:
-            from fatui.formatting import finding
+            from fatui.verdict import finding
 
             self.finding = finding(self.report())
         elif record.refused:

@@ -7,12 +7,12 @@ from textual.widgets import Static
 
 from attention.core.results import Report, Summary
 from attention.engine.record import summarise
-from fatui import formatting
 from fatui.tui.terminal import literal
 from fatui.tui.view_models import table_lines as lines_of
 from fatui.tui.view_models.session import Session
 from fatui.tui.view_models.table_lines import TableLine
 from fatui.tui.widgets.row_table import RowTable
+from fatui.verdict import finding
 
 EMPTY = "No rows yet. Press r to run; rows appear as they are measured."
 
@@ -92,7 +92,7 @@ class ComparisonPane(Vertical):
             if several:
                 lines.append(lines_of.block_head(index, case))
             lines += lines_of.case_lines(index, case, self.by, self.descending)
-        self._draw(lines, formatting.finding(report))
+        self._draw(lines, finding(report))
         label = (
             f"{len(report.cases)} cases" if several else report.cases[0].workload.label if report.cases else "no rows"
         )

@@ -177,7 +177,7 @@ def test_the_history_keeps_models(tmp_path):
     history.add(kept)
     (line,) = history.runs()
     assert (line.cases, line.implementations) == (2, ("baseline", "poc"))
-    assert line.finding.startswith("tinyllama-1.1b prefill: poc is 2.00")
+    assert line.finding.startswith("tinyllama-1.1b prefill: Use poc · 2.00")
     assert history.get("last") == kept
 
 

@@ -32,7 +32,7 @@ def test_a_report_comes_back_as_it_was(tmp_path):
     assert kept.get("last") == kept.get("0a1b") == report
     (line,) = kept.runs()
     assert (line.preset, line.cases, line.implementations[0]) == ("quick", 1, "baseline")
-    assert "poc is 50" in line.finding
+    assert line.finding.startswith("Use poc · 50")
 
 
 def test_a_run_is_found_by_what_tells_it_from_others(tmp_path):

@@ -27,7 +27,7 @@ async def test_a_run_fills_the_table_says_its_finding_and_is_kept(stage):
     await stage.pilot.pause()
     assert "CPU kernel" in stage.seen()
     stage.engine.finish()
-    await stage.settle(lambda: "poc is 49" in stage.seen())
+    await stage.settle(lambda: "Use poc · 49" in stage.seen())
     assert stage.app.session.phase == "done"
     await stage.settle(lambda: len(RunHistory().runs()) == 1)
     assert not RunHistory().runs()[0].interrupted

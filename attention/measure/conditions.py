@@ -1,0 +1,128 @@
+"""What else goes on on the machine while a run measures: other processes, other runs, the hypervisor, the clock."""
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import psutil
+from msgspec import Struct
+
+from attention.core.results import Conditions
+from attention.measure.device import Device
+
+ENGINE: Final = "attention.engine.worker"
+"""The module of an engine's process, as on its command line."""
+GOVERNOR: Final = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+MAX_NAMES: Final = 3
+MIN_NAMED_CORES: Final = 0.02
+"""Processes that took less are not named."""
+KERNEL: Final = "kworker"
+"""Begins the names of the kernel's own threads, which say nothing to a user."""
+MIN_INTERVAL_S: Final = 0.5
+"""Shorter intervals are not read: a reading would take a good part of them, and the counters tick every 10 ms."""
+
+
+class _Usage(Struct):
+    """Seconds of processor time up to now."""
+
+    at: float
+    busy_s: float
+    stolen_s: float
+    by_process: dict[tuple[int, str], float]
+    family_s: float
+
+
+class ConditionsWatch:
+    """Reader of the conditions between two readings; one takes up to 0.1 s, so that none is made while timing."""
+
+    def __init__(self, device: Device) -> None:
+        """Begin the first interval."""
+        self._device = device
+        self._before = _usage()
+        self._last = Conditions()
+
+    def read(self) -> Conditions:
+        """Return the conditions since the last reading, or the last ones again if that was just now."""
+        if time.monotonic() - self._before.at < MIN_INTERVAL_S:
+            return self._last
+        now = _usage()
+        elapsed = now.at - self._before.at
+        own_s = max(0.0, now.family_s - self._before.family_s)
+        others = max(0.0, now.busy_s - self._before.busy_s - own_s) / elapsed
+        spent = {key: (s - self._before.by_process.get(key, 0.0)) / elapsed for key, s in now.by_process.items()}
+        named = [key for key in spent if spent[key] >= MIN_NAMED_CORES and not key[1].startswith(KERNEL)]
+        busiest = sorted(named, key=lambda key: -spent[key])
+        self._last = Conditions(
+            cores=self._device.cores,
+            other_cores=others,
+            busiest=tuple(dict.fromkeys(name for _, name in busiest))[:MAX_NAMES],
+            stolen_cores=max(0.0, now.stolen_s - self._before.stolen_s) / elapsed,
+            other_engines=_other_engines(),
+            governor=_governor(),
+            on_battery=_on_battery(),
+            tf32=self._device.backend == "cuda" and os.environ.get("MLX_ENABLE_TF32", "1") != "0",
+        )
+        self._before = now
+        return self._last
+
+
+def _usage() -> _Usage:
+    total = psutil.cpu_times()
+    idle = total.idle + getattr(total, "iowait", 0.0) + getattr(total, "steal", 0.0)
+    guest = getattr(total, "guest", 0.0) + getattr(total, "guest_nice", 0.0)  # counted in user and nice already
+    family = _family()
+    made = _Usage(
+        at=time.monotonic(),
+        busy_s=sum(total) - idle - guest,
+        stolen_s=getattr(total, "steal", 0.0),
+        by_process={},
+        family_s=0.0,
+    )
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            times = process.cpu_times()
+            spent = times.user + times.system
+            if process.pid in family:
+                made.family_s += spent + getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
+            else:
+                made.by_process[process.pid, process.name()] = spent
+    return made
+
+
+def _family() -> set[int]:
+    """Return the ids of the program that started this engine, and of all that it started: ranks, compilers."""
+    with suppress(psutil.Error):
+        head = psutil.Process(os.getppid() if _is_engine(psutil.Process()) else os.getpid())
+        return {head.pid, os.getpid(), *(child.pid for child in head.children(recursive=True))}
+    return {os.getpid()}
+
+
+def _is_engine(process: psutil.Process) -> bool:
+    return ENGINE in process.cmdline()
+
+
+def _other_engines() -> int:
+    """Return the number of other runs: programs with an engine, however many ranks it has."""
+    family = _family()
+    heads = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.pid not in family and "python" in process.name() and _is_engine(process):
+                heads.add(process.ppid())
+    return len(heads)
+
+
+def _governor() -> str | None:
+    try:
+        return GOVERNOR.read_text(encoding="ascii", errors="replace").strip()[:40] or None
+    except OSError:
+        return None
+
+
+def _on_battery() -> bool | None:
+    with suppress(Exception):  # psutil raises different errors for different system files
+        battery = psutil.sensors_battery()
+        return None if battery is None or battery.power_plugged is None else not battery.power_plugged
+    return None

@@ -1,0 +1,419 @@
+"""The verdict of a run: which implementation to use, how sure that is, and why not the others."""
+
+from collections.abc import Sequence
+from statistics import geometric_mean
+from typing import Final, Literal
+
+from msgspec import Struct
+
+from attention.core import statistics
+from attention.core.results import AnyCase, Case, Ratio, Report, Row
+from attention.core.workload import PHASES, Workload, short_name, swept_axes
+from fatui import formatting
+from fatui.formatting import OK
+
+Confidence = Literal["none", "low", "high"]
+MAX_FLOOR: Final = 0.10
+"""Noise floor above which nothing is ranked unless a difference is clear of it."""
+MIN_LEAD_FLOORS: Final = 3.0
+"""A lead of fewer noise floors is of low confidence."""
+SAFE_LEAD: Final = 1.0
+"""A lead of this much, twice as fast, outlasts a machine that throttles."""
+MIN_SURE_ROUNDS: Final = 12
+"""With fewer rounds the interval of a median rests on its extremes."""
+MAX_NAMED: Final = 3
+AXIS_WORDS: Final = {
+    "batch": "B",
+    "seq": "L",
+    "kv_seq": "keys",
+    "heads": "H",
+    "kv_heads": "K/V heads",
+    "head_dim": "D",
+    "ranks": "ranks",
+    "dtype": "",
+    "kv_format": "K/V",
+    "mask": "mask",
+    "pass_": "",
+}
+
+
+class Loss(Struct, frozen=True, kw_only=True):
+    """Why an implementation is not the one to use."""
+
+    implementation: str
+    text: str
+    """"33 times slower, unfused: blocks 256 x 512", "tied", "refused: needs 41 GiB of 22"."""
+    tied: bool = False
+
+
+class Verdict(Struct, frozen=True, kw_only=True):
+    """What a group of cases supports: those of attention shapes, or of one phase of a model."""
+
+    title: str = ""
+    """What was measured, if a report may have several verdicts: "tinyllama-1.1b prefill"."""
+    winner: str | None = None
+    """The implementation to use; None if the rows support none."""
+    reference: str | None = None
+    speedup: Ratio | None = None
+    """Of the winner over the reference; over several cases the geometric mean. None if it is the reference."""
+    span: tuple[float, float] | None = None
+    """The smallest and the largest speedup of several cases."""
+    peak_bytes: int | None = None
+    """The winner's memory, on the case in which it takes most."""
+    reference_bytes: int | None = None
+    """The reference's on the same case."""
+    accuracy: str = ""
+    """"accurate", "accurate by the tolerance of fp8"."""
+    where: str = ""
+    """In which of several cases it is the fastest: "fastest at L 64 to 512"."""
+    losses: tuple[Loss, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Further findings: the gain of quantized keys and values."""
+    confidence: Confidence = "none"
+    doubts: tuple[str, ...] = ()
+    """Why the confidence is not higher."""
+    too_noisy: bool = False
+    """Whether the noise floor is too large to rank anything."""
+    reason: str = ""
+    """Why there is no winner."""
+
+
+def is_sound(row: Row) -> bool:
+    """Return whether a row can support a claim: accurate, and with enough rounds."""
+    return row.status == OK and row.call_s is not None and not row.collecting
+
+
+def speedups(cases: Sequence[AnyCase], name: str) -> list[tuple[AnyCase, Ratio]]:
+    """Return an implementation's sound speedups with their cases, without those in which it is the reference."""
+    return [
+        (case, row.speedup)
+        for case in cases
+        for row in case.rows
+        if row.implementation == name and is_sound(row) and row.speedup is not None and name != case.reference
+    ]
+
+
+def mean_speedup(cases: Sequence[AnyCase], name: str) -> Ratio | None:
+    """Return the geometric mean of an implementation's speedups, or its only one; None if the references differ."""
+    found = speedups(cases, name)
+    if len({case.reference for case, _ in found}) != 1:
+        return None
+    return found[0][1] if len(found) == 1 else statistics.geometric_mean([ratio for _, ratio in found])
+
+
+def agreed_speedup(cases: Sequence[AnyCase], name: str) -> Ratio | None:
+    """Return the mean speedup if it is significant and most of its cases agree, each beyond its own noise floor."""
+    mean, found = mean_speedup(cases, name), speedups(cases, name)
+    if mean is None or not mean.significant:
+        return None
+    agreeing = sum(ratio.significant and (ratio.value > 1) == (mean.value > 1) for _, ratio in found)
+    return mean if 2 * agreeing > len(found) else None
+
+
+def verdicts(report: Report) -> tuple[Verdict, ...]:
+    """Return the verdict of each group of cases that can be ranked; streams have none."""
+    tried = [case.workload.model for case in report.models] + [case.workload.model for case in report.fine_tunings]
+    model = short_name(tried[0]) if tried else ""
+    groups: list[tuple[str, Sequence[AnyCase]]] = [
+        ("", report.cases),
+        *((f"{model} {phase}", [case for case in report.models if case.workload.phase == phase]) for phase in PHASES),
+        (f"{model} fine-tuning", report.fine_tunings),
+    ]
+    return tuple(verdict_of(cases, title, interrupted=report.run.interrupted) for title, cases in groups if cases)
+
+
+def verdict_of(cases: Sequence[AnyCase], title: str = "", *, interrupted: bool = False) -> Verdict:
+    """Return the verdict of some cases that are ranked together.
+
+    Args:
+        cases: the cases; several are summarised by the geometric means of their speedups.
+        title: what they are, in words.
+        interrupted: whether their run was.
+    """
+    names = tuple(dict.fromkeys(row.implementation for case in cases for row in case.rows))
+    comparable = _with_common_reference(cases)
+    reference = comparable[0].reference if comparable else None
+    winner = _winner(comparable, names, reference)
+    notes = tuple(formatting.quantized_finding([case for case in cases if isinstance(case, Case)]))
+    noisy = [case for case in comparable if case.noise_floor and case.noise_floor.floor > MAX_FLOOR]
+    if winner is None:
+        return Verdict(
+            title=title,
+            reference=reference,
+            losses=_losses(cases, names, None),
+            notes=notes,
+            too_noisy=bool(noisy) and 2 * len(noisy) > len(comparable),
+            reason=_reason(comparable, reference),
+        )
+    doubts = _doubts(cases, comparable, winner, interrupted)
+    peak, reference_peak = _peaks(cases, winner)
+    ratios = [ratio.value for _, ratio in speedups(comparable, winner)]
+    return Verdict(
+        title=title,
+        winner=winner,
+        reference=reference,
+        speedup=mean_speedup(comparable, winner),
+        span=(min(ratios), max(ratios)) if len(ratios) > 1 else None,
+        peak_bytes=peak,
+        reference_bytes=reference_peak,
+        accuracy=_accuracy(cases, winner),
+        where=where_fastest(cases, winner),
+        losses=_losses(cases, names, winner),
+        notes=notes,
+        confidence="low" if doubts else "high",
+        doubts=doubts,
+    )
+
+
+def _with_common_reference(cases: Sequence[AnyCase]) -> list[AnyCase]:
+    """Return the cases with figures whose reference is that of most."""
+    found = [case for case in cases if case.reference and any(row.call_s for row in case.rows)]
+    references = [case.reference for case in found]
+    common = max(dict.fromkeys(references), key=references.count, default=None)
+    return [case for case in found if case.reference == common]
+
+
+def _winner(cases: Sequence[AnyCase], names: Sequence[str], reference: str | None) -> str | None:
+    """Return the fastest by mean speedup among those that ran in the most cases, the reference if all are slower."""
+    means = {name: mean for name in names if (mean := agreed_speedup(cases, name))}
+    gains = {name: mean for name, mean in means.items() if mean.value > 1}
+    if gains:
+        ran = {name: len(speedups(cases, name)) for name in gains}
+        best = max(gains, key=lambda name: (ran[name], gains[name].value))
+        return _chosen_by(cases, best)
+    others = [name for name in names if name != reference and speedups(cases, name)]
+    if reference and others and all(name in means for name in others):
+        return reference
+    return None
+
+
+def _chosen_by(cases: Sequence[AnyCase], name: str) -> str:
+    """Return the implementation that an autotuned winner ran in all cases, if it has rows of its own, or the winner."""
+    ran = {formatting.chosen_row(row, case) for case in cases for row in case.rows if row.implementation == name}
+    chosen = {row.implementation if row else name for row in ran}
+    return chosen.pop() if len(chosen) == 1 else name
+
+
+def _reason(cases: Sequence[AnyCase], reference: str | None) -> str:
+    rows = [(case, row) for case in cases for row in case.rows if row.status == OK]
+    few = [row.collecting for _, row in rows if row.collecting]
+    if few and not any(is_sound(row) for _, row in rows):
+        return f"too few rounds for a verdict: {few[0]}"
+    others = [(case, row) for case, row in rows if row.implementation != case.reference]
+    if reference is None or not others:
+        return "nothing was compared" if rows else "nothing was measured"
+    unclear = few or any(formatting.word(row, case) == "unclear" for case, row in others)
+    gains = any(row.speedup and row.speedup.significant and row.speedup.value > 1 for _, row in others)
+    if gains:
+        return f"nothing is faster than {reference} in most cases"
+    return f"nothing is {'clearly ' if unclear else ''}faster than {reference}"
+
+
+def _doubts(cases: Sequence[AnyCase], comparable: Sequence[AnyCase], winner: str, interrupted: bool) -> tuple[str, ...]:
+    """Return why a verdict is of low confidence; none if it is of high."""
+    found = []
+    lead = _lead(comparable, winner)
+    rounds = min((len(row.samples) for case in cases for row in case.rows if is_sound(row)), default=0)
+    if rounds < MIN_SURE_ROUNDS:
+        found.append(f"only {rounds} rounds")
+    floor = max((case.noise_floor.floor for case in comparable if case.noise_floor), default=None)
+    if floor is None:
+        found.append("no noise floor")
+    elif lead is not None and lead < MIN_LEAD_FLOORS * floor:
+        found.append(f"a lead of {formatting.percent(lead)} with a noise floor of {formatting.percent(floor)}")
+    if any(row.throttled for case in cases for row in case.rows) and (lead is None or lead < SAFE_LEAD):
+        found.append("the machine slowed down")
+    if len(comparable) < len(cases):
+        found.append(f"{comparable[0].reference} is the reference in {len(comparable)} of {len(cases)} cases")
+    if interrupted:
+        found.append("interrupted")
+    return tuple(found)
+
+
+def _lead(cases: Sequence[AnyCase], winner: str) -> float | None:
+    """Return by how much the next one takes longer, ties left out: the least of the cases in which the winner leads."""
+    leads = []
+    for case in cases:
+        best = formatting.best_of(case)
+        own = _call_s(case, winner)
+        others = [_call_s(case, row.implementation) for row in case.rows if row.implementation not in best]
+        known = [seconds for seconds in others if seconds]
+        if winner in best and own and known:
+            leads.append(min(known) / own - 1)
+    return min(leads, default=None)
+
+
+def _call_s(case: AnyCase, name: str) -> float | None:
+    row = next((row for row in case.rows if row.implementation == name and is_sound(row)), None)
+    return row.call_s.median if row and row.call_s else None
+
+
+def _peaks(cases: Sequence[AnyCase], winner: str) -> tuple[int | None, int | None]:
+    """Return the winner's largest peak, and the reference's in the same case."""
+    peaks = [
+        (row.peak_bytes, case) for case in cases for row in case.rows if row.implementation == winner and row.peak_bytes
+    ]
+    if not peaks:
+        return None, None
+    most, case = max(peaks, key=lambda each: each[0])
+    others = (row.peak_bytes for row in case.rows if row.implementation == case.reference != winner)
+    return most, next(others, None)
+
+
+def _accuracy(cases: Sequence[AnyCase], winner: str) -> str:
+    rows = [row for case in cases for row in case.rows if row.implementation == winner and row.status == OK]
+    coarse = dict.fromkeys(row.approximate for row in rows if row.approximate)
+    if coarse:
+        return f"accurate by the tolerance of {', '.join(coarse)}"
+    checked = all(type(row) is not Row or row.max_error is not None for row in rows)
+    return "accurate" if checked else "accuracy not checked"
+
+
+def where_fastest(cases: Sequence[AnyCase], name: str) -> str:
+    """Return where an implementation is among the fastest of several cases: "fastest at L 64 to 512".
+
+    Empty for one case, and if it is the fastest nowhere.
+    """
+    won = [case for case in cases if name in formatting.best_of(case)]
+    if len(cases) < 2 or not won:
+        return ""
+    if len(won) == len(cases):
+        return f"fastest in all {len(cases)} cases"
+    shapes = [case.workload for case in cases if isinstance(case, Case)]
+    if len(shapes) == len(cases):
+        for axis in swept_axes(shapes):
+            values = {getattr(case.workload, axis) for case in won}
+            if len(won) == sum(getattr(shape, axis) in values for shape in shapes):
+                return f"fastest at {_range(axis, values, shapes)}"
+    return f"fastest in {len(won)} of {len(cases)} cases"
+
+
+def _range(axis: str, values: set[int | str], shapes: Sequence[Workload]) -> str:
+    """Format values of an axis: "L 64 to 512" if no other value lies between, else "L 64, 512, 2048, 2 more"."""
+    order = sorted({getattr(shape, axis) for shape in shapes}, key=lambda each: (isinstance(each, str), each))
+    places = [place for place, value in enumerate(order) if value in values]
+    between = places[-1] - places[0] + 1 == len(places)
+    if len(places) > 2 and between and not isinstance(order[0], str):
+        text = f"{order[places[0]]} to {order[places[-1]]}"
+    else:
+        named = [str(order[place]) for place in places[:MAX_NAMED]]
+        more = len(places) - len(named)
+        text = ", ".join([*named, *([f"{more} more"] if more else [])])
+    return f"{AXIS_WORDS[axis]} {text}".strip()
+
+
+def _losses(cases: Sequence[AnyCase], names: Sequence[str], winner: str | None) -> tuple[Loss, ...]:
+    """Return why each other implementation is not the one to use, the fastest first."""
+    if winner is None:
+        return tuple(loss for name in names if (loss := _obstacle(cases, name)))
+    slower = {name: mean for name in names if name != winner and (mean := _times_slower(cases, name, winner))}
+    order = sorted((name for name in names if name != winner), key=lambda name: slower.get(name, float("inf")))
+    return tuple(_loss(cases, name, winner, slower.get(name)) for name in order)
+
+
+def _times_slower(cases: Sequence[AnyCase], name: str, winner: str) -> float | None:
+    """Return the geometric mean of an implementation's times over the winner's, in the cases that both ran."""
+    pairs = [(_call_s(case, name), _call_s(case, winner)) for case in cases]
+    factors = [own / best for own, best in pairs if own and best]
+    return geometric_mean(factors) if factors else None
+
+
+def _loss(cases: Sequence[AnyCase], name: str, winner: str, slower: float | None) -> Loss:
+    rows = [(case, row) for case in cases for row in case.rows if row.implementation == name]
+    ties = [row for case, row in rows if {name, winner} <= set(formatting.best_of(case))]
+    sound = [row for _, row in rows if is_sound(row)]
+    obstacle = _obstacle(cases, name)
+    if slower is None or not sound:
+        return obstacle or Loss(implementation=name, text="not measured")
+    if len(ties) == len(sound):
+        ran = any(formatting.chosen_row(row, case) for case, row in rows)
+        words = [f"tied{f', it ran {winner}' if ran else ''}"]
+    else:
+        average = " on average" if len(sound) > 1 else ""
+        words = [f"{formatting.three(slower)} times slower{average}" if slower > 1 else f"as fast{average}"]
+        if where := where_fastest(cases, name):
+            words.append(where)
+        if why := _path(sound):
+            words.append(why)
+    if obstacle:
+        words.append(obstacle.text)
+    return Loss(implementation=name, text="; ".join(words), tied=len(ties) == len(sound))
+
+
+def _path(rows: Sequence[Row]) -> str:
+    """Format why rows are slow, as far as their paths say: not fused, which path instead, and of one row why."""
+    unfused = [row for row in rows if row.fused is False]
+    if not unfused:
+        return ""
+    path = unfused[-1].path or ""
+    why = f", {unfused[-1].reason}" if len(rows) == 1 and unfused[-1].reason else ""
+    return path + why if "unfused" in path else f"unfused: {path}{why}"
+
+
+def _obstacle(cases: Sequence[AnyCase], name: str) -> Loss | None:
+    """Return what kept an implementation from being measured, if anything did."""
+    rows = [(case, row) for case in cases for row in case.rows if row.implementation == name]
+    bad = [(case, row) for case, row in rows if not is_sound(row)]
+    if not bad:
+        return None
+    case, row = bad[-1]
+    words = formatting.verdict(row, case)
+    count = f" in {len(bad)} of {len(rows)} cases" if len(rows) > 1 else ""
+    head, _, reason = words.partition(": ")
+    return Loss(implementation=name, text=f"{head}{count}{f': {reason}' if reason else ''}")
+
+
+def headline(verdict: Verdict) -> str:
+    """Format the verdict in one line: "Use poc · 36.2x (35.8 to 36.6) · 0.5 of 5 MiB · accurate"."""
+    begin = f"{verdict.title}: " if verdict.title else ""
+    if verdict.winner is None:
+        what = "Too noisy to rank" if verdict.too_noisy else "No winner"
+        return f"{begin}{what} · {verdict.reason}"
+    parts = [f"Use {verdict.winner}", _gain(verdict), _memory(verdict), verdict.accuracy, verdict.where]
+    return begin + " · ".join(part for part in parts if part)
+
+
+def _gain(verdict: Verdict) -> str:
+    if verdict.speedup is None or verdict.winner == verdict.reference:
+        return "the others are slower"
+    mean = verdict.speedup
+    low, high = verdict.span or (mean.low, mean.high)
+    how = " on average" if verdict.span else ""
+    return f"{formatting.three(mean.value)}x {verdict.reference}{how} ({formatting.span(low, high)})"
+
+
+def _memory(verdict: Verdict) -> str:
+    if verdict.peak_bytes is None:
+        return ""
+    if verdict.reference_bytes is None:
+        return formatting.size(verdict.peak_bytes)
+    return formatting.size_of(verdict.peak_bytes, verdict.reference_bytes)
+
+
+def confidence_text(verdict: Verdict) -> str:
+    """Format the confidence with its reasons: "confidence low: only 8 rounds, interrupted"."""
+    why = f": {', '.join(verdict.doubts)}" if verdict.doubts else ""
+    return f"confidence {verdict.confidence}{why}"
+
+
+def loss_lines(verdict: Verdict) -> list[str]:
+    """Format why the others lose, a line for each: "practical: 33 times slower; unfused: blocks 256 x 512"."""
+    return [f"{loss.implementation}: {loss.text}" for loss in verdict.losses]
+
+
+def finding(report: Report) -> str:
+    """Summarise a run in one line, for lists: its headlines, and how many rows failed."""
+    if report.streams:
+        return "; ".join([*(formatting.stream_finding(case) for case in report.streams), *_problems(report)])
+    lines = [text for verdict in verdicts(report) for text in (headline(verdict), *verdict.notes)]
+    return "; ".join([*(lines or ["nothing was measured"]), *_problems(report)])
+
+
+def _problems(report: Report) -> list[str]:
+    rows: list[Row] = [row for case in report.all_cases for row in case.rows]
+    counts = {
+        status: sum(row.status == status for row in rows)
+        for status in ("inaccurate", "failed", "refused", "unsupported")
+    }
+    found = [f"{count} {status}" for status, count in counts.items() if count]
+    return [", ".join(found)] if found else []

@@ -1,0 +1,189 @@
+"""The verdict of a run says only what its rows support, and why."""
+
+import pytest
+from msgspec import structs
+
+from attention.core.results import Case, Conditions, Interval, NoiseFloor, Report
+from attention.core.workload import Workload
+from fatui.trust import TrustFinding, trust, trust_line, worst
+from fatui.verdict import Verdict, confidence_text, headline, loss_lines, verdict_of, verdicts
+from tests.support.sample_runs import ENVIRONMENT, plan_of, report_of
+
+SWEEP = tuple(Workload(seq=seq) for seq in (64, 128, 256, 512))
+
+
+def case_of(**fields: object) -> Case:
+    """A case in which poc is 50 times as fast."""
+    return structs.replace(report_of().cases[0], **fields)
+
+
+def times(case: Case, name: str, factor: float) -> Case:
+    """A case in which the calls of one implementation take a multiple of their time, its speedup included."""
+
+    def scaled(row):
+        if row.implementation != name:
+            return row
+        call, speedup = row.call_s, row.speedup
+        call = Interval(median=call.median * factor, low=call.low * factor, high=call.high * factor)
+        ends = {part: getattr(speedup, part) / factor for part in ("value", "low", "high")}
+        far = abs(ends["value"] - 1) > 0.1
+        return structs.replace(row, call_s=call, speedup=structs.replace(speedup, **ends, significant=far))
+
+    return structs.replace(case, rows=tuple(scaled(row) for row in case.rows))
+
+
+def row_with(case: Case, name: str, **fields: object) -> Case:
+    rows = tuple(structs.replace(row, **fields) if row.implementation == name else row for row in case.rows)
+    return structs.replace(case, rows=rows)
+
+
+def floor_of(value: float) -> NoiseFloor:
+    return NoiseFloor(value=1.0, low=1 / (1 + value), high=1 + value, floor=value)
+
+
+def test_the_winner_has_its_interval_memory_and_accuracy():
+    verdict = verdict_of([case_of()])
+    assert (verdict.winner, verdict.reference, verdict.confidence) == ("poc", "baseline", "high")
+    assert headline(verdict) == "Use poc · 50.0x baseline (49 to 51) · 512 of 512 KiB · accurate"
+
+
+def test_the_others_lose_for_a_reason_and_in_order():
+    case = row_with(case_of(), "demo", status="refused", reason="needs 41 GiB of 22", call_s=None, speedup=None)
+    slow = row_with(case, "practical", fused=False)
+    lines = loss_lines(verdict_of([slow]))
+    assert lines[0].startswith("practical: 45") and lines[0].endswith(
+        "times slower; unfused: blocks 256 x 512, as the test says"
+    )
+    assert lines[-1] == "demo: refused: needs 41 GiB of 22"
+
+
+def test_a_tie_is_called_one():
+    rows = case_of().rows
+    twin = structs.replace(rows[1], implementation="demo", path="tuned: poc")
+    lines = loss_lines(verdict_of([case_of(rows=(rows[0], rows[1], twin))]))
+    assert "demo: tied, it ran poc" in lines
+
+
+def test_a_sweep_says_where_the_winner_is_fastest():
+    cases = list(report_of(plan_of(SWEEP)).cases)
+    assert "fastest in all 4 cases" in headline(verdict_of(cases))
+    cases[3] = times(cases[3], "practical", 0.01)
+    verdict = verdict_of(cases)
+    assert (verdict.winner, verdict.where) == ("poc", "fastest at L 64 to 256")
+    assert any(line.startswith("practical") and "fastest at L 512" in line for line in loss_lines(verdict))
+
+
+def test_axes_that_do_not_decide_alone_are_counted():
+    cases = list(report_of(plan_of([Workload(seq=seq, batch=batch) for seq in (64, 128) for batch in (1, 2)])).cases)
+    cases[0] = times(cases[0], "practical", 0.01)
+    assert verdict_of(cases).where == "fastest in 3 of 4 cases"
+
+
+def test_the_baseline_may_be_the_one_to_use():
+    case = case_of()
+    for name in ("poc", "practical", "demo"):
+        case = times(case, name, 200.0)
+    verdict = verdict_of([case])
+    assert verdict.winner == "baseline" and "the others are slower" in headline(verdict)
+
+
+@pytest.mark.parametrize(
+    ("case", "doubt"),
+    [
+        (case_of(noise_floor=None), "no noise floor"),
+        (row_with(case_of(), "baseline", samples=report_of().cases[0].rows[0].samples[:8]), "only 8 rounds"),
+        (times(row_with(case_of(), "poc", throttled=True), "poc", 30.0), "slowed down"),
+        (times(case_of(noise_floor=floor_of(0.08)), "poc", 38.0), "with a noise floor of 8.0 %"),
+    ],
+)
+def test_each_doubt_lowers_the_confidence(case: Case, doubt: str):
+    verdict = verdict_of([case])
+    assert verdict.winner == "poc" and verdict.confidence == "low"
+    assert doubt in confidence_text(verdict)
+
+
+def test_a_lead_of_tens_of_times_needs_no_quiet_machine():
+    noisy = row_with(case_of(noise_floor=floor_of(0.08)), "poc", throttled=True)
+    assert verdict_of([noisy]).confidence == "high"
+
+
+def undecided(floor: float) -> Verdict:
+    rows = tuple(row for row in case_of().rows if row.implementation in ("baseline", "demo"))
+    return verdict_of([case_of(rows=rows, noise_floor=floor_of(floor))])
+
+
+def test_above_the_limit_nothing_is_ranked():
+    assert undecided(0.2).too_noisy and headline(undecided(0.2)).startswith("Too noisy to rank")
+    assert not undecided(0.02).too_noisy and undecided(0.02).confidence == "none"
+    assert headline(undecided(0.02)) == "No winner · nothing is faster than baseline"
+
+
+def test_a_reference_of_few_cases_is_not_mixed_into_the_mean():
+    cases = list(report_of(plan_of(SWEEP)).cases)
+    last = row_with(cases[3], "baseline", status="refused", reason="needs 41 GiB of 22", call_s=None, speedup=None)
+    cases[3] = structs.replace(last, reference="practical")
+    verdict = verdict_of(cases)
+    assert verdict.reference == "baseline" and verdict.winner == "poc"
+    assert verdict.doubts == ("baseline is the reference in 3 of 4 cases",)
+    (line,) = (line for line in loss_lines(verdict) if line.startswith("baseline"))
+    assert line.endswith("times slower on average; unfused; refused in 1 of 4 cases: needs 41 GiB of 22")
+
+
+def test_an_inaccurate_row_never_wins():
+    assert verdict_of([row_with(case_of(), "poc", status="inaccurate")]).winner == "practical"
+
+
+def test_an_interrupted_run_is_doubted():
+    report = report_of()
+    (verdict,) = verdicts(structs.replace(report, run=structs.replace(report.run, interrupted=True)))
+    assert verdict.doubts == ("interrupted",)
+
+
+def trusted(report: Report | None = None, **conditions: object) -> tuple[TrustFinding, ...]:
+    return trust(structs.replace(report or report_of(), conditions=Conditions(cores=2, **conditions)))
+
+
+def test_a_quiet_run_has_only_notes():
+    found = trusted(other_cores=0.01, stolen_cores=0.0, governor="performance")
+    assert worst(found) == "note" and trust_line(found) == "noise floor 0.5 % · OpenBLAS"
+
+
+@pytest.mark.parametrize(
+    ("conditions", "severity", "text"),
+    [
+        ({"other_cores": 0.2, "busiest": ("cc1plus",)}, "warning", "others used 0.2 cores (cc1plus)"),
+        ({"other_cores": 1.0}, "serious", "others used 1.0 core"),
+        ({"other_engines": 1}, "serious", "another fatui measures too"),
+        ({"stolen_cores": 0.3}, "warning", "the host took 0.3 cores"),
+        ({"governor": "powersave"}, "warning", "governor powersave"),
+        ({"on_battery": True}, "warning", "on battery"),
+    ],
+)
+def test_what_disturbs_a_run_is_found(conditions: dict[str, object], severity: str, text: str):
+    first = trusted(**conditions)[0]
+    assert (first.severity, first.text) == (severity, text)
+    assert first.detail.endswith((".", "power."))
+
+
+def test_a_slow_blas_is_told_with_its_cost():
+    report = report_of()
+    peaks = structs.replace(report.peaks, matmul_flops_per_s=5e9, fma_flops_per_s=1e11)
+    where = structs.replace(ENVIRONMENT, blas="reference BLAS")
+    first = trusted(structs.replace(report, peaks=peaks, environment=where))[0]
+    assert first.text == "reference BLAS, 20 times below the cores"
+    assert "LD_PRELOAD" in first.detail
+
+
+def test_noise_throttling_and_tf32_are_found():
+    report = report_of()
+    loud = structs.replace(report, cases=(row_with(case_of(noise_floor=floor_of(0.3)), "poc", throttled=True),))
+    assert [each.text for each in trusted(loud)[:2]] == ["noise floor 30 %", "slowed down"]
+    gpu = structs.replace(
+        report_of(plan_of([Workload(dtype="float32")])), environment=structs.replace(ENVIRONMENT, backend="cuda")
+    )
+    assert trusted(gpu, tf32=True)[0].topic == "TF32"
+    assert not any(each.topic == "TF32" for each in trusted(report, tf32=True))
+
+
+def test_a_run_without_a_record_of_conditions_says_so():
+    assert any(each.topic == "conditions" for each in trust(report_of()))
