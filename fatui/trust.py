@@ -19,6 +19,8 @@ MANY_SHARE: Final = 0.25
 """Share of the cores in use by others that is serious."""
 SLOW_BLAS: Final = 2.0
 """A matrix product this many times below the processor's own rate has a slow BLAS."""
+UNRECORDED: Final = "conditions"
+"""The topic of the finding that conditions are not known."""
 SLOW_GOVERNORS: Final = ("powersave", "conservative")
 PRELOAD: Final = (
     "install OpenBLAS (Debian, Ubuntu: apt install libopenblas0), "
@@ -57,7 +59,7 @@ def worst(findings: Sequence[TrustFinding]) -> Severity:
 
 def trust_line(findings: Sequence[TrustFinding]) -> str:
     """Format the findings as one line: "noise floor 0.8 % · OpenBLAS"."""
-    return " · ".join(each.text for each in findings)
+    return " · ".join(each.text for each in findings if each.topic != UNRECORDED)
 
 
 def _noise(cases: Sequence[AnyCase]) -> Iterator[TrustFinding]:
@@ -93,7 +95,7 @@ def _throttling(cases: Sequence[AnyCase]) -> Iterator[TrustFinding]:
 
 def _unrecorded() -> Iterator[TrustFinding]:
     yield TrustFinding(
-        topic="conditions",
+        topic=UNRECORDED,
         severity="note",
         text="other load not recorded",
         detail="What else the machine did during this run was not recorded.",
@@ -147,7 +149,7 @@ def _blas(report: Report) -> Iterator[TrustFinding]:
         f"MLX's best matrix product reached {formatting.flops(matmul)}/s, where this processor's cores multiply and "
         f"add {formatting.flops(fma)}/s."
         if fma and matmul
-        else f"MLX's matrix products on this processor are {name}'s."
+        else f"MLX's matrix products on this processor: {name}."
     )
     times = f"{fma / matmul:.0f}" if fma and matmul else ""
     yield TrustFinding(

@@ -21,6 +21,8 @@ SAFE_LEAD: Final = 1.0
 """A lead of this much, twice as fast, outlasts a machine that throttles."""
 MIN_SURE_ROUNDS: Final = 12
 """With fewer rounds the interval of a median rests on its extremes."""
+SMALL_FACTOR: Final = 1.5
+"""Factors below it are written as a percentage."""
 MAX_NAMED: Final = 3
 AXIS_WORDS: Final = {
     "batch": "B",
@@ -42,7 +44,9 @@ class Loss(Struct, frozen=True, kw_only=True):
 
     implementation: str
     text: str
-    """"33 times slower, unfused: blocks 256 x 512", "tied", "refused: needs 41 GiB of 22"."""
+    """"33.1x as long", "tied", "refused: needs 41 GiB of 22"."""
+    why: str = ""
+    """As far as its path says: "unfused: blocks 256 x 512, MLX would build 33 MiB of scores"."""
     tied: bool = False
 
 
@@ -220,7 +224,7 @@ def _doubts(cases: Sequence[AnyCase], comparable: Sequence[AnyCase], winner: str
     if floor is None:
         found.append("no noise floor")
     elif lead is not None and lead < MIN_LEAD_FLOORS * floor:
-        found.append(f"a lead of {formatting.percent(lead)} with a noise floor of {formatting.percent(floor)}")
+        found.append(f"it leads by {formatting.percent(lead)}, with a noise floor of {formatting.percent(floor)}")
     if any(row.throttled for case in cases for row in case.rows) and (lead is None or lead < SAFE_LEAD):
         found.append("the machine slowed down")
     if len(comparable) < len(cases):
@@ -330,14 +334,20 @@ def _loss(cases: Sequence[AnyCase], name: str, winner: str, slower: float | None
         words = [f"tied{f', it ran {winner}' if ran else ''}"]
     else:
         average = " on average" if len(sound) > 1 else ""
-        words = [f"{formatting.three(slower)} times slower{average}" if slower > 1 else f"as fast{average}"]
+        words = [f"{_longer(slower)}{average}"]
         if where := where_fastest(cases, name):
             words.append(where)
-        if why := _path(sound):
-            words.append(why)
     if obstacle:
         words.append(obstacle.text)
-    return Loss(implementation=name, text="; ".join(words), tied=len(ties) == len(sound))
+    tied = len(ties) == len(sound)
+    return Loss(implementation=name, text=", ".join(words), why="" if tied else _path(sound), tied=tied)
+
+
+def _longer(factor: float) -> str:
+    """Format the time over the winner's: "1.3 % slower", "45.2x as long"."""
+    if factor < SMALL_FACTOR:
+        return f"{formatting.percent(factor - 1)} slower" if factor > 1 else "as fast"
+    return f"{formatting.three(factor)}x as long"
 
 
 def _path(rows: Sequence[Row]) -> str:
@@ -396,9 +406,15 @@ def confidence_text(verdict: Verdict) -> str:
     return f"confidence {verdict.confidence}{why}"
 
 
-def loss_lines(verdict: Verdict) -> list[str]:
-    """Format why the others lose, a line for each: "practical: 33 times slower; unfused: blocks 256 x 512"."""
-    return [f"{loss.implementation}: {loss.text}" for loss in verdict.losses]
+def loss_lines(verdict: Verdict, *, brief: bool = False) -> list[str]:
+    """Format why the others lose, a line for each: "practical: 33.1x as long; unfused: blocks 256 x 512".
+
+    `brief`: without what their paths say.
+    """
+    return [
+        f"{loss.implementation}: {loss.text}{f'; {loss.why}' if loss.why and not brief else ''}"
+        for loss in verdict.losses
+    ]
 
 
 def finding(report: Report) -> str:

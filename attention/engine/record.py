@@ -275,12 +275,23 @@ AnyRecord = RunRecord[Any, Any]
 class Record(RunRecord[Plan, Case]):
     """The state of a run over attention shapes."""
 
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self._earlier: list[CaseState] = []
+
+    def extend(self, earlier: "Record") -> None:
+        """Count the rounds of an earlier run of the same cases too: its samples come before this run's."""
+        self._earlier = [earlier._state(index) for index in range(len(earlier.cases))]
+
+    def _state(self, index: int) -> CaseState:
+        return joined(self._earlier[index], self.cases[index]) if self._earlier else self.cases[index]
+
     def _results(self, cases: tuple[Case, ...]) -> dict[str, Any]:
         return {"cases": cases, "summary": summarise(cases, self.plan.ordered)}
 
     def case(self, index: int) -> Case:
         """Return the rows of one case so far."""
-        workload, record = self.plan.cases[index], self.cases[index]
+        workload, record = self.plan.cases[index], self._state(index)
         floor, made = paired_rows(record, workload.tokens)
         rows = tuple(_with_rates(row, workload, self.peaks) for row, _ in made)
         return Case(
@@ -290,6 +301,48 @@ class Record(RunRecord[Plan, Case]):
             kv_token_bytes=workload.kv_token_bytes,
             rows=rows,
         )
+
+
+def joined(first: CaseState, second: CaseState) -> CaseState:
+    """Return the state of a case that was measured twice, with the rounds of both.
+
+    Rounds stay paired: an implementation without a sample in a round has NaN there. If the two have different
+    references, only the second counts.
+    """
+    if first.reference is None or second.reference not in (None, first.reference):
+        return second
+    rounds = max(map(len, (first.repeated_reference, *(row.samples for row in first.rows.values()))))
+    return structs.replace(
+        second,
+        rows={name: _joined_row(first.rows[name], row, rounds) for name, row in second.rows.items()},
+        reference=first.reference,
+        repeated_reference=[*_padded(first.repeated_reference, rounds), *second.repeated_reference],
+        stopped_by=second.stopped_by if second.started else first.stopped_by,
+        started=True,
+    )
+
+
+def _joined_row(first: RowState, second: RowState, rounds: int) -> RowState:
+    before = first if first.ended is None else RowState(implementation=first.implementation)
+    names = {*before.counterparts, *second.counterparts}
+    return structs.replace(
+        second,
+        route=second.route or before.route,
+        first_call_s=before.first_call_s if before.first_call_s is not None else second.first_call_s,
+        latency_s=second.latency_s if second.latency_s is not None else before.latency_s,
+        accuracy=second.accuracy or before.accuracy,
+        peak_bytes=second.peak_bytes if second.peak_bytes is not None else before.peak_bytes,
+        per_rank=second.per_rank or before.per_rank,
+        samples=[*_padded(before.samples, rounds), *second.samples],
+        counterparts={
+            name: [*_padded(before.counterparts.get(name, []), rounds), *second.counterparts.get(name, [])]
+            for name in names
+        },
+    )
+
+
+def _padded(samples: Sequence[float], rounds: int) -> list[float]:
+    return [*samples, *[math.nan] * (rounds - len(samples))]
 
 
 def _with_rates(row: Row, workload: Workload, peaks: Peaks) -> Row:

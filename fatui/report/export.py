@@ -24,7 +24,9 @@ from fatui.report.table import (
     rank_notes,
 )
 from fatui.storage.presets import FIELDS
+from fatui.trust import trust, trust_line
 from fatui.untrusted_text import escape_all, markdown, markdown_cell, markdown_code, spreadsheet
+from fatui.verdict import confidence_text, finding, headline, loss_lines, verdicts
 
 FIGURES: Final = (
     *("implementation", "status", "path", "fused", "reason", "tokens_per_second"),
@@ -122,7 +124,20 @@ def _cell(value: object) -> object:
 
 def to_markdown(report: Report) -> str:
     """Format a table per case, to paste into issues and documents."""
-    return "\n\n".join([_heading(report), *(_case(case) for case in report.all_cases), *_summary(report)]) + "\n"
+    cases = [_case(case) for case in report.all_cases]
+    return "\n\n".join(["# fatui", verdict_markdown(report), _heading(report), *cases, *_summary(report)]) + "\n"
+
+
+def verdict_markdown(report: Report) -> str:
+    """Format the verdict of a run, why the others lose, how sure it is, and what the figures depend on."""
+    made = verdicts(report)
+    lines = [] if made else [f"**{markdown(finding(report))}**"]
+    for verdict in made:
+        lines.append(f"**{markdown(headline(verdict))}**")
+        points = [*verdict.notes, *loss_lines(verdict), *([confidence_text(verdict)] if verdict.winner else [])]
+        lines.append("\n".join(f"- {markdown(point)}" for point in points))
+    found = trust(report)
+    return "\n\n".join(part for part in (*lines, markdown(trust_line(found))) if part)
 
 
 def _heading(report: Report) -> str:
@@ -137,7 +152,7 @@ def _heading(report: Report) -> str:
     state = ", interrupted" if report.run.interrupted else ""
     run = f"run {report.run.id}, {report.run.started}, {formatting.duration(report.run.seconds)}{state}"
     lines += [f"- {markdown(run)}", f"- {markdown_code(report.run.command)}"]
-    return "# fatui\n\n" + "\n".join(lines)
+    return "\n".join(lines)
 
 
 def _case(case: AnyCase) -> str:

@@ -31,12 +31,24 @@ MAIN: Final = (
     Action("save_as", "w", "Save as", "Save what is set up as a preset", "app.save_as"),
     Action("export", "e", "Export", EXPORT, "app.export"),
     Action("copy", "c", "Copy", "Copy the table to the clipboard", "app.copy_table"),
+    Action(
+        "longer", "plus", "Longer", "Measure ten seconds more a case, together with what was measured", "app.run_longer"
+    ),
+    Action("copy_verdict", "y", "Copy verdict", "Copy the verdict as Markdown", "app.copy_verdict"),
+    Action("copy_command", "Y", "Copy command", "Copy the command that reproduces the run", "app.copy_command"),
+    Action(
+        "explain_trust",
+        "d",
+        "Trust",
+        "What the figures depend on: noise, other load, BLAS, the clock",
+        "app.explain_trust",
+    ),
     Action("history", "h", "History", "Open, compare and delete past runs", "app.open('history')"),
     Action("scaling", "g", "Scaling", "Heat map and line chart of a sweep", "app.open('scaling')"),
     Action("models", "m", "Models", "Measure whole models with each implementation", "app.open('models')"),
     Action("finetuning", "f", "Fine-tune", "Fine-tune a model with each implementation", "app.open('finetuning')"),
     Action("streaming", "a", "Streaming", "Follow a stream of tokens through a bounded cache", "app.open('streaming')"),
-    Action("doctor", "d", "Doctor", "What is installed, and what is missing", "app.open('doctor')"),
+    Action("doctor", "D", "Doctor", "What is installed, and what is missing", "app.open('doctor')"),
     Action("sort", "o", "Sort", "Sort the table by the next column", "screen.sort"),
     Action("reverse", "O", "Reverse", "Reverse the order of the table", "screen.reverse"),
     Action("find", "slash", "Filter log", "Filter the log by a word and a level", "screen.find"),
@@ -130,13 +142,26 @@ SCOPES: Final[dict[str, str]] = {
 SHOWN_KEYS: Final = {
     "question_mark": "?",
     "slash": "/",
+    "plus": "+",
     "semicolon": ";",
     "right_square_bracket": "]",
     "left_square_bracket": "[",
 }
 IDLE_BAR: Final = ("run", "sweep", "presets", "save_as", "history", "doctor", "help", "quit")
 RUNNING_BAR: Final = ("stop", "export", "copy", "sort", "pause", "help", "quit")
-DONE_BAR: Final = ("run", "export", "copy", "presets", "history", "scaling", "help", "quit", "sort", "save_as")
+DONE_BAR: Final = (
+    "run",
+    "longer",
+    "export",
+    "copy",
+    "presets",
+    "history",
+    "scaling",
+    "help",
+    "quit",
+    "sort",
+    "save_as",
+)
 
 
 def bindings(actions: tuple[Action, ...]) -> list[Binding]:

@@ -313,37 +313,59 @@ class FatuiApp(Lab):
             self.tell(f"wrote {names} to {stem.parent.resolve()}")
 
     async def action_copy_table(self) -> None:
-        """Copy the table as Markdown; report success only if a system program accepted it."""
+        """Copy the table as Markdown."""
         from fatui.report import export as formats
 
         report = self.shown_report
         if report is None:
             self.tell("nothing to copy: there is no table yet", "warning")
-            return
-        text = formats.to_markdown(report)
+        else:
+            await self._copy(formats.to_markdown(report), "the table", ", as Markdown")
+
+    async def action_copy_verdict(self) -> None:
+        """Copy the verdict as Markdown."""
+        from fatui.report.export import verdict_markdown
+
+        report = self.shown_report
+        if report is None:
+            self.tell("nothing to copy: a verdict comes with the end of a run", "warning")
+        else:
+            await self._copy(verdict_markdown(report) + "\n", "the verdict", ", as Markdown")
+
+    async def action_copy_command(self) -> None:
+        """Copy the command that reproduces the run."""
+        report = self.shown_report
+        if report is None:
+            self.tell("nothing to copy: nothing was run yet", "warning")
+        else:
+            await self._copy(report.run.command + "\n", "the command")
+
+    async def _copy(self, text: str, what: str, form: str = "") -> None:
+        """Copy a text; report success only if a system program accepted it."""
         program = await asyncio.to_thread(terminal.copy, text)
         if program is not None:
-            self.tell(f"the table is on the clipboard, as Markdown ({program})")
+            self.tell(f"{what} is on the clipboard{form} ({program})")
             return
         self.copy_to_clipboard(text)
         key = self.keys["export"]
-        text = f"the table was sent to the terminal, which may or may not put it on the clipboard; {key} writes a file"
-        self.tell(text, "warning")
+        self.tell(
+            f"{what} was sent to the terminal, which may or may not put it on the clipboard; {key} writes a file",
+            "warning",
+        )
 
-    def action_jump(self) -> None:
-        """Label everything on the screen that can be reached, and go to what is chosen."""
-        from textual.screen import ModalScreen
+    def action_explain_trust(self) -> None:
+        """Show what the figures of the report on the screen depend on."""
+        from fatui.tui.screens.dialogs import TrustDetails
 
-        from fatui.tui.screens.jump import Jump, Spot, spots_of
+        report = self.shown_report
+        if report is None:
+            self.tell("the figures are explained at the end of a run", "warning")
+        else:
+            self.push_screen(TrustDetails(report))
 
-        if isinstance(self.screen, ModalScreen):
-            return
-
-        def go(spot: Spot | None) -> None:
-            if spot is not None:
-                spot.go()
-
-        self.push_screen(Jump(spots_of(self.screen)), go)
+    def action_run_longer(self) -> None:
+        """Measure ten seconds more, together with what was measured."""
+        self.runs.run_longer()
 
     def action_explain_keys(self) -> None:
         """Show the keys of the current screen, as configured."""

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Severity = Literal["information", "warning", "error"]
 SEVERITY: Final[dict[Level, Severity]] = {"info": "information", "warning": "warning", "error": "error"}
 
+LONGER_S: Final = 10.0
+"""Seconds that each case is measured longer."""
 MAX_NOTICE: Final = 400
 """Maximum characters of a notification; the log has the whole text."""
 
@@ -248,6 +250,31 @@ class RunController:
         app.journal.write(f"run of {app.draft.title()}: {self.session.command}")
         self._go(self.session)
         app.main.open_tab("live")
+        app.main.show_run()
+
+    def run_longer(self) -> None:
+        """Measure the cases of the last run for LONGER_S more each, together with their rounds so far."""
+        app, last = self._app, self.session
+        if self._refused():
+            return
+        if last is None or not last.any_rows:
+            why = "another session measured this one" if self.report else "nothing was measured yet"
+            app.tell(f"cannot measure longer: {why}; {app.keys['run']} runs what is set up", "warning")
+            return
+        whole = structs.replace(last.plan, seconds=last.plan.seconds + LONGER_S)
+        self.report = None
+        self.session = Session(
+            structs.replace(last.plan, seconds=LONGER_S, precision=0),
+            app.journal,
+            self._make_engine,
+            command=command_of(whole, None),
+            preset=last.preset,
+            clock=self._clock,
+            now=self._now,
+        )
+        self.session.extend(last)
+        app.journal.write(f"{LONGER_S:g} s more a case: {self.session.command}")
+        self._go(self.session)
         app.main.show_run()
 
     def start_model(self, screen: str, plan: ModelPlan, command: str) -> None:

@@ -52,7 +52,7 @@ def test_the_others_lose_for_a_reason_and_in_order():
     slow = row_with(case, "practical", fused=False)
     lines = loss_lines(verdict_of([slow]))
     assert lines[0].startswith("practical: 45") and lines[0].endswith(
-        "times slower; unfused: blocks 256 x 512, as the test says"
+        "x as long; unfused: blocks 256 x 512, as the test says"
     )
     assert lines[-1] == "demo: refused: needs 41 GiB of 22"
 
@@ -126,7 +126,7 @@ def test_a_reference_of_few_cases_is_not_mixed_into_the_mean():
     assert verdict.reference == "baseline" and verdict.winner == "poc"
     assert verdict.doubts == ("baseline is the reference in 3 of 4 cases",)
     (line,) = (line for line in loss_lines(verdict) if line.startswith("baseline"))
-    assert line.endswith("times slower on average; unfused; refused in 1 of 4 cases: needs 41 GiB of 22")
+    assert line.endswith("x as long on average, refused in 1 of 4 cases: needs 41 GiB of 22; unfused")
 
 
 def test_an_inaccurate_row_never_wins():

@@ -7,20 +7,22 @@ from typing import ClassVar, Final
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import Vertical, VerticalScroll
+from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
 from attention.core.errors import UsageError
 from attention.core.files import expand_home
 from attention.core.plan import Plan
-from attention.core.results import Case, Row
+from attention.core.results import Case, Report, Row
 from fatui import formatting
 from fatui.storage import own_presets, presets
 from fatui.storage.presets import Preset
+from fatui.trust import trust
 from fatui.tui.terminal import literal
 from fatui.tui.view_models.row_details import figure_lines, sample_lines, sentences
 from fatui.tui.widgets.choice import Choice
+from fatui.verdict import confidence_text, headline, verdicts
 
 ANSWERS = "[@click=screen.answer(True)][b]y[/b] {yes}[/]     [@click=screen.answer(False)][b]n, enter[/b] {no}[/]"
 
@@ -109,6 +111,41 @@ class RowDetails(ModalScreen[None]):
             if self._row.samples:
                 yield Static("\n".join(sample_lines(self._row)), markup=False, classes="answers")
             yield Static("\n".join(sentences(self._row, self._command, self._notes)), markup=False, classes="answers")
+
+    def action_close(self) -> None:
+        """Close the dialog."""
+        self.dismiss()
+
+
+SEVERITY_WORDS: Final = {"note": " ", "warning": "!", "serious": "!!"}
+
+
+class TrustDetails(ModalScreen[None]):
+    """Dialog with what the figures of a run depend on, and what to do about it."""
+
+    CSS_PATH: ClassVar = ["dialog.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "close", "Close", id="back"),
+        Binding("d", "close", "Close", id="explain_trust"),
+        Binding("q", "close", "Close", id="quit"),
+        Binding("enter", "close", "Close"),
+    ]
+
+    def __init__(self, report: Report) -> None:
+        super().__init__()
+        self._report = report
+
+    def compose(self) -> ComposeResult:
+        """Yield the verdicts with their confidence, and a paragraph for each finding."""
+        with VerticalScroll(classes="dialog") as dialog:
+            dialog.border_title = "What the figures depend on"
+            dialog.border_subtitle = "escape closes"
+            for verdict in verdicts(self._report):
+                yield Static(f"{headline(verdict)}\n{confidence_text(verdict)}\n", markup=False, classes="hint")
+            for found in trust(self._report):
+                with Horizontal(classes=f"trust -{found.severity}"):
+                    yield Static(SEVERITY_WORDS[found.severity], markup=False, classes="mark")
+                    yield Static(f"{found.text}\n{found.detail}\n", markup=False)
 
     def action_close(self) -> None:
         """Close the dialog."""

@@ -187,9 +187,9 @@ class MainScreen(Screen[None]):
         self._show_live()
         comparison = self.query_one(ComparisonPane)
         if session is not None:
-            comparison.show_session(session)
+            comparison.show_session(session, self.app.report, self.app.keys)
         elif self.app.report is not None:
-            comparison.show_report(self.app.report)
+            comparison.show_report(self.app.report, self.app.keys)
         self.query_one(LogPane).refresh_lines()
         self.show_row()
         self._show_bars()

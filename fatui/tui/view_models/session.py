@@ -15,7 +15,7 @@ from msgspec import structs
 from attention.core import events as on
 from attention.core.plan import AnyPlan, ModelPlan, Plan
 from attention.core.results import Case, FineTuningCase, ModelCase, Report, Run, StreamCase
-from attention.engine.record import INTERRUPTED, AnyRecord
+from attention.engine.record import INTERRUPTED, AnyRecord, Record
 from fatui import formatting
 from fatui.engine_process import Listener, Silence
 from fatui.tui.view_models.journal import Log, event_line
@@ -339,6 +339,12 @@ AnySession = RunSession[Any, Any]
 
 class Session(RunSession[Plan, Case]):
     """A run over attention shapes."""
+
+    def extend(self, last: "Session") -> None:
+        """Count the rounds of an earlier run of the same cases too."""
+        record, before = self.record, last.record
+        assert isinstance(record, Record) and isinstance(before, Record)
+        record.extend(before)
 
 
 class ModelSession(RunSession[ModelPlan, ModelCase | FineTuningCase | StreamCase]):

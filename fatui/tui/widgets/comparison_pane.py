@@ -3,7 +3,6 @@
 from textual import on
 from textual.app import ComposeResult
 from textual.containers import Vertical
-from textual.widgets import Static
 
 from attention.core.results import Report, Summary
 from attention.engine.record import summarise
@@ -12,7 +11,7 @@ from fatui.tui.view_models import table_lines as lines_of
 from fatui.tui.view_models.session import Session
 from fatui.tui.view_models.table_lines import TableLine
 from fatui.tui.widgets.row_table import RowTable
-from fatui.verdict import finding
+from fatui.tui.widgets.verdict_card import VerdictCard
 
 EMPTY = "No rows yet. Press r to run; rows appear as they are measured."
 
@@ -31,9 +30,9 @@ class ComparisonPane(Vertical):
         self.border_title = "4 Comparison"
 
     def compose(self) -> ComposeResult:
-        """Yield the table and the finding below it."""
+        """Yield the table and the verdict below it."""
         yield RowTable(lines_of.COLUMNS, empty=EMPTY, id="comparison-table")
-        yield Static(id="finding", markup=False)
+        yield VerdictCard()
 
     @property
     def table(self) -> RowTable:
@@ -46,8 +45,8 @@ class ComparisonPane(Vertical):
             self.by, self.descending = by, descending
             self._lines.clear()
 
-    def show_session(self, session: Session) -> None:
-        """Draw the current run."""
+    def show_session(self, session: Session, report: Report | None, keys: dict[str, str]) -> None:
+        """Draw the current run; `report`: of the finished run, for its verdict."""
         self._begin(session)
         record, several = session.record, len(session.plan.cases) > 1
         lines: list[TableLine] = []
@@ -59,8 +58,10 @@ class ComparisonPane(Vertical):
             if self._summary[0] != len(final):
                 self._summary = len(final), summarise(tuple(final), session.plan.ordered)
             lines = lines_of.summary_lines(self._summary[1], len(final)) + lines
-        self._draw(lines, session.finding)
-        self.query_one("#finding").set_class(session.phase in ("refused", "failed"), "-bad")
+        self._draw(lines)
+        self._show_verdict(None if session.active else report, keys)
+        if session.finding and report is None:
+            self.query_one(VerdictCard).say(session.finding, bad=session.phase in ("refused", "failed"))
         case = session.case(session.case_number) if session.case_number is not None else None
         label = f"{len(session.plan.cases)} cases" if several else session.plan.cases[0].label
         floor = lines_of.notes(case) if case and not several else ""
@@ -83,7 +84,7 @@ class ComparisonPane(Vertical):
         ]
         return made + lines_of.waiting_lines(index, waiting if session.active else [])
 
-    def show_report(self, report: Report) -> None:
+    def show_report(self, report: Report, keys: dict[str, str]) -> None:
         """Draw a past run."""
         self._begin(report)
         several = len(report.cases) > 1
@@ -92,7 +93,8 @@ class ComparisonPane(Vertical):
             if several:
                 lines.append(lines_of.block_head(index, case))
             lines += lines_of.case_lines(index, case, self.by, self.descending)
-        self._draw(lines, finding(report))
+        self._draw(lines)
+        self._show_verdict(report, keys)
         label = (
             f"{len(report.cases)} cases" if several else report.cases[0].workload.label if report.cases else "no rows"
         )
@@ -105,12 +107,15 @@ class ComparisonPane(Vertical):
             self._lines.clear()
             self._summary = (0, ())
 
-    def _draw(self, lines: list[TableLine], finding: str) -> None:
-        table = self.table
-        table.show(lines, sorted_by=self.by, descending=self.descending)
-        below = self.query_one("#finding", Static)
-        below.display = bool(finding)
-        below.update(finding)
+    def _show_verdict(self, report: Report | None, keys: dict[str, str]) -> None:
+        card = self.query_one(VerdictCard)
+        if report is None:
+            card.clear()
+        else:
+            card.show(report, self.content_size.height, keys)
+
+    def _draw(self, lines: list[TableLine]) -> None:
+        self.table.show(lines, sorted_by=self.by, descending=self.descending)
         # The number of visible columns is known only after layout.
         self.call_after_refresh(self._show_hint)
 

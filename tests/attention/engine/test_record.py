@@ -218,3 +218,25 @@ def test_an_approximate_row_says_by_what_it_was_judged() -> None:
     record.apply(on.RouteFound(case=0, implementation="mlx", route=route))
     row = record.case(0).rows[1]
     assert (row.status, row.approximate, row.reason) == ("ok", "fp8", "8 bits; output")
+
+
+def test_rounds_of_a_second_run_of_a_case_count_with_those_of_the_first() -> None:
+    plan = Plan(cases=(Workload(seq=64),), implementations=("baseline", "poc"))
+    records = [Record(plan), Record(plan)]
+    for record, rounds in zip(records, (6, 8), strict=True):
+        record.apply(on.CaseStarted(case=0))
+        record.apply(on.ReferenceChosen(case=0, implementation="baseline"))
+        samples: dict[str, list[float | None]] = {
+            "baseline": [1.0] * rounds,
+            on.REPEATED_REFERENCE: [1.0] * rounds,
+            "poc": [0.5] * (rounds - 1),  # the last round without a sample
+        }
+        record.apply(on.RoundsDone(case=0, samples=samples, active_bytes=1, peak_bytes=2))
+    first, second = records
+    second.extend(first)
+    baseline, poc = second.case(0).rows
+    assert (len(baseline.samples), len(poc.samples)) == (14, 12)
+    assert poc.speedup is not None and poc.speedup.value == 2.0
+    third = Record(plan)
+    third.extend(second)
+    assert len(third.case(0).rows[0].samples) == 14

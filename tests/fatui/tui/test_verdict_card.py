@@ -1,0 +1,97 @@
+"""The verdict card and the trust line: when a run has ended, from its rows alone; longer runs; what is copied."""
+
+import pytest
+from msgspec import structs
+
+from attention.core import events as on
+from attention.core.results import Conditions
+from fatui.tui import terminal
+from fatui.verdict import headline, verdicts
+
+
+async def finished(stage, conditions=None):
+    await stage.press("r")
+    stage.engine.play()
+    if conditions:
+        stage.engine.tell(on.ConditionsMeasured(conditions=conditions))
+    stage.engine.end()
+    await stage.settle(lambda: stage.app.report is not None)
+    stage.app.main.show_run()
+    await stage.pilot.pause()
+
+
+async def test_the_card_has_the_verdict_the_losses_and_the_offers(stage):
+    await finished(stage)
+    seen = stage.seen()
+    assert headline(verdicts(stage.app.report)[0]) in seen
+    assert "practical: 45.2x as long" in seen
+    assert "y copies · d explains" in seen
+
+
+async def test_the_trust_line_warns_of_other_processes(stage):
+    await finished(stage, Conditions(cores=2, other_cores=1.3, busiest=("cc1plus",), other_engines=1))
+    assert "another fatui measures too · others used 1.3 cores (cc1plus)" in stage.seen()
+    assert stage.find("#verdict-trust").has_class("-serious")
+    await stage.press("d")
+    assert "stop these programs" in " ".join(stage.seen().split())
+    await stage.press("d")
+    assert stage.app.screen is stage.app.main
+
+
+async def test_there_is_no_card_while_a_run_is_active(stage):
+    await finished(stage)
+    await stage.press("r")
+    stage.app.main.show_run()
+    await stage.pilot.pause()
+    assert not stage.find("VerdictCard").display
+
+
+async def test_plus_adds_rounds_to_those_measured(stage):
+    await finished(stage)
+    before = stage.app.report
+    await stage.press("+")
+    assert stage.app.session.plan.seconds == 10
+    stage.engine.begin()
+    stage.engine.begin_case()
+    stage.engine.rounds(30)
+    stage.engine.end_case()
+    stage.engine.tell(on.RunDone())
+    stage.engine.end()
+    await stage.settle(lambda: stage.app.report is not None)
+    row, longer = before.cases[0].rows[1], stage.app.report.cases[0].rows[1]
+    assert longer.samples[: len(row.samples)] == row.samples
+    assert len(longer.samples) == len(row.samples) + 30
+    assert f"--seconds {before_seconds(before) + 10:g}" in stage.app.report.run.command
+    assert stage.app.report.run.id != before.run.id
+
+
+def before_seconds(report):
+    words = report.run.command.split()
+    return float(words[words.index("--seconds") + 1]) if "--seconds" in words else 6.0
+
+
+async def test_plus_needs_a_run_of_this_session(stage):
+    await stage.press("+")
+    assert "cannot measure longer" in stage.app.journal.text()
+
+
+@pytest.mark.parametrize(("key", "begins"), [("y", "**Use poc"), ("Y", "fatui bench")])
+async def test_the_verdict_and_the_command_are_copied(stage, monkeypatch, key, begins):
+    copied = []
+    monkeypatch.setattr(terminal, "copy", lambda text: copied.append(text) or "test")
+    await finished(stage)
+    await stage.press(key)
+    await stage.settle(lambda: bool(copied))
+    assert copied[0].startswith(begins)
+
+
+async def test_a_noisy_run_names_the_key_that_measures_longer(stage):
+    await finished(stage)
+    report = stage.app.report
+    case = report.cases[0]
+    floor = structs.replace(case.noise_floor, floor=0.4)
+    rows = tuple(structs.replace(row, speedup=structs.replace(row.speedup, significant=False)) for row in case.rows)
+    noisy = structs.replace(report, cases=(structs.replace(case, noise_floor=floor, rows=rows),))
+    stage.app.open_report(noisy)
+    await stage.pilot.pause()
+    assert "Too noisy to rank" in stage.seen() and "+ measures longer" in stage.seen()
