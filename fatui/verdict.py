@@ -58,6 +58,8 @@ class Verdict(Struct, frozen=True, kw_only=True):
     winner: str | None = None
     """The implementation to use; None if the rows support none."""
     reference: str | None = None
+    reference_off: int = 0
+    """Number of cases in which the reference is inaccurate."""
     speedup: Ratio | None = None
     """Of the winner over the reference; over several cases the geometric mean. None if it is the reference."""
     span: tuple[float, float] | None = None
@@ -144,10 +146,11 @@ def verdict_of(cases: Sequence[AnyCase], title: str = "", *, interrupted: bool =
         return Verdict(
             title=title,
             reference=reference,
+            reference_off=_off(comparable),
             losses=_losses(cases, names, None),
             notes=notes,
             too_noisy=bool(noisy) and 2 * len(noisy) > len(comparable),
-            reason=_reason(comparable, reference),
+            reason=_reason(comparable, _named(comparable, reference)),
         )
     doubts = _doubts(cases, comparable, winner, interrupted)
     peak, reference_peak = _peaks(cases, winner)
@@ -156,6 +159,7 @@ def verdict_of(cases: Sequence[AnyCase], title: str = "", *, interrupted: bool =
         title=title,
         winner=winner,
         reference=reference,
+        reference_off=_off(comparable),
         speedup=mean_speedup(comparable, winner),
         span=(min(ratios), max(ratios)) if len(ratios) > 1 else None,
         peak_bytes=peak,
@@ -167,6 +171,21 @@ def verdict_of(cases: Sequence[AnyCase], title: str = "", *, interrupted: bool =
         confidence="low" if doubts else "high",
         doubts=doubts,
     )
+
+
+def _off(cases: Sequence[AnyCase]) -> int:
+    """Return in how many cases the reference is inaccurate."""
+    return sum(
+        row.implementation == case.reference and row.status == "inaccurate" for case in cases for row in case.rows
+    )
+
+
+def _named(cases: Sequence[AnyCase], reference: str | None) -> str | None:
+    """Name the reference, and whether it is inaccurate."""
+    off = _off(cases)
+    if not off or reference is None:
+        return reference
+    return f"{reference}, which is inaccurate{f' in {off} of {len(cases)} cases' if len(cases) > 1 else ''}"
 
 
 def _with_common_reference(cases: Sequence[AnyCase]) -> list[AnyCase]:
@@ -227,6 +246,8 @@ def _doubts(cases: Sequence[AnyCase], comparable: Sequence[AnyCase], winner: str
         found.append(f"it leads by {formatting.percent(lead)}, with a noise floor of {formatting.percent(floor)}")
     if any(row.throttled for case in cases for row in case.rows) and (lead is None or lead < SAFE_LEAD):
         found.append("the machine slowed down")
+    if _off(comparable):
+        found.append(_named(comparable, comparable[0].reference) or "")
     if len(comparable) < len(cases):
         found.append(f"{comparable[0].reference} is the reference in {len(comparable)} of {len(cases)} cases")
     if interrupted:
@@ -389,6 +410,7 @@ def _gain(verdict: Verdict) -> str:
     mean = verdict.speedup
     low, high = verdict.span or (mean.low, mean.high)
     how = " on average" if verdict.span else ""
+    how += ", which is inaccurate" if verdict.reference_off else ""
     return f"{formatting.three(mean.value)}x {verdict.reference}{how} ({formatting.span(low, high)})"
 
 

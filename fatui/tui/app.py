@@ -367,6 +367,21 @@ class FatuiApp(Lab):
         """Measure ten seconds more, together with what was measured."""
         self.runs.run_longer()
 
+    def action_jump(self) -> None:
+        """Label everything on the screen that can be reached, and go to what is chosen."""
+        from textual.screen import ModalScreen
+
+        from fatui.tui.screens.jump import Jump, Spot, spots_of
+
+        if isinstance(self.screen, ModalScreen):
+            return
+
+        def go(spot: Spot | None) -> None:
+            if spot is not None:
+                spot.go()
+
+        self.push_screen(Jump(spots_of(self.screen)), go)
+
     def action_explain_keys(self) -> None:
         """Show the keys of the current screen, as configured."""
         from fatui.tui.screens.dialogs import Help

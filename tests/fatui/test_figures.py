@@ -17,7 +17,7 @@ from fatui import formatting
 from fatui.quantities import parse_size, size_text
 from fatui.report.export import to_json, to_markdown
 from fatui.report.table import report_table
-from fatui.verdict import finding
+from fatui.verdict import finding, verdicts
 from tests.support.sample_runs import plan_of, record_of, report_of, run_of
 
 
@@ -208,15 +208,13 @@ def with_an_inaccurate_reference(report):
 
 
 def test_a_finding_says_that_its_reference_is_inaccurate():
-    text = formatting.finding(with_an_inaccurate_reference(report_of()))
-    assert "x baseline, which is inaccurate; memory" in text
+    text = finding(with_an_inaccurate_reference(report_of()))
+    assert "x baseline, which is inaccurate (49 to 51)" in text
     plan = plan_of(names=["baseline", "demo"])
-    assert "faster than baseline, which is inaccurate" in formatting.finding(
-        with_an_inaccurate_reference(report_of(plan))
-    )
-    several = report_of(plan_of([Workload(seq=64), Workload(seq=128)]))
-    text = formatting.finding(with_an_inaccurate_reference(several))
-    assert "(2 of 2 cases; the reference is inaccurate in 1 of them)" in text
+    assert "faster than baseline, which is inaccurate" in finding(with_an_inaccurate_reference(report_of(plan)))
+    several = with_an_inaccurate_reference(report_of(plan_of([Workload(seq=64), Workload(seq=128)])))
+    (verdict,) = verdicts(several)
+    assert verdict.doubts == ("baseline, which is inaccurate in 1 of 2 cases",)
 
 
 def test_a_reference_other_than_the_baseline_is_explained():

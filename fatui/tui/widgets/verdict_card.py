@@ -21,6 +21,8 @@ class VerdictCard(Vertical):
     DEFAULT_CSS = """
     VerdictCard { height: auto; max-height: 60%; padding: 0 1; display: none; }
     VerdictCard Static { height: auto; }
+    VerdictCard.-brief Static { text-wrap: nowrap; text-overflow: ellipsis; }
+    VerdictCard.-brief #verdict-head, VerdictCard.-brief #verdict-sure { text-wrap: wrap; max-height: 2; }
     """
 
     def __init__(self, *, id: str = "verdict") -> None:
@@ -65,7 +67,7 @@ class VerdictCard(Vertical):
         sure = [confidence_text(verdict) for verdict in made if verdict.winner]
         doubtful = any(verdict.too_noisy or verdict.confidence != "high" for verdict in made)
         offers = [f"{keys['longer']} measures longer"] if doubtful and report.cases else []
-        offers += [f"{keys['copy_verdict']} copies", f"{keys['explain_trust']} explains"]
+        offers += [f"{keys['explain_trust']} explains"]
         won = all(verdict.winner for verdict in made)
         kind = "noisy" if any(verdict.too_noisy for verdict in made) else "won" if made and won else "none"
         self._fill(
@@ -75,6 +77,7 @@ class VerdictCard(Vertical):
             sure=" · ".join([*sure, *offers]),
             trust=trust_line(findings),
         )
+        self.set_class(not roomy, "-brief")
         self.query_one("#verdict-sure").set_classes("-warning" if doubtful else "")
         self.query_one("#verdict-trust").set_classes(f"-{worst(findings)}")
 

@@ -63,7 +63,7 @@ async def test_presets_are_renamed_deleted_and_brought_back(stage):
     stage.find("#rename", Input).value = "yours"
     await stage.press("enter")
     assert {path.stem for path in presets._files(storage.own_presets())} == {"yours"}
-    await stage.press("D")
+    await stage.press("d")
     assert not presets._files(storage.own_presets())
     await stage.press("u")
     assert {path.stem for path in presets._files(storage.own_presets())} == {"yours"}
@@ -89,7 +89,7 @@ async def test_bundled_presets_stay_and_broken_ones_are_shown(stage):
     await stage.press("enter")
     assert "has mistakes" in stage.app.journal.text()
     stage.find("#preset-list", RowTable).go_to("quick")
-    await stage.press("D")
+    await stage.press("d")
     assert "is bundled" in stage.app.journal.text()
 
 
@@ -123,7 +123,7 @@ async def test_past_runs_are_opened_compared_deleted_and_brought_back(stage):
     await stage.press("space", "down", "c")
     await stage.settle(lambda: "tokens/s before" in stage.seen())
     assert "0.50" in stage.seen()
-    await stage.press("escape", "D")
+    await stage.press("escape", "d")
     await stage.settle(lambda: len(RunHistory().runs()) == 1)
     await stage.press("u")
     await stage.settle(lambda: len(RunHistory().runs()) == 2)

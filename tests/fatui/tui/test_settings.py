@@ -152,7 +152,7 @@ async def test_configured_keys_of_screens_work_and_show_in_help():
         assert not stage.app.settings.problems
         await stage.press("f7")
         assert "f8 Delete" in stage.seen() and "f10 Back" in stage.seen()
-        await stage.press("D")
+        await stage.press("d")
         assert "is bundled" not in stage.app.journal.text()
         await stage.press("f8")
         assert "is bundled" in stage.app.journal.text()
