@@ -155,7 +155,7 @@ def _blas(report: Report) -> Iterator[TrustFinding]:
     yield TrustFinding(
         topic="BLAS",
         severity="warning" if slow else "note",
-        text=f"{name}, {times} times below the cores" if slow else name,
+        text=f"{name}: products {times} times below the cores" if slow else name,
         detail=f"{rates} Implementations made of MLX's products, such as baseline, are slow for that alone; to compare "
         f"with a fast one, {PRELOAD}."
         if slow

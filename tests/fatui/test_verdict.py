@@ -170,7 +170,7 @@ def test_a_slow_blas_is_told_with_its_cost():
     peaks = structs.replace(report.peaks, matmul_flops_per_s=5e9, fma_flops_per_s=1e11)
     where = structs.replace(ENVIRONMENT, blas="reference BLAS")
     first = trusted(structs.replace(report, peaks=peaks, environment=where))[0]
-    assert first.text == "reference BLAS, 20 times below the cores"
+    assert first.text == "reference BLAS: products 20 times below the cores"
     assert "LD_PRELOAD" in first.detail
 
 

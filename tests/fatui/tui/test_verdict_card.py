@@ -25,7 +25,7 @@ async def test_the_card_has_the_verdict_the_losses_and_the_offers(stage):
     seen = stage.seen()
     assert headline(verdicts(stage.app.report)[0]) in seen
     assert "practical: 45.2x as long" in seen
-    assert "+ measures longer" in seen
+    assert "measures longer · d explains" in seen
 
 
 async def test_the_trust_line_warns_of_other_processes(stage):
