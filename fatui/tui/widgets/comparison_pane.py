@@ -109,6 +109,7 @@ class ComparisonPane(Vertical):
 
     def _show_verdict(self, report: Report | None, keys: dict[str, str]) -> None:
         card = self.query_one(VerdictCard)
+        self.set_class(report is not None, "-done")
         if report is None:
             card.clear()
         else:
