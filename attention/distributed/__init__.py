@@ -141,8 +141,8 @@ def transport_reason(group: "mx.distributed.Group") -> str:
     """Return how the keys and values of a group are moved, and why; all ranks ask together."""
     from attention.distributed import collectives
 
-    gather, reason = collectives.peer_gather(group)
-    return f"peer copies: {reason}" if gather else f"{collectives.transport()}: {reason}"
+    copies, reason = collectives.peer_copies(group)
+    return f"peer copies: {reason}" if copies else f"{collectives.transport()}: {reason}"
 
 
 def transport() -> str:

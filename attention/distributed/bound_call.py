@@ -1,7 +1,7 @@
 """A call of a workload by all ranks of a group, bound to its inputs, for timing."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 from msgspec import structs
@@ -49,7 +49,11 @@ class BoundCall:
         scale, mask = workload.head_dim**-0.5, of_workload(workload)
         q, k, v, *cotangent = make_inputs(workload, seed)
         rows: Layout
-        if decision.method == "split keys":
+        if decision.method == "alone":
+            self.layout = make_layout(workload.kv_seq, group.size(), "replicated")
+            rows = make_layout(workload.seq, group.size(), "replicated")
+            self._inputs = [q, k, v]
+        elif decision.method == "split keys":
             self.layout = make_layout(workload.kv_seq, group.size(), decision.layout, weights=decision.weights)
             rows = make_layout(workload.seq, group.size(), "replicated")
             self._inputs = [q, *(own_rows(x, self.layout, group.rank()) for x in (k, v))]
@@ -70,6 +74,9 @@ class BoundCall:
         self._inputs = [mx.contiguous(x) for x in self._inputs]
         mx.eval(self._inputs)
         self._problem = Problem(chosen, scale, mask, None, rows, self.layout, group, communicate=communicate)
+        self._computing = structs.replace(self._problem, communicate=False)
+        # what a call is made to wait with for the one before: what is moved, or the rows where nothing is
+        self._late = slice(0, 1) if decision.method in ("split keys", "alone") else slice(1, 3)
         self._previous: list[mx.array] = []
         before = collectives.statistics().bytes_sent
         self.wait(self.queue())
@@ -86,17 +93,20 @@ class BoundCall:
 
     def queue_compute(self) -> list[mx.array]:
         """Queue what this rank computes in a call, without communication."""
-        return self._queue(structs.replace(self._problem, communicate=False))
+        return self._queue(self._computing)
 
     def _queue(self, problem: Problem) -> list[mx.array]:
+        arrays = self._inputs
+        if self._previous:
+            arrays = arrays.copy()
+            arrays[self._late] = [cast("mx.array", mx.depends(x, self._previous)) for x in arrays[self._late]]
+        q, k, v, *cotangent = arrays
+        if not self._training:
+            return [attend(q, k, v, problem)[0]]
+
         def call(*arrays: mx.array) -> mx.array:
             return attend(arrays[0], arrays[1], arrays[2], problem)[0]
 
-        q, k, v, *cotangent = self._inputs
-        if self._previous:
-            k, v = (cast("mx.array", mx.depends(x, self._previous)) for x in (k, v))
-        if not self._training:
-            return [call(q, k, v)]
         outputs, gradients = mx.vjp(call, [q, k, v], cotangent)
         return [*outputs, *gradients]
 
@@ -107,7 +117,7 @@ class BoundCall:
     def gather_outputs(self) -> mx.array:
         """Run a call and return its whole output, on every rank."""
         out = self.queue()[0]
-        whole = out if self.decision.method == "split keys" else unshard(out, self.layout, self._group)
+        whole = out if self.decision.method in ("split keys", "alone") else unshard(out, self.layout, self._group)
         mx.eval(whole)
         return whole
 
@@ -117,9 +127,9 @@ class BoundCall:
             mx.eval(mx.distributed.all_sum(mx.array([1.0]), group=self._group))
             mx.synchronize()
 
-    def agreed(self, number: float) -> float:
-        """Return the largest of all ranks' numbers, for decisions that must be the same on all of them."""
+    def of_ranks(self, number: float) -> list[float]:
+        """Return all ranks' numbers, on each of them."""
         if self._group.size() == 1:
-            return number
-        largest = mx.distributed.all_max(mx.array([number], mx.float32), group=self._group)
-        return float(cast("Any", largest.item()))
+            return [number]
+        numbers = mx.distributed.all_gather(mx.array([number], mx.float32), group=self._group)
+        return cast("list[float]", numbers.tolist())

@@ -34,10 +34,12 @@ _lock = threading.Lock()
 _counted = Statistics()
 
 
-def count_call(method: str) -> None:
-    """Count a call of a method."""
+def count_call(method: str, sent: int = 0, received: int = 0) -> None:
+    """Count a call of a method, and bytes of it."""
     with _lock:
         _counted.calls += 1
+        _counted.bytes_sent += sent
+        _counted.bytes_received += received
         _counted.by_method[method] = _counted.by_method.get(method, 0) + 1
 
 
@@ -128,15 +130,15 @@ def tied(array: mx.array, token: mx.array) -> mx.array:
     return cast("mx.array", _tie(array, token))
 
 
-def peer_gather(group: Group) -> tuple[peers.Gather | None, str]:
-    """Return the group's gather by peer copies, set up on first use by all ranks, or None and the reason."""
+def peer_copies(group: Group) -> tuple[peers.PeerCopies | None, str]:
+    """Return the group's peer copies, set up on first use by all ranks, or None and the reason."""
     if current_backend() != "cuda":
         return None, "peer copies are for NVIDIA GPUs"
     return _set_up_peers(group)
 
 
 @cache
-def _set_up_peers(group: Group) -> tuple[peers.Gather | None, str]:
+def _set_up_peers(group: Group) -> tuple[peers.PeerCopies | None, str]:
     return peers.set_up(group, communication_stream(), gpu_stream)
 
 

@@ -6,6 +6,7 @@ Bytes that a rank sends in a forward pass over n ranks (b bytes a number, L/n ro
     head parallel      (n - 1)/n * L/n * (H + Hkv) * (D + Dv) * b       rows to heads and back, by an all-to-all;
                        nothing if the arrays are sharded by heads
     split keys         (n - 1) * B * H * Lq * (Dv * b + 4)              partial results and their logsumexps
+    alone              nothing: few rows, and every rank has all keys
 """
 
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ class Link(Struct, frozen=True):
     """Received by one rank."""
     latency_s: float = 20e-6
     """Of one collective."""
+    merge_s: float | None = None
+    """Of the merge of partial results of few rows; two collectives if nothing was measured."""
 
 
 class Option(Struct, frozen=True):
@@ -156,6 +159,8 @@ def _options(
     if workload.seq != workload.kv_seq:
         sent = (ranks - 1) * workload.batch * workload.heads * workload.seq * (workload.value_dim * item + 4)
         made = [Option("split keys", layout or "contiguous", (sent,) * ranks, even, 0.0, 0.0)]
+        sharded = "the keys are sharded by sequence" if sharded_by == "sequence" else None
+        made.append(Option("alone", "replicated", (0,) * ranks, (workload.flops,) * ranks, 0.0, 0.0, sharded))
     else:
         kind: Kind = layout if layout not in (None, "heads", "replicated") else best_layout(workload)
         placed = make_layout(workload.seq, ranks, kind, weights=weights)
@@ -226,11 +231,13 @@ def _finished(
     """Return an option with its predicted time: the slowest rank's, and the communication that nothing hides."""
     speeds = [1.0] * len(option.flops) if weights is None else [w * len(weights) / sum(weights) for w in weights]
     computing = max(flops / flops_per_s / speed for flops, speed in zip(option.flops, speeds, strict=True))
-    if option.method == "split keys":  # bound by reading the keys
+    if workload.seq != workload.kv_seq:  # bound by reading the keys
         kv = workload.batch * workload.kv_heads * workload.kv_seq * (workload.head_dim + workload.value_dim)
-        computing = max(computing, kv * ITEM_BYTES[workload.dtype] / len(option.flops) / (flops_per_s / 150))
+        readers = 1 if option.method == "alone" else len(option.flops)
+        computing = max(computing, kv * ITEM_BYTES[workload.dtype] / readers / (flops_per_s / 150))
     most = max(option.bytes_sent)
-    moving = most / link.bytes_per_s + (2 * link.latency_s if most else 0.0)
+    latency = 2 * link.latency_s if option.method != "split keys" or link.merge_s is None else link.merge_s
+    moving = most / link.bytes_per_s + (latency if most else 0.0)
     exposed = moving if option.method == "split keys" else max(moving / PIECES, moving - computing * (1 - 1 / PIECES))
     return structs.replace(option, predicted_s=computing + exposed, exposed_s=exposed)
 
@@ -241,6 +248,10 @@ def _reason(chosen: Option, open_: Sequence[Option], options: Sequence[Option], 
     if method is not None:
         return f"{chosen.method} was requested: {sent}."
     others = [option for option in options if option is not chosen]
+    alone = next((option for option in others if option.method == "alone"), None)
+    if alone is not None and alone.refusal is not None and alone.predicted_s < chosen.predicted_s:
+        times = f"{alone.predicted_s * 1e3:.3g} ms against {chosen.predicted_s * 1e3:.3g}"
+        return f"{chosen.method}, {sent}: {alone.refusal}, though one rank alone would take {times}."
     refused = next((option for option in others if option.refusal), None)
     if len(open_) == 1 and refused is not None:
         return f"{chosen.method}, {sent}: {refused.refusal}."

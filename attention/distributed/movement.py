@@ -1,8 +1,8 @@
 """Moving the keys and values that ranks need, by collectives or by peer copies, with their gradients."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -10,7 +10,7 @@ from attention.distributed import collectives
 from attention.distributed.collectives import Group
 from attention.distributed.exchange import Exchange, offset_in
 from attention.distributed.layout import Chunk, rows_of, union
-from attention.distributed.peers import MIN_BYTES, SLOT_BYTES, Gather, RowPlan
+from attention.distributed.peers import MIN_BYTES, SLOT_BYTES, PeerCopies, RowPlan, Run
 
 
 def needed(
@@ -28,12 +28,12 @@ def needed(
     if not exchange.slot:
         return [_assembled(part, None, exchange, rank) for part in parts], None
     if communicate:
-        by_peers, _ = collectives.peer_gather(group)
-        if by_peers is not None and all(_fits_a_slot(part, exchange) for part in parts):
+        peers, _ = collectives.peer_copies(group)
+        if peers is not None and all(_fits_a_slot(part, exchange) for part in parts):
             size = sum(part.nbytes // part.shape[2] for part in parts if part.shape[2])
             others = group.size() - 1
             collectives.count_bytes(others * rows_of(exchange.contributed[rank]) * size, exchange.received(rank) * size)
-            *made, token = _peer_moves(exchange, group, by_peers)(list(parts))
+            *made, token = _peer_moves(exchange, group, peers)(list(parts))
             return made, token
     own = [_contribution(part, exchange, rank) for part in parts]
     if not communicate:
@@ -65,35 +65,112 @@ def _plan(exchange: Exchange, rank: int) -> RowPlan:
 
 
 @lru_cache(maxsize=64)
-def _peer_moves(exchange: Exchange, group: Group, gather: Gather) -> Callable[[list[mx.array]], list[mx.array]]:
-    """Return a function from parts to what is needed of each, and a token; its gradient goes by collectives."""
+def _peer_moves(exchange: Exchange, group: Group, peers: PeerCopies) -> Callable[[list[mx.array]], list[mx.array]]:
+    """Return a function from parts to what is needed of each, and a token, differentiable."""
     rank, plan = group.rank(), _plan(exchange, group.rank())
 
     @mx.custom_function
     def move(parts: list[mx.array]) -> list[mx.array]:
         made: list[mx.array] = []
         for part in parts:
-            made.append(gather(collectives.after(part, made), plan))
+            made.append(peers.gather(collectives.after(part, made), plan))
         return [*made, cast("mx.array", mx.depends(mx.zeros(1), made))]
 
     def pull_back(primals: Any, cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> list[mx.array]:
         (parts,) = primals if len(primals) == 1 and isinstance(primals[0], list) else (list(primals),)
+        returned = _returned(exchange, rank)
         made: list[mx.array] = []
-        sums: list[mx.array] = []
         for part, cotangent in zip(parts, cotangents[:-1], strict=True):
-            others = mx.zeros((group.size(), *part.shape[:2], exchange.slot, part.shape[3]), part.dtype)
-            _, (own, of_others) = mx.vjp(
-                lambda own, others: [_assembled(own, others, exchange, rank)], [part, others], [cotangent]
-            )
-            sums.append(collectives.sum_of_own(collectives.after(of_others, sums or outputs), group))
-            _, (contributed,) = mx.vjp(lambda own: [_contribution(own, exchange, rank)], [part], [sums[-1]])
-            made.append(own + contributed)
-            size = (group.size() - 1) * sums[-1].nbytes
-            collectives.count_bytes(size, size)
+            others = peers.gather(collectives.after(cotangent, made or outputs), returned.plan)
+            made.append(_sum_of(part, cotangent, others, returned))
+            row = part.nbytes // part.shape[2]
+            collectives.count_bytes(returned.plan.contributed[rank] * row, returned.received * row)
         return made
 
     move.vjp(pull_back)
     return cast("Callable[[list[mx.array]], list[mx.array]]", move)
+
+
+class Returned(NamedTuple):
+    """How the gradients of gathered rows come back to the ranks that the rows are of."""
+
+    plan: RowPlan
+    """Each rank contributes the gradients of all other ranks' rows."""
+    own: tuple[Run, ...]
+    """Rows of this rank's gradients of its own rows: rank, first, place among its rows, count."""
+    others: tuple[tuple[Run, ...], ...]
+    """The same of each other rank's gradients, rows of what `plan` moves."""
+    received: int
+    """Rows that `plan` moves to this rank."""
+
+
+@lru_cache(maxsize=64)
+def _returned(exchange: Exchange, rank: int) -> Returned:
+    ranks = range(len(exchange.owned))
+    sent: list[Run] = []
+    own: list[Run] = []
+    of_others: list[tuple[Run, ...]] = []
+    pulled: list[Run] = []
+    contributed, received = [], 0
+    for other in ranks:
+        place = sending = 0
+        adding: list[Run] = []
+        for source in exchange.sources(other):
+            count = source.stop - source.start
+            held = exchange.contributed[rank]
+            if other == rank and source.rank == rank:
+                own.append((rank, place, source.start, count))
+            elif other == rank:
+                sent.append((rank, place, sending, count))
+            elif source.rank == rank:
+                pulled.append((other, sending, received, count))
+                for first, start, length in _own_rows(exchange.owned[rank], held, source.start, count):
+                    adding.append((other, received + first, start, length))
+                received += count
+            if source.rank != other:
+                sending += count
+            place += count
+        contributed.append(sending)
+        if other != rank:
+            of_others.append(tuple(adding))
+    plan = RowPlan(tuple(sent), tuple(pulled), tuple(contributed), max(1, received))  # never an empty array
+    return Returned(plan, tuple(own), tuple(of_others), received)
+
+
+def _own_rows(
+    owned: Sequence[Chunk], contributed: Sequence[Chunk], first: int, count: int
+) -> Iterable[tuple[int, int, int]]:
+    """Yield where rows [first, first + count) of a contribution are among a rank's own: number, own row, length."""
+    before = 0
+    for start, stop in places_of(owned, contributed):
+        low, high = max(first, before), min(first + count, before + stop - start)
+        if low < high:
+            yield low - first, start + low - before, high - low
+        before += stop - start
+
+
+def _sum_of(part: mx.array, own: mx.array, others: mx.array, returned: Returned) -> mx.array:
+    """Return the gradient of a rank's rows: its own and the other ranks', in half precision of two ranks only."""
+    wide = part.dtype if len(returned.others) == 1 else mx.float32
+    total = _spread(own, returned.own, part).astype(wide)
+    for runs in returned.others:
+        if runs:
+            total = total + _spread(others, runs, part).astype(wide)
+    # a rank whose rows no other needs takes part too
+    return cast("mx.array", mx.depends(total.astype(part.dtype), others))
+
+
+def _spread(rows: mx.array, runs: Sequence[Run], part: mx.array) -> mx.array:
+    """Return runs of rows at their places among a rank's, with zeros elsewhere; the shape is that of `part`."""
+    pieces, end = [], 0
+    for _, first, place, count in sorted(runs, key=lambda run: run[2]):
+        if place > end:
+            pieces.append(mx.zeros((*part.shape[:2], place - end, part.shape[3]), part.dtype))
+        pieces.append(rows[:, :, first : first + count])
+        end = place + count
+    if end < part.shape[2]:
+        pieces.append(mx.zeros((*part.shape[:2], part.shape[2] - end, part.shape[3]), part.dtype))
+    return joined(pieces, 2)
 
 
 def _contribution(own: mx.array, exchange: Exchange, rank: int) -> mx.array:

@@ -31,7 +31,7 @@ from attention.core.route import Needs, Route, unsupported, validated_route
 from attention.core.workload import Workload
 from attention.distributed import unshard
 from attention.distributed.bound_call import BoundCall
-from attention.distributed.collectives import communication_stream
+from attention.distributed.collectives import communication_stream, peer_copies
 from attention.distributed.decision import DEFAULT_FLOPS_PER_S, Decision, Link, decide
 from attention.engine.peaks import measure_peaks
 from attention.implementations.protocol import (
@@ -59,6 +59,7 @@ MAX_PROBE_WORDS: Final = 2**22
 LATENCIES: Final = 8
 """Multiple of the latency that a gather takes at least from which the bandwidth is computed."""
 PROBE_REPEATS: Final = 3
+PROBE_MERGES: Final = 50
 PEAKS_S: Final = 0.3
 """Seconds in which a rank measures its best rate."""
 UNEVEN: Final = 1.25
@@ -220,7 +221,25 @@ def _measure_link(group: mx.distributed.Group) -> Link:
     while (seconds := _gather_s(group, words)) < enough_s and words < MAX_PROBE_WORDS:
         words *= 4
     received = 4 * words * (group.size() - 1)
-    return Link(bytes_per_s=received / max(seconds - latency_s, seconds / 2), latency_s=latency_s)
+    bytes_per_s = received / max(seconds - latency_s, seconds / 2)
+    return Link(bytes_per_s=bytes_per_s, latency_s=latency_s, merge_s=_merge_s(group))
+
+
+def _merge_s(group: mx.distributed.Group) -> float | None:
+    """Return the seconds of a merge of partial results of a few rows by peer copies, or None without these."""
+    peers, _ = peer_copies(group)
+    if peers is None:
+        return None
+    partial = [mx.zeros((1, 32, 1, 128), mx.bfloat16), mx.zeros((1, 32, 1))]
+    times = []
+    for _ in range(PROBE_REPEATS + 1):
+        gather(group, [[0.0]], mx.float32)
+        started = time.perf_counter()
+        for _ in range(PROBE_MERGES):
+            partial = peers.merge(partial[0], partial[1], True)
+        mx.eval(partial)
+        times.append((time.perf_counter() - started) / PROBE_MERGES)
+    return float(max(taken for (taken,) in gather(group, [[median(times[1:])]], mx.float32)))
 
 
 def _gather_s(group: mx.distributed.Group, words: int) -> float:

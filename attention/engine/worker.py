@@ -101,7 +101,9 @@ def _runner(assignment: Assignment, emit: Emit, mark: Mark, member: "Member | No
 
 def _run_rank(setting: RankSetting, emit: Emit, mark: Mark) -> int:
     """Run one rank of a group: rank 0 runs the assignment, the others obey it."""
-    _choose_gpu(setting)  # before MLX is imported
+    os.environ["CUDA_VISIBLE_DEVICES"] = own_gpu(
+        setting, os.environ.get("CUDA_VISIBLE_DEVICES")
+    )  # before MLX is imported
     try:
         from attention.engine import ranks
     except ImportError as error:  # MLX for CUDA cannot be imported without a device
@@ -175,17 +177,16 @@ def _calls_of(
     raise UsageError("ranks: such a run takes one device")
 
 
-def _choose_gpu(setting: RankSetting) -> None:
-    """Give each rank of a host its own GPU; devices hidden by CUDA_VISIBLE_DEVICES stay hidden.
+def own_gpu(setting: RankSetting, visible: str | None) -> str:
+    """Return the CUDA_VISIBLE_DEVICES of a rank, given the machine's; devices that it hides stay hidden.
 
-    A rank without one finds no GPU, which differs from the others; only over a ring may ranks share one.
+    Each rank of a host gets its own GPU; only over a ring may ranks share one. A rank without one finds no GPU, which
+    differs from the others. An empty text hides all GPUs.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(number) for number in range(setting.places)]
+    devices = [str(number) for number in range(setting.places)] if visible is None else visible.split(",")
     if setting.backend == "ring":
-        devices = [devices[setting.place % len(devices)]] * setting.places if visible else ["0"] * setting.places
-    own = devices[setting.place].strip() if setting.place < len(devices) else ""
-    os.environ["CUDA_VISIBLE_DEVICES"] = own
+        return "0" if visible is None else devices[setting.place % len(devices)].strip()
+    return devices[setting.place].strip() if setting.place < len(devices) else ""
 
 
 def _beat(setting: RankSetting, emit: Emit, status: "RankStatus") -> None:

@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--simulate", metavar="N,N", help="numbers of ranks to simulate on this device")
     parser.add_argument("--link", type=float, default=50e9, help="bytes per second of a simulated link")
     parser.add_argument("--latency", type=float, default=20e-6, help="seconds of a simulated collective")
+    parser.add_argument("--beyond", type=int, metavar="TOKENS", help="a windowed prefill that one GPU cannot hold")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     parser.add_argument("--timeout", type=float, default=600)
     given = parser.parse_args()
@@ -43,12 +44,18 @@ def main() -> int:
     else:
         backend = given.backend or ("nccl" if mx.default_device() == mx.gpu and mx.cuda.is_available() else "ring")
         command = [sys.executable, "-m", "benchmarks.distributed.measure", given.impl, backend, given.method or "-"]
-        results = start_ranks(given.ranks, [*command, *given.parts], backend, given.timeout)
-        for text in results[0].output.splitlines():
+        if given.beyond:
+            command = [sys.executable, "-m", "benchmarks.distributed.beyond", str(given.beyond), backend]
+
+        def take(text: str) -> None:
             if text.startswith("ROW "):
                 rows.append(msgspec.json.decode(text[4:]))
+                if given.beyond:
+                    print({name: value for name, value in rows[-1].items() if name != "workload"})
             else:
-                print(text)
+                print(text, flush=True)
+
+        results = start_ranks(given.ranks, [*command, *given.parts], backend, given.timeout, take)
         for result in results:
             if result.returncode:
                 failed = True

@@ -22,7 +22,11 @@ SAMPLE_S: Final = 0.05
 
 
 def measure(case: Case, group: collectives.Group, implementation: str, method: Method | None) -> dict[str, Any]:
-    """Return the row of a case: median times of the slowest rank, and ratios within rounds."""
+    """Return the row of a case: median times of the slowest rank, and ratios within rounds.
+
+    One device's time is the slowest device's too, since ranks wait for it; all devices' are `one_of_ranks_s`.
+    `bytes_sent` are of all ranks.
+    """
     workload = case.workload
     decision = decide(workload, group.size(), method=method, sharded_by="any" if method else "sequence")
     alone = MlxRunner(load_implementation(implementation), workload, make_inputs(workload, 0), workload.head_dim**-0.5)
@@ -35,13 +39,17 @@ def measure(case: Case, group: collectives.Group, implementation: str, method: M
     counts = {}
     for name, queue in arms.items():
         _sample(queue, 2, call)
-        counts[name] = max(1, round(SAMPLE_S / call.agreed(_sample(queue, 2, call) / 2)))
+        counts[name] = max(1, round(SAMPLE_S / max(call.of_ranks(_sample(queue, 2, call) / 2))))
     rounds = []
+    one_of_ranks: list[list[float]] = []
     for _ in range(ROUNDS):
         times = {}
         for name, queue in arms.items():
             _sample(queue, counts[name], call)  # untimed: the sample's own clocks and power
-            times[name] = call.agreed(_sample(queue, counts[name], call) / counts[name])
+            of_ranks = call.of_ranks(_sample(queue, counts[name], call) / counts[name])
+            times[name] = max(of_ranks)
+            if name == "one":
+                one_of_ranks.append(of_ranks)
         rounds.append(times)
     medians = {name: statistics.median(times[name] for times in rounds) for name in arms}
     ratios = sorted(times["one"] / times["ranks"] for times in rounds)
@@ -53,10 +61,11 @@ def measure(case: Case, group: collectives.Group, implementation: str, method: M
         "method": decision.method,
         "layout": call.layout.kind,
         "one_s": medians["one"],
+        "one_of_ranks_s": [statistics.median(times) for times in zip(*one_of_ranks, strict=True)],
         "ranks_s": medians["ranks"],
         "compute_s": medians["compute"],
         "exposed_s": max(0.0, medians["ranks"] - medians["compute"]),
-        "bytes_sent": call.bytes_sent,
+        "bytes_sent": round(sum(call.of_ranks(call.bytes_sent))),
         "speedup": statistics.median(ratios),
         "speedup_range": [ratios[0], ratios[-1]],
         "share_of_ideal": statistics.median(ratios) / group.size(),
@@ -120,8 +129,7 @@ def simulate(case: Case, ranks: int, implementation: str, bytes_per_s: float, la
         computing[rank] = _median_s(call.queue)
         del call
         mx.clear_cache()
-    sent = max(decision.bytes_sent)
-    moving = sent / bytes_per_s + 2 * latency_s
+    moving = max(decision.bytes_sent) / bytes_per_s + 2 * latency_s
     slowest = max(computing.values())
     if decision.method == "split keys":
         exposed = moving
@@ -138,7 +146,7 @@ def simulate(case: Case, ranks: int, implementation: str, bytes_per_s: float, la
         "one_s": one_s,
         "compute_s": slowest,
         "compute_of_ranks_s": computing,
-        "bytes_sent": sent,
+        "bytes_sent": sum(decision.bytes_sent),
         "bytes_per_s": bytes_per_s,
         "exposed_s": exposed,
         "ranks_s": slowest + exposed,
@@ -183,6 +191,8 @@ def main() -> int:
     implementation, backend, method, *parts = sys.argv[1:]
     group = mx.distributed.init(strict=True, backend=backend)
     for case in cases(parts, mx.default_device() == mx.gpu):
+        if group.rank() == 0:
+            print(f"measuring {case.part}, {case.workload.label} ...", flush=True)
         row = measure(case, group, implementation, None if method == "-" else method)  # type: ignore[arg-type]
         if group.rank() == 0:
             print(line(row), flush=True)

@@ -6,8 +6,9 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from msgspec import Struct
 
@@ -21,7 +22,13 @@ class RankResult(Struct, frozen=True):
     """stdout and stderr."""
 
 
-def start_ranks(ranks: int, command: Sequence[str], backend: str = "ring", timeout_s: float = 120) -> list[RankResult]:
+def start_ranks(
+    ranks: int,
+    command: Sequence[str],
+    backend: str = "ring",
+    timeout_s: float = 120,
+    on_line: Callable[[str], None] | None = None,
+) -> list[RankResult]:
     """Run a command once per rank and wait for all; if one fails or the time is up, the others are ended.
 
     Args:
@@ -29,6 +36,7 @@ def start_ranks(ranks: int, command: Sequence[str], backend: str = "ring", timeo
         command: the program and its arguments.
         backend: "ring" or "nccl".
         timeout_s: time for all together.
+        on_line: called with each line of rank 0, as it comes.
     """
     ports = _free_ports(ranks)
     with tempfile.TemporaryDirectory(prefix="fatui-ranks-") as folder:
@@ -45,7 +53,9 @@ def start_ranks(ranks: int, command: Sequence[str], backend: str = "ring", timeo
             )
             for rank, log in enumerate(logs)
         ]
-        _wait(processes, time.monotonic() + timeout_s)
+        with (Path(folder) / "rank-0").open() as first:
+            _wait(processes, time.monotonic() + timeout_s, lambda: _pass_lines(first, on_line))
+            _pass_lines(first, on_line)
         results = []
         for rank, (process, log) in enumerate(zip(processes, logs, strict=True)):
             log.seek(0)
@@ -68,9 +78,21 @@ def rank_environment(rank: int, ranks: int, backend: str, hosts: Path, port: int
     }
 
 
-def _wait(processes: Sequence["subprocess.Popen[bytes]"], deadline: float) -> None:
+def _pass_lines(log: TextIO, on_line: Callable[[str], None] | None) -> None:
+    """Pass the whole lines that have come since the last call."""
+    while on_line is not None:
+        place = log.tell()
+        text = log.readline()
+        if not text.endswith("\n"):
+            log.seek(place)
+            return
+        on_line(text.rstrip("\n"))
+
+
+def _wait(processes: Sequence["subprocess.Popen[bytes]"], deadline: float, meanwhile: Callable[[], None]) -> None:
     """Wait for all processes; end the others if one fails or at the deadline."""
     while any(process.poll() is None for process in processes):
+        meanwhile()
         if any(process.returncode not in (None, 0) for process in processes) or time.monotonic() > deadline:
             time.sleep(0.5)  # for the others to say why
             for process in processes:

@@ -157,26 +157,28 @@ def few(group) -> None:
 def by_plan(group) -> None:
     """The rows that peer copies move, by a gather that follows the same plan with collectives."""
 
-    def gather(part: mx.array, plan: RowPlan) -> mx.array:
-        own = mx.zeros((*part.shape[:2], max(plan.contributed), part.shape[3]), part.dtype)
-        for _, first, place, count in plan.sent:
-            own[:, :, place : place + count] = part[:, :, first : first + count]
-        every = mx.distributed.all_gather(own[None], group=group)
-        made = mx.zeros((*part.shape[:2], plan.rows, part.shape[3]), part.dtype)
-        for rank, first, place, count in plan.needed:
-            source = part if rank == group.rank() else every[rank]
-            made[:, :, place : place + count] = source[:, :, first : first + count]
-        return mx.depends(made, every)  # as copies, it takes part though it may need nothing
+    class ByCollectives:
+        def gather(self, part: mx.array, plan: RowPlan) -> mx.array:
+            own = mx.zeros((*part.shape[:2], max(plan.contributed), part.shape[3]), part.dtype)
+            for _, first, place, count in plan.sent:
+                own[:, :, place : place + count] = part[:, :, first : first + count]
+            own = mx.depends(own, part)  # in the order of the gathers, also if nothing is sent
+            every = mx.distributed.all_gather(own[None], group=group)
+            made = mx.zeros((*part.shape[:2], plan.rows, part.shape[3]), part.dtype)
+            for rank, first, place, count in plan.needed:
+                source = part if rank == group.rank() else every[rank]
+                made[:, :, place : place + count] = source[:, :, first : first + count]
+            return mx.depends(made, every)  # as copies, it takes part though it may need nothing
 
-    found, least = collectives.peer_gather, movement.MIN_BYTES
-    collectives.peer_gather, movement.MIN_BYTES = lambda _: (gather, "a test"), 0
+    found, least = collectives.peer_copies, movement.MIN_BYTES
+    collectives.peer_copies, movement.MIN_BYTES = lambda _: (ByCollectives(), "a test"), 0
     try:
         self_attention(group, "zigzag", 300, mx.bfloat16, mask="causal")
         self_attention(group, "contiguous", 300, mx.float32, window=40)
         self_attention(group, "balanced", 512, mx.float32, mask=documents(512))
         self_attention(group, "zigzag", 101, mx.float32, mask=masks.prefix(5) | masks.window(30))
     finally:
-        collectives.peer_gather, movement.MIN_BYTES = found, least
+        collectives.peer_copies, movement.MIN_BYTES = found, least
 
 
 def many(group) -> None:
@@ -200,8 +202,8 @@ def many(group) -> None:
 
 def peer_copies(group) -> None:
     """Parts of several sizes by peer copies, as by the group's own gather, and a call in pieces."""
-    gather, reason = collectives.peer_gather(group)
-    if gather is None:
+    peers, reason = collectives.peer_copies(group)
+    if peers is None:
         failures.append(f"no peer copies: {reason}")
         return
     rank, ranks = group.rank(), group.size()
@@ -214,7 +216,7 @@ def peer_copies(group) -> None:
         )
         part = mx.random.normal((1, heads, length, 128), key=mx.random.key(length + rank)).astype(mx.bfloat16)
         for _ in range(3):  # slots are used again
-            found = gather(part, plan)
+            found = peers.gather(part, plan)
             expected = mx.distributed.all_gather(part, group=group, stream=collectives.communication_stream())
             if not mx.array_equal(found, expected.swapaxes(0, 1).reshape(found.shape)).item():
                 failures.append(f"rank {rank}: {heads} planes of {length} rows are gathered wrong")
@@ -244,7 +246,63 @@ def peer_copies(group) -> None:
                 failures.append(f"rank {group.rank()}: {name} by peer copies differs by {error:.3g}")
 
 
-CHECKS: dict[str, Callable] = {"few": few, "many": many, "peers": peer_copies}
+def one_launch_of(group) -> None:
+    """Calls whose keys arrive while they run, and merges of partial results, as on one device."""
+    found, reason = collectives.peer_copies(group)
+    if found is None:
+        failures.append(f"no peer copies: {reason}")
+        return
+    rank = group.rank()
+    calls: list[tuple[str, int, dict]] = [
+        ("zigzag", 16384, {"mask": "causal"}),
+        ("zigzag", 12345, {"mask": "causal"}),
+        ("zigzag", 16384, {"window": 1000}),
+        ("contiguous", 16384, {"window": 1000}),
+        ("contiguous", 12345, {"window": 2000}),
+        ("contiguous", 9000, {}),
+        ("zigzag", 8192, {"softcap": 20.0, "mask": "causal"}),
+    ]
+    for kind, seq, keywords in calls:
+        for batch, heads, kv_heads, dim in ((1, 8, 4, 128), (2, 4, 2, 64)):
+            keys = mx.random.split(mx.random.key(seq), 3)
+            shapes = [(batch, each, seq, dim) for each in (heads, kv_heads, kv_heads)]
+            arrays = [mx.random.normal(s, key=key).astype(mx.bfloat16) for s, key in zip(shapes, keys, strict=True)]
+            parts = distributed.shard(*arrays, group, kind)
+            whole = attention(*arrays, implementation="poc", return_lse=True, **keywords)
+            wanted = [distributed.own_rows(x, parts.layout, rank) for x in (whole[0], whole[1][..., None])]
+            before = distributed.statistics().by_method.get("one launch", 0)
+            what = f"rank {rank}: {kind}, {seq}, {dim}, {keywords}"
+            for _ in range(3):
+                got = attention(
+                    *parts[:3], group=group, layout=parts.layout, implementation="poc", return_lse=True, **keywords
+                )
+                mx.eval(got)
+                for x, y in zip((got[0], got[1][..., None]), wanted, strict=True):
+                    # other tiles of rows, and so other sums of weights in half precision
+                    error = mx.abs(x.astype(mx.float32) - y.astype(mx.float32)).max().item()
+                    if not error < 0.02:
+                        failures.append(f"{what} in one launch: off by {error:.3g}")
+            if distributed.statistics().by_method.get("one launch", 0) != before + 3:
+                failures.append(f"{what} was not one launch")
+    for seq, kv_seq, keywords in ((1, 100_000, {}), (3, 5001, {"mask": "causal"}), (1, 7, {})):
+        keys = mx.random.split(mx.random.key(kv_seq), 3)
+        shapes = [(2, 8, seq, 128), (2, 2, kv_seq, 128), (2, 2, kv_seq, 128)]
+        q, k, v = (mx.random.normal(s, key=key).astype(mx.bfloat16) for s, key in zip(shapes, keys, strict=True))
+        layout = distributed.make_layout(kv_seq, group.size(), "contiguous")
+        own = [distributed.own_rows(x, layout, rank) for x in (k, v)]
+        wanted = list(attention(q, k, v, implementation="poc", return_lse=True, **keywords))
+        layouts = {"layout": distributed.make_layout(seq, group.size(), "replicated"), "key_layout": layout}
+        keywords |= {"implementation": "poc", "return_lse": True}
+        results = [attention(q, *own, group=group, **layouts, **keywords) for _ in range(20)]  # queued together
+        mx.eval(results)
+        for got in results:
+            for x, y in zip(got, wanted, strict=True):
+                error = mx.abs(x.astype(mx.float32) - y.astype(mx.float32)).max().item()
+                if not error < 0.02:
+                    failures.append(f"rank {rank}: merge of {seq} x {kv_seq} is off by {error:.3g}")
+
+
+CHECKS: dict[str, Callable] = {"few": few, "many": many, "peers": peer_copies, "one launch": one_launch_of}
 
 
 def main() -> int:

@@ -2,9 +2,6 @@
 // with memory that passes from kernel to kernel, with tensor maps as arguments, and with strided arrays as they lie.
 #include <nanobind/stl/optional.h>
 
-#include <atomic>
-#include <random>
-
 #include "launcher_known.hpp"
 #include "launcher_layout.hpp"
 #include "launcher_memory.hpp"
@@ -91,48 +88,6 @@ class Launches : public mx::Primitive {
   }
 
  private:
-  static int64_t serial() {
-    static std::atomic<int64_t> last{int64_t(std::random_device{}()) << 32};
-    return ++last;
-  }
-
-  // Along an axis in elements: an axis of length 1, of which a kernel may take a longer one, broadcasts.
-  static int64_t stride(const mx::array& a, int axis) { return a.shape(axis) == 1 ? 0 : a.strides(axis); }
-
-  // Where an array begins for a kernel; slopes have heads alone.
-  static char* beginning(const mx::array& a, const Argument& argument) {
-    if (argument.batch == 0 && argument.head == 0) return pointer(a);
-    const int64_t elements = a.ndim() == 1 ? argument.head * stride(a, 0)
-                                           : argument.batch * stride(a, 0) + argument.head * stride(a, 1);
-    return pointer(a) + elements * int64_t(a.itemsize());
-  }
-
-  static void launch(const Step& step, const Arrays& arrays, const std::vector<int64_t>& passed,
-                     mx::cu::CommandEncoder& encoder) {
-    int64_t words[MAX_ARGUMENTS];
-    TensorMap maps[MAX_MAPS];
-    void* places[MAX_ARGUMENTS];
-    size_t n = 0, map = 0;
-    for (const Argument& argument : step.arguments) {
-      places[n] = &words[n];
-      switch (argument.kind) {
-        case POINTER: words[n] = reinterpret_cast<int64_t>(beginning(arrays[argument.value], argument)); break;
-        case STRIDE: words[n] = stride(arrays[argument.value], argument.axis); break;
-        case NUMBER: words[n] = argument.value; break;
-        case SERIAL: words[n] = serial(); break;
-        case NOTHING: words[n] = 0; break;
-        case PASSED: words[n] = passed.at(argument.value); break;
-        case MAP:
-          maps[map] = argument.map->of(arrays[argument.value], beginning(arrays[argument.value], argument));
-          places[n] = &maps[map++];
-      }
-      n++;
-    }
-    for (const int i : step.reads) encoder.set_input_array(arrays[i]);
-    for (const int i : step.writes) encoder.set_output_array(arrays[i]);
-    encoder.add_kernel_node_raw(step.function, {step.blocks, 1, 1}, {step.threads, 1, 1}, {1, 1, 1}, step.shared, places);
-  }
-
   std::shared_ptr<const Plan> plan_;
   std::vector<mx::Shape> traced_;
   std::vector<int64_t> passed_;
@@ -251,23 +206,45 @@ struct PeersHandle {
   std::shared_ptr<fatui::Peers> peers;
 };
 
+using Runs = std::vector<std::tuple<int, int64_t, int64_t, int64_t>>;
+
+fatui::RowPlan row_plan(const Runs& sent, const Runs& needed, std::vector<int64_t> contributed, int64_t rows) {
+  fatui::RowPlan plan{{}, {}, std::move(contributed), rows};
+  for (const auto& [rank, from, to, count] : sent) plan.sent.push_back({rank, from, to, count});
+  for (const auto& [rank, from, to, count] : needed) plan.needed.push_back({rank, from, to, count});
+  return plan;
+}
+
 void define_peers(nb::module_& m) {
-  using Runs = std::vector<std::tuple<int, int64_t, int64_t, int64_t>>;
   nb::class_<PeersHandle>(m, "Peers")
       .def("gather",
            [](const PeersHandle& handle, const Array& part, const Runs& sent, const Runs& needed, std::vector<int64_t> contributed,
               int64_t rows, mlx::core::Stream stream) {
-             fatui::RowPlan plan{{}, {}, std::move(contributed), rows};
-             for (const auto& [rank, from, to, count] : sent) plan.sent.push_back({rank, from, to, count});
-             for (const auto& [rank, from, to, count] : needed) plan.needed.push_back({rank, from, to, count});
-             return fatui::gather_from_peers(handle.peers, part, std::move(plan), stream);
+             return fatui::gather_from_peers(handle.peers, part, row_plan(sent, needed, std::move(contributed), rows), stream);
            },
-           "Rows of (B, heads, rows, width) of all ranks; runs of rows are (rank, first, place, count).");
+           "Rows of (B, heads, rows, width) of all ranks; runs of rows are (rank, first, place, count).")
+      .def("attend",
+           [](const PeersHandle& handle, const Handle& plan, std::vector<Array> inputs, std::vector<int64_t> planes, const Runs& sent,
+              const Runs& needed, std::vector<int64_t> contributed, int64_t rows) {
+             return fatui::attend_with_peers(handle.peers, plan.plan, std::move(inputs),
+                                             row_plan(sent, needed, std::move(contributed), rows), std::move(planes));
+           },
+           "A plan of q, k, v and the other ranks' keys and values, with planes of keys for each launch; runs as for `gather`.")
+      .def("merge",
+           [](const PeersHandle& handle, const Handle& plan, std::vector<Array> inputs) {
+             return fatui::merge_with_peers(handle.peers, plan.plan, std::move(inputs));
+           },
+           "A plan that ends with a merge, and its inputs; all ranks merge in the same order.");
   m.def("make_peers",
-        [](int rank, std::vector<uint64_t> slots, uint64_t flags, size_t slot_bytes, int slot_count) {
-          return PeersHandle{std::make_shared<fatui::Peers>(rank, std::move(slots), flags, slot_bytes, slot_count)};
+        [](int rank, std::vector<uint64_t> slots, uint64_t flags, size_t slot_bytes, int slot_count, Array merges) {
+          return PeersHandle{std::make_shared<fatui::Peers>(rank, std::move(slots), flags, slot_bytes, slot_count, std::move(merges))};
         },
-        nb::arg("rank"), nb::arg("slots"), nb::arg("flags"), nb::arg("slot_bytes"), nb::arg("slot_count"));
+        nb::arg("rank"), nb::arg("slots"), nb::arg("flags"), nb::arg("slot_bytes"), nb::arg("slot_count"), nb::arg("merges"));
+  m.def("is_traced",
+        [](const std::vector<Array>& arrays) {
+          return std::any_of(arrays.begin(), arrays.end(), [](const Array& a) { return a.is_tracer(); });
+        },
+        "Whether an array is part of a transformation, such as a gradient.");
 }
 
 void define_waiting(nb::module_& m) {

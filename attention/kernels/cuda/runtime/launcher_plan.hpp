@@ -6,8 +6,10 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <atomic>
 #include <map>
 #include <memory>
+#include <random>
 
 #include "launcher_maps.hpp"
 
@@ -65,6 +67,50 @@ struct Plan {
   std::string label;
   std::shared_ptr<const Plan> untraced;  // plan used instead where no gradient can be requested
 };
+
+// ---- launching ----------------------------------------------------------------------------------------------------
+
+inline int64_t serial() {
+  static std::atomic<int64_t> last{int64_t(std::random_device{}()) << 32};
+  return ++last;
+}
+
+// Along an axis in elements: an axis of length 1, of which a kernel may take a longer one, broadcasts.
+inline int64_t stride(const mx::array& a, int axis) { return a.shape(axis) == 1 ? 0 : a.strides(axis); }
+
+// Where an array begins for a kernel; slopes have heads alone.
+inline char* beginning(const mx::array& a, const Argument& argument) {
+  if (argument.batch == 0 && argument.head == 0) return pointer(a);
+  const int64_t elements = a.ndim() == 1 ? argument.head * stride(a, 0)
+                                         : argument.batch * stride(a, 0) + argument.head * stride(a, 1);
+  return pointer(a) + elements * int64_t(a.itemsize());
+}
+
+// Queues a kernel; `passed` are the numbers of this call.
+inline void launch(const Step& step, const Arrays& arrays, const std::vector<int64_t>& passed, mx::cu::CommandEncoder& encoder) {
+  int64_t words[MAX_ARGUMENTS];
+  TensorMap maps[MAX_MAPS];
+  void* places[MAX_ARGUMENTS];
+  size_t n = 0, map = 0;
+  for (const Argument& argument : step.arguments) {
+    places[n] = &words[n];
+    switch (argument.kind) {
+      case POINTER: words[n] = reinterpret_cast<int64_t>(beginning(arrays[argument.value], argument)); break;
+      case STRIDE: words[n] = stride(arrays[argument.value], argument.axis); break;
+      case NUMBER: words[n] = argument.value; break;
+      case SERIAL: words[n] = serial(); break;
+      case NOTHING: words[n] = 0; break;
+      case PASSED: words[n] = passed.at(argument.value); break;
+      case MAP:
+        maps[map] = argument.map->of(arrays[argument.value], beginning(arrays[argument.value], argument));
+        places[n] = &maps[map++];
+    }
+    n++;
+  }
+  for (const int i : step.reads) encoder.set_input_array(arrays[i]);
+  for (const int i : step.writes) encoder.set_output_array(arrays[i]);
+  encoder.add_kernel_node_raw(step.function, {step.blocks, 1, 1}, {step.threads, 1, 1}, {1, 1, 1}, step.shared, places);
+}
 
 // ---- conversion from Python ---------------------------------------------------------------------------------------
 

@@ -145,10 +145,16 @@ DEVICE void consume(Consumer& consumer, const Problem& problem, const Results& r
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     KERNEL_NAME(const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap key,
                 const __grid_constant__ TensorMap value,
+#if GATHERED
+                const __grid_constant__ TensorMap far_key, const __grid_constant__ TensorMap far_value,
+#endif
 #if ALIBI
                 const float* slopes,
 #endif
                 const int4* table,
+#if GATHERED
+                const int* tiles,
+#endif
 #if LISTS
                 const int2* entries, const u32* bits,
 #endif
@@ -158,7 +164,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if ALIBI
                 int slope_factor_bits,
 #endif
-                int window, int rounds, u64 serial) {
+                int window, int rounds,
+#if GATHERED
+                int second_run, int first_shift, int second_shift,
+#endif
+                u64 serial) {
   extern __shared__ __align__(1024) char shared[];
   const Memory memory{shared_address(shared)};
 #if ALIBI
@@ -166,8 +176,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #else
   const Slopes alibi;
 #endif
+#if GATHERED
+  const Runs runs{second_run, first_shift, second_shift};
+  const Gathered gathered{&far_key, &far_value, tiles};
+#else
+  const Runs runs{};
+  const Gathered gathered{};
+#endif
   const Problem problem{planes, heads, heads_per_key, queries, keys, columns, __int_as_float(scale_log2_bits),
-                        __int_as_float(into_cap_bits), window, alibi};
+                        __int_as_float(into_cap_bits), window, alibi, runs};
   const Schedule schedule{table + 2 * rounds * blockIdx.x};
 #if LISTS
   const Lists lists{entries, bits};
@@ -183,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
   if (threadIdx.x < WARPGROUP) {
     give_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0) produce(memory, problem, schedule, lists, query, key, value);
+    if (threadIdx.x == 0) produce(memory, problem, schedule, lists, query, key, value, {}, gathered);
   } else {
     if constexpr (CONSUMERS == 1) give_registers<CONSUMER_REGISTERS>();
     else take_registers<CONSUMER_REGISTERS>();

@@ -67,6 +67,8 @@ class Forward:
     lists: bool = False
     """Whether the key tiles of a query tile are entries of a block list, not a range."""
     alibi: bool = False
+    gathered: bool = False
+    """Whether key tiles are in two arrays, own ones and other devices', and the queries are two runs of rows."""
 
     @property
     def block_m(self) -> int:
@@ -94,6 +96,7 @@ class Forward:
             "OVERLAP": self.overlap,
             "LISTS": self.lists,
             "ALIBI": self.alibi,
+            "GATHERED": self.gathered,
             "BFLOAT16": self.element == "bf16",
         }
         products = (

@@ -62,6 +62,7 @@ class Fp8Forward(Forward):
             "WINDOW": self.window,
             "SOFTCAP": False,
             "ALIBI": False,
+            "GATHERED": False,
             "QUERY_STAGES": self.query_stages,
             "OVERLAP": self.overlap,
             "LISTS": False,

@@ -62,6 +62,14 @@ struct Lists {
   const u32* bits;
 };
 
+// With GATHERED: keys and values are in two arrays each, the device's own and those of other devices. `tiles` has for each key
+// tile its first row in one of them, plus FAR if it is in the second.
+struct Gathered {
+  const TensorMap *key, *value;
+  const int* tiles;
+};
+constexpr int FAR = 1 << 30;
+
 // With FP8: exponents of the scales of 64 rows of Q, and of 128 keys of K and V (in this order).
 struct Scales {
   const int* query;
@@ -136,7 +144,7 @@ DEVICE void load_value_tile(u32 tile, const TensorMap& map, int head, int batch,
 // The producer, a single thread.
 DEVICE void produce(const Memory& memory, const Problem& problem, Schedule schedule, const Lists& lists,
                     const TensorMap& query_map, const TensorMap& key_map, const TensorMap& value_map,
-                    const Scales& scales = {}) {
+                    const Scales& scales = {}, const Gathered& gathered = {}) {
   Ring keys, values;
   Work work;
   while (schedule.next(work)) {
@@ -152,7 +160,11 @@ DEVICE void produce(const Memory& memory, const Problem& problem, Schedule sched
       barrier_wait(memory.key_empty(keys.stage), keys.parity ^ 1);
       if constexpr (FP8) store_word(memory.key_exponent(keys.stage), exponent);
       if constexpr (LISTS) load_listed_key(memory, keys.stage, lists, entry, key_map, key_head, batch);
-      else load_tile<BLOCK_N>(memory.key(keys.stage), key_map, key_head, batch, n * BLOCK_N, memory.key_full(keys.stage));
+      else if constexpr (GATHERED) {
+        const int row = gathered.tiles[n];
+        load_tile<BLOCK_N>(memory.key(keys.stage), row & FAR ? *gathered.key : key_map, key_head, batch, row & ~FAR,
+                           memory.key_full(keys.stage));
+      } else load_tile<BLOCK_N>(memory.key(keys.stage), key_map, key_head, batch, n * BLOCK_N, memory.key_full(keys.stage));
       keys.advance();
     };
     auto load_value = [&](int n) {
@@ -161,7 +173,10 @@ DEVICE void produce(const Memory& memory, const Problem& problem, Schedule sched
       if constexpr (FP8) exponent = key_scales[n * BLOCK_N / 128].y;
       barrier_wait(memory.value_empty(values.stage), values.parity ^ 1);
       if constexpr (FP8) store_word(memory.value_exponent(values.stage), exponent);
-      load_value_tile(memory.value(values.stage), value_map, key_head, batch, tile * BLOCK_N, memory.value_full(values.stage));
+      const int row = GATHERED ? gathered.tiles[n] : tile * BLOCK_N;
+      const bool far = GATHERED && row & FAR;
+      load_value_tile(memory.value(values.stage), far ? *gathered.value : value_map, key_head, batch, far ? row & ~FAR : row,
+                      memory.value_full(values.stage));
       values.advance();
     };
     const int last = work.end - 1;

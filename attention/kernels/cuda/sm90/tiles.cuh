@@ -19,6 +19,12 @@ struct ValueTile : KeyTile {
 };
 #endif
 
+// With GATHERED: the queries are two runs of rows, each at its own place among the keys.
+struct Runs {
+  int second;                     // first row of the second run
+  int first_shift, second_shift;  // position of a row less its number
+};
+
 struct Problem {
   int planes, heads;    // batch * heads, and heads
   int heads_per_key;    // query heads per key head
@@ -28,11 +34,16 @@ struct Problem {
   float into_cap;       // with SOFTCAP: softmax scale / cap
   int window;           // with WINDOW: maximum number of keys that a row attends to
   Slopes slopes;        // with ALIBI
+  Runs runs;            // with GATHERED
 
-  DEVICE int position_of(int row) const { return row + keys - queries; }
-  // Causal masks are lower-right aligned: the last query attends to every key. A row attends to the keys [first, last).
-  DEVICE int last_seen_by(int row) const { return CAUSAL ? min(keys, row + 1 + keys - queries) : keys; }
-  DEVICE int first_seen_by(int row) const { return WINDOW ? max(0, row + 1 + keys - queries - window) : 0; }
+  // Among the keys. Causal masks are lower-right aligned: the last query attends to every key.
+  DEVICE int position_of(int row) const {
+    if constexpr (GATHERED) return row + (row < runs.second ? runs.first_shift : runs.second_shift);
+    return row + keys - queries;
+  }
+  // A row attends to the keys [first, last).
+  DEVICE int last_seen_by(int row) const { return CAUSAL ? min(keys, position_of(row) + 1) : keys; }
+  DEVICE int first_seen_by(int row) const { return WINDOW ? max(0, position_of(row) + 1 - window) : 0; }
 
   // End of the key tiles that a warpgroup needs, at least one past the first if there are any, which avoids a special case.
   DEVICE int key_blocks_of_warpgroup(int first_row, int first_block, int tile_blocks) const {

@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+import mlx.core as mx
 import pytest
 
 from attention.kernels.common import cache
 from attention.kernels.cuda import KernelUnavailable
+from attention.kernels.cuda.peers import merge_program
 from attention.kernels.cuda.runtime import program as runtime_program
 from attention.kernels.cuda.runtime.program import SHARED_MEMORY_LIMIT, Program, machine_code
 from attention.kernels.cuda.sm90.decode import Decode
@@ -22,6 +24,11 @@ FORWARD += [
     for dim in (64, 128, 192, 256)
     for softcap, few in ((False, False), (True, False), (False, True))
 ]
+FORWARD += [
+    replace(kernel, gathered=True)
+    for largest in (specialise(64, True, "bf16", True), specialise(128, True, "bf16", True))
+    for kernel in (largest, *fewer_consumers(largest))
+]
 SHARED = [
     Decode(dim, True, "f16", True, True, architecture, limit)
     for architecture, limit in (("sm_90a", 232_448), ("sm_80", 166_912), ("sm_89", 101_376))
@@ -31,6 +38,7 @@ DECODE = [variant for kernel in SHARED for variant in (kernel, kernel.alone)]
 
 SMALL = Program("small", "sm_90a", (), ('extern "C" __global__ void KERNEL_NAME() {}',), 32, 0)
 PROGRAMS = [kernel.program for kernel in (*FORWARD, *DECODE)]
+PROGRAMS += [merge_program(ranks, mx.bfloat16) for ranks in (2, 8)]
 
 
 @pytest.fixture(autouse=True)
