@@ -7,7 +7,7 @@ from typing import Final, Literal
 from msgspec import Struct
 
 from attention.core import statistics
-from attention.core.results import AnyCase, Case, Ratio, Report, Row
+from attention.core.results import AnyCase, Case, FineTuningCase, ModelCase, Ratio, Report, Row
 from attention.core.workload import PHASES, Workload, short_name, swept_axes
 from fatui import formatting
 from fatui.formatting import OK
@@ -118,14 +118,23 @@ def agreed_speedup(cases: Sequence[AnyCase], name: str) -> Ratio | None:
 
 def verdicts(report: Report) -> tuple[Verdict, ...]:
     """Return the verdict of each group of cases that can be ranked; streams have none."""
-    tried = [case.workload.model for case in report.models] + [case.workload.model for case in report.fine_tunings]
+    interrupted = report.run.interrupted
+    groups = group_verdicts(report.cases, report.models, report.fine_tunings, interrupted=interrupted)
+    return tuple(verdict for _, verdict in groups)
+
+
+def group_verdicts(
+    cases: Sequence[Case], models: Sequence[ModelCase], tunings: Sequence[FineTuningCase], *, interrupted: bool = False
+) -> list[tuple[Sequence[AnyCase], Verdict]]:
+    """Return each group of cases that can be ranked together, with its verdict."""
+    tried = [case.workload.model for case in models] + [case.workload.model for case in tunings]
     model = short_name(tried[0]) if tried else ""
     groups: list[tuple[str, Sequence[AnyCase]]] = [
-        ("", report.cases),
-        *((f"{model} {phase}", [case for case in report.models if case.workload.phase == phase]) for phase in PHASES),
-        (f"{model} fine-tuning", report.fine_tunings),
+        ("", cases),
+        *((f"{model} {phase}", [case for case in models if case.workload.phase == phase]) for phase in PHASES),
+        (f"{model} fine-tuning", tunings),
     ]
-    return tuple(verdict_of(cases, title, interrupted=report.run.interrupted) for title, cases in groups if cases)
+    return [(group, verdict_of(group, title, interrupted=interrupted)) for title, group in groups if group]
 
 
 def verdict_of(cases: Sequence[AnyCase], title: str = "", *, interrupted: bool = False) -> Verdict:

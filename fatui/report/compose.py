@@ -40,6 +40,7 @@ from fatui.report.sections import (
 )
 from fatui.report.streaming import stream_blocks, stream_charts
 from fatui.report.study import origin_blocks
+from fatui.report.summary import summary_blocks
 from fatui.untrusted_text import escape_all
 from fatui.verdict import mean_speedup
 
@@ -58,6 +59,7 @@ def compose(reports: Sequence[Report]) -> Document:
 def _sections(evidence: Evidence) -> list[Section]:
     cases, names = evidence.cases, evidence.implementations
     return [
+        section("Verdict", summary_blocks(evidence, RUN_BENCH)),
         section("Summary", _where(evidence), _summary(evidence)),
         *(section(f"Approach: {name}", approach(cases, name)) for name in names if cases),
         section("Speedups", _speedups(evidence)),

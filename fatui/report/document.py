@@ -47,6 +47,18 @@ class Chart(Struct, frozen=True):
 
     title: str
     svg: str
+    text: str = ""
+    """The chart as lines of text, for Markdown; empty if it has none there."""
+
+
+class Card(Struct, frozen=True):
+    """A verdict: one line, why, and what it rests on."""
+
+    head: str
+    points: tuple[str, ...]
+    grounds: tuple[str, ...]
+    cautious: bool = False
+    """Whether the grounds ask for caution."""
 
 
 class Code(Struct, frozen=True):
@@ -56,7 +68,7 @@ class Code(Struct, frozen=True):
     language: str
 
 
-Block = Paragraph | Claim | MissingData | Table | Chart | Code
+Block = Paragraph | Claim | MissingData | Table | Chart | Card | Code
 
 
 class Section(Struct, frozen=True):
@@ -123,7 +135,12 @@ def _markdown_block(block: Block) -> list[str]:
         case Code():
             return [markdown_block(block.text, block.language)]
         case Chart():
-            return []
+            return [f"**{markdown(block.title)}**", markdown_block(block.text, "text")] if block.text else []
+        case Card():
+            points = "\n".join(f"- {markdown(point)}" for point in block.points)
+            return [
+                part for part in (f"**{markdown(block.head)}**", points, markdown(" · ".join(block.grounds))) if part
+            ]
         case Table():
             return [f"**{markdown(block.caption)}**", _markdown_table(block)]
         case _:
@@ -149,6 +166,7 @@ PAGE = """<!DOCTYPE html>
 <body>
 <main>
 <h1>{title}</h1>
+{first}
 <nav aria-label="Contents"><ul>
 {contents}
 </ul></nav>
@@ -167,7 +185,8 @@ def to_html(document: Document) -> str:
         contents="\n".join(
             f'<li><a href="#part-{number}">{html(each.title)}</a></li>' for number, each in enumerate(document.sections)
         ),
-        sections="\n".join(_html_section(each, number) for number, each in enumerate(document.sections)),
+        first="\n".join(_html_section(each, number) for number, each in enumerate(document.sections[:1])),
+        sections="\n".join(_html_section(each, number) for number, each in enumerate(document.sections) if number),
     )
 
 
@@ -204,6 +223,14 @@ def _html_block(block: Block) -> str:
             caption = html(block.title)
             drawing = block.svg.replace("<svg", f'<svg role="img" aria-label="{caption}"', 1)
             return f"<figure>\n<figcaption>{caption}</figcaption>\n{drawing}\n</figure>"
+        case Card():
+            points = "".join(f"<li>{html(point)}</li>" for point in block.points)
+            caution = " cautious" if block.cautious else ""
+            grounds = html(" · ".join(block.grounds))
+            return (
+                f'<div class="card"><p class="head">{html(block.head)}</p>\n<ul>{points}</ul>\n'
+                f'<p class="grounds{caution}">{grounds}</p></div>'
+            )
         case Table():
             return _html_table(block)
         case _:

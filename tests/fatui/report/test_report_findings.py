@@ -8,7 +8,7 @@ from msgspec import structs
 from attention.core.results import Interval, NoiseFloor, Ratio
 from attention.core.workload import Workload
 from fatui.report.compose import compose
-from fatui.report.document import Chart, Claim, MissingData, Table, to_html, to_markdown
+from fatui.report.document import Card, Chart, Claim, MissingData, Table, to_html, to_markdown
 from fatui.report.scaling import fit, sweeps
 from tests.support.sample_runs import ENVIRONMENT, plan_of, report_of, run_of
 
@@ -248,7 +248,7 @@ def test_names_and_paths_cannot_put_markup_into_the_page():
 
 
 def test_a_sweep_is_drawn_in_the_page_s_own_colours_and_markers():
-    charts = blocks(compose([report_of(plan_of(SWEEP))]), Chart)
+    _, *charts = blocks(compose([report_of(plan_of(SWEEP))]), Chart)  # the first is the verdict's
     assert [chart.title.partition(",")[0] for chart in charts] == [
         "Throughput by length",
         "Speedup over baseline by length",
@@ -263,7 +263,7 @@ def test_a_sweep_is_drawn_in_the_page_s_own_colours_and_markers():
 def test_without_matplotlib_the_report_says_how_to_get_charts(monkeypatch):
     monkeypatch.setattr("fatui.report.charts.available", lambda: False)
     document = compose([report_of(plan_of(SWEEP))])
-    assert blocks(document, Chart) == []
+    assert len(blocks(document, Chart)) == len(blocks(document, Chart, "Verdict")) == 1
     assert any(block.command == "pip install 'fatui[report]'" for block in blocks(document, MissingData))
 
 
@@ -273,3 +273,20 @@ def test_a_noise_floor_stands_beside_each_line_of_the_speedups():
     report = structs.replace(report, cases=tuple(structs.replace(case, noise_floor=floor) for case in report.cases))
     (table,) = blocks(compose([report]), Table, "Speedups")
     assert table.rows[0][-1] == "1.2 %"
+
+
+def test_the_verdict_and_the_first_chart_come_before_any_prose():
+    document = compose([report_of(plan_of(SWEEP))])
+    assert document.sections[0].title == "Verdict"
+    card, chart = document.sections[0].blocks
+    assert isinstance(card, Card) and card.head.startswith("Use poc · 50") and "fastest in all 4 cases" in card.head
+    assert isinstance(chart, Chart) and chart.svg.count("<rect") == 4
+    page = to_html(document)
+    assert page.index('class="card"') < page.index("<figure>") < page.index("<nav") < page.index("Measured on")
+    text = to_markdown(document)
+    assert text.index("Use poc") < text.index("█") < text.index("Measured on")
+
+
+def test_a_report_without_a_verdict_says_what_to_run():
+    (block,) = compose([structs.replace(report_of(), cases=())]).sections[0].blocks
+    assert isinstance(block, MissingData) and block.command
