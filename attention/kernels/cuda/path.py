@@ -34,6 +34,8 @@ TAKES: Final = frozenset({"pattern", "alibi", "logsumexp", "quantized"})
 def route(workload: Workload, needs: Needs) -> Route:
     """Return the route of a workload through the kernels, or an unsupported route with the reason; runs nothing."""
     refusal = cuda.supports(workload, needs)
+    if refusal is None and needs.sinks and workload.kv_format == DENSE:
+        refusal = "the CUDA kernels take attention sinks with quantized keys and values only"
     if refusal:
         return unsupported(refusal)
     if workload.kv_format != DENSE:
@@ -123,6 +125,29 @@ def with_logsumexp(
         output, logsumexp = _attend_packed(q, k, v, scale, mask, softcap, logsumexp=True)
         return output, logsumexp
     return cuda.flash_attention_with_logsumexp(q, k, v, scale=scale, softcap=softcap, **_checked(scale, mask, softcap))
+
+
+def attend_with_sinks(
+    q: mx.array,
+    k: KeyOrValue,
+    v: KeyOrValue,
+    *,
+    scale: float,
+    mask: Mask,
+    softcap: float | None,
+    sinks: mx.array | None,
+) -> mx.array:
+    """Compute attention to quantized keys and values with `sinks` (H,): one extra logit per head, without a value.
+
+    The softmax with it is the one without times sigmoid(logsumexp - sink).
+    """
+    import mlx.core as mx
+
+    if sinks is None:
+        return attend(q, k, v, scale=scale, mask=mask, softcap=softcap)
+    output, logsumexp = with_logsumexp(q, k, v, scale=scale, mask=mask, softcap=softcap)
+    share = mx.sigmoid(logsumexp - sinks.astype(mx.float32)[:, None])
+    return (output * share[..., None]).astype(output.dtype)
 
 
 def _attend_packed(

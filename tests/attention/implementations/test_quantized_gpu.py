@@ -3,9 +3,14 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from msgspec import structs
 
 from attention import attention
+from attention.implementations import load_implementation
 from attention.implementations.bounded.implementation import Practical
+from attention.implementations.calls import call_signature
+from attention.masks import Mask
+from attention.measure.device import probe
 from tests.support import kernel_oracle, quantized_values
 
 pytestmark = [
@@ -36,6 +41,27 @@ def test_calls_are_right(name, forms, dtype):
         plain = kernel_oracle.plain_attention(*given, oracle, dtype)
         in_tf32 = 2e-3 if name == "baseline" and dtype != mx.bfloat16 else 4e-6  # MLX's float32 products on CUDA
         kernel_oracle.assert_near(out, exact, plain, dtype, 2, f"{name} {seq}", in_tf32 * np.abs(given[2]).max())
+
+
+@pytest.mark.parametrize("seq", [1, 40, 200])
+@pytest.mark.parametrize("forms", ["int8+int4:32", "mxfp4"])
+def test_sinks_are_an_extra_logit(seq, forms):
+    """`poc` computes calls with sinks in its kernels, as `practical` does over the dequantized values."""
+    key_form, _, value_form = forms.partition("+")
+    q = mx.random.normal((1, 8, seq, 64), key=mx.random.key(seq)).astype(mx.bfloat16)
+    k, v = (
+        quantized_values.normal(n, (1, 2, 300, 64), mx.bfloat16, form)
+        for n, form in enumerate((key_form, value_form or key_form))
+    )
+    sinks = mx.array([-3.0, 0, 1, 2, 3, 4, 6, 9]).astype(mx.bfloat16)
+    poc = load_implementation("poc")
+    workload, needs = call_signature(q, k, v, Mask(causal=True), None)
+    assert not poc.route(workload, probe(), structs.replace(needs, sinks=True)).fallback
+    found = poc(q, k, v, scale=1 / 8, mask=Mask(causal=True), sinks=sinks)
+    dense = [mx.array(quantized_values.exact(x).astype(np.float32)) for x in (k, v)]
+    wide = q.astype(mx.float32), *dense
+    wanted = Practical()(*wide, scale=1 / 8, mask=Mask(causal=True), sinks=sinks.astype(mx.float32))
+    assert mx.abs(found.astype(mx.float32) - wanted).max() <= 0.02 * mx.abs(wanted).max()
 
 
 @pytest.mark.parametrize("name", ["baseline", "practical", "in parts"])

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 mx = pytest.importorskip("mlx.core")
 
@@ -336,6 +337,27 @@ def test_a_route_tells_where_keys_and_values_are_dequantized(on, gpu, fields, ne
     found = path.route(case, Needs(**needs))
     assert (found.path, found.fused) == ("CUDA, quantized K/V", True)
     assert told in found.reason
+
+
+def test_sinks_are_taken_with_quantized_keys_and_values_only(on):
+    on("H100")
+    case = Workload(dtype="bfloat16", pass_="decode", head_dim=64, kv_format="int8")
+    assert path.route(case, Needs(sinks=True)).fused
+    dense = path.route(structs.replace(case, kv_format="none"), Needs(sinks=True))
+    assert not dense.supported
+    assert "with quantized keys and values only" in dense.reason
+
+
+def test_sinks_are_an_extra_logit(monkeypatch):
+    """The weights of keys without a sink and the logsumexp give those with one."""
+    scores = mx.random.normal((2, 4, 3, 20), key=mx.random.key(0)) * 3
+    values, sinks = mx.random.normal((2, 4, 20, 8), key=mx.random.key(1)), mx.array([-2.0, 0.0, 3.0, 50.0])
+    found = mx.softmax(scores, -1) @ values, mx.logsumexp(scores, -1)
+    monkeypatch.setattr(path, "with_logsumexp", lambda *_, **__: found)
+    made = path.attend_with_sinks(None, None, None, scale=1, mask=None, softcap=None, sinks=sinks)
+    extra = mx.broadcast_to(sinks[:, None, None], (2, 4, 3, 1))
+    wanted = mx.softmax(mx.concatenate([scores, extra], -1), -1)[..., :20] @ values
+    assert mx.allclose(made, wanted, atol=1e-6).item()
 
 
 def test_a_workspace_is_counted(on):
