@@ -21,7 +21,7 @@ from attention.implementations.fused import Poc
 from attention.implementations.protocol import Implementation
 from attention.kernels import cpu
 from attention.measure.device import Backend, check_not_forked
-from attention.quantized_kv import quantized
+from attention.quantized_kv import arrays_of, quantized
 from attention.streaming.layout import Layout, Row
 from attention.streaming.rope import Rope
 
@@ -119,13 +119,15 @@ class Step:
         if made is None:
             return None
         check_not_forked()
+        slot = layout.slot(row.seen)
         new = [k, v]
-        if self._formats is not None:
-            new = [*quantized(k, self._formats.key).arrays, *quantized(v, self._formats.value).arrays]
+        if self._formats is not None and not made.quantizes:
+            if self._rope is not None and not token.rotated:
+                k = self._rope.consecutive(k, slot)
+            new = arrays_of(quantized(k, self._formats.key), quantized(v, self._formats.value))
         if self.latest is None:
             slots[:] = [mx.contiguous(array + 0) for array in slots]
             mx.eval(slots)
-        slot = layout.slot(row.seen)
         at = slot if token.rotated else 0
         before = layout.first + layout.ring
         positions = [slot - at, slot + layout.ring - at, layout.first + layout.window - 1 - at]
@@ -142,8 +144,7 @@ class Step:
         from attention.kernels.cuda.streaming import launch
 
         q, k, v, rope = token.q, token.k, token.v, self._rope
-        in_16_bits = q.dtype in HALVES and k.shape[3] == v.shape[3]
-        if not in_16_bits or (rope is not None and self._formats is not None):
+        if q.dtype not in HALVES or k.shape[3] != v.shape[3]:
             return None
         dims, adjacent = (0, False) if rope is None else (rope.dims, rope.traditional)
         slots = self._layout.slots

@@ -115,8 +115,11 @@ def signature(program):
     """Return the kinds of a kernel's parameters, in order."""
     text, constants = program.source, dict(program.constants)
     parameters = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", text, re.DOTALL)[1]
-    conditions = {name: constants.get(name) for name in ("MASK", "LISTS", "ALIBI", "ROPE", "SPANS", "QUANTIZED")}
-    conditions |= {f"PARTS > {count}": constants.get("PARTS", 0) > count for count in (2, 4, 5)}
+    conditions = {
+        name: constants.get(name)
+        for name in ("MASK", "LISTS", "ALIBI", "ROPE", "SPANS", "QUANTIZED", "QUANTIZES", "PARTS")
+    }
+    conditions |= {f"PARTS > {count}": constants.get("PARTS", 0) > count for count in (2, 4)}
     conditions["!SPLIT"] = not constants.get("SPLIT")
     for condition, holds in conditions.items():
         block = rf"#if {condition}\n(.*?)#endif\n"

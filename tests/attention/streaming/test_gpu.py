@@ -6,6 +6,7 @@ import pytest
 
 from attention import StreamingKV, quantized
 from attention.core.kv_format import parse_kv_format
+from attention.streaming import fused
 from tests.attention.streaming.test_streaming import ROPES, close, expected, made, rope_of
 from tests.support.streaming_oracle import Sequence
 
@@ -41,6 +42,45 @@ def test_quantized_storage(kv_format):
         arrays, values = zip(*(rounded(x, mx.bfloat16) for x in made(1, seed=seed, width=64)), strict=True)
         read = [quantized(x, f).exact() for x, f in zip(arrays[1:], (forms.key, forms.value), strict=True)]
         assert close(state.attend(*arrays)[0], expected(oracle, values[0][0], read[0][0], read[1][0]), 4e-2)
+
+
+@pytest.mark.parametrize("rope", [ROPES["halves"], ROPES["adjacent"]], ids=["halves", "adjacent"])
+@pytest.mark.parametrize("kv_format", ["int8", "int4", "mxfp4", "int6:32+int3"])
+@pytest.mark.parametrize("rotated", [False, True])
+def test_quantized_storage_with_rope(monkeypatch, kv_format, rope, rotated):
+    """Steps of the kernels over a quantized ring with rotary positions equal attention in parts over the same ring."""
+    taken = []
+    on_cuda = fused.Step.on_cuda
+
+    def watched(*given):
+        made = on_cuda(*given)
+        taken.append(made is not None)
+        return made
+
+    monkeypatch.setattr(fused.Step, "on_cuda", watched)
+    steps, parts = (StreamingKV(4, 300, kv_format, rope=rope_of(rope)) for _ in range(2))
+    for seed, length in enumerate((400, *[1] * 40, 700, *[1] * 40)):
+        q, k, v = (rounded(x, mx.bfloat16)[0] for x in made(length, seed=seed, width=64))
+        if rotated:
+            q, k = (rope_of(rope).consecutive(x, steps.offset) for x in (q, k))
+        got = steps.attend(q, k, v, implementation="poc", rotated=rotated)
+        wanted = parts.attend(q, k, v, implementation="practical", rotated=rotated)
+        assert close(got[0], np.array(wanted.astype(mx.float32))[0], 4e-2)
+    assert sum(taken) == 80
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "int4", "int6:32+int3", "int5:128+int2:32"])
+@pytest.mark.parametrize("dtype", ERROR, ids=str)
+def test_steps_store_the_bits_of_mx_quantize(kv_format, dtype):
+    """A row that is quantized by the kernel of a step is what `mx.quantize` makes of it."""
+    steps, parts = (StreamingKV(4, 60, kv_format) for _ in range(2))
+    for seed, length in enumerate((64, *[1] * 50)):
+        q, k, v = (rounded(x * (1 + 10 * (seed % 3)), dtype)[0] for x in made(length, seed=seed, width=128))
+        k = k + (seed % 5 - 2) * 4  # groups of one sign, too
+        steps.attend(q, k, v, implementation="poc")
+        parts.attend(q, k, v, implementation="practical")
+    for one, other in zip(*(state.evaluated()._kept["streaming"].arrays for state in (steps, parts)), strict=True):
+        assert mx.array_equal(one, other).item()
 
 
 def test_memory_does_not_grow():

@@ -389,7 +389,7 @@ DEVICE void limit(float (&scores)[4], const State& state, int n, const Lane& lan
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = first_row + 8 * n + 2 * lane.member + i % 2, column = key + lane.row + i / 2 * 8;
-      if (column >= problem.last_seen_by(row) || column < (WINDOW ? problem.first_seen_by(row) : problem.first_seen_by_all())) {
+      if (column >= problem.last_seen_by(row) || column < (WINDOW || SPANS ? problem.first_seen_by(row) : problem.first_seen_by_all())) {
         scores[i] = MINUS_INFINITY;
       }
     }
@@ -531,7 +531,7 @@ DEVICE void attend(State& state, const Lane& lane, const Source& source, const P
                    int begin, int end) {
   constexpr int ROUND = WARPS * STEP;
   // rows see different keys from here on, and up to there
-  const int masked_from = CAUSAL ? problem.keys - problem.queries + 1 : problem.keys;
+  const int masked_from = SPANS ? 0 : CAUSAL ? problem.keys - problem.queries + 1 : problem.keys;
   const int masked_below = WINDOW ? problem.keys - problem.window : problem.first_seen_by_all();
   int stage = 0;
 #pragma unroll 1
@@ -691,10 +691,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
                 i64 query_row, i64 key_batch, i64 key_head, i64 key_row, i64 key_scale_batch, i64 key_scale_head,
                 i64 key_scale_row, i64 key_bias_batch, i64 key_bias_head, i64 key_bias_row, i64 value_batch, i64 value_head,
                 i64 value_row, i64 value_scale_batch, i64 value_scale_head, i64 value_scale_row, i64 value_bias_batch,
-                i64 value_bias_head, i64 value_bias_row, u64 serial) {
+                i64 value_bias_head, i64 value_bias_row, u64 serial
+#if SPANS
+                , int first_0, int last_0, int first_1, int last_1, int first_2, int last_2
+#endif
+                ) {
   extern __shared__ __align__(1024) char shared[];
   const Problem problem{group, queries, keys, columns, __int_as_float(scale_log2_bits), __int_as_float(into_cap_bits),
-                        window, Slopes()};
+                        window, Slopes()
+#if SPANS
+                        , {first_0, first_1, first_2}, {last_0, last_1, last_2}
+#endif
+  };
   const Block place(problem, kv_heads, splits);
   const int batch = place.batch, head = place.head, first_row = place.first_row;
   constexpr int KS = Key::SCALE_BYTES, VS = Value::SCALE_BYTES;

@@ -46,6 +46,8 @@ class QuantizedDecode:
     """Tiles of 16 keys in a buffer: more take registers, and less of the time between them."""
     shared_memory_limit: int = 232_448
     max_stages: int = 8
+    spans: bool = False
+    """Whether query i of a head sees the i-th of three runs of keys, whose bounds each launch gets."""
 
     @property
     def rows(self) -> int:
@@ -112,6 +114,7 @@ class QuantizedDecode:
             "WINDOW": self.window,
             "SOFTCAP": self.softcap,
             "ALIBI": False,
+            "SPANS": self.spans,
             "BFLOAT16": self.element == "bf16",
             **constants_of(self.packed),
         }

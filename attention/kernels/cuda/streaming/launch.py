@@ -2,13 +2,13 @@
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 import mlx.core as mx
 import numpy as np
 
 from attention.core.errors import KernelUnavailable
-from attention.core.kv_format import KVFormat
+from attention.core.kv_format import Format, KVFormat
 from attention.kernels.common.selfcheck import exact
 from attention.kernels.cuda import attend
 from attention.kernels.cuda.quantized import launch as packed_launch
@@ -18,7 +18,7 @@ from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.gpu import gpu
 from attention.kernels.cuda.runtime.launch import Stage, dtype_of, make_plan, prepare
 from attention.kernels.cuda.runtime.program import Program
-from attention.kernels.cuda.sm90.decode import MAX_ROWS, Decode
+from attention.kernels.cuda.sm90.decode import MAX_ROWS
 from attention.kernels.cuda.sm90.launch import (
     PARTS,
     KeySplit,
@@ -29,6 +29,7 @@ from attention.kernels.cuda.sm90.launch import (
     unwritten,
 )
 from attention.masks import dtype_name
+from attention.quantized_kv import arrays_of, quantized
 
 VERSIONS: Final = 3
 """Of a query with rotary positions: for the lap of the newest token, the lap before, and the first tokens."""
@@ -51,10 +52,16 @@ class StepKind:
     packed: PackedKV | None = None
 
     @property
+    def quantizes(self) -> bool:
+        """Whether the kernel quantizes the new rows."""
+        return self.packed is not None and all(form.mode == "affine" for form, _ in self.packed.parts)
+
+    @property
     def parts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of the new rows of keys and values, and of their slots."""
-        slots = ("k", "v") if self.packed is None else packed_launch.inputs(self.packed)[1:]
-        return tuple(f"new_{name}" for name in slots), slots
+        dense = ("k", "v")
+        slots = dense if self.packed is None else packed_launch.inputs(self.packed)[1:]
+        return tuple(f"new_{name}" for name in (dense if self.quantizes else slots)), slots
 
 
 def refusal(kind: StepKind) -> str | None:
@@ -79,19 +86,24 @@ def _row_bytes(kind: StepKind) -> list[int]:
 
 
 def _append(kind: StepKind) -> Stage:
-    """Return the launch that writes the new rows, and rotates key and query."""
+    """Return the launch that writes the new rows, quantized if the kernel does that, and rotates key and query."""
     shape, rope = kind.shape, kind.rope_dims > 0
     new, slots = kind.parts
-    constants = {
+    constants: dict[str, int | bool] = {
         "HEAD_DIM": shape.head_dim,
         "ROPE": rope,
         "ROPE_DIMS": kind.rope_dims,
         "ADJACENT": kind.adjacent,
-        "PARTS": len(slots),
+        "QUANTIZES": kind.quantizes,
+        "PARTS": 0 if kind.quantizes else len(slots),
         "BFLOAT16": shape.element == "bf16",
         "THREADS": THREADS,
-        **{f"ROW_{i}": size for i, size in enumerate(_row_bytes(kind))},
     }
+    if kind.quantizes and kind.packed is not None:
+        for name, (form, _) in zip(("KEY", "VALUE"), kind.packed.parts, strict=True):
+            constants |= {f"{name}_BITS": form.bits, f"{name}_GROUP": form.group_size}
+    else:
+        constants |= {f"ROW_{i}": size for i, size in enumerate(_row_bytes(kind))}
     program = Program(
         name="stream_append",
         architecture=gpu().architecture,
@@ -103,26 +115,31 @@ def _append(kind: StepKind) -> Stage:
     planes = shape.batch * shape.kv_heads
     turned = ((shape.batch, shape.heads, VERSIONS, shape.head_dim), dtype_of(shape))
     made = prepare(program, planes + rope * shape.batch * shape.heads, [turned] if rope else [], [planes, shape.keys])
-    pairs = tuple(name for pair in zip(new, slots, strict=True) for name in pair)
+    rows = (*new, *slots) if kind.quantizes else (name for pair in zip(new, slots, strict=True) for name in pair)
     return Stage(
         made,
-        (*(("q",) if rope else ()), *pairs, *(("radians",) if rope else ())),
+        (*(("q",) if rope else ()), *rows, *(("radians",) if rope else ())),
         ("turned",) if rope else (),
         updates=frozenset(slots),
         passed=(*SLOT, *(POSITIONS if rope else ())),
     )
 
 
-def _spans_stages(kind: StepKind, split: KeySplit[Decode]) -> list[Stage]:
+def _spans_stages(kind: StepKind, split: KeySplit[Any]) -> list[Stage]:
     """Return the launches over three runs of slots, each with its version of the query, and their join."""
     shape = _with_versions(kind.shape)
     made = decode(shape, kind.call, split)
+    reads: tuple[str, ...] = ("turned", "k", "v")
+    missing: frozenset[str] = frozenset()
+    if kind.packed is not None:
+        reads, missing = ("turned", *packed_launch.READS[1:]), kind.packed.missing
     attends = Stage(
         made,
-        ("turned", "k", "v"),
+        reads,
         ("versions", "logsumexp", "stats", PARTS[0]),
-        strided=("turned", "k", "v"),
-        omitted=unwritten(made) | {"stats"},
+        strided=reads,
+        alignments={} if kind.packed is None else kind.packed.alignments(shape.head_dim),
+        omitted=unwritten(made) | missing | {"stats"},
         serial=True,
         passed=SPANS,
     )
@@ -147,8 +164,13 @@ def _with_versions(shape: CallShape) -> CallShape:
     return replace(shape, queries=VERSIONS)
 
 
-def _spans_split(shape: CallShape, call: CallParams) -> KeySplit[Decode]:
-    split = make_key_split(_with_versions(shape), call)
+def _spans_split(kind: StepKind) -> KeySplit[Any]:
+    shape = _with_versions(kind.shape)
+    split: KeySplit[Any] = (
+        make_key_split(shape, kind.call)
+        if kind.packed is None
+        else packed_launch.make_key_split(shape, kind.call, kind.packed)
+    )
     return replace(split, kernel=replace(split.kernel, spans=True))
 
 
@@ -164,7 +186,7 @@ def plan(kind: StepKind) -> "StepPlan":
         raise KernelUnavailable(reason)
     stages = [_append(kind)]
     if kind.rope_dims:
-        split = _spans_split(kind.shape, kind.call)
+        split = _spans_split(kind)
         reason = selfcheck.check(split.kernel.program, functools.partial(_compare_spans, kind, split))
         if reason:
             raise KernelUnavailable(f"{split.kernel.program.name}: {reason}")
@@ -180,14 +202,19 @@ def plan(kind: StepKind) -> "StepPlan":
         stages += decode_stages(kind.shape, kind.call, make_key_split(kind.shape, kind.call), False)
     new, slots = kind.parts
     inputs = ("q", *new, *slots, *(("radians",) if kind.rope_dims else ()), "before")
-    return StepPlan(make_plan(inputs, ("output",), stages))
+    return StepPlan(make_plan(inputs, ("output",), stages), kind.quantizes)
 
 
 class StepPlan:
-    """A step as one MLX primitive, which writes into its slots in place."""
+    """A step as one MLX primitive, which writes into its slots in place.
 
-    def __init__(self, made: object) -> None:
+    Attributes:
+        quantizes: whether it takes new rows as they are and quantizes them.
+    """
+
+    def __init__(self, made: object, quantizes: bool = False) -> None:
         self._run = made.with_numbers  # type: ignore[attr-defined]  # of the launcher
+        self.quantizes = quantizes
 
     def __call__(self, arrays: list[mx.array], numbers: list[int]) -> mx.array:
         """Return the output of q, the new rows, the slots, radians if there are any, and an array computed before."""
@@ -195,17 +222,21 @@ class StepPlan:
         return out
 
 
-def _compare_spans(kind: StepKind, split: KeySplit[Decode]) -> str | None:
+def _compare_spans(kind: StepKind, split: KeySplit[Any]) -> str | None:
     """Run the launches over three runs on small inputs; return an error in their results, or None."""
     shape = replace(kind.shape, batch=1, heads=2 * kind.shape.group, kv_heads=2, keys=523)
     tried = selfcheck.small_call(shape, kind.call)
     small = replace(kind, shape=shape, call=tried)
-    own = same_kernel(split, _spans_split(shape, tried), shape.keys)
+    own = same_kernel(split, _spans_split(small), shape.keys)
     versions, k, v = selfcheck.inputs(_with_versions(shape))[:3]
+    arrays = [k, v]
+    if kind.packed is not None:
+        packed = [quantized(x, form) for x, form in zip(arrays, _formats(kind.packed), strict=True)]
+        arrays, (k, v) = arrays_of(*packed), (x.dequantized(mx.float32) for x in packed)
     spans = [(4, 301), (301, 523), (0, 4)]
-    run = make_plan(("turned", "k", "v"), ("output",), _spans_stages(small, own))
+    run = make_plan(("turned", *kind.parts[1]), ("output",), _spans_stages(small, own))
     numbers = [0] * 4 + [bound for span in spans for bound in span]
-    found = exact(StepPlan(run)([versions, k, v], numbers))[0, :, 0]
+    found = exact(StepPlan(run)([versions, *arrays], numbers))[0, :, 0]
     queries, keys, values = (exact(x)[0] for x in (versions, k, v))
     keys, values = (x.repeat(shape.group, axis=0) for x in (keys, values))
     scores = np.concatenate(
@@ -222,6 +253,10 @@ def _compare_spans(kind: StepKind, split: KeySplit[Decode]) -> str | None:
     expected = np.einsum("hk,hkd->hd", weights / weights.sum(-1, keepdims=True), values)
     error = float(np.abs(found - expected).max())
     return None if error <= MAX_ERROR else f"the results over runs of slots differ from float64 by {error:.2g}"
+
+
+def _formats(packed: PackedKV) -> tuple[Format, Format]:
+    return packed.format.key, packed.format.value
 
 
 MAX_ERROR: Final = 3e-2
