@@ -67,10 +67,15 @@ def make_key_split(shape: CallShape, call: CallParams, packed: PackedKV) -> KeyS
     )
     tiles = shape.batch * shape.kv_heads * math.ceil(rows / kernel.rows)
     splits, keys = kernel.splits(tiles, shape.keys - first_key, found.multiprocessors)
-    if keys >= LONG_KEYS and kernel.resident_blocks > 1:
+    if keys >= LONG_KEYS and kernel.resident_blocks > 1 and not _is_small(packed):
         kernel = alone_on_multiprocessor(kernel)
         splits, keys = kernel.splits(tiles, shape.keys - first_key, found.multiprocessors)
     return KeySplit(kernel, tiles, first_key, splits, keys)
+
+
+def _is_small(packed: PackedKV) -> bool:
+    """Return whether keys and values are so small that two blocks read them faster than one with larger buffers."""
+    return all(form.bits <= 4 and form.group_size >= SCALED_GROUP for form, _ in packed.parts)
 
 
 def fill(kernel: QuantizedDecode, alone: bool) -> QuantizedDecode:

@@ -22,7 +22,7 @@ from attention.kernels.cuda.quantized.decode import QuantizedDecode
 from attention.kernels.cuda.quantized.formats import PackedKV
 from attention.kernels.cuda.quantized.forward import Dequantize, QuantizedGeneral
 from attention.kernels.cuda.quantized.forward_launch import Heads, divided_heads
-from attention.kernels.cuda.quantized.launch import alone_on_multiprocessor, fill, inputs
+from attention.kernels.cuda.quantized.launch import alone_on_multiprocessor, fill, inputs, make_key_split
 from attention.kernels.cuda.runtime import launcher
 from attention.kernels.cuda.runtime.call import CallShape, normalize
 from attention.kernels.cuda.runtime.launch import NOTHING, POINTER, Launch, Stage, TensorBox
@@ -358,6 +358,17 @@ def test_sinks_are_an_extra_logit(monkeypatch):
     extra = mx.broadcast_to(sinks[:, None, None], (2, 4, 3, 1))
     wanted = mx.softmax(mx.concatenate([scores, extra], -1), -1)[..., :20] @ values
     assert mx.allclose(made, wanted, atol=1e-6).item()
+
+
+def test_long_keys_of_large_formats_have_a_multiprocessor_to_themselves(on):
+    on("H100")
+    shape = CallShape(1, 32, 8, 1, 131_072, 128, "bf16")
+    call = normalize(0.1, False, None, None, shape.keys)
+    found = {
+        form: make_key_split.__wrapped__(shape, call, PackedKV.of_text(form, "bfloat16")).kernel.resident_blocks
+        for form in ("int4", "int8", "int4+int8", "int4:32")
+    }
+    assert found == {"int4": 2, "int8": 1, "int4+int8": 1, "int4:32": 1}
 
 
 def test_a_workspace_is_counted(on):
