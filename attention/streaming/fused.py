@@ -113,9 +113,9 @@ class Step:
         if row.seen < layout.slots or row.oldest != row.seen - layout.ring or layout.spare:
             return None
         key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, token.scale, token.softcap)
-        if key not in self._plans:
-            self._plans[key] = self._cuda_plan(token) if fits(q, k, v) else None
-        made = self._plans[key]
+        made = self._plans.get(key)
+        if made is None and key not in self._plans:
+            made = self._plans[key] = self._cuda_plan(token) if fits(q, k, v) else None
         if made is None:
             return None
         check_not_forked()
