@@ -40,6 +40,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--masks", nargs="+", metavar="MASK", help="sparse: these masks only")
     parser.add_argument("--formats", nargs="+", metavar="FORMAT", help="quantized: these formats only")
     parser.add_argument("--no-peers", action="store_true", help="sparse, quantized: leave out torch or mlx-lm")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="quantized: time decoding by the process's processor time, which other programs disturb less; "
+        "with FATUI_THREADS=1 in the environment",
+    )
     parser.add_argument("--no-start", action="store_true", help="leave out the first use, which compiles")
     return parser.parse_args()
 

@@ -12,6 +12,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -21,7 +22,7 @@ import mlx.core as mx
 from attention.core.kv_format import KVFormat, parse_kv_format
 from attention.kernels import cpu
 from attention.kernels.cpu import build
-from attention.measure.rounds import Arm, TimedCall, take_sample
+from attention.measure.rounds import Arm, Clock, TimedCall, take_sample
 from attention.quantized_kv import QuantizedArray, quantized
 from benchmarks.cpu.measure import DECODE, TYPES, BenchShape, calls_per_sample, let_threads_sleep
 from benchmarks.rounds import MlxCalls, sample
@@ -82,9 +83,10 @@ def _mlx(shape: BenchShape, q: mx.array, k: QuantizedArray, v: QuantizedArray) -
     return MlxCalls(lambda: attend(mx.stop_gradient(q), k.arrays, v.arrays, scale, None, **options))
 
 
-def _arms(runs: dict[str, TimedCall], calls: int) -> list[Arm]:
+def _arms(runs: dict[str, TimedCall], calls: int, clock: Clock = time.perf_counter) -> list[Arm]:
     return [
-        Arm(name=name, runner=run, call_s=take_sample(run, 1), calls=calls, lead_in=True) for name, run in runs.items()
+        Arm(name=name, runner=run, call_s=take_sample(run, 1), calls=calls, lead_in=True, clock=clock)
+        for name, run in runs.items()
     ]
 
 
@@ -92,12 +94,14 @@ def _ratio(times: dict[str, list[float]], slower: str, faster: str) -> float:
     return statistics.median(a / b for a, b in zip(times[slower], times[faster], strict=True))
 
 
-def decode(dtype: str, formats: Sequence[str], rounds: int, with_peers: bool) -> list[QuantizedRow]:
+def decode(
+    dtype: str, formats: Sequence[str], rounds: int, with_peers: bool, clock: Clock = time.perf_counter
+) -> list[QuantizedRow]:
     """Measure decoding over each format in the same rounds as over dense keys and values of the queries' dtype."""
     q, k, v = _inputs(DECODE, dtype)
     pairs = {text: _quantize(k, v, form) for text in formats if (form := parse_kv_format(text)) is not None}
     runs = {"dense": _ours(DECODE, q, k, v)} | {text: _ours(DECODE, q, *pair) for text, pair in pairs.items()}
-    times = sample(_arms(runs, calls_per_sample(runs["dense"], 0.02)), rounds, let_threads_sleep)
+    times = sample(_arms(runs, calls_per_sample(runs["dense"], 0.02), clock), rounds, let_threads_sleep)
     rows = []
     for text, pair in pairs.items():
         peer = _mlx(DECODE, q, *pair) if with_peers else None
@@ -151,9 +155,10 @@ def main(arguments: argparse.Namespace) -> None:
     """Measure decoding and prefill; rows are printed as they are measured, or all of them as JSON."""
     rows: list[QuantizedRow] = []
     formats = arguments.formats or FORMATS
+    clock = time.process_time if arguments.processor_time else time.perf_counter
     for dtype in arguments.types or ("float16", "bfloat16"):
         for made in (
-            decode(dtype, formats, arguments.rounds, not arguments.no_peers),
+            decode(dtype, formats, arguments.rounds, not arguments.no_peers, clock),
             prefill(dtype, formats, max(3, arguments.rounds // 3)),
         ):
             rows += made
