@@ -51,7 +51,7 @@ MAIN: Final = (
     Action("doctor", "D", "Doctor", "What is installed, and what is missing", "app.open('doctor')"),
     Action("sort", "o", "Sort", "Sort the table by the next column", "screen.sort"),
     Action("reverse", "O", "Reverse", "Reverse the order of the table", "screen.reverse"),
-    Action("find", "slash", "Filter log", "Filter the log by a word and a level", "screen.find"),
+    Action("find", "slash", "Search log", "Search the log for a word, n and N go on; or show a level", "screen.find"),
     Action("pause", "l", "Pause log", "Pause or resume the log; nothing is lost", "screen.pause"),
     Action("live_view", "v", "View", "Live: a common scale, own scales, or ratios by round", "screen.live_view"),
     Action("live_tab", "i", "Roofline", "Live: the roofline, what limits the case; or trends", "screen.live_tab"),

@@ -20,6 +20,7 @@ from fatui.storage import own_presets, presets
 from fatui.storage.presets import Preset
 from fatui.trust import trust
 from fatui.tui.terminal import literal
+from fatui.tui.view_models.journal import LogLine
 from fatui.tui.view_models.row_details import figure_lines, sample_lines, sentences
 from fatui.tui.widgets.choice import Choice
 from fatui.verdict import confidence_text, headline, verdicts
@@ -146,6 +147,32 @@ class TrustDetails(ModalScreen[None]):
                 with Horizontal(classes=f"trust -{found.severity}"):
                     yield Static(SEVERITY_WORDS[found.severity], markup=False, classes="mark")
                     yield Static(f"{found.text}\n{found.detail}\n", markup=False)
+
+    def action_close(self) -> None:
+        """Close the dialog."""
+        self.dismiss()
+
+
+class LogLineDetails(ModalScreen[None]):
+    """Dialog with a line of the log as a whole."""
+
+    CSS_PATH: ClassVar = ["dialog.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "close", "Close", id="back"),
+        Binding("q", "close", "Close", id="quit"),
+        Binding("enter", "close", "Close"),
+    ]
+
+    def __init__(self, line: LogLine) -> None:
+        super().__init__()
+        self._line = line
+
+    def compose(self) -> ComposeResult:
+        """Yield the text."""
+        with VerticalScroll(classes="dialog") as dialog:
+            dialog.border_title = literal(f"{self._line.level} of {self._line.at}")
+            dialog.border_subtitle = "escape closes"
+            yield Static(self._line.text, markup=False)
 
     def action_close(self) -> None:
         """Close the dialog."""

@@ -23,7 +23,7 @@ from fatui.tui.widgets.bars import SPINNER, TABS, KeyBar, PaneTabs, StatusLine
 from fatui.tui.widgets.comparison_pane import ComparisonPane
 from fatui.tui.widgets.implementation_picker import ImplementationPicker
 from fatui.tui.widgets.live_pane import LivePane
-from fatui.tui.widgets.log_pane import LogPane
+from fatui.tui.widgets.log_pane import LogPane, LogView
 from fatui.tui.widgets.row_pane import RowPane
 from fatui.tui.widgets.row_table import RowTable
 from fatui.tui.widgets.slider import Slider
@@ -399,9 +399,15 @@ class MainScreen(Screen[None]):
         self.show_run()
 
     def action_find(self) -> None:
-        """Open the filter of the log."""
+        """Open the search of the log."""
         self.open_tab("log")
         self.query_one(LogPane).ask()
+
+    @on(LogView.Opened)
+    def _open_log_line(self, event: LogView.Opened) -> None:
+        from fatui.tui.screens.dialogs import LogLineDetails
+
+        self.app.push_screen(LogLineDetails(event.line))
 
     def action_pause(self) -> None:
         """Pause or resume the log."""

@@ -6,7 +6,9 @@ import pytest
 
 from attention.core import events as on
 from attention.core.results import Ratio
+from fatui.tui.screens.dialogs import LogLineDetails
 from fatui.tui.widgets.log_pane import LogView
+from tests.support.stage import impatient, make_app
 
 
 @pytest.mark.slow
@@ -67,3 +69,46 @@ async def test_trials_and_switches_are_told_while_the_run_goes_on(stage):
     assert "demo takes poc for L≤512, 1.4x mlx" in seen
     assert "demo goes from poc to mlx for L≤512, 1.4x poc" in seen
     assert stage.app.runs.active
+
+
+async def test_long_lines_wrap_and_open_whole(stage):
+    words = " ".join(f"word{number}" for number in range(60))
+    stage.app.journal.write(words)
+    stage.app.main._tick()
+    await stage.settle(lambda: "word59" in stage.seen())
+    stage.find("#log-view").focus()
+    await stage.press("up", "enter")
+    assert isinstance(stage.app.screen, LogLineDetails)
+    assert "word0 " in stage.seen() and "word59" in stage.seen()
+    await stage.press("escape")
+    assert stage.app.screen is stage.app.main
+
+
+async def test_a_search_goes_from_match_to_match_and_hides_nothing(stage):
+    for number in range(40):
+        stage.app.journal.write("an apple" if number in (3, 30) else f"line {number}")
+    stage.app.main._tick()
+    view = stage.find("#log-view", LogView)
+    await stage.press("slash", *"apple", "enter")
+    assert view.cursor == 30 and "2 lines with 'apple'" in stage.seen() and "line 31" in stage.seen()
+    await stage.press("N")
+    assert view.cursor == 3 and "an apple" in stage.seen()
+    await stage.press("n", "n")
+    assert view.cursor == 3
+    stage.app.journal.write("later")
+    stage.app.main._tick()
+    await stage.pilot.pause()
+    assert "later" not in stage.seen() and view.cursor == 3
+    await stage.press("end")
+    assert "later" in stage.seen()
+
+
+async def test_a_notification_does_not_cover_the_log():
+    app = make_app()
+    with impatient(app):
+        async with app.run_test(size=(120, 40), notifications=True) as pilot:
+            app.tell("something happened")
+            await pilot.pause()
+            (toast,) = app.screen.query("Toast")
+            assert toast.region.height > 0
+            assert toast.region.bottom <= app.screen.query_one("#log").region.y
