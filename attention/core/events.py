@@ -8,7 +8,7 @@ from typing import Final, Literal, get_args
 import msgspec
 
 from attention.core.errors import Remedy
-from attention.core.results import Conditions, Environment, Peaks, RankFigures, Ratio
+from attention.core.results import Conditions, Environment, Fingerprint, MachineState, Peaks, RankFigures, Ratio
 from attention.core.route import Route
 from attention.core.stream import StreamBlock
 from attention.core.workload import Counterpart
@@ -29,6 +29,7 @@ class RunStarted(Event, tag="run_started"):
     """The worker has started; carries its environment."""
 
     environment: Environment
+    fingerprint: Fingerprint | None = None
 
 
 class PeaksMeasured(Event, tag="peaks_measured"):
@@ -348,6 +349,8 @@ class RankFailed(Event, tag="rank_failed"):
 
 class RunDone(Event, tag="run_done"):
     """All cases are complete; the worker ends."""
+
+    state: MachineState | None = None
 
 
 class WorkerUnusable(Event, tag="worker_unusable"):

@@ -402,6 +402,36 @@ class Conditions(Struct, frozen=True, kw_only=True):
         )
 
 
+class MachineState(Struct, frozen=True, kw_only=True):
+    """What changes of a machine while it works."""
+
+    clock_hz: float | None = None
+    temperature_c: float | None = None
+    """Of the hottest core."""
+    load: float | None = None
+    """Mean number of processes that ran or waited for a core, over a minute."""
+    throttle_events: int | None = None
+    """How often the first core has slowed for heat since the system started."""
+    gpu_clock_hz: float | None = None
+    gpu_temperature_c: float | None = None
+
+
+class Fingerprint(Struct, frozen=True, kw_only=True):
+    """What a run's figures depend on beside code, device, backend and conditions."""
+
+    versions: dict[str, str] = {}
+    """Versions of the libraries that take part, by package."""
+    architecture: str | None = None
+    """As MLX names it: "sm_90a"."""
+    max_clock_hz: float | None = None
+    driver: str | None = None
+    """Version of NVIDIA's driver."""
+    before: MachineState = MachineState()
+    """When the engine started."""
+    after: MachineState | None = None
+    """When the last case was complete."""
+
+
 class Run(Struct, frozen=True, kw_only=True):
     """The identity of a run."""
 
@@ -429,6 +459,11 @@ class Report(Struct, frozen=True, kw_only=True):
     models: tuple[ModelCase, ...] = ()
     fine_tunings: tuple[FineTuningCase, ...] = ()
     streams: tuple[StreamCase, ...] = ()
+    fingerprint: Fingerprint | None = None
+    digest: str | None = None
+    """Digest of a file (`core.digest`), written and checked with it; older files have none."""
+    edited: bool = False
+    """Whether that file was changed after it had been written."""
 
     @property
     def all_cases(self) -> "tuple[AnyCase, ...]":

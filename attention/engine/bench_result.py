@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 from msgspec import structs
 
+from attention.core.digest import sealed
 from attention.core.errors import UsageError
 from attention.core.files import replace_file
 from attention.core.flat import flat_rows
@@ -74,7 +75,7 @@ class BenchResult:
 
     def to_json(self) -> str:
         """Return the run as JSON, in the format of result files."""
-        return msgspec.json.format(msgspec.json.encode(self.report), indent=2).decode() + "\n"
+        return msgspec.json.format(sealed(self.report), indent=2).decode() + "\n"
 
     def save(self, path: str | Path) -> None:
         """Write the run as a JSON file, as a whole.

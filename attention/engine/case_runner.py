@@ -19,6 +19,7 @@ from attention.engine.progress import EMIT_INTERVAL_S, Emit, Progress
 from attention.implementations.protocol import Implementation, build, missing_feature, needs_building
 from attention.measure.conditions import ConditionsWatch
 from attention.measure.device import Device, environment, probe
+from attention.measure.fingerprint import fingerprint, machine_state
 from attention.measure.rounds import Arm, Limits, TakesSamples, min_rounds_s, run_rounds, set_strides
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class CaseRunner(ABC, Generic[P]):
         """
         self._backend = (device := probe()).backend
         self._load_implementations()
-        self._progress.emit(on.RunStarted(environment=environment(device)))
+        self._progress.emit(on.RunStarted(environment=environment(device), fingerprint=fingerprint(device)))
         self._prepare_all(device)
         conditions = ConditionsWatch(device)
         with on.listening_to_tuning(self._on_tuning_event):
@@ -76,7 +77,7 @@ class CaseRunner(ABC, Generic[P]):
                 stopped_by = self._run_case(case)
                 self._progress.emit(on.ConditionsMeasured(conditions=conditions.read()))
                 self._progress.end_case(stopped_by)
-        self._progress.emit(on.RunDone())
+        self._progress.emit(on.RunDone(state=machine_state(device)))
 
     def _load_implementations(self) -> None:
         """Load all implementations, so that an unknown or a broken one ends the run before it has begun."""

@@ -19,6 +19,7 @@ from attention.core.results import (
     Environment,
     FineTuningCase,
     FineTuningRow,
+    Fingerprint,
     Interval,
     ModelCase,
     ModelRow,
@@ -110,6 +111,7 @@ class RunRecord(ABC, Generic[P, C]):
         cases: one entry for each case of the plan.
         environment, peaks: empty until the worker reports them.
         conditions: what else went on, at its worst over the cases so far; None before the first is complete.
+        fingerprint: None until the worker reports it.
         progress: the latest Progress event, or None.
         last_rounds: the latest RoundsDone event, with its memory figures.
         log: the latest messages, at most LOG_LINES.
@@ -126,6 +128,7 @@ class RunRecord(ABC, Generic[P, C]):
         self.environment = Environment()
         self.peaks = Peaks()
         self.conditions: Conditions | None = None
+        self.fingerprint: Fingerprint | None = None
         self.progress: on.Progress | None = None
         self.last_rounds: on.RoundsDone | None = None
         self.log: deque[on.Message] = deque(maxlen=LOG_LINES)
@@ -139,6 +142,7 @@ class RunRecord(ABC, Generic[P, C]):
         match event:
             case on.RunStarted():
                 self.environment = event.environment
+                self.fingerprint = self.fingerprint or event.fingerprint  # of the first worker of a run
             case on.PeaksMeasured():
                 self.peaks = event.peaks
             case on.ConditionsMeasured():
@@ -152,6 +156,8 @@ class RunRecord(ABC, Generic[P, C]):
                 self.refused = event
             case on.RunDone():
                 self.done = True
+                if self.fingerprint:
+                    self.fingerprint = structs.replace(self.fingerprint, after=event.state)
             case on.RankStarted() | on.RankAlive() | on.RankFailed():
                 self._take_rank(event)
             case on.WorkerUnusable() | on.TrialStarted() | on.Tuned() | on.Switched():
@@ -261,6 +267,7 @@ class RunRecord(ABC, Generic[P, C]):
             environment=self.environment,
             peaks=self.peaks,
             conditions=self.conditions,
+            fingerprint=self.fingerprint,
             **self._results(shown),
         )
 

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Struct, field, structs
 
 from attention.arguments import check_mask
+from attention.core.digest import sealed
 from attention.core.errors import UnsupportedError, UsageError
 from attention.core.results import Case, Peaks, Report, Row, Run, Summary
 from attention.core.route import Needs, Route
@@ -266,7 +267,7 @@ class Monitor:
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON, in the format of a benchmark's result file."""
-        Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(self.report()), indent=2))
+        Path(path).write_bytes(msgspec.json.format(sealed(self.report()), indent=2))
 
     def summary(self) -> str:
         """Return the statistics as lines of text, the most frequent call first."""

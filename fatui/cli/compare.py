@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from attention.core.results import Report
     from fatui.report.comparison import Comparison, RowChange
     from fatui.report.gate import Gate, Thresholds
+    from fatui.report.machines import MachineTable
     from fatui.storage.history import RunHistory
 
 MAX_THRESHOLD_BYTES: Final = 2**16
@@ -20,6 +21,7 @@ EXAMPLE: Final = """examples:
   fatui compare 3f9c 81d0
   fatui compare base/ new/ --fail-on slower:3% --fail-on memory:10% --fail-on inaccurate
   fatui compare base.json new.json --thresholds gate.toml --markdown -
+  fatui compare laptop.json h200.json last --by device
 
 Above 1 means that the second run is faster. "times" compares the medians as they are. Between two runs the machine
 differs, so "change" is that of the speedup over the baseline, whose code is assumed unchanged; it counts only beyond
@@ -33,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     named = "a run of the history (its id or the start of it, last, last~1), a file of --json, or a folder of files"
     parser.add_argument("before", metavar="BASE", help=named)
-    parser.add_argument("after", metavar="NEW", help="another")
+    parser.add_argument("after", metavar="NEW", nargs="?", help="another")
+    parser.add_argument("more", metavar="RUN", nargs="*", help="further ones, with --by device")
+    parser.add_argument("--by", metavar="device", help="put runs of several machines side by side")
     group = parser.add_argument_group("gate")
     group.add_argument(
         "--fail-on",
@@ -54,6 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: the request is wrong, or a file is not a run.
         HistoryError: the history is unusable, or has no such run.
     """
+    if arguments.by is not None:
+        return _side_by_side(arguments)
+    if arguments.after is None or arguments.more:
+        count = 1 if arguments.after is None else 2 + len(arguments.more)
+        raise UsageError(f"compare: got {count} names; it takes BASE and NEW, or any number with --by device")
     from fatui.cli.options import Problems
     from fatui.cli.output import STDOUT, requested_exports, show, write_text
     from fatui.report.comparison import compare_pairs
@@ -82,6 +91,53 @@ def run(arguments: argparse.Namespace) -> int:
             cli.print_line(problem)
         return cli.GATE_FAILED
     return cli.FAILED if failures else cli.DONE
+
+
+def _side_by_side(arguments: argparse.Namespace) -> int:
+    """Print the rows of several machines."""
+    from fatui.cli.output import STDOUT, requested_exports, show, write_text
+    from fatui.report.machines import by_machine, to_markdown
+    from fatui.storage.history import RunHistory
+    from fatui.storage.sources import read_runs
+
+    if arguments.by != "device":
+        raise UsageError(f"--by: got '{arguments.by[:40]}'; it takes device")
+    if arguments.fail_on or arguments.thresholds is not None or arguments.undecided is not None:
+        raise UsageError("--by device: it takes no gate; times of different machines say nothing about code")
+    exports = requested_exports(arguments, ("markdown",))
+    names = [name for name in (arguments.before, arguments.after, *arguments.more) if name is not None]
+    history = RunHistory()
+    try:
+        table = by_machine([report for name in names for report in read_runs(name, history)])
+    finally:
+        if history.notice:
+            cli.print_line(history.notice)
+    if not any(export.target == STDOUT for export in exports):
+        show(_machine_blocks(table))
+    failures = [problem for export in exports if (problem := write_text(export, to_markdown(table)))]
+    for failure in failures:
+        cli.print_line(failure)
+    return cli.FAILED if failures else cli.DONE
+
+
+def _machine_blocks(table: "MachineTable") -> "RenderableType":
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from fatui.report.machines import HEADS, NOTE, cells, labels
+    from fatui.report.table import short_name
+
+    blocks: list[RenderableType] = [Text(f"[{number}] {name}") for number, name in enumerate(table.machines, 1)]
+    for label, rows in labels(table).items():
+        shown = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
+        for head in HEADS:
+            shown.add_column("" if head == "implementation" else head, no_wrap=True)
+        for name, entry in rows:
+            first, *rest = cells(name, entry)
+            shown.add_row(short_name(first), *rest)
+        blocks += [Text(f"\n{label}", style="bold"), shown]
+    return Group(*blocks, *(Text(f"  {note}", style="dim") for note in (NOTE, *table.notes)))
 
 
 def _thresholds(arguments: argparse.Namespace) -> "Thresholds":
@@ -136,6 +192,7 @@ def comparison_table(comparison: "Comparison", gate: "Gate | None" = None) -> "R
     if comparison.pairs > 1:
         title.append(f", and {comparison.pairs - 1} more pairs")
     notes = [f"  they differ in {text}" for text in comparison.differences]
+    notes += [f"  {name}: edited since it was written" for name in comparison.edited]
     notes += [f"  only in {before.id}: {name}" for name in comparison.only_before]
     notes += [f"  only in {after.id}: {name}" for name in comparison.only_after]
     words = {id(row.change): outcome_text(row) for row in gate.rows} if gate else {}

@@ -8,6 +8,7 @@ from attention.core.files import expand_home
 from fatui import cli
 
 if TYPE_CHECKING:
+    from attention.core.results import Report
     from fatui.storage.history import RunHistory
 
 ACTIONS: Final = ("list", "show", "rm", "add")
@@ -16,7 +17,8 @@ EXAMPLE: Final = """examples:
   fatui history show last
   fatui history show 3f9c --csv run.csv     the id, or a unique start of it
   fatui history rm 3f9c
-  fatui history add monitor.json            what attention.monitor().save() wrote"""
+  fatui history add monitor.json            what attention.monitor().save() wrote
+  fatui history add results/                all runs of a folder"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fatui.cli.output import add_export_options
 
     parser.add_argument(
-        "action", nargs="?", default="list", metavar="list|show ID|rm ID|add FILE", help="what to do (list)"
+        "action", nargs="?", default="list", metavar="list|show ID|rm ID|add FILE|FOLDER", help="what to do (list)"
     )
     parser.add_argument("id", nargs="?", metavar="ID", help=argparse.SUPPRESS)
     add_export_options(parser)
@@ -91,11 +93,33 @@ def _list(history: "RunHistory") -> int:
 
 def _add(name: str, history: "RunHistory") -> int:
     from fatui.storage.result_files import read
+    from fatui.storage.sources import files_of, is_folder
 
-    report = read(expand_home(name))
+    path = expand_home(name)
+    if not is_folder(path):
+        _keep(read(path), history)
+        return cli.DONE
+    failed = False
+    kept = {line.id for line in history.runs()}
+    for file in files_of(path):
+        try:
+            report = read(file)
+        except UsageError as error:
+            cli.print_line(error)
+            failed = True
+            continue
+        if report.run.id in kept:
+            cli.print_line(f"run {report.run.id} is in the history already")
+        else:
+            _keep(report, history)
+            kept.add(report.run.id)
+    return cli.FAILED if failed else cli.DONE
+
+
+def _keep(report: "Report", history: "RunHistory") -> None:
     history.add(report)
-    cli.print_line(f"added run {report.run.id}")
-    return cli.DONE
+    edited = ", which was edited since it was written" if report.edited else ""
+    cli.print_line(f"added run {report.run.id}{edited}")
 
 
 def _show(arguments: argparse.Namespace, history: "RunHistory") -> int:

@@ -20,8 +20,9 @@ COMMANDS: Final = {
     "explain": "show which path each implementation would take, and why, without running it",
     "presets": "list presets, show one, or check a file",
     "history": "list past runs, show one, or remove one",
-    "compare": "compare two past runs, row by row",
+    "compare": "compare past runs, row by row: two, pairs of them with a gate, or those of several machines",
     "tune": "let demo find the fastest candidate for a preset, show what it found, or forget it",
+    "schema": "print the JSON Schema of result files",
     "report": "write what past runs found: tables, trends, charts, and which implementation to choose",
 }
 EXAMPLE: Final = """examples:

@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, TextIO
 
@@ -15,13 +15,21 @@ from rich.text import Text
 from attention.core.errors import UsageError
 from attention.core.results import Report
 from fatui.report.export import to_csv, to_json, to_markdown
+from fatui.report.records import check_parquet, to_json_lines, to_parquet, to_sql
 from fatui.report.study import beside
 from fatui.report.table import report_table
-from fatui.storage import write_atomically
+from fatui.storage import write_atomically, write_bytes_atomically
 from fatui.untrusted_text import MAX_SHOWN, escape_controls
 
 STDOUT: Final = "-"
-FORMATS: Final = ("json", "csv", "markdown")
+FORMATS: Final = {
+    "json": "write the whole run as JSON",
+    "csv": "write the rows as CSV",
+    "markdown": "write the rows as Markdown",
+    "jsonl": "write each row as a line of JSON as soon as its case is done",
+    "sql": "write CREATE TABLE and INSERT statements, for sqlite3",
+    "parquet": "write the rows as Parquet; needs pyarrow",
+}
 
 
 class Export(Struct, frozen=True):
@@ -32,15 +40,13 @@ class Export(Struct, frozen=True):
 
 
 def add_export_options(parser: argparse.ArgumentParser) -> None:
-    """Add --json, --csv and --markdown."""
+    """Add an option for each format."""
     group = parser.add_argument_group("exports", "FILE is replaced as a whole; '-' is stdout, in place of the table")
-    for name in FORMATS:
-        group.add_argument(
-            f"--{name}", metavar="FILE", help=f"write the rows as {name.upper() if name != 'markdown' else 'Markdown'}"
-        )
+    for name, text in FORMATS.items():
+        group.add_argument(f"--{name}", metavar="FILE", help=text)
 
 
-def requested_exports(arguments: argparse.Namespace, formats: Sequence[str] = FORMATS) -> list[Export]:
+def requested_exports(arguments: argparse.Namespace, formats: Iterable[str] = FORMATS) -> list[Export]:
     """Return the exports requested on the command line; a format is named as its option.
 
     Raises:
@@ -60,6 +66,13 @@ def requested_exports(arguments: argparse.Namespace, formats: Sequence[str] = FO
 
 def _problem(export: Export) -> str | None:
     option, path = f"--{export.format}", Path(export.target)
+    if export.format == "parquet":
+        if export.target == STDOUT:
+            return f"{option}: got '-'; it takes a file"
+        try:
+            check_parquet()
+        except UsageError as error:
+            return str(error)
     if export.target == STDOUT:
         return None
     folder = path.resolve().parent
@@ -78,7 +91,7 @@ def _is_replaced(path: Path) -> bool:
 
 def write_files(report: Report, exports: Sequence[Export]) -> list[str]:
     """Write the exports that are files; return the error messages, one line each."""
-    problems = (write_text(export, _text(export.format, report)) for export in exports if export.target != STDOUT)
+    problems = (write_text(export, _content(export.format, report)) for export in exports if export.target != STDOUT)
     return [problem for problem in problems if problem]
 
 
@@ -90,24 +103,26 @@ def print_results(report: Report, exports: Sequence[Export]) -> None:
     """
     for export in exports:
         if export.target == STDOUT:
-            write_text(export, _text(export.format, report))
+            write_text(export, _content(export.format, report))
             return
     if report.all_cases:
         show(report_table(report, beside(report), results_width()))
 
 
-def write_text(export: Export, text: str) -> str | None:
-    """Write a text to an export's target; return an error message of one line, or None.
+def write_text(export: Export, text: str | bytes) -> str | None:
+    """Write a text, or the bytes of a file, to an export's target; return an error message of one line, or None.
 
     Raises:
         OSError: stdout could not be written.
     """
     if export.target == STDOUT:
-        sys.stdout.write(text)
+        sys.stdout.write(text if isinstance(text, str) else text.decode())
         return None
     path = Path(export.target)
     try:
-        if _is_replaced(path):
+        if isinstance(text, bytes):
+            write_bytes_atomically(path, text)
+        elif _is_replaced(path):
             write_atomically(path, text)
         else:
             path.write_text(text, encoding="utf-8")
@@ -117,11 +132,18 @@ def write_text(export: Export, text: str) -> str | None:
     return None
 
 
-def _text(name: str, report: Report) -> str:
+def _content(name: str, report: Report) -> str | bytes:
+    made: dict[str, Callable[[Report], str | bytes]] = {
+        "csv": to_csv,
+        "markdown": to_markdown,
+        "jsonl": to_json_lines,
+        "sql": to_sql,
+        "parquet": to_parquet,
+    }
     if name == "json":
         study = beside(report)
         return to_json(report, to_builtins(study) if study else None)
-    return to_csv(report) if name == "csv" else to_markdown(report)
+    return made[name](report)
 
 
 PIPED_WIDTH: Final = 100

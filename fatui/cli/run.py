@@ -5,17 +5,19 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, Self, TextIO
 
 from attention.core import events as on
 from attention.core.plan import AnyPlan
 from attention.core.results import Report
 from attention.engine.record import AnyRecord, StreamRecord
 from fatui import cli, formatting
-from fatui.cli.output import Export, console, print_results, write_files
+from fatui.cli.output import STDOUT, Export, console, print_results, write_files
 from fatui.engine_process import Engine, Silence
+from fatui.report.records import case_lines
 from fatui.report.stream_curves import text_chart, time_chart
 from fatui.report.table import CHART_HEIGHT, CHART_WIDTH
 from fatui.reproduce import RunIdentity
@@ -157,15 +159,70 @@ def run_plan(plan: AnyPlan, command: str, preset: str | None, exports: list[Expo
         exports: the exports.
     """
     started = RunIdentity(command, preset)
-    record, interrupted = run_headless(plan)
+    lines = [RowLines(export, started) for export in exports if export.format == "jsonl"]
+    exports = [export for export in exports if export.format != "jsonl"]
+    record, interrupted = run_headless(plan, lines)
     report = record.report(started.run(interrupted))
     with signals_blocked():  # a second Ctrl+C must not lose what the first one kept
-        failures = write_files(report, exports)
+        failures = [problem for each in lines if (problem := each.end(record))]
+        failures += write_files(report, exports)
         _store_run(report)
-    print_results(report, exports)
+    if not any(each.on_stdout for each in lines):
+        print_results(report, exports)
     for failure in failures:
         cli.print_line(failure)
     return _exit_code(record, report, interrupted, failed=bool(failures))
+
+
+class RowLines:
+    """Writer of a line of JSON for each row, as soon as its case is done.
+
+    Attributes:
+        on_stdout: whether the lines go to stdout.
+    """
+
+    def __init__(self, export: Export, started: RunIdentity) -> None:
+        self.on_stdout = export.target == STDOUT
+        self._export, self._started = export, started
+        self._written: set[int] = set()
+        self._problem: str | None = None
+        self._file: TextIO | None = None
+        try:
+            self._file = sys.stdout if self.on_stdout else Path(export.target).open("w", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            self._fail(error)
+
+    def write(self, case: int, record: AnyRecord) -> None:
+        """Write the rows of a case, once."""
+        if case in self._written or self._file is None:
+            return
+        self._written.add(case)
+        report = record.report(self._started.run(), cases=())
+        try:
+            self._file.write(case_lines(report, case + 1, record.case(case)))
+            self._file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            self._fail(error)
+
+    def end(self, record: AnyRecord) -> str | None:
+        """Write the rows of the case that was interrupted; return an error message of one line, or None."""
+        for case in range(len(record.cases)):
+            self.write(case, record)
+        if self._file is not None and not self.on_stdout:
+            try:
+                self._file.close()
+            except OSError as error:
+                self._fail(error)
+        return self._problem
+
+    def _fail(self, error: OSError) -> None:
+        self._problem = f"--jsonl: {self._export.target} could not be written: {error.strerror or error}"
+        file, self._file = self._file, None
+        if file is not None and not self.on_stdout:
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def _store_run(report: Report) -> None:
@@ -199,18 +256,28 @@ WATCH_S: Final = 1.0
 STOPPING: Final = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
-def run_headless(plan: AnyPlan) -> tuple[AnyRecord, bool]:
+def run_headless(plan: AnyPlan, lines: Sequence[RowLines] = ()) -> tuple[AnyRecord, bool]:
     """Run a plan to its end or until a signal stops it.
+
+    Args:
+        plan: the plan.
+        lines: writers of the rows of cases that are done.
 
     Returns:
         What was measured, and whether it was interrupted.
     """
     with ProgressPrinter(plan) as progress:
-        return asyncio.run(_run(plan, progress))
+        return asyncio.run(_run(plan, progress, lines))
 
 
-async def _run(plan: AnyPlan, progress: ProgressPrinter) -> tuple[AnyRecord, bool]:
-    engine = Engine(plan, progress.listen)
+async def _run(plan: AnyPlan, progress: ProgressPrinter, lines: Sequence[RowLines]) -> tuple[AnyRecord, bool]:
+    def listen(event: on.AnyEvent) -> None:
+        progress.listen(event)
+        if isinstance(event, on.CaseDone):
+            for each in lines:
+                each.write(event.case, engine.record)
+
+    engine = Engine(plan, listen)
     progress.record = engine.record
     loop = asyncio.get_running_loop()
     for number in STOPPING:

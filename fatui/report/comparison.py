@@ -84,6 +84,8 @@ class Comparison(Struct, frozen=True, kw_only=True):
     differences: tuple[str, ...]
     """Differences between the environments: "mlx: 0.32.4, then 0.33.0"."""
     pairs: int = 1
+    edited: tuple[str, ...] = ()
+    """Runs that were changed after they had been written."""
 
 
 RowKey = tuple[AnyWorkload, str]
@@ -116,6 +118,7 @@ def compare_pairs(pairs: Sequence[tuple[Report, Report]]) -> Comparison:
         only_after=tuple(_name(key) for key in seconds if key not in matched),
         differences=tuple(differences),
         pairs=len(pairs),
+        edited=tuple(dict.fromkeys(report.run.id for pair in pairs for report in pair if report.edited)),
     )
 
 

@@ -52,6 +52,11 @@ def compose(reports: Sequence[Report]) -> Document:
     for evidence in parts:
         where = evidence.environment
         prefix = f"{where.device or 'unknown device'}, {where.backend}: " if len(parts) > 1 else ""
+        edited = [run.run.id for run in evidence.runs if run.edited]
+        if edited:
+            are = "was" if len(edited) == 1 else "were"
+            text = f"{joined(edited)} {are} edited after the measurement was written; its rows are those of the file."
+            sections.append(Section(f"{prefix}Edited runs", (Paragraph(text),)))
         sections += [Section(f"{prefix}{each.title}", each.blocks) for each in _sections(evidence)]
     return Document("Attention implementations, measured", tuple(sections))
 

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
+from attention.core.digest import sealed
 from attention.core.flat import ORIGIN, flat_rows
 from attention.core.results import AnyCase, Case, Report, Row
 from attention.core.stream import Stream
@@ -86,9 +87,7 @@ def to_json(report: Report, study: Mapping[str, Any] | None = None) -> str:
         study: the study's own figures, written under the key `study`.
     """
     report = escape_all(report)
-    document: object = {**msgspec.to_builtins(report), "study": study} if study else report
-    # The encoder writes infinities and NaNs as null.
-    return msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n"
+    return msgspec.json.format(sealed(report, {"study": study} if study else None), indent=2).decode() + "\n"
 
 
 def to_csv(report: Report) -> str:
@@ -97,14 +96,15 @@ def to_csv(report: Report) -> str:
     A text that a spreadsheet would take for a formula is prefixed with an apostrophe.
     """
     out = io.StringIO()
-    writer = csv.DictWriter(out, _columns(report), lineterminator="\n")
+    writer = csv.DictWriter(out, columns_of(report), lineterminator="\n")
     writer.writeheader()
     for line in flat_rows(report):
         writer.writerow({name: _cell(value) for name, value in line.items()})
     return out.getvalue()
 
 
-def _columns(report: Report) -> tuple[str, ...]:
+def columns_of(report: Report) -> tuple[str, ...]:
+    """Return the columns of a run's rows, by its kind."""
     if report.streams:
         return STREAM_COLUMNS
     return GENERATION_COLUMNS if report.models else FINE_TUNING_COLUMNS if report.fine_tunings else COLUMNS

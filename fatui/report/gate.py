@@ -268,6 +268,7 @@ def to_markdown(gate: Gate) -> str:
         lines.append(f"| {' | '.join(markdown_cell(cell) for cell in cells)} |")
     notes = [f"only in the first run: {name}" for name in comparison.only_before]
     notes += [f"only in the second run: {name}" for name in comparison.only_after]
+    notes += [f"{name}: edited since it was written" for name in comparison.edited]
     notes += [f"the runs differ in {text}" for text in comparison.differences]
     lines += ["", *(f"- **{markdown_cell(problem)}**" for problem in gate.problems)]
     lines += [f"- {markdown_cell(note)}" for note in notes]

@@ -47,8 +47,17 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         OSError: the text could not be written.
     """
+    write_bytes_atomically(path, text.encode())
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Replace a file as a whole, as `write_atomically` does.
+
+    Raises:
+        OSError: it could not be written.
+    """
     target = path.resolve()
-    replace_file(target, text.encode(), _mode_for(target))
+    replace_file(target, content, _mode_for(target))
 
 
 def _mode_for(target: Path) -> int:

@@ -13,6 +13,7 @@ from urllib.parse import quote
 import msgspec
 from msgspec import Struct, structs
 
+from attention.core.digest import sealed
 from attention.core.errors import suggestion
 from attention.core.files import make_folder
 from attention.core.results import Report
@@ -100,7 +101,7 @@ class RunHistory:
         Raises:
             HistoryError: the file cannot be written, already has a run of this id, or belongs to a newer fatui.
         """
-        line, content = msgspec.json.encode(summary_of(report)), msgspec.json.encode(report)
+        line, content = msgspec.json.encode(summary_of(report)), sealed(report)
 
         def insert(database: sqlite3.Connection) -> None:
             database.execute("INSERT INTO runs (id, line, report) VALUES (?, ?, ?)", (report.run.id, line, content))

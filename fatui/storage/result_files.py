@@ -6,11 +6,22 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
+from attention.core.digest import is_edited
 from attention.core.errors import UsageError
 from attention.core.files import read_bounded
-from attention.core.results import SCHEMA, FineTuningRow, Interval, NoiseFloor, Ratio, Report, Share, StreamRow
+from attention.core.results import (
+    SCHEMA,
+    FineTuningRow,
+    Interval,
+    MachineState,
+    NoiseFloor,
+    Ratio,
+    Report,
+    Share,
+    StreamRow,
+)
 from attention.core.stream import StreamBlock
 from fatui.untrusted_text import escape_all, one_line
 
@@ -68,7 +79,9 @@ def decode(content: bytes) -> Report:
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ValueError(f"{one_line(problems[0], 300)}{more}")
-    return report
+    if report.digest is None:
+        return report
+    return structs.replace(report, digest=None, edited=report.edited or is_edited(content))
 
 
 def _identity_problems(report: Report) -> Iterator[str]:
@@ -141,6 +154,8 @@ def _limits(owner: object, name: str) -> tuple[float, float]:
             return 0, MAX_RATIO
         case _, "samples":
             return TINY, MAX_SECONDS
+        case MachineState(), "temperature_c" | "gpu_temperature_c":
+            return -MAX_FIGURE, MAX_FIGURE
         case _, "seconds" | "latency_s" | "first_call_s":
             return 0, MAX_SECONDS
         case _, "layer_s" | "fixed_s":

@@ -33,7 +33,7 @@ def read_runs(name: str, history: RunHistory) -> list[Report]:
         HistoryError: the history is unusable, or has no such run.
     """
     path = expand_home(name)
-    if _is_folder(path):
+    if is_folder(path):
         return sorted((read(file) for file in files_of(path)), key=lambda report: report.run.started)
     if "," in name and not path.is_file():
         return [read_run(part.strip(), history) for part in name.split(",")]
@@ -58,7 +58,8 @@ def files_of(folder: Path) -> list[Path]:
     return found
 
 
-def _is_folder(path: Path) -> bool:
+def is_folder(path: Path) -> bool:
+    """Return whether a path is a folder; one that cannot be looked up is none."""
     try:
         return path.is_dir()
     except (OSError, ValueError):

@@ -8,10 +8,10 @@ from typing import Any, Final
 import psutil
 from msgspec import Struct
 
+from attention.measure.fingerprint import cpu_clock_hz, cpu_temperature_c
 from fatui import formatting
 
 RAPL: Final = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
-SENSORS: Final = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
 WRAP: Final = Path("/sys/class/powercap/intel-rapl:0/max_energy_range_uj")
 
 
@@ -70,21 +70,14 @@ class Telemetry:
         return None
 
     def _clock(self) -> float | None:
-        with contextlib.suppress(Exception):  # psutil raises different errors for different system files
-            frequency = psutil.cpu_freq()
-            return frequency.current * 1e6 if frequency and frequency.current > 0 else None
-        return None
+        return cpu_clock_hz()
 
     def _temperature(self) -> float | None:
         if not self._sensors:
             return None
-        with contextlib.suppress(Exception):
-            found = psutil.sensors_temperatures()
-            cores = [each for name in SENSORS for each in found.get(name, [])]
-            if cores:
-                return max(float(each.current) for each in cores)
-        self._sensors = False
-        return None
+        temperature = cpu_temperature_c()
+        self._sensors = temperature is not None
+        return temperature
 
     def _power(self) -> float | None:
         """Return the mean power since the last reading, from the package's energy counter if readable."""

@@ -35,7 +35,8 @@ def partial_report():
 def test_json_has_the_schema_and_null_for_what_is_not_known():
     document = json.loads(export.to_json(partial_report()), parse_constant=pytest.fail)
     kinds = ["cases", "summary", "models", "fine_tunings", "streams"]
-    assert list(document) == ["schema", "run", "environment", "peaks", "conditions", *kinds]
+    further = ["fingerprint", "digest", "edited"]
+    assert list(document) == ["schema", "run", "environment", "peaks", "conditions", *kinds, *further]
     assert document["run"]["command"] == "fatui bench quick"
     row = document["cases"][0]["rows"][1]
     assert (row["status"], row["speedup"], row["reason"]) == ("refused", None, "needs 41 GiB of 22 | a\nb")

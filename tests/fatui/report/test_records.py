@@ -1,0 +1,183 @@
+"""Rows as JSON lines, SQL and Parquet, and runs of several machines side by side."""
+
+import csv
+import io
+import json
+import sqlite3
+import sys
+
+import msgspec
+import pytest
+from msgspec import structs
+
+from attention.core.results import Environment, Report
+from attention.core.workload import Workload
+from fatui.cli import run as cli_run
+from fatui.cli.main import main
+from fatui.report import export, machines, records
+from fatui.storage.history import RunHistory
+from tests.support import hostile
+from tests.support.fake_engine import FakeEngine
+from tests.support.sample_runs import plan_of, report_of, run_of
+
+CASES = [Workload(seq=64), Workload(seq=128)]
+KINDS = ("shapes", "model", "finetune")
+
+
+def loaded(text: str) -> sqlite3.Connection:
+    database = sqlite3.connect(":memory:")
+    database.executescript(text)
+    return database
+
+
+def test_sql_gives_sqlite_the_rows_of_the_csv():
+    report = report_of(plan_of(CASES))
+    database = loaded(records.to_sql(report))
+    columns = [line[1] for line in database.execute("PRAGMA table_info(attention)")]
+    lines = list(csv.DictReader(io.StringIO(export.to_csv(report))))
+    assert columns == list(export.COLUMNS)
+    assert database.execute("SELECT count(*) FROM attention").fetchone() == (len(lines),)
+    names = "implementation, seq, speedup_value"
+    found = database.execute(f"SELECT {names} FROM attention WHERE peak_bytes > 0").fetchall()
+    assert found == [(row["implementation"], int(row["seq"]), float(row["speedup_value"])) for row in lines]
+
+
+def test_sql_of_several_runs_goes_into_one_table():
+    database = loaded(records.to_sql(report_of()) + records.to_sql(report_of(run=run_of(identity="other"))))
+    assert database.execute("SELECT count(DISTINCT run_id) FROM attention").fetchone() == (2,)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hostile_texts_stay_texts(kind):
+    report = hostile.report(kind, "a'; DROP TABLE attention; --")
+    reports = [report, structs.replace(report, run=structs.replace(report.run, started="'\x00'"))]
+    for made in reports:
+        text = records.to_sql(made)
+        assert not hostile.unsafe_in(text)
+        (table,) = (name for (name,) in loaded(text).execute("SELECT name FROM sqlite_master"))
+        ids = loaded(text).execute(f"SELECT DISTINCT run_id FROM {table}").fetchall()
+        assert ids == [("a'; DROP TABLE attention; --",)]
+        lines = records.to_json_lines(made)
+        assert not hostile.unsafe_in(lines)
+        assert len(list(map(json.loads, lines.splitlines()))) == sum(len(case.rows) for case in made.all_cases)
+
+
+def test_parquet_says_what_it_needs(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert main(["bench", "quick", "--parquet", str(tmp_path / "x.parquet")]) == 2
+    assert capsys.readouterr().err == (
+        "fatui: --parquet: pyarrow is not installed; `pip install pyarrow`, or use --csv\n"
+    )
+    assert main(["bench", "quick", "--parquet", "-"]) == 2
+    assert "it takes a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_parquet_has_the_rows(kind, tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    report = hostile.report(kind, "a") if kind else report_of(plan_of(CASES))
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(records.to_parquet(report))
+    table = parquet.read_table(path)
+    assert table.num_rows == sum(len(case.rows) for case in report.all_cases)
+    assert {"implementation", "call_s_median"} <= set(table.column_names)
+
+
+@pytest.fixture
+def fake_engine(monkeypatch):
+    monkeypatch.setattr(cli_run, "Engine", FakeEngine)
+
+
+def test_json_lines_arrive_case_by_case(fake_engine, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "rows.jsonl"
+    counts = []
+    finished = cli_run.RowLines.write
+
+    def write(self, case, record):
+        finished(self, case, record)
+        counts.append(path.read_text().count("\n"))
+
+    monkeypatch.setattr(cli_run.RowLines, "write", write)
+    assert main(["bench", "--seq", "64,128", "--impl", "baseline,poc", "--jsonl", str(path)]) == 0
+    assert counts[:2] == [2, 4] and counts[-1] == 4
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["case"], line["seq"], line["implementation"]) for line in lines] == [
+        (1, 64, "baseline"),
+        (1, 64, "poc"),
+        (2, 128, "baseline"),
+        (2, 128, "poc"),
+    ]
+    assert {line["run_id"] for line in lines} == {RunHistory().get("last").run.id}
+    assert all(line["call_s_median"] > 0 and line["device"] for line in lines)
+
+
+def test_json_lines_on_stdout_replace_the_table(fake_engine, capsys):
+    assert main(["bench", "--seq", "64", "--impl", "baseline,poc", "--jsonl", "-"]) == 0
+    assert len(list(map(json.loads, capsys.readouterr().out.splitlines()))) == 2
+
+
+def test_json_lines_that_cannot_be_written_are_told(fake_engine, capsys):
+    assert main(["bench", "--seq", "64", "--jsonl", "/dev/full"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("fatui: --jsonl: /dev/full could not be written")
+
+
+def test_a_kept_run_is_shown_in_every_format(capsys):
+    RunHistory().add(report_of())
+    for name, start in (("--sql", "CREATE TABLE"), ("--jsonl", '{"run_id"')):
+        assert main(["history", "show", "last", name, "-"]) == 0
+        assert capsys.readouterr().out.startswith(start)
+
+
+def on_device(name: str, identity: str, seed: int = 1) -> Report:
+    report = report_of(plan_of(CASES), run_of(identity=identity), seed)
+    return structs.replace(report, environment=structs.replace(report.environment, device=name))
+
+
+def test_machines_stand_side_by_side():
+    table = machines.by_machine([on_device("A", "a1"), on_device("B", "b1"), on_device("A", "a2", seed=2)])
+    assert table.machines == ("A, cpu", "B, cpu")
+    assert len(table.rows) == 8
+    for (workload, name), entries in table.rows.items():
+        assert [entry.machine for entry in entries] == [0, 1]
+        assert entries[0].across is None
+        assert entries[1].across is not None
+        assert entries[0].row.speedup == next(
+            row.speedup
+            for case in on_device("A", "a2", seed=2).cases
+            if case.workload == workload
+            for row in case.rows
+            if row.implementation == name
+        )
+
+
+def test_ratios_between_machines_are_marked(tmp_path, capsys):
+    for name in ("A", "B"):
+        (tmp_path / f"{name}.json").write_bytes(msgspec.json.encode(on_device(name, name.lower())))
+    assert main(["compare", str(tmp_path / "A.json"), str(tmp_path / "B.json"), "--by", "device"]) == 0
+    out = capsys.readouterr().out
+    assert "[1] A, cpu" in out and "across ≈ 1" in out and "different machines" in out
+    assert main(["compare", str(tmp_path), "--by", "device", "--markdown", "-"]) == 0
+    out = capsys.readouterr().out
+    assert "1. A, cpu" in out and out.count("across ≈ 1") + out.count("across 1.0") == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["last"], "got 1 names"),
+        (["a", "b", "c"], "got 3 names"),
+        (["a", "--by", "colour"], "--by: got 'colour'"),
+        (["a", "--by", "device", "--fail-on", "slower:3%"], "takes no gate"),
+    ],
+)
+def test_a_wrong_comparison_is_one_line(arguments, problem, capsys):
+    assert main(["compare", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert problem in error and error.count("\n") == 1
+
+
+def test_hostile_machines():
+    report = hostile.report("shapes", "a")
+    other = structs.replace(report, environment=Environment())
+    text = machines.to_markdown(machines.by_machine([report, other]))
+    assert not hostile.unsafe_in(text)
