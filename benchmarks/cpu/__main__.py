@@ -34,7 +34,7 @@ def _arguments() -> argparse.Namespace:
         "--types",
         nargs="+",
         choices=list(TYPES),
-        help="(default: float32 bfloat16; of queries over quantized keys and values: float16 bfloat16)",
+        help="(default: float32 bfloat16, on AVX2 float16 too; of queries over quantized keys: float16 bfloat16)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--masks", nargs="+", metavar="MASK", help="sparse: these masks only")
@@ -46,6 +46,13 @@ def _arguments() -> argparse.Namespace:
         help="quantized: time decoding by the process's processor time, which other programs disturb less; "
         "with FATUI_THREADS=1 in the environment",
     )
+    parser.add_argument(
+        "--busy",
+        type=int,
+        default=4,
+        metavar="N",
+        help="dense: measure float32 beside N other processes, too; 0: do not (default: 4)",
+    )
     parser.add_argument("--no-start", action="store_true", help="leave out the first use, which compiles")
     return parser.parse_args()
 
@@ -56,6 +63,11 @@ def _row_line(row: measure.BenchRow) -> str:
     ratios = "  ".join(f"{name} {ratio:7.2f}x" for name, ratio in row.ratios.items())
     passes = "fwd+bwd" if row.backward else "forward"
     return f"{row.dtype:9} {passes:8}{row.shape:20} {rate:6.0f} GFLOP/s  {share:13} {ratios}"
+
+
+def _busy_line(row: measure.BenchRow, processes: int) -> str:
+    ratios = "  ".join(f"{name} {ratio:7.2f}x" for name, ratio in row.ratios.items())
+    return f"{row.dtype:9} forward {row.shape:20} beside {processes} processes  {ratios}"
 
 
 def _decode_line(row: measure.DecodeRow) -> str:
@@ -79,6 +91,11 @@ def _measure(arguments: argparse.Namespace, report: BenchReport) -> None:
             for shape in SHAPES:
                 report.rows.append(measure.measure(shape, dtype, backward, arguments.rounds))
                 print(_row_line(report.rows[-1]), file=sys.stderr)
+    if arguments.busy > 0 and "float32" in arguments.types:
+        with measure.busy_processes(arguments.busy):
+            for shape in SHAPES:
+                report.busy.append(measure.measure_busy(shape, "float32", arguments.rounds))
+                print(_busy_line(report.busy[-1], arguments.busy), file=sys.stderr)
     for dtype in TYPES:
         report.decode.append(measure.decode(dtype, arguments.rounds))
         print(_decode_line(report.decode[-1]), file=sys.stderr)
@@ -96,7 +113,8 @@ def main() -> None:
     if arguments.subject == "quantized":
         quantized.main(arguments)
         return
-    arguments.types = arguments.types or ["float32", "bfloat16"]
+    usual = list(TYPES) if cpu.variant() == "avx2" else ["float32", "bfloat16"]
+    arguments.types = arguments.types or usual
     if arguments.subject == "sparse":
         sparse.main(arguments)
         return

@@ -1,12 +1,13 @@
 """Shapes, timing of the kernel and its peers on them, and the costs of a call apart from its arithmetic."""
 
+import contextlib
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -182,6 +183,33 @@ def measure(shape: BenchShape, dtype: str, backward: bool, rounds: int, seconds:
     row.peak_share = statistics.median(row.flops / t / p for t, p in zip(times["ours"], peaks, strict=True))
     if not backward:
         _against_mlx(row, shape, run, calls, seconds)
+    return row
+
+
+@contextlib.contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Keep the CPUs busy by some other processes."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(count):
+            process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        yield
+
+
+def measure_busy(shape: BenchShape, dtype: str, rounds: int, seconds: float = 0.03) -> BenchRow:
+    """Measure a forward call against torch only, for use beside other processes; the ratio is that of the summed times.
+
+    A sample is shorter or longer by whole time slices of the other processes, so that a median of ratios says little.
+    """
+    runs = {"ours": ours(shape, dtype)}
+    if (torch_run := torchs(shape, dtype)) is not None:
+        runs["torch"] = torch_run
+    calls = calls_per_sample(runs["ours"], seconds)
+    times = sample([_arm(name, run, calls) for name, run in runs.items()], rounds, let_threads_sleep)
+    row = BenchRow(shape.name, dtype, False, shape.flops(False))
+    row.seconds = {name: statistics.fmean(t) for name, t in times.items()}
+    row.ratios = {name: seconds / row.seconds["ours"] for name, seconds in row.seconds.items() if name != "ours"}
     return row
 
 

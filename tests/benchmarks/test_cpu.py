@@ -12,7 +12,7 @@ SMALL = BenchShape(1, 2, 16, 8)
 def report(variant: str = "avx512_bf16", **changes: float) -> BenchReport:
     """Figures exactly as good as required, except for the changes."""
     figures = {"torch": 2.01, "mlx": 30.0, "peak": 0.75, "decode": 0.8, "first": 29.0, "later": 0.049, "tiny": 1.02}
-    figures = {**figures, "memory": 3.0 * 2**20, **changes}
+    figures = {**figures, "busy": 1.2, "memory": 3.0 * 2**20, **changes}
     made = BenchReport("a processor", variant, 2, 0.0)
     for dtype in ("float32", "bfloat16"):
         for backward in (False, True):
@@ -20,6 +20,7 @@ def report(variant: str = "avx512_bf16", **changes: float) -> BenchReport:
                 row = BenchRow(shape.name, dtype, backward, shape.flops(backward), peak_share=figures["peak"])
                 row.ratios = {"torch": figures["torch"]} | ({} if backward else {"mlx": figures["mlx"]})
                 made.rows.append(row)
+    made.busy = [BenchRow(shape.name, "float32", False, 1.0, ratios={"torch": figures["busy"]}) for shape in SHAPES]
     made.decode = [DecodeRow("float32", 1e9, 1e9, figures["decode"], None)]
     made.tiny = TinyCall(10.0, 10.0, figures["tiny"], 0.03)
     made.first_start_s, made.later_start_s = figures["first"], figures["later"]
@@ -51,9 +52,18 @@ def test_what_falls_short_is_said_not_to_hold(figure, worse, failing):
     assert sum(claim.holds is False for claim in claims(report(**{figure: worse}))) == failing
 
 
-def test_bfloat16_is_asked_only_of_processors_that_multiply_it():
-    asked = [claim.what for claim in claims(report("avx2")) if claim.holds is None]
+def test_bfloat16_is_not_asked_of_avx512_without_it():
+    asked = [claim.what for claim in claims(report("avx512")) if claim.holds is None]
     assert asked == ["bfloat16 forward against torch, geometric mean"]
+
+
+def test_avx2_has_targets_of_its_own():
+    found = claims(report("avx2", peak=0.82, decode=0.85))
+    assert len(found) == 19
+    assert {claim.holds for claim in found} == {True}
+    assert sum(claim.holds is False for claim in claims(report("avx2"))) == 5  # shares of the peak, and decoding
+    assert sum(claim.holds is False for claim in claims(report("avx2", peak=1, decode=1, busy=1.19))) == 1
+    assert sum(claim.holds is False for claim in claims(report("avx2", peak=1, decode=1, torch=1.65))) == 2
 
 
 @pytest.mark.usefixtures("kernel")
