@@ -1,5 +1,6 @@
 """The machine: MLX's backend, memory, processor and installed libraries."""
 
+import math
 import os
 import platform
 import sys
@@ -95,9 +96,25 @@ def container_memory_limit() -> int | None:
     return None
 
 
+def cpu_quota(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Return the CPUs that this process's control group may keep busy, rounded up; None without a limit."""
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota, period = ((folder / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        except OSError:
+            return None
+    try:
+        return max(1, math.ceil(int(quota) / int(period))) if int(quota) > 0 else None
+    except (ValueError, ZeroDivisionError):  # "max"
+        return None
+
+
 def usable_cores() -> int:
-    """Return the number of CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of CPU cores that this process may keep busy: of its affinity, within its quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, cpu_quota() or cores)
 
 
 def processor_name() -> str:

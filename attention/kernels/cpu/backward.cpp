@@ -16,22 +16,23 @@ template <class T>
 class FloatTiles {
  public:
   static int64_t fixed(const Problem& p) {
-    return query_tile * 3 * step_keys + (key_block + query_tile) * (padded(p.head_dim) + padded(p.value_dim));
+    return tile_line * 3 * step_keys + key_block * (padded(p.head_dim) + padded(p.value_dim)) +
+           query_tile * (row_line(p.head_dim) + row_line(p.value_dim));
   }
   static int64_t a_slot(const Problem& p) {
-    return query_tile * (padded(p.head_dim) + padded(p.value_dim)) + row_numbers;
+    return tile_line * (padded(p.head_dim) + padded(p.value_dim)) + row_numbers;
   }
 
   FloatTiles(const BackwardCall& call, int64_t slots, float* buffer)
       : call_(call), p_(call.problem), d_(padded(p_.head_dim)), dv_(padded(p_.value_dim)), holds_(slots, -1) {
     scores_ = buffer;
-    score_gradients_ = scores_ + query_tile * step_keys;
-    slopes_ = score_gradients_ + query_tile * step_keys;
-    key_ = slopes_ + query_tile * step_keys;
+    score_gradients_ = scores_ + tile_line * step_keys;
+    slopes_ = score_gradients_ + tile_line * step_keys;
+    key_ = slopes_ + tile_line * step_keys;
     value_ = key_ + key_block * d_;
     query_ = value_ + key_block * dv_;
-    gradient_ = query_ + query_tile * d_;
-    slots_ = gradient_ + query_tile * dv_;
+    gradient_ = query_ + query_tile * row_line(p_.head_dim);
+    slots_ = gradient_ + query_tile * row_line(p_.value_dim);
   }
 
   [[gnu::noinline]] void open_keys(int64_t batch, int64_t kv_head, int64_t key, int64_t keys) {
@@ -44,32 +45,33 @@ class FloatTiles {
   // Forms of a query tile: Q and dO, transposed (packed unless still in the slot) and not.
   [[gnu::noinline]] void take_queries(const Item& item, int64_t tile) {
     const int64_t slot = std::min(tile, int64_t(holds_.size()) - 1), width = round_up(item.queries, lanes);
-    query_transposed_ = slots_ + slot * a_slot(p_), gradient_transposed_ = query_transposed_ + query_tile * d_;
-    rows_ = reinterpret_cast<RowNumbers*>(gradient_transposed_ + query_tile * dv_);
+    query_transposed_ = slots_ + slot * a_slot(p_), gradient_transposed_ = query_transposed_ + tile_line * d_;
+    rows_ = reinterpret_cast<RowNumbers*>(gradient_transposed_ + tile_line * dv_);
     if (holds_[slot] != tile) {
       holds_[slot] = tile;
       read_statistics(call_, item, *rows_);
       transpose_rows(rows_of<T>(p_.query, item), p_.head_dim, width, query_transposed_, p_.scale);
       transpose_rows(rows_of<T>(call_.output_gradient, item), p_.value_dim, width, gradient_transposed_);
-      for (int64_t d = 0; d < p_.value_dim; d++) divide(gradient_transposed_ + d * query_tile, width);
+      for (int64_t d = 0; d < p_.value_dim; d++) divide(gradient_transposed_ + d * tile_line, width);
       make_deltas(item, width);
     }
-    // Q in place only if whole vectors of columns can be read.
-    q_ = floats_of<T>(p_.query, item.batch, item.head, item.query, item.queries, p_.head_dim, query_, d_,
-                      d_ == p_.head_dim);
-    floats_of<T>(call_.output_gradient, item.batch, item.head, item.query, item.queries, p_.value_dim, gradient_, dv_,
+    // Q in place only if whole vectors of columns can be read, and a column of rows does not share sets of a small L1.
+    const int64_t line = row_line(p_.value_dim);
+    q_ = floats_of<T>(p_.query, item.batch, item.head, item.query, item.queries, p_.head_dim, query_,
+                      row_line(p_.head_dim), registers == 32 && d_ == p_.head_dim);
+    floats_of<T>(call_.output_gradient, item.batch, item.head, item.query, item.queries, p_.value_dim, gradient_, line,
                  false);
     for (int64_t i = 0; i < item.queries; i++)
-      for (float* x = gradient_ + i * dv_; x < gradient_ + (i + 1) * dv_; x += lanes)
+      for (float* x = gradient_ + i * line; x < gradient_ + i * line + dv_; x += lanes)
         store(x, load(x) * rows_->inverse[i]);
   }
 
   void step(const TileStep& t) {
     const int64_t width = round_up(t.item.queries, lanes);
     const float *k = k_.data + t.row * k_.stride, *v = v_.data + t.row * v_.stride;
-    multiply_scores({k, k_.stride, query_transposed_, query_tile, p_.head_dim, scores_, query_tile, nullptr}, t.keys, width);
+    multiply_scores({k, k_.stride, query_transposed_, tile_line, p_.head_dim, scores_, tile_line, nullptr}, t.keys, width);
     multiply<Layout::depth_contiguous, Update::overwrite>(
-        {v, v_.stride, gradient_transposed_, query_tile, p_.value_dim, score_gradients_, query_tile, nullptr}, t.keys,
+        {v, v_.stride, gradient_transposed_, tile_line, p_.value_dim, score_gradients_, tile_line, nullptr}, t.keys,
         width);
     if (p_.softcap > 0) cap_slopes(scores_, slopes_, t.keys, width, inside_cap(p_));
     const Scores scores{scores_, t.key, t.keys, 0, width, t.bounds.whole, t.bits};
@@ -85,10 +87,13 @@ class FloatTiles {
     if (t.key_sums != nullptr) add_to_keys(t);
     if (t.query_sums != nullptr)
       multiply<Layout::rows_contiguous, Update::add>(
-          {k, k_.stride, score_gradients_, query_tile, t.keys, t.query_sums, query_tile, nullptr}, p_.head_dim, width);
+          {k, k_.stride, score_gradients_, tile_line, t.keys, t.query_sums, query_tile, nullptr}, p_.head_dim, width);
   }
 
  private:
+  // Floats from one row of Q or dO to the next, for the reason of tile_line.
+  static int64_t row_line(int64_t dim) { return padded(dim) + (tile_line - query_tile); }
+
   // Divides the values of each query by its row sum.
   void divide(float* x, int64_t width) const {
     for (int64_t i = 0; i < width; i += lanes) store(x + i, load(x + i) * load(rows_->inverse + i));
@@ -119,7 +124,7 @@ class FloatTiles {
         Vector x[lanes];
         load_turned(rows, i, d, p_.value_dim, x);
         const int64_t some = std::min<int64_t>(lanes, p_.value_dim - d);
-        for (int64_t c = 0; c < some; c++) sum = fused(sum, x[c], load(gradient_transposed_ + (d + c) * query_tile + i));
+        for (int64_t c = 0; c < some; c++) sum = fused(sum, x[c], load(gradient_transposed_ + (d + c) * tile_line + i));
       }
       store(rows_->delta + i, sum);
     }
@@ -129,17 +134,26 @@ class FloatTiles {
 
   void add_to_keys(const TileStep& t) const {
     multiply<Layout::depth_contiguous, Update::add>(
-        {scores_, query_tile, gradient_, dv_, t.item.queries, t.value_sums, dv_, nullptr}, t.keys, dv_);
+        {scores_, tile_line, gradient_, row_line(p_.value_dim), t.item.queries, t.value_sums, dv_, nullptr}, t.keys, dv_);
     multiply<Layout::depth_contiguous, Update::add>(
-        {score_gradients_, query_tile, q_.data, q_.stride, t.item.queries, t.key_sums, d_, nullptr}, t.keys, d_);
+        {score_gradients_, tile_line, q_.data, q_.stride, t.item.queries, t.key_sums, d_, nullptr}, t.keys, d_);
   }
 
   // P' from S', in place.
   void make_probabilities(int64_t keys, int64_t width, bool subtracted) const {
     for (int64_t i = 0; i < width; i += lanes) {
       const Vector reference = subtracted ? Vector{} : load(rows_->reference + i);
-      for (int64_t j = 0; j < keys; j++) {
-        float* s = scores_ + j * query_tile + i;
+      int64_t j = 0;
+      if constexpr (registers == 16)
+        for (; j + 4 <= keys; j += 4) {
+          float* s = scores_ + j * tile_line + i;
+          Vector x[4];
+          FATUI_UNROLL for (int n = 0; n < 4; n++) x[n] = (load(s + n * tile_line) - reference) * log2_e;
+          exp2_together(x);
+          FATUI_UNROLL for (int n = 0; n < 4; n++) store(s + n * tile_line, x[n]);
+        }
+      for (; j < keys; j++) {
+        float* s = scores_ + j * tile_line + i;
         store(s, exp2((load(s) - reference) * log2_e));
       }
     }
@@ -151,12 +165,12 @@ class FloatTiles {
   void take_sums_of_tile(const Item& item, int64_t keys, int64_t width) const {
     for (int64_t i = 0; i < width; i += lanes) {
       Vector sum{}, product{};
-      for (int64_t j = 0; j < keys; j++) sum += load(scores_ + j * query_tile + i);
+      for (int64_t j = 0; j < keys; j++) sum += load(scores_ + j * tile_line + i);
       const Vector inverse = load(rows_->inverse + i), scaled = sum * inverse;
       const Vector factor = scaled > 0.0f ? 1.0f / scaled : Vector{};
       Vector low = Vector{} + infinity, high = Vector{} - infinity;
       for (int64_t j = 0; j < keys; j++) {
-        const int64_t at = j * query_tile + i;
+        const int64_t at = j * tile_line + i;
         const Vector probability = load(scores_ + at) * factor;
         store(scores_ + at, probability);
         const Vector gradient = load(score_gradients_ + at);
@@ -178,7 +192,7 @@ class FloatTiles {
     for (int64_t i = 0; i < width; i += lanes) {
       const Vector delta = load(rows_->delta + i);
       for (int64_t j = 0; j < keys; j++) {
-        const int64_t at = j * query_tile + i;
+        const int64_t at = j * tile_line + i;
         const Vector gradient = load(scores_ + at) * (load(score_gradients_ + at) - delta);
         store(score_gradients_ + at, capped ? gradient * load(slopes_ + at) : gradient);
       }

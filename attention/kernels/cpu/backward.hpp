@@ -91,8 +91,8 @@ inline void read_statistics(const BackwardCall& call, const Item& item, RowNumbe
 inline void cap_slopes(const float* s, float* slopes, int64_t keys, int64_t width, float inside) {
   for (int64_t j = 0; j < keys; j++)
     for (int64_t i = 0; i < width; i += lanes) {
-      const Vector t = tanh(load(s + j * query_tile + i) * inside);
-      store(slopes + j * query_tile + i, 1.0f - t * t);
+      const Vector t = tanh(load(s + j * tile_line + i) * inside);
+      store(slopes + j * tile_line + i, 1.0f - t * t);
     }
 }
 

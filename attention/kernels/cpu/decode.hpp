@@ -10,7 +10,7 @@
 
 namespace fatui {
 
-static_assert(score_line == query_tile && 2 * score_line <= key_tile);  // scores, transposed and not, fit in one tile
+static_assert(score_line * (query_tile + tile_line) <= key_tile * tile_line);  // scores, transposed and not, fit in one tile
 
 // Keys per tile: K, V and the prefetched next K fit in an L1 of 48 KiB; half as many in float32, where memory bandwidth
 // leaves time for more tiles.
@@ -251,8 +251,8 @@ struct FewRows {
     if constexpr (in_pairs) factor = finish_raw_scores(tile, p, item, bounds);
     else finish_scores(tile, p, item, bounds);
     lines.count = tile.keys;
-    for (int64_t j = 0; j < tile.keys; j++) lines.row[j] = transposed + j * query_tile;
-    transpose_rows(lines, rows, round_up(tile.keys, lanes), scores);
+    for (int64_t j = 0; j < tile.keys; j++) lines.row[j] = transposed + j * tile_line;
+    transpose_rows(lines, rows, round_up(tile.keys, lanes), scores, 1.0f, score_line);
     return factor;
   }
 

@@ -51,8 +51,8 @@ struct Lines {
   const E* line(int64_t j) const { return data + j * stride; }
 };
 
-// Prefetches rows, 64 bytes at a time and strictly in address order, so that the hardware prefetchers recognise one stream
-// and run ahead of it.
+// Prefetches rows into the L1, or the L2, 64 bytes at a time and strictly in address order, so that the hardware prefetchers
+// recognise one stream and run ahead of it.
 class Ahead {
  public:
   template <class E>
@@ -64,6 +64,14 @@ class Ahead {
   }
 
   void ask_for_all() { ask_one_by_one(std::numeric_limits<int64_t>::max()); }
+  template <int level = 1>
+  void ask_one_by_one(int64_t count) {
+    for (; count > 0 && lines_ > 0; count--) {
+      if (here_ > 0) __builtin_prefetch(at_, 0, level == 1 ? 3 : 2), at_ += 64, here_--;
+      if (here_ == 0 && --lines_ > 0) at_ += gap_, here_ = pieces_;
+    }
+  }
+  int64_t pieces() const { return lines_ * pieces_; }
 
   template <int count>
   FATUI_INLINE void ask() {
@@ -73,13 +81,6 @@ class Ahead {
   }
 
  private:
-  void ask_one_by_one(int64_t count) {
-    for (; count > 0 && lines_ > 0; count--) {
-      if (here_ > 0) __builtin_prefetch(at_), at_ += 64, here_--;
-      if (here_ == 0 && --lines_ > 0) at_ += gap_, here_ = pieces_;
-    }
-  }
-
   const char* at_;
   int64_t pieces_, gap_, lines_, here_ = 0;  // pieces per row; gap between rows; rows left; pieces left in this row
 };
@@ -87,6 +88,11 @@ class Ahead {
 // Cache lines of a number of vectors of a type.
 template <class E>
 constexpr int pieces(int vectors) { return std::max<int>(1, vectors * lanes * int(sizeof(E)) / 64); }
+
+// Steps of a number of vectors in which a cache line is used. Asking for a line in each of them would keep all of the core's
+// requests busy in the first half of a tile, and none in the second.
+template <class E>
+constexpr int steps_of_line(int vectors) { return std::max<int>(1, 64 / (vectors * lanes * int(sizeof(E)))); }
 
 // S[row][key] of R query rows; entries after the last key, up to a multiple of the accumulators, are undefined.
 template <int R, Numbers numbers, class E>
@@ -100,7 +106,7 @@ void score_lines(const float* query, int64_t query_line, const Lines<E>& keys, f
     for (int64_t d = 0; d < keys.length; d += lanes) {
       Vector q[R];
       FATUI_UNROLL for (int r = 0; r < R; r++) q[r] = in_register(load(query + r * query_line + d));
-      next.ask<pieces<E>(together)>();
+      if (d / lanes % steps_of_line<E>(together) == 0) next.ask<pieces<E>(together)>();
       FATUI_UNROLL for (int g = 0; g < together; g++) {
         const Vector k = in_register(widen(line[g] + d));
         FATUI_UNROLL for (int r = 0; r < R; r++) {
@@ -128,7 +134,7 @@ void add_lines(const float* s, const Lines<E>& values, int64_t d, float* output,
     Vector x[Vectors];
     FATUI_UNROLL for (int v = 0; v < Vectors; v++) {
       x[v] = in_register(widen(values.line(j) + d + v * lanes));
-      if (v % (Vectors / std::min(Vectors, pieces<E>(Vectors))) == 0) next.ask<1>();
+      if (v % (Vectors / std::min(Vectors, pieces<E>(Vectors))) == 0 && j % steps_of_line<E>(Vectors) == 0) next.ask<1>();
     }
     FATUI_UNROLL for (int r = 0; r < R; r++) {
       const Vector p = broadcast(s[r * score_line + j]);

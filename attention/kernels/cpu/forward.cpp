@@ -24,16 +24,39 @@ struct Buffers {
 
   static size_t floats(const Problem& p) {
     const int64_t d = round_up(p.head_dim, lanes), dv = round_up(p.value_dim, lanes);
-    return query_tile * (max_panels * (d + dv) + key_tile) + key_tile * (d + dv);
+    return tile_line * (max_panels * (d + dv) + key_tile) + key_tile * (d + dv);
   }
   Buffers() = default;
   Buffers(const Problem& p, int64_t panel) : d(round_up(p.head_dim, lanes)), dv(round_up(p.value_dim, lanes)) {
     scores = scratch(floats(p) * sizeof(float));
-    key = scores + query_tile * key_tile;
+    key = scores + tile_line * key_tile;
     value = key + key_tile * d;
-    query = value + key_tile * dv + panel * query_tile * (d + dv);
-    output = query + query_tile * d;
+    query = value + key_tile * dv + panel * tile_line * (d + dv);
+    output = query + tile_line * d;
   }
+};
+
+// With 16 registers a part of a panel, 16 queries, is two vectors, one register tile: each is computed from scores to output by
+// itself, all in the same columns of S, which so stay in the L1.
+constexpr bool by_parts = registers == 16;
+
+// The tile of K and V after the present one, in whatever type, asked for in equal shares while the parts of the present one
+// are computed: from beyond the L2 it would come too late.
+struct NextTile {
+  Ahead key, value;
+  int64_t share = 0;
+
+  // None if `keys` is 0.
+  template <class T>
+  static NextTile of(const Problem& p, const Item& item, int64_t first, int64_t keys, int64_t shares) {
+    const auto rows = [&](const Tensor& t, int64_t dims) {
+      return Ahead(Lines<T>{row_of<const T>(t, item.batch, item.kv_head, first), t.stride[2], dims, keys});
+    };
+    NextTile next{rows(p.key, p.head_dim), rows(p.value, p.value_dim)};
+    next.share = ceil_div(std::max(next.key.pieces(), next.value.pieces()), shares);
+    return next;
+  }
+  void ask_for_share() { key.ask_one_by_one<2>(share), value.ask_one_by_one<2>(share); }
 };
 
 // State of a panel of 64 queries across key tiles.
@@ -57,22 +80,25 @@ struct Panel {
     if (begin < end) transpose_rows(rows_of<T>(p.query, item), p.head_dim, width, buffer.query, p.scale);
   }
 
-  void step(const Problem& p, const Floats& k, const Floats& v, int64_t key, const uint64_t* bits) {
+  void step(const Problem& p, const Floats& k, const Floats& v, int64_t key, const uint64_t* bits, NextTile& next_tile) {
     if (key < begin || key >= end) return;
     const int64_t keys = std::min(key_tile, end - key);
-    const Scores whole{buffer.scores, key, keys, 0, width, bounds.whole};
-    const bool alike = std::all_of(started, started + ceil_div(width, part_rows), [&](bool s) { return s == started[0]; });
-    if (bits == nullptr && alike && whole.all_seen()) return attend(p, k, v, whole);
+    if constexpr (!by_parts) {
+      const Scores whole{buffer.scores, key, keys, 0, width, bounds.whole};
+      const bool alike = std::all_of(started, started + ceil_div(width, part_rows), [&](bool s) { return s == started[0]; });
+      if (bits == nullptr && alike && whole.all_seen()) return attend(p, k, v, whole);
+    }
     // At the mask's edge each part skips the keys that none of its queries sees; parts that see the same keys stay together.
     for (int64_t i = 0, next; i * part_rows < width; i = next) {
+      if constexpr (by_parts) next_tile.ask_for_share();
       const KeyRange seen = range(i, key, keys, bits);
-      for (next = i + 1; bits != nullptr && next * part_rows < width && started[next] == started[i]; next++) {
+      for (next = i + 1; !by_parts && bits != nullptr && next * part_rows < width && started[next] == started[i]; next++) {
         const KeyRange other = range(next, key, keys, bits);
         if (other.first != seen.first || other.last != seen.last) break;
       }
       if (seen.first > seen.last) continue;
       attend(p, {k.data + seen.first * k.stride, k.stride}, {v.data + seen.first * v.stride, v.stride},
-             {buffer.scores, key + seen.first, seen.last - seen.first + 1, i * part_rows, std::min(width, next * part_rows),
+             {buffer.scores + (by_parts ? 0 : i * part_rows), key + seen.first, seen.last - seen.first + 1, i * part_rows, std::min(width, next * part_rows),
               bounds.part[i], bits == nullptr ? nullptr : bits + seen.first});
     }
   }
@@ -81,7 +107,7 @@ struct Panel {
   void close(int64_t dims) {
     for (int64_t i = 0; i < parts; i++)
       for (int64_t d = 0; d < dims && !started[i]; d++)
-        std::fill_n(buffer.output + d * query_tile + i * part_rows, part_rows, 0.0f);
+        std::fill_n(buffer.output + d * tile_line + i * part_rows, part_rows, 0.0f);
   }
 
  private:
@@ -93,15 +119,15 @@ struct Panel {
 
   void attend(const Problem& p, const Floats& k, const Floats& v, const Scores& tile) {
     const int64_t i = tile.begin;
-    multiply_scores({k.data, k.stride, buffer.query + i, query_tile, p.head_dim, buffer.scores + i, query_tile, nullptr},
-                    tile.keys, tile.width());
+    multiply_scores({k.data, k.stride, buffer.query + i, tile_line, p.head_dim, tile.s, tile_line, nullptr}, tile.keys,
+                    tile.width());
     finish_scores(tile, p, item, bounds);
     softmax_step(tile, state, Coarse(p), [&](int64_t column, int64_t columns) {
-      finish_in_double({tile.s, tile.key, tile.keys, column, column + columns, tile.seen, tile.bits}, p, item, k,
+      finish_in_double({tile.at(0, column), tile.key, tile.keys, column, column + columns, tile.seen, tile.bits}, p, item, k,
                        {state.maximum, state.fine}, state.correction);
     });
-    const Operands to_output{v.data,          v.stride,   buffer.scores + i,     query_tile, tile.keys,
-                             buffer.output + i, query_tile, state.correction + i};
+    const Operands to_output{v.data,          v.stride,  tile.s,     tile_line, tile.keys,
+                             buffer.output + i, tile_line, state.correction + i};
     if (started[i / part_rows])
       multiply<Layout::rows_contiguous, Update::rescale>(to_output, p.value_dim, tile.width());
     else
@@ -115,6 +141,9 @@ template <class T>
 void share_tile(const Problem& p, const Item& item, Panel* panel, int64_t panels, int64_t key, int64_t keys,
                 ListWalk* walk = nullptr) {
   const Buffers& buffer = panel[0].buffer;
+  const bool in_order = by_parts && walk == nullptr && !is_quantized(p);
+  const int64_t after = in_order ? std::clamp<int64_t>(item.key_end - key - key_tile, 0, key_tile) : 0;
+  NextTile next = NextTile::of<T>(p, item, key + key_tile, after, panels * parts);
   const Floats k =
       floats_of<T>(p.key, p.key_packing, item.batch, item.kv_head, key, keys, p.head_dim, buffer.key, buffer.d);
   const Floats v =
@@ -122,7 +151,7 @@ void share_tile(const Problem& p, const Item& item, Panel* panel, int64_t panels
   uint64_t bits[key_tile];
   for (int64_t i = 0; i < panels; i++) {
     const Sight sight = walk == nullptr ? Sight::all : walk->sight(i, bits);
-    if (sight != Sight::none) panel[i].step(p, k, v, key, sight == Sight::some ? bits : nullptr);
+    if (sight != Sight::none) panel[i].step(p, k, v, key, sight == Sight::some ? bits : nullptr, next);
   }
 }
 
@@ -208,10 +237,15 @@ void attend(const ForwardCall& call, const Item& item, Partials& partials) {
   attend_few<T, Reading::copied>(call, item, partials);
 }
 
+// With 16 registers a CPU has an L2 of 512 KiB or less: Q' and O' of 256 rows would leave no room there for a wide tile of K and V.
+Schedule schedule_of(const Problem& p) {
+  return Schedule(p, 64, registers == 16 && p.head_dim + p.value_dim > 128 ? 2 : max_panels);
+}
+
 template <class T>
 void run(const ForwardCall& call) {
   const Problem& p = call.problem;
-  const Schedule schedule(p);
+  const Schedule schedule = schedule_of(p);
   const ListedItems items(p, schedule);
   Partials partials(p, schedule);
   parallel_for(schedule.items(), threads_for(p),
@@ -238,7 +272,7 @@ void forward(const ForwardCall& call) {
 }
 
 int64_t forward_workspace(const Problem& p) {
-  const Schedule schedule(p);
+  const Schedule schedule = schedule_of(p);
   if (p.query.element == Element::bfloat16 && in_pairs(p)) return bfloat16_workspace(p);
   return int64_t(threads_for(p) * Buffers::floats(p) * sizeof(float)) + Partials::bytes(p, schedule);
 }

@@ -49,6 +49,8 @@ void write_rows(const ForwardCall& call, const Item& item, const float* transpos
     const Vector sum = load(state.sum + row);
     const Vector inverse = sum > Vector{} ? 1.0f / sum : sum;
     const int64_t some = std::min<int64_t>(lanes, item.rows() - row);
+    T* out[lanes];
+    for (int64_t r = 0; r < some; r++) out[r] = static_cast<T*>(call.output) + place(row + r) * dv;
     for (int64_t d = 0; d < dv; d += lanes) {
       Vector x[lanes];
       if (d + lanes <= dv)
@@ -57,8 +59,10 @@ void write_rows(const ForwardCall& call, const Item& item, const float* transpos
         for (int c = 0; c < lanes; c++)
           x[c] = d + c < dv ? load(transposed + (d + c) * line + row) * inverse : Vector{};
       transpose(x);
-      for (int64_t r = 0; r < some; r++)
-        narrow_some(static_cast<T*>(call.output) + place(row + r) * dv + d, x[r], dv - d);
+      if (some == lanes && d + lanes <= dv)
+        FATUI_UNROLL for (int r = 0; r < lanes; r++) narrow(out[r] + d, x[r]);
+      else
+        for (int64_t r = 0; r < some; r++) narrow_some(out[r] + d, x[r], dv - d);
     }
     for (int64_t r = row; r < row + some; r++) write_statistics(call, place(r), state, r);
   }
@@ -96,7 +100,7 @@ class Partials {
     std::copy_n(state.maximum, width_, to + dv_ * width_);
     for (int64_t i = 0; i < width_; i += lanes) {  // the low part of the maximum is not stored per span
       const Vector fine = exp2(load(state.fine + i) * log2_e);
-      for (int64_t d = 0; d < dv_; d++) store(to + d * width_ + i, load(transposed + d * query_tile + i) * fine);
+      for (int64_t d = 0; d < dv_; d++) store(to + d * width_ + i, load(transposed + d * tile_line + i) * fine);
       store(to + (dv_ + 1) * width_ + i, load(state.sum + i) * fine);
     }
   }
@@ -144,7 +148,7 @@ class Partials {
 template <class T>
 void finish(const ForwardCall& call, const Item& item, const float* transposed, const Softmax& state, Partials& partials) {
   if (partials.wanted()) partials.keep(item, transposed, state);
-  else write_rows<T>(call, item, transposed, query_tile, state);
+  else write_rows<T>(call, item, transposed, tile_line, state);
 }
 
 }  // namespace fatui

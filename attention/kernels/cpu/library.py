@@ -10,6 +10,7 @@ from types import ModuleType
 from attention.core.errors import KernelUnavailable
 from attention.kernels.common import cache
 from attention.kernels.cpu import build
+from attention.measure.device import cpu_quota
 
 _loaded: ModuleType | None = None
 _loading = threading.Lock()
@@ -126,7 +127,9 @@ def load(on_message: Callable[[str], None] | None = None) -> ModuleType:
         with _loading:
             if _loaded is None:
                 try:
-                    _loaded = _load(on_message or (lambda _: None))
+                    module = _load(on_message or (lambda _: None))
+                    module.limit_threads(cpu_quota() or 0)
+                    _loaded = module
                 except OSError as error:
                     raise KernelUnavailable(f"making the kernel failed: {error}") from error
     return _loaded

@@ -25,6 +25,7 @@
 
 #include "append.hpp"
 #include "measure.hpp"
+#include "pool.hpp"
 #include "problem.hpp"
 #include "schedule.hpp"
 #include "streaming.hpp"
@@ -787,5 +788,6 @@ NB_MODULE(fatui_cpu_kernel, m) {
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
   m.def("workspace_bytes", &workspace, "Bytes above inputs and outputs, for shapes alone.");
   m.def("fma_peak", &fatui::fma_peak, "FLOP/s of multiply-adds in registers, float32, on all threads.");
+  m.def("limit_threads", &fatui::limit_threads, "Limit the threads of calls, as a quota of CPU time does; 0: no limit.");
   m.def("read_bandwidth", &read_bandwidth, "Bytes/s of a plain loop that reads two evaluated arrays, all threads.");
 }

@@ -56,7 +56,7 @@ class Pool {
     open(helpers, !brief || Clock::now() - ended_ < closely);
     take_items();
     state_.fetch_and(~open_bit, std::memory_order_acq_rel);
-    while ((state_.load(std::memory_order_acquire) & inside_mask) != 0) pause();
+    await_helpers();
     ended_ = Clock::now();
     if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
@@ -92,6 +92,27 @@ class Pool {
     return false;
   }
 
+  bool all_left() const { return (state_.load(std::memory_order_seq_cst) & inside_mask) == 0; }
+
+  // Waits for the helpers that are still at an item. One that has lost its CPU to another process is waited for asleep: spinning
+  // would take from this thread's share of the CPUs, and thus delay the next call too.
+  void await_helpers() {
+    for (const auto sleep_at = Clock::now() + std::chrono::microseconds(30); Clock::now() < sleep_at;)
+      for (int i = 0; i < 16; i++, pause())
+        if (all_left()) return;
+    std::unique_lock<std::mutex> hold(mutex_);
+    awaited_.store(true, std::memory_order_seq_cst);
+    left_.wait(hold, [&] { return all_left(); });
+    awaited_.store(false, std::memory_order_relaxed);
+  }
+
+  void leave() {
+    state_.fetch_sub(1, std::memory_order_seq_cst);
+    if (!awaited_.load(std::memory_order_seq_cst)) return;
+    std::lock_guard<std::mutex> hold(mutex_);
+    left_.notify_one();
+  }
+
   // Spins for a few microseconds, so that queued calls find the helper awake, and then sleeps.
   uint64_t await_change(uint64_t seen) {
     const auto generation = [this] { return state_.load(std::memory_order_acquire) / one_generation; };
@@ -112,14 +133,15 @@ class Pool {
       uint64_t state = state_.load(std::memory_order_acquire);
       if (!join(state)) continue;
       if (int64_t(state & inside_mask) < allowed_) take_items();
-      state_.fetch_sub(1, std::memory_order_release);
+      leave();
     }
   }
 
   std::mutex calls_, mutex_, growing_;
   std::atomic<int> size_{0};
   Clock::time_point try_again_{};
-  std::condition_variable wake_;
+  std::condition_variable wake_, left_;
+  std::atomic<bool> awaited_{false};  // whether the caller sleeps until all helpers have left
   std::atomic<uint64_t> state_{0};
   std::atomic<int64_t> next_{0};
   std::atomic<int> sleepers_{0};
@@ -159,12 +181,18 @@ struct Aligned {
 };
 }  // namespace
 
+static std::atomic<int> most_threads{0};
+
+void limit_threads(int most) { most_threads = most; }
+
 int processor_count() {
+  int count = int(std::thread::hardware_concurrency());
 #ifdef __linux__
   cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+  if (sched_getaffinity(0, sizeof set, &set) == 0) count = CPU_COUNT(&set);
 #endif
-  return std::max(1, int(std::thread::hardware_concurrency()));
+  if (const int most = most_threads; most > 0) count = std::min(count, most);
+  return std::max(1, count);
 }
 
 int thread_count() {

@@ -6,9 +6,13 @@
 
 namespace fatui {
 
-// CPUs in the affinity of the process; maximum threads per call: FATUI_THREADS if set, else the number of CPUs.
+// CPUs in the affinity of the process, within the limit; maximum threads per call: FATUI_THREADS if set, else that number.
 int processor_count();
 int thread_count();
+
+// Limits processor_count, as a quota of CPU time does: with more threads than that, all would be stopped for the rest of a period.
+// 0: no limit.
+void limit_threads(int most);
 
 // Number of threads available out of `threads`, including the caller's: thread creation may fail.
 int threads_granted(int threads);

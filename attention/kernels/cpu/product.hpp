@@ -81,10 +81,12 @@ FATUI_INLINE void register_tile(const Operands& o, int64_t row, int64_t column) 
   }
 }
 
-// All rows of one panel of columns: full register tiles, then smaller ones for the remainder.
+// All rows of one panel of columns: full register tiles, then smaller ones for the remainder. With tiles of six rows, eight
+// are left to two tiles of four rather than to six and two: two rows have too few multiply-adds to hide their latency.
 template <int Rows, int Vectors, Layout layout, Update update, Numbers numbers>
 [[gnu::noinline]] void panel(const Operands& o, int64_t row, int64_t rows, int64_t column) {
-  for (; row + Rows <= rows; row += Rows) register_tile<Rows, Vectors, layout, update, numbers>(o, row, column);
+  const int64_t left = registers == 16 && Rows == 6 && (rows - row) % 6 == 2 && rows - row >= 8 ? 8 : 0;
+  for (; row + Rows <= rows - left; row += Rows) register_tile<Rows, Vectors, layout, update, numbers>(o, row, column);
   constexpr int fewer = Rows > 8 ? 8 : Rows > 4 ? 4 : Rows / 2;
   if constexpr (fewer > 0)
     if (row < rows) panel<fewer, Vectors, layout, update, numbers>(o, row, rows, column);

@@ -30,10 +30,10 @@ struct Item {
 struct Schedule {
   int64_t heads_per_tile, head_groups, tiles_per_head, tiles, spans, keys_per_span, rows_per_tile;
 
-  // Uses the most rows per item that leave at least `items_wanted` items.
-  explicit Schedule(const Problem& p, int64_t items_wanted = 64) {
-    if (p.items > 0) items_wanted = p.items;
-    int64_t rows_wanted = max_panels * query_tile;
+  // Uses the most rows per item, up to `panels` of them, that leave at least `items_wanted` items.
+  explicit Schedule(const Problem& p, int64_t items_wanted = 64, int64_t panels = max_panels) {
+    if (p.items > 0) items_wanted = p.items, panels = max_panels;
+    int64_t rows_wanted = panels * query_tile;
     while (rows_wanted > query_tile && p.batch * p.heads * (p.queries / rows_wanted) < items_wanted) rows_wanted /= 2;
     const int64_t group = p.heads / p.kv_heads;
     rows_per_tile = rows_wanted;

@@ -44,13 +44,13 @@ inline Bounds bounds_of(const Problem& p, const Item& item) {
 
 // A tile of scores, or some of its columns: keys [key, key + keys), queries [begin, end), in whole vectors.
 struct Scores {
-  float* s;
+  float* s;  // of the first key and query
   int64_t key, keys, begin, end;
   const Extent& seen;  // by its queries
   const uint64_t* bits = nullptr;  // bit i of word j: query i sees key + j; null if the lists hide nothing
 
   int64_t width() const { return end - begin; }
-  float* at(int64_t j, int64_t i) const { return s + j * query_tile + i; }
+  float* at(int64_t j, int64_t i) const { return s + j * tile_line + i - begin; }
   // The rows that all of its queries attend to: [all_begin, all_end).
   int64_t all_begin() const { return std::clamp<int64_t>(seen.all_first - key, 0, keys); }
   int64_t all_end() const { return std::clamp<int64_t>(seen.all_last + 1 - key, all_begin(), keys); }

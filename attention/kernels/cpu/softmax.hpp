@@ -36,12 +36,31 @@ FATUI_INLINE void largest_scores(const float* s, int64_t keys, Vector (&top)[N])
   int64_t j = 1;
   for (; j + 1 < keys; j += 2)
     FATUI_UNROLL for (int v = 0; v < N; v++) {
-      even[v] = larger(load(s + j * query_tile + v * lanes), even[v]);
-      odd[v] = larger(load(s + (j + 1) * query_tile + v * lanes), odd[v]);
+      even[v] = larger(load(s + j * tile_line + v * lanes), even[v]);
+      odd[v] = larger(load(s + (j + 1) * tile_line + v * lanes), odd[v]);
     }
   if (j < keys)
-    FATUI_UNROLL for (int v = 0; v < N; v++) even[v] = larger(load(s + j * query_tile + v * lanes), even[v]);
+    FATUI_UNROLL for (int v = 0; v < N; v++) even[v] = larger(load(s + j * tile_line + v * lanes), even[v]);
   FATUI_UNROLL for (int v = 0; v < N; v++) top[v] = larger(even[v], odd[v]);
+}
+
+// Probabilities of N vectors of queries, in place, and their sums; an even number of keys. A function of its own, so that what
+// the loop needs fits into 16 registers.
+template <int N>
+[[gnu::noinline]] void exponentials(float* s, int64_t keys, const Vector (&subtracted)[N], Vector (&sums)[N]) {
+  Vector m[N], sum[N];
+  FATUI_UNROLL for (int v = 0; v < N; v++) m[v] = subtracted[v], sum[v] = sums[v];
+  for (int64_t j = 0; j < keys; j += 2, s += 2 * tile_line) {
+    Vector x[2 * N];
+    FATUI_UNROLL for (int i = 0; i < 2 * N; i++)
+      x[i] = (load(s + i / N * tile_line + i % N * lanes) - m[i % N]) * log2_e;
+    exp2_together(x);
+    FATUI_UNROLL for (int i = 0; i < 2 * N; i++) {
+      store(s + i / N * tile_line + i % N * lanes, x[i]);
+      sum[i % N] += x[i];
+    }
+  }
+  FATUI_UNROLL for (int v = 0; v < N; v++) sums[v] = sum[v];
 }
 
 // Converts the scores of a panel of N vectors of queries to probabilities (not yet divided by their sum), in place. If a
@@ -50,7 +69,7 @@ FATUI_INLINE void largest_scores(const float* s, int64_t keys, Vector (&top)[N])
 template <int N, class Again>
 FATUI_INLINE void softmax_panel(const Scores& t, Softmax& state, int64_t column, const Coarse& coarse, const Again& again) {
   Vector top[N], subtracted[N], sum[N], coarsest{};
-  float* s = t.s + column;
+  float* s = t.at(0, column);
   largest_scores(s, t.keys, top);
   FATUI_UNROLL for (int v = 0; v < N; v++) {
     const Vector before = load(state.maximum + column + v * lanes), size = magnitude(top[v]);
@@ -70,9 +89,11 @@ FATUI_INLINE void softmax_panel(const Scores& t, Softmax& state, int64_t column,
       store(state.maximum + at, top[v]);
     }
   }
-  for (int64_t j = 0; j < t.keys; j++)
+  int64_t j = 0;
+  if constexpr (registers == 16) exponentials(s, j = t.keys / 2 * 2, subtracted, sum);
+  for (; j < t.keys; j++)
     FATUI_UNROLL for (int v = 0; v < N; v++) {
-      float* p = s + j * query_tile + v * lanes;
+      float* p = s + j * tile_line + v * lanes;
       const Vector probability = exp2((load(p) - subtracted[v]) * log2_e);
       store(p, probability);
       sum[v] += probability;

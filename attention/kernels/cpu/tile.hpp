@@ -5,6 +5,10 @@
 
 namespace fatui {
 
+// Floats from one row of a transposed tile to the next. With the stride of a power of two, a column of a tile would share a
+// few sets of an L1 of 8 ways, and evict itself.
+constexpr int64_t tile_line = registers == 32 ? query_tile : query_tile + 16;
+
 struct boolean_t { uint8_t bits; };
 typedef uint8_t Bytes __attribute__((vector_size(lanes)));
 
@@ -53,19 +57,20 @@ FATUI_INLINE void load_turned(const Rows<T>& rows, int64_t row, int64_t column, 
   transpose(x);
 }
 
-// Transposes a tile: out[column][row], `width` (a multiple of lanes) rows, with stride query_tile, scaled by a factor.
+// Transposes a tile: out[column][row], `width` (a multiple of lanes) rows, `line` floats apart, scaled by a factor.
 template <class T>
-void transpose_rows(const Rows<T>& rows, int64_t columns, int64_t width, float* out, float factor = 1.0f) {
+void transpose_rows(const Rows<T>& rows, int64_t columns, int64_t width, float* out, float factor = 1.0f,
+                    int64_t line = tile_line) {
   for (int64_t row = 0; row < width; row += lanes)
     for (int64_t column = 0; column < columns; column += lanes) {
       Vector x[lanes];
       load_turned(rows, row, column, columns, x);
       if (factor != 1.0f) FATUI_UNROLL for (int c = 0; c < lanes; c++) x[c] *= factor;
-      float* to = out + column * query_tile + row;
+      float* to = out + column * line + row;
       if (column + lanes <= columns)
-        FATUI_UNROLL for (int c = 0; c < lanes; c++) store(to + c * query_tile, x[c]);
+        FATUI_UNROLL for (int c = 0; c < lanes; c++) store(to + c * line, x[c]);
       else
-        for (int64_t c = 0; c < columns - column; c++) store(to + c * query_tile, x[c]);
+        for (int64_t c = 0; c < columns - column; c++) store(to + c * line, x[c]);
     }
 }
 

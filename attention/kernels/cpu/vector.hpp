@@ -103,6 +103,32 @@ FATUI_INLINE Vector exp2(Vector x) {
   return x < broadcast(-126.0f) ? Vector{} : result;
 }
 
+// x, but at least `least`; NaN stays NaN.
+FATUI_INLINE Vector at_least(float least, Vector x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (Vector)_mm256_max_ps((__m256)broadcast(least), (__m256)x);  // of a comparison the compiler makes two instructions
+#else
+  return x < broadcast(least) ? broadcast(least) : x;
+#endif
+}
+
+// 2^x of several vectors, in place, each step for all of them: a step waits four cycles for the one before, and the scheduler
+// of a CPU with 16 registers is too small to find the next vector by itself. x is bounded at -127, whose 2^x is 0 in this
+// arithmetic, which takes one instruction less; between -127 and -126 results are below 2^-126, but not exact.
+template <int N>
+FATUI_INLINE void exp2_together(Vector (&x)[N]) {
+  const Vector shifter = broadcast(12582912.0f);
+  Vector shifted[N], f[N], p[N];
+  FATUI_UNROLL for (int i = 0; i < N; i++) x[i] = at_least(-127.0f, x[i]);
+  FATUI_UNROLL for (int i = 0; i < N; i++) shifted[i] = x[i] + shifter;
+  FATUI_UNROLL for (int i = 0; i < N; i++) f[i] = shifted[i] - shifter;
+  FATUI_UNROLL for (int i = 0; i < N; i++) f[i] = x[i] - f[i];
+  FATUI_UNROLL for (int i = 0; i < N; i++) p[i] = f[i] * 1.326472964e-3f + 9.671517648e-3f;
+  for (const float c : {5.550733954e-2f, 2.402224243e-1f, 6.931470037e-1f, 1.0f})
+    FATUI_UNROLL for (int i = 0; i < N; i++) p[i] = p[i] * f[i] + c;
+  FATUI_UNROLL for (int i = 0; i < N; i++) x[i] = as<Vector>(as<Words>(p[i]) + (as<Words>(shifted[i]) << 23));
+}
+
 // tanh to about 1e-7, near zero too: by a polynomial there (Cephes), elsewhere by 2^x.
 FATUI_INLINE Vector tanh(Vector x) {
   const Vector z = x * x;
@@ -145,8 +171,12 @@ FATUI_INLINE float max_of(Vector x) {
 // Conversions. Bfloat16 is the upper half of a float32; float16 has instructions nearly everywhere.
 FATUI_INLINE Vector widen(const float* p) { return load(p); }
 FATUI_INLINE Vector widen(const bfloat16_t* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // one instruction, for which some compilers make five
+  return (Vector)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
   const Halves bits = *reinterpret_cast<const HalvesAnywhere*>(p);
   return as<Vector>(__builtin_convertvector(bits, Words) << 16);
+#endif
 }
 // Software conversion: a product rebiases the exponent and normalises subnormal numbers.
 FATUI_INLINE Vector widen_float16_bits(Words bits) {
@@ -237,14 +267,30 @@ FATUI_INLINE void interleave(T a, T b, T& low, T& high, std::integer_sequence<in
   high = __builtin_shufflevector(a, b, (I / 2 + int(sizeof...(I)) / 2 + (I % 2) * int(sizeof...(I)))...);
 }
 
-// Transposes a square of lanes x lanes floats: interleaving row r with row r + lanes/2, log2(lanes) times.
+// Transposes a square of lanes x lanes floats: interleaving row r with row r + lanes/2, log2(lanes) times. AVX2's shuffles stay
+// within halves of a vector, so that there blocks of 4 x 4 are transposed, and then the two off the diagonal are exchanged.
 FATUI_INLINE void transpose(Vector (&x)[lanes]) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  Vector y[lanes];
+  FATUI_UNROLL for (int r = 0; r < lanes; r += 4) {
+    const __m256 a = (__m256)x[r], b = (__m256)x[r + 1], c = (__m256)x[r + 2], d = (__m256)x[r + 3];
+    const __m256d ab = (__m256d)_mm256_unpacklo_ps(a, b), cd = (__m256d)_mm256_unpacklo_ps(c, d);
+    const __m256d ab_high = (__m256d)_mm256_unpackhi_ps(a, b), cd_high = (__m256d)_mm256_unpackhi_ps(c, d);
+    y[r] = (Vector)_mm256_unpacklo_pd(ab, cd), y[r + 1] = (Vector)_mm256_unpackhi_pd(ab, cd);
+    y[r + 2] = (Vector)_mm256_unpacklo_pd(ab_high, cd_high), y[r + 3] = (Vector)_mm256_unpackhi_pd(ab_high, cd_high);
+  }
+  FATUI_UNROLL for (int r = 0; r < lanes / 2; r++) {
+    x[r] = (Vector)_mm256_permute2f128_ps((__m256)y[r], (__m256)y[r + 4], 0x20);
+    x[r + 4] = (Vector)_mm256_permute2f128_ps((__m256)y[r], (__m256)y[r + 4], 0x31);
+  }
+#else
   FATUI_UNROLL for (int step = 1; step < lanes; step *= 2) {
     Vector y[lanes];
     FATUI_UNROLL for (int r = 0; r < lanes / 2; r++)
       interleave(x[r], x[r + lanes / 2], y[2 * r], y[2 * r + 1], std::make_integer_sequence<int, lanes>{});
     FATUI_UNROLL for (int r = 0; r < lanes; r++) x[r] = y[r];
   }
+#endif
 }
 
 }  // namespace fatui

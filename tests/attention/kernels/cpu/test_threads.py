@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 
 from attention.kernels import cpu
+from attention.kernels.cpu import library
+from attention.measure.device import cpu_quota
 from tests.support.marks import slow
 
 TASKS = Path("/proc/self/task")
@@ -70,6 +72,40 @@ def test_extra_memory_is_under_4_mib_a_thread_at_any_length(length, head_dim, dt
             q, k = (1, heads, queries, head_dim), (1, max(1, heads // 4) if heads % 4 == 0 else heads, length, head_dim)
             for training in (False, True):
                 assert cpu.workspace_bytes(q, k, k, dtype=dtype, training=training) < threads * (4 << 20)
+
+
+@pytest.mark.parametrize(
+    ("files", "processors"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu.max": "nothing\n"}, None),
+        ({}, None),
+    ],
+)
+def test_a_control_groups_quota_of_cpu_time_is_read(files, processors, tmp_path):
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert cpu_quota(tmp_path) == processors
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts processors in Linux's way")
+def test_a_limit_of_threads_holds_until_it_is_lifted(monkeypatch):
+    monkeypatch.delenv("FATUI_THREADS", raising=False)
+    shape, module = (1, 8, 512, 64), library.load()
+
+    def workspace(most):
+        module.limit_threads(most)
+        return cpu.workspace_bytes(shape, shape, shape, dtype=mx.float32)
+
+    try:
+        alone = workspace(1)
+        assert workspace(0) == workspace(1000) == alone * len(os.sched_getaffinity(0))
+    finally:
+        module.limit_threads(cpu_quota() or 0)
 
 
 AFTER_A_FORK = """
