@@ -247,12 +247,17 @@ def pattern_of(spec: MaskSpec, seq: int, kv_seq: int, heads: int) -> Pattern:
 
 
 def combine(allowed: "mx.array | None", array: "mx.array | None") -> "mx.array | None":
-    """Combine a bool array with a bool or additive one of a broadcastable shape; None masks nothing."""
+    """Combine a bool array with a bool or additive one of a broadcastable shape; None masks nothing.
+
+    `mx.logical_and`, not `&`, which is wrong under `mx.vmap` where one side is mapped and the other is broadcast to it.
+    """
     import mlx.core as mx
 
     if allowed is None or array is None:
         return allowed if array is None else array
-    return allowed & array if array.dtype == mx.bool_ else mx.where(allowed, array, mx.array(-mx.inf, array.dtype))
+    if array.dtype == mx.bool_:
+        return mx.logical_and(allowed, array)
+    return mx.where(allowed, array, mx.array(-mx.inf, array.dtype))
 
 
 def apply(scores: "mx.array", mask: "mx.array | None") -> "mx.array":
@@ -321,7 +326,7 @@ def opened(mask: "mx.array", shifted: bool = False) -> "tuple[mx.array, mx.array
 
     if mask.dtype == mx.bool_:
         seeing = mask.any(axis=-1, keepdims=True)
-        return mask | ~seeing, seeing
+        return mx.logical_or(mask, mx.logical_not(seeing)), seeing
     top = mask.max(axis=-1, keepdims=True)
     seeing = top > -mx.inf
     lessened = mask - shift(top) if shifted and has_shift(mask) else mask

@@ -167,7 +167,8 @@ def run(problem: Problem, implementation: Any) -> list[mx.array]:
     """Return the output and, with a cotangent, the gradients, computed under the problem's transformation."""
     primals = [problem.q, *(() if problem.packed else (problem.k, problem.v))]
     differentiable = problem.has_mask_gradient and isinstance(problem.mask, mx.array)
-    if differentiable:
+    is_mapped = problem.cotangent is None and problem.transform == "vmap" and isinstance(problem.mask, mx.array)
+    if differentiable or is_mapped:
         primals.append(problem.mask)
 
     def attend(q: mx.array, *given: mx.array) -> mx.array:

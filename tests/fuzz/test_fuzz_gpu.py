@@ -56,6 +56,16 @@ def test_slices_are_mapped(case):
     assert failures(*case) == []
 
 
+@pytest.mark.parametrize("number", [5, 52], ids=str)
+def test_slices_with_a_bool_mask_and_a_window_are_mapped(number):
+    assert failures("broad", 1412, number, "gradient") == []
+
+
+@pytest.mark.parametrize("number", [6, 42], ids=str)
+def test_gradients_of_large_scores_cancel_in_tiles_of_other_shapes(number):
+    assert failures("broad", 1412, number, "gradient") == []
+
+
 @pytest.mark.parametrize("number", [11, 21, 57, 146], ids=str)
 def test_gradients_of_outputs_in_tf32_cancel(number):
     assert failures("edges", 72, number, "gradient") == []

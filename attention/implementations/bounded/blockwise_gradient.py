@@ -310,11 +310,23 @@ def blockwise(call: BlockwiseParams, backward: BlockwiseParams) -> Callable[...,
         return forward(q, k, v, _with_array(call, mask), *sinks)
 
     def pull_back(inputs: Inputs, cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> Arrays:
+        if call.blocks != backward.blocks and call.arithmetic.startswith("wide"):
+            outputs = [outputs[0], _statistics_of(inputs, backward)]
         return _blockwise_vjp(inputs, cotangents, outputs, backward)
 
     attend.vjp(pull_back)
     attend.vmap(vmap_rule(attend, MASK_ARGUMENT))
     return cast("Callable[..., tuple[mx.array, mx.array]]", attend)
+
+
+def _statistics_of(inputs: Inputs, backward: BlockwiseParams) -> mx.array:
+    """Recompute the row statistics in the tiles of the backward pass.
+
+    cuBLAS sums a score in another order in a tile of another shape, and scores of 1e5 then differ by 0.01. With the
+    statistics of other tiles a row's weights would not sum to 1, and dS would not cancel in a row with one visible key.
+    """
+    q, k, _, mask, sinks = inputs
+    return row_statistics(q, k, _with_array(backward, mask), *sinks)
 
 
 def logsumexp_of(statistics: mx.array) -> mx.array:
@@ -323,13 +335,11 @@ def logsumexp_of(statistics: mx.array) -> mx.array:
     return mx.where(top == number(mx.inf, top), number(-mx.inf, top), top + logarithm)
 
 
-def with_blockwise_backward(whole: Attend, call: BlockwiseParams, backward: BlockwiseParams) -> Attend:
+def with_blockwise_backward(whole: Attend, backward: BlockwiseParams) -> Attend:
     """Return `whole` with a blockwise backward pass, which recomputes the row statistics."""
 
     def pull_back(inputs: Inputs, cotangent: mx.array, output: mx.array) -> Arrays:
-        q, k, _, mask, sinks = inputs
-        statistics = row_statistics(q, k, _with_array(call, mask), *sinks)
-        return _blockwise_vjp(inputs, [cotangent], [output, statistics], backward)
+        return _blockwise_vjp(inputs, [cotangent], [output, _statistics_of(inputs, backward)], backward)
 
     return differentiable(whole, pull_back)
 

@@ -221,7 +221,7 @@ class Practical:
             return attend_whole(q, k, v, scale, mask.with_arrays(array), _computes_in_float32(choice, q.dtype, backend))
 
         if choice.backward_slices is None:
-            return with_blockwise_backward(whole, *self._calls(choice, backend, scale, mask, None, dtype, None))
+            return with_blockwise_backward(whole, self._calls(choice, backend, scale, mask, None, dtype, None)[1])
         return slicing.with_sliced_backward(whole, SlicedParams(scale, mask, choice.backward_slices, follow))
 
     def _calls(
@@ -271,7 +271,7 @@ class Practical:
                 q, k, v, scale, mask.with_arrays(array), _computes_in_float32(choice, q.dtype, backend), *sinks
             )
 
-        return with_blockwise_backward(whole, call, backward)
+        return with_blockwise_backward(whole, backward)
 
     def strategy(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Strategy:
         """Return the strategy of a call on a device."""

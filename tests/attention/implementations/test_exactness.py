@@ -6,10 +6,12 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 import pytest
+from msgspec import structs
 
 from attention import UnsupportedError, attention
 from attention.implementations.bounded.blocks import Blocks
 from attention.implementations.bounded.blockwise import BlockwiseParams, exact_product
+from attention.implementations.bounded.blockwise_gradient import blockwise
 from attention.implementations.bounded.implementation import Practical
 from attention.masks import Mask
 from tests.support.marks import slow
@@ -101,6 +103,40 @@ def test_vmap_of_gradients_gives_each_its_own(budget: int | None) -> None:
     for index in range(3):
         for got, wanted in zip(mapped, gradient(q[index], k[index], v[index], mask[index]), strict=True):
             assert np.allclose(np.array(got[index]), np.array(wanted), atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1, 13, 13), (3, 1, 1, 13, 1), (3, 1, 1, 1, 13)], ids=str)
+@pytest.mark.parametrize("implementation", ["baseline", "mlx", "practical", Practical(4096), "poc"], ids=str)
+def test_vmap_of_bool_masks_gives_each_call_its_own(implementation: object, shape: tuple[int, ...]) -> None:
+    """MLX's own `&` and `|` are wrong under vmap if one side is not mapped, such as a window."""
+    q, k, v = (normal(3, 1, 4, 13, 16, key=n) for n in range(3))
+    mask = mx.random.bernoulli(0.6, shape, key=mx.random.key(3))
+
+    def call(q: mx.array, mask: mx.array) -> mx.array:
+        return attention(q, k[0], v[0], mask=mask, window=5, implementation=implementation)  # type: ignore[call-overload]
+
+    for axes, given in (((0, 0), (q, mask)), ((None, 0), (q[0], mask)), ((0, None), (q, mask[0]))):
+        mapped = mx.vmap(call, in_axes=axes)(*given)
+        for index in range(3):
+            alone = call(*(x if axis is None else x[index] for x, axis in zip(given, axes, strict=True)))
+            assert np.allclose(np.array(mapped[index]), np.array(alone), atol=1e-4)
+
+
+def test_gradients_cancel_where_scores_depend_on_the_shape_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As cuBLAS's do: a row with one visible key has weight 1 and no gradient of its query, whatever the score."""
+    plain = BlockwiseParams.scores
+
+    def in_another_order(self: BlockwiseParams, query: mx.array, transposed: mx.array) -> mx.array:
+        return plain(self, query, transposed) * (1 + 1e-6 * query.shape[-2] / transposed.shape[-1])
+
+    monkeypatch.setattr(BlockwiseParams, "scores", in_another_order)
+    params = BlockwiseParams(
+        1.0, Mask(causal=True, window=1), None, Blocks(batches=1, kv_heads=1, rows=8, keys=8), "wide"
+    )
+    both = blockwise(params, structs.replace(params, blocks=Blocks(batches=1, kv_heads=1, rows=2, keys=1)))
+    q, k, v = (200 * normal(1, 1, 16, 16, key=n) for n in range(3))
+    gradient = mx.grad(lambda q, k: both(q, k, v, [], [])[0].sum(), argnums=(0, 1))
+    assert all(mx.abs(found).max().item() == 0 for found in gradient(q, k))
 
 
 @pytest.mark.parametrize("mode", [slow("compile"), "gradient"])
