@@ -1,6 +1,7 @@
 """`attention.bench`: the rows of the engine, from a program."""
 
 import asyncio
+import importlib.util
 import json
 import os
 import resource
@@ -236,6 +237,13 @@ async def test_an_event_loop_goes_on_meanwhile_and_a_cancelled_task_ends_the_eng
     assert kills and kills[0].poll() is not None
 
 
+def test_the_engines_process_starts_no_engine(monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", importlib.util.find_spec(library.WORKER))
+    with pytest.raises(UsageError, match='put the call below `if __name__ == "__main__":`'):
+        bench(SMALL, ["baseline"])
+
+
+@pytest.mark.slow
 def test_a_script_without_a_guard_is_told(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

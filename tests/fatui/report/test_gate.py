@@ -53,15 +53,15 @@ def outcomes(gate: Gate) -> dict[str, str]:
     return {row.change.implementation: row.outcome for row in gate.rows}
 
 
-@pytest.mark.parametrize("count", [20, slow(300)])
+@pytest.mark.parametrize("count", [8, slow(300)])
 def test_the_same_code_passes_99_of_100_times(count):
     assert sum(judged({}, 3, seed).passed for seed in range(count)) >= 0.99 * count
 
 
-@pytest.mark.parametrize("noise", [0.004, slow(0.03), 0.2])
-def test_a_planted_slowdown_fails_whatever_the_noise(noise):
-    assert not any(judged({"poc": 1.05}, 3, seed, noise).passed for seed in range(20))
-    assert sum(judged({"poc": 1.03}, 3, seed, noise).passed for seed in range(20)) <= 2
+@pytest.mark.parametrize(("noise", "count"), [(0.004, 8), slow(0.004, 100), slow(0.03, 100), slow(0.2, 100)])
+def test_a_planted_slowdown_fails_whatever_the_noise(noise, count):
+    assert not any(judged({"poc": 1.05}, 3, seed, noise).passed for seed in range(count))
+    assert sum(judged({"poc": 1.03}, 3, seed, noise).passed for seed in range(count)) <= 0.1 * count
 
 
 def test_noise_makes_a_row_undecided_not_the_same():
