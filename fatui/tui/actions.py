@@ -25,6 +25,7 @@ PANE_TITLES: Final = ("Implementations", "Workload", "Live", "Comparison", "Log"
 EXPORT: Final = "Write the run as md, csv, json, html, svg and its log"
 MAIN: Final = (
     Action("run", "r", "Run", "Run what is set up", "app.start_run"),
+    Action("run_again", "R", "Run again", "Run again what is shown, or the last run on this machine", "app.run_again"),
     Action("stop", "x", "Stop", "Stop the run and keep what was measured", "app.stop_run"),
     Action("sweep", "s", "Sweep", "Start or end a sweep over several values", "app.sweep"),
     Action("presets", "p", "Presets", "Open, preview, rename and delete presets", "app.open('presets')"),
@@ -147,7 +148,7 @@ SHOWN_KEYS: Final = {
     "right_square_bracket": "]",
     "left_square_bracket": "[",
 }
-IDLE_BAR: Final = ("run", "sweep", "presets", "save_as", "history", "doctor", "help", "quit")
+IDLE_BAR: Final = ("run", "run_again", "sweep", "presets", "save_as", "history", "doctor", "help", "quit")
 RUNNING_BAR: Final = ("stop", "export", "copy", "sort", "pause", "help", "quit")
 DONE_BAR: Final = (
     "run",

@@ -218,6 +218,10 @@ class FatuiApp(Lab):
         """Run the draft."""
         self.runs.start()
 
+    def action_run_again(self) -> None:
+        """Run again what is shown, or the last run on this machine."""
+        self.run_again()
+
     def action_stop_run(self) -> None:
         """Stop the run."""
         self.runs.stop()

@@ -26,6 +26,7 @@ from fatui.untrusted_text import escape_controls
 
 if TYPE_CHECKING:
     from fatui.storage.presets import Preset
+    from fatui.tui.view_models.home import Past
 
 Severity = Literal["information", "warning", "error"]
 SEVERITY: Final[dict[Level, Severity]] = {"info": "information", "warning": "warning", "error": "error"}
@@ -76,6 +77,9 @@ class MainView(Protocol):
     def show_reading(self, reading: Reading) -> None:
         """Draw a reading of the machine."""
 
+    def show_past(self) -> None:
+        """Draw the last run on this machine."""
+
 
 class Lab(App[int]):
     """The state of the app, and what its screens do with it.
@@ -89,6 +93,7 @@ class Lab(App[int]):
         remembered: the state kept from start to start.
         keys: the key of every action, for display.
         advice: the routes of the draft's workload.
+        past: the last run on this machine, once it was read.
     """
 
     REPAINT_S = 0.25
@@ -106,6 +111,8 @@ class Lab(App[int]):
         self.runs = RunController(self, make_engine or Engine, clock, now)
         self.keys = actions.shown_keys(self.settings.keys)
         self.advice = Advice(self._advised)
+        self.past: Past | None = None
+        self._sought = ""
 
     @property
     def main(self) -> MainView:
@@ -185,7 +192,36 @@ class Lab(App[int]):
             elsewhere = bool(self.draft.hosts or self.draft.hostfile)
             self.advice.ask(first, names_for(self.draft), tuple(others), elsewhere=elsewhere)
 
+    def open_report(self, report: Report) -> None:
+        """Show a past run instead of the latest, on the screen of its kind."""
+        raise NotImplementedError
+
+    async def find_past(self, device: str) -> None:
+        """Read the last run on a device, for the first screen."""
+        from fatui.tui.view_models.home import find_past
+
+        self.past = await asyncio.to_thread(find_past, device)
+        if self.is_running and self.main.is_mounted:
+            self.main.show_past()
+
+    def run_again(self) -> None:
+        """Set up what is shown, or else the last run on this machine, and run it."""
+        report = self.report or (self.past.report if self.past else None)
+        if self.session is not None:
+            self.set_draft(draft_of(self.session.plan, self.session.preset))
+        elif report is not None and report.cases:
+            names = tuple(dict.fromkeys(row.implementation for case in report.cases for row in case.rows))
+            plan = Plan(cases=tuple(case.workload for case in report.cases), implementations=names)
+            self.set_draft(draft_of(plan, None))
+        else:
+            self.tell(f"nothing was run yet; {self.keys['run']} runs what is set up")
+            return
+        self.runs.start()
+
     def _advised(self) -> None:
+        if self.device_name and self.device_name != self._sought:
+            self._sought = self.device_name
+            self.run_worker(self.find_past(self.device_name), name="past", exit_on_error=False)
         if self.is_running and self.main.is_mounted:
             self.main.show_draft()
 

@@ -21,6 +21,7 @@ from fatui.tui.view_models.session import AnySession
 from fatui.tui.view_models.telemetry import Reading
 from fatui.tui.widgets.bars import SPINNER, TABS, KeyBar, PaneTabs, StatusLine
 from fatui.tui.widgets.comparison_pane import ComparisonPane
+from fatui.tui.widgets.home_pane import HomePane
 from fatui.tui.widgets.implementation_picker import ImplementationPicker
 from fatui.tui.widgets.live_pane import LivePane
 from fatui.tui.widgets.log_pane import LogPane, LogView
@@ -86,6 +87,7 @@ class MainScreen(Screen[None]):
                 yield WorkloadPane(self.app.draft, id="workload")
             with Vertical(id="right"):
                 yield LivePane(id="live", view=self.app.remembered.view)
+                yield HomePane(id="home")
                 yield ComparisonPane(id="comparison")
                 yield LogPane(self.app.journal, id="log")
                 yield RowPane(id="row")
@@ -99,6 +101,7 @@ class MainScreen(Screen[None]):
         for name in remembered.hidden:
             if name in PANES:
                 self.query_one(f"#{name}").add_class("-away")
+        self.show_past()
         self.open_tab(remembered.tab if remembered.tab == "log" else "setup")  # nothing has run yet
         self.show_draft()
         self.show_run()
@@ -133,6 +136,7 @@ class MainScreen(Screen[None]):
         wanted = {
             "-wide": wide,
             "-max": maximised is not None,
+            "-home": self._is_home,
             "-small": width < MIN_SIZE[0] or height < MIN_SIZE[1],
             "-narrow": narrow,
             "-slim": width < MIN_FOUR_CHOICES,
@@ -145,8 +149,9 @@ class MainScreen(Screen[None]):
 
     def _fill_the_grid(self) -> None:
         """Let the last of an odd number of panes take the whole row of the grid of wide terminals."""
+        home = self._is_home
         panes = [self.query_one(f"#{name}") for name in RIGHT]
-        seen = [pane for pane in panes if not pane.has_class("-away")]
+        seen = [pane for pane in panes if not pane.has_class("-away") and not (home and pane.id == "row")]
         for pane in panes:
             pane.set_class(len(seen) % 2 == 1 and pane is seen[-1], "-fill")
 
@@ -184,6 +189,7 @@ class MainScreen(Screen[None]):
         if not self.is_mounted:
             return
         session = self.app.session
+        self._lay_out()
         self._show_live()
         comparison = self.query_one(ComparisonPane)
         if session is not None:
@@ -287,7 +293,7 @@ class MainScreen(Screen[None]):
         """Open a tab; without effect where all panes are visible."""
         self.query_one(PaneTabs).show(tab)
         full = self._maximised
-        if full is not None and self.has_class("-narrow") and PANES[full.id or ""] != tab:
+        if full is not None and self.has_class("-narrow") and PANES.get(full.id or "", "results") != tab:
             self._maximise(None)
         self._lay_out()
 
@@ -306,7 +312,8 @@ class MainScreen(Screen[None]):
             here = next(name for name in panes if PANES[name] == tab)
         else:
             focused = self._focused_pane()
-            here = _neighbour(panes, focused.id if focused else None, count)
+            name = focused.id if focused else None
+            here = _neighbour(panes, "comparison" if name == "home" else name, count)
         self._go_to(here)
 
     def action_go_to_pane(self, number: int) -> None:
@@ -329,11 +336,13 @@ class MainScreen(Screen[None]):
         if self._maximised is not None:
             self._maximise(self.query_one(f"#{name}"))
         self.open_tab(PANES[name])
-        self.call_after_refresh(self.query_one(FOCUS[name]).focus)
+        target = "#home" if name == "comparison" and self._is_home else FOCUS[name]
+        self.call_after_refresh(self.query_one(target).focus)
 
     def _focused_pane(self) -> Widget | None:
         node = self.focused
-        return next((each for each in node.ancestors_with_self if each.id in PANES), None) if node else None  # type: ignore[return-value]
+        ids = {**PANES, "home": "results"}
+        return next((each for each in node.ancestors_with_self if each.id in ids), None) if node else None  # type: ignore[return-value]
 
     @property
     def _maximised(self) -> Widget | None:
@@ -349,6 +358,8 @@ class MainScreen(Screen[None]):
         self._maximise(None)
 
     def _maximise(self, pane: Widget | None) -> None:
+        if pane is not None and pane.id == "comparison" and self._is_home:
+            pane = self.query_one("#home")
         for each in self.query(".pane"):
             each.set_class(each is pane, "-maximised")
         for name in ("left", "right"):
@@ -357,13 +368,27 @@ class MainScreen(Screen[None]):
         self._lay_out()
         self.call_after_refresh(self.show_run)
 
+    @property
+    def _is_home(self) -> bool:
+        """Whether nothing was run or opened yet."""
+        return self.app.session is None and self.app.report is None
+
+    def show_past(self) -> None:
+        """Draw the last run on this machine on the first screen."""
+        self.query_one(HomePane).show(self.app.past, self.app.keys)
+
+    @on(HomePane.Opened)
+    def _open_past(self) -> None:
+        if self.app.past is not None:
+            self.app.open_report(self.app.past.report)
+
     def action_put_away(self) -> None:
         """Hide the focused pane; if any is hidden already, show all again."""
         away = list(self.query(".-away"))
         for each in away:
             each.remove_class("-away")
         pane = self._focused_pane()
-        if not away and pane is not None and pane.id is not None:
+        if not away and pane is not None and pane.id in PANES:
             self._maximise(None)
             pane.add_class("-away")
             title = actions.PANE_TITLES[list(PANES).index(pane.id)]

@@ -33,6 +33,7 @@ async def test_below_160_columns_there_is_no_row_pane(stage):
 
 async def test_hiding_a_pane_leaves_no_hole():
     async with on_stage(size=(160, 48)) as stage:
+        await stage.run_to_the_end()
         stage.find("#log-view").focus()
         await stage.press("Z")
         await stage.pilot.pause()
@@ -41,6 +42,7 @@ async def test_hiding_a_pane_leaves_no_hole():
 
 
 async def test_z_lets_a_pane_fill_the_screen_and_goes_along_with_the_focus(stage):
+    await stage.run_to_the_end()
     stage.find("#comparison-table").focus()
     await stage.press("z")
     await stage.pilot.pause()
@@ -64,6 +66,10 @@ async def test_a_maximised_pane_of_a_narrow_terminal_does_not_hide_the_run():
 
 
 async def test_numbers_go_to_panes_and_on_a_slider_with_alt(stage):
+    await stage.press("4")
+    await stage.pilot.pause()
+    assert stage.app.focused.id == "home"
+    await stage.run_to_the_end()
     for number, focus in (("4", "comparison-table"), ("3", "live"), ("1", "implementations"), ("2", "axis-batch")):
         await stage.press(number)
         await stage.pilot.pause()

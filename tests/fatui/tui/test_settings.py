@@ -66,7 +66,7 @@ async def test_layout_theme_and_workload_come_back():
         assert stage.app.draft.axes["seq"] == (131_072,)
         assert stage.app.theme == "nord"
         assert stage.app.main.hidden == ["log"]
-        assert stage.app.remembered.sort == "path"
+        assert stage.app.remembered.sort == "tokens/s"
 
 
 async def test_a_damaged_state_file_is_reported_and_replaced():
@@ -94,7 +94,7 @@ async def test_below_60_by_16_it_says_what_it_needs_and_comes_back():
         await stage.pilot.resize_terminal(80, 24)
         await stage.settle(lambda: "[Set up]" in stage.seen())
         await stage.pilot.resize_terminal(120, 40)
-        await stage.settle(lambda: "Comparison" in stage.seen() and "[Set up]" not in stage.seen())
+        await stage.settle(lambda: "4 Home" in stage.seen() and "[Set up]" not in stage.seen())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,116 @@
+"""What the app shows before a run: the last verdict on this machine and its trend, or what a first run will tell."""
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+from msgspec import Struct
+
+from attention.core.results import Report, Row
+from fatui import formatting
+from fatui.report.document import counted
+from fatui.storage.history import HistoryError, RunHistory, RunSummary
+from fatui.tui.view_models.braille import area
+
+MAX_RUNS: Final = 12
+"""Maximum runs of a trend."""
+MAX_READ: Final = 36
+"""Maximum reports that are read to find them."""
+TREND_COLUMNS: Final = 24
+FIRST: Final = """No run on this machine yet.
+
+A first run of what is set up on the left tells
+  which implementation is fastest here, and how sure that is,
+  how much memory each one needs, predicted and measured,
+  whether each is accurate, and which code path it took.
+
+{run} starts it.   {presets} picks a preset.   {palette} has every action."""
+KEYS: Final = "enter opens it   {again} runs it again   {run} runs what is set up"
+
+
+class Past(Struct, frozen=True):
+    """The latest run on a machine, and the earlier ones of the same cases, latest first."""
+
+    report: Report
+    earlier: tuple[Report, ...] = ()
+
+
+def find_past(device: str, history: RunHistory | None = None) -> Past | None:
+    """Read the latest complete run over attention shapes on a device, and those of the same cases before it.
+
+    None without one, or if the history cannot be read. It is for a thread: reading takes a while.
+    """
+    history = history or RunHistory()
+    try:
+        lines = [line for line in history.runs() if line.device == device and not line.interrupted]
+        return _past(history, lines)
+    except HistoryError:
+        return None
+
+
+def _past(history: RunHistory, lines: Sequence[RunSummary]) -> Past | None:
+    latest: Report | None = None
+    earlier: list[Report] = []
+    for line in lines[:MAX_READ]:
+        if latest is not None and line.cases != len(latest.cases):
+            continue
+        report = history.get(line.id)
+        if not report.cases:
+            continue
+        if latest is None:
+            latest = report
+        elif [case.workload for case in report.cases] == [case.workload for case in latest.cases]:
+            earlier.append(report)
+        if len(earlier) == MAX_RUNS - 1:
+            break
+    return Past(latest, tuple(earlier)) if latest else None
+
+
+def best_row(report: Report) -> str | None:
+    """Return the implementation with the highest mean speedup over a run, or None if nothing is faster."""
+    means = {line.implementation: line.speedup.value for line in report.summary if line.speedup}
+    best = max(means, key=lambda name: means[name], default=None)
+    return best if best is not None and means[best] > 1 else None
+
+
+def trend(past: Past) -> tuple[str, list[float]]:
+    """Return the best implementation of the latest run, and its mean speedup in each run, oldest first."""
+    name = best_row(past.report)
+    found = []
+    for report in (*reversed(past.earlier), past.report):
+        line = next((line for line in report.summary if line.implementation == name and line.speedup), None)
+        if line is not None and line.speedup is not None:
+            found.append(line.speedup.value)
+    return name or "", found
+
+
+def home_text(past: Past | None, keys: dict[str, str]) -> str:
+    """Format the first screen."""
+    if past is None:
+        return FIRST.format(run=keys["run"], presets=keys["presets"], palette="ctrl+p")
+    report, run = past.report, past.report.run
+    cases = report.cases[0].workload.label if len(report.cases) == 1 else counted(len(report.cases), "case")
+    lines = [
+        f"The last run on this machine: {run.preset or 'unnamed'}, {run.started[:16].replace('T', ' ')}",
+        cases,
+        "",
+        formatting.finding(report),
+        *_floor(report),
+    ]
+    name, values = trend(past)
+    if len(values) > 1:
+        top = max(values)
+        (drawn,) = area(values, top, min(TREND_COLUMNS, 4 * len(values)), 1)
+        span = f"{formatting.three(min(values))} to {formatting.three(top)}x"
+        lines += ["", f"{name} over {len(values)} runs of the same cases  {drawn}  {span}"]
+    return "\n".join([*lines, "", KEYS.format(again=keys["run_again"], run=keys["run"])])
+
+
+def _floor(report: Report) -> list[str]:
+    """Format what limits the trust in a run: its noise floor, and whether it slowed down."""
+    floors = [case.noise_floor.floor for case in report.cases if case.noise_floor]
+    floors = [floor for floor in floors if math.isfinite(floor)]
+    rows: list[Row] = [row for case in report.cases for row in case.rows]
+    words = [f"noise floor {formatting.percent(max(floors))}"] if floors else []
+    words += ["the machine slowed down meanwhile"] if any(row.throttled for row in rows) else []
+    return ["; ".join(words)] if words else []

@@ -1,0 +1,85 @@
+"""The first screen: the last run on this machine, or what a first run will tell."""
+
+from msgspec import structs
+
+from attention.core.workload import Workload
+from fatui.storage.history import RunHistory
+from fatui.tui.view_models.home import find_past, home_text, trend
+from tests.support.sample_runs import ENVIRONMENT, plan_of, report_of, run_of
+from tests.support.stage import advise, on_stage
+
+KEYS = {"run": "r", "run_again": "R", "presets": "p"}
+DEVICE = ENVIRONMENT.device
+
+
+def kept(*plans, **changes):
+    """Store runs in a history, oldest first."""
+    history = RunHistory()
+    for number, plan in enumerate(plans):
+        report = report_of(plan, structs.replace(run_of(identity=f"{number:08x}"), **changes), seed=number)
+        history.add(report)
+    return history
+
+
+def test_the_last_run_on_the_machine_has_the_earlier_ones_of_its_cases():
+    one, other = plan_of((Workload(seq=128),)), plan_of((Workload(seq=256),))
+    history = kept(one, other, one, one)
+    past = find_past(DEVICE, history)
+    assert past.report.run.id == "00000003"
+    assert [report.run.id for report in past.earlier] == ["00000002", "00000000"]
+    name, values = trend(past)
+    assert name == "poc" and len(values) == 3
+    assert values[-1] == next(line.speedup.value for line in past.report.summary if line.implementation == "poc")
+    text = home_text(past, KEYS)
+    assert "poc is 50" in text and "poc over 3 runs of the same cases" in text
+    assert "enter opens it   R runs it again   r runs what is set up" in text
+
+
+def test_runs_on_another_machine_and_interrupted_ones_do_not_count():
+    assert find_past("another device", kept(plan_of())) is None
+
+
+def test_an_interrupted_run_has_no_verdict():
+    assert find_past(DEVICE, kept(plan_of(), interrupted=True)) is None
+
+
+def test_a_history_that_cannot_be_read_is_no_history(tmp_path):
+    path = tmp_path / "folder.sqlite"
+    path.mkdir()
+    assert find_past(DEVICE, RunHistory(path)) is None
+
+
+async def test_without_a_history_it_says_what_a_first_run_will_tell(stage):
+    seen = stage.seen()
+    assert "No run on this machine yet." in seen and "r starts it." in seen
+    await stage.press("R")
+    assert "nothing was run yet; r runs what is set up" in stage.app.journal.text()
+    await stage.press("r")
+    assert "No run on this machine yet." not in stage.seen()
+
+
+async def test_the_last_verdict_is_opened_by_enter_and_run_again_by_a_key():
+    async with on_stage() as stage:
+        stage.app.set_draft(stage.app.draft.set_axis("seq", (256,)).toggle("demo"))
+        await stage.run_to_the_end()
+        await stage.settle(lambda: len(RunHistory().runs()) == 1)
+        first = stage.app.report
+    async with on_stage() as stage:
+        stage.app.set_draft(stage.app.draft.set_axis("seq", (64,)))
+        advise(stage.app)
+        await stage.settle(lambda: "The last run on this machine: unnamed" in stage.seen())
+        assert "poc is 49" in stage.seen()
+        await stage.press("4", "enter")
+        await stage.settle(lambda: f"run {first.run.id} is open" in stage.seen())
+        assert "4 Comparison" in stage.seen()
+        await stage.press("R")
+        assert stage.app.session.plan.cases == (Workload(seq=256),)
+        assert stage.app.session.plan.implementations == ("baseline", "poc", "practical")
+
+
+async def test_a_run_is_run_again_as_it_was_after_the_sliders_moved(stage):
+    await stage.run_to_the_end()
+    plan = stage.app.session.plan
+    stage.app.set_draft(stage.app.draft.set_axis("seq", (64,)))
+    await stage.press("R")
+    assert stage.app.session.plan == plan
