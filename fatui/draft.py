@@ -56,6 +56,10 @@ class Draft(RunOptions, frozen=True, kw_only=True, forbid_unknown_fields=False):
         forget = {"seq": {"kv_seq": None}, "head_dim": {"value_dim": None}}.get(name, {})
         return self.change(axes=axes, **forget)
 
+    def set_seconds(self, seconds: float) -> "Draft":
+        """Return the draft with another time limit of the rounds of each case."""
+        return structs.replace(self, seconds=seconds, changed=True)
+
     def choices(self, name: str) -> tuple[str, ...]:
         """Return the values of one of SHARED."""
         return self.several.get(name) or (getattr(self, name),)

@@ -57,6 +57,8 @@ STOPS: Final[dict[str, tuple[int, ...]]] = {
     "heads": (1, 2, 4, 6, 8, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64, 96, 128),
     "ranks": (1,),
 }
+SECONDS: Final = (1, 2, 4, 6, 10, 20, 30, 60, 120, 300)
+"""Stops of the time limit of a case's rounds."""
 MAX_VALUES: Final = 32
 """Maximum number of values of one axis in a sweep."""
 

@@ -40,6 +40,8 @@ class RunSpeed(msgspec.Struct, kw_only=True):
     """Seconds per case and implementation outside the rounds."""
     calls: dict[str, list[tuple[float, float]]] = {}
     """(FLOPs, seconds) of calls by implementation, dtype and pass: "poc float16 forward"."""
+    width_1s: float = 0.0
+    """Relative half width of the latest run's widest speedup, times the root of the seconds of its rounds."""
 
 
 class SavedState(msgspec.Struct, kw_only=True):

@@ -54,6 +54,7 @@ MAIN: Final = (
     Action("reverse", "O", "Reverse", "Reverse the order of the table", "screen.reverse"),
     Action("find", "slash", "Search log", "Search the log for a word, n and N go on; or show a level", "screen.find"),
     Action("pause", "l", "Pause log", "Pause or resume the log; nothing is lost", "screen.pause"),
+    Action("unfold", "u", "Unfold", "Show or hide controls at their defaults, where room is short", "screen.unfold"),
     Action("live_view", "v", "View", "Live: a common scale, own scales, or ratios by round", "screen.live_view"),
     Action("live_tab", "i", "Roofline", "Live: the roofline, what limits the case; or trends", "screen.live_tab"),
     Action("next_pane", "right_square_bracket", "Next pane", "Go to the next pane", "screen.pane(1)"),

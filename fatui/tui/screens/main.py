@@ -109,12 +109,13 @@ class MainScreen(Screen[None]):
 
     def _tick(self) -> None:
         if self.app.session is not None and self.app.session.active:
+            self.app.runs.watch_silence()
             self._ticks += 1
             if self._ticks % TABLE_TICKS:
                 self._show_live()
-                return
-            self.app.runs.watch_silence()
-            self.show_run()
+                self._show_bars()
+            else:
+                self.show_run()
         elif self.app.runs.active != self._model_ran or self.app.runs.active:
             self._model_ran = self.app.runs.active
             self._show_bars()
@@ -160,7 +161,9 @@ class MainScreen(Screen[None]):
         app = self.app
         workload = shown_workload(app.draft)
         self.query_one(ImplementationPicker).show(
-            availability.make_picker_rows(app.draft, workload, app.advice, self._paths_taken(workload))
+            availability.make_picker_rows(
+                app.draft, workload, app.advice, self._paths_taken(workload), self._call_times(workload)
+            )
         )
         pane = self.query_one(WorkloadPane)
         devices = app.advice.device.max_ranks if app.advice.device else 1
@@ -171,6 +174,13 @@ class MainScreen(Screen[None]):
         needs = availability.needs_text(app.draft, app.advice) if workload else ""
         pane.show_words(needs, self._estimate_text() if workload else "", app.keys)
         self._show_bars()
+
+    def _call_times(self, workload: Workload | None) -> dict[str, float]:
+        if workload is None:
+            return {}
+        app = self.app
+        names = availability.names_for(app.draft)
+        return estimate.call_times(workload, names, app.remembered.pace, app.device_name)
 
     def _paths_taken(self, workload: Workload | None) -> dict[str, str]:
         """Return the path that each implementation took on the workload in the run shown."""
@@ -222,6 +232,10 @@ class MainScreen(Screen[None]):
         if session is not None and app.report is None:
             cases = tuple(session.case(index) for index, case in enumerate(session.record.cases) if case.started)
         live.show_roofline(shown_workload(app.draft), app.peaks, cases, app.keys["run"])
+
+    def action_unfold(self) -> None:
+        """Show or hide the controls of the workload that are at their defaults."""
+        self.query_one(WorkloadPane).toggle_fold()
 
     def action_live_view(self) -> None:
         """Draw the trends of Live in the next view."""

@@ -1,5 +1,7 @@
 """The entries of the implementation picker: what each implementation would do with the workload."""
 
+from collections.abc import Mapping
+
 from msgspec import Struct, structs
 
 from attention.core.route import Route
@@ -22,6 +24,10 @@ class PickerRow(Struct, frozen=True):
     """Why it would take that path, in a sentence."""
     able: bool = True
     """Whether it would run at all."""
+    memory: str = ""
+    """The memory that it is predicted to need above the inputs."""
+    time: str = ""
+    """The time of a call, from earlier runs on this device; empty if there are none of its kind."""
 
 
 WAITING = "…"
@@ -37,7 +43,11 @@ def names_for(draft: Draft) -> tuple[str, ...]:
 
 
 def make_picker_rows(
-    draft: Draft, workload: Workload | None, advice: Advice, paths_taken: dict[str, str] | None = None
+    draft: Draft,
+    workload: Workload | None,
+    advice: Advice,
+    paths_taken: dict[str, str] | None = None,
+    times: Mapping[str, float] | None = None,
 ) -> tuple[PickerRow, ...]:
     """Return one entry per implementation.
 
@@ -46,8 +56,13 @@ def make_picker_rows(
         workload: the workload shown, or None if there is none.
         advice: the advisor's answers.
         paths_taken: the paths that the latest run took on this workload.
+        times: seconds of a call of some implementations, from earlier runs.
     """
-    made = (_picker_row(name, name in draft.implementations, workload, draft, advice) for name in names_for(draft))
+    made = [_picker_row(name, name in draft.implementations, workload, draft, advice) for name in names_for(draft)]
+    known = times or {}
+    made = [
+        structs.replace(row, time=formatting.seconds(known[row.name])) if row.name in known else row for row in made
+    ]
     return tuple(_with_trial(row, (paths_taken or {}).get(row.name)) for row in made)
 
 
@@ -69,7 +84,8 @@ def _picker_row(name: str, chosen: bool, workload: Workload | None, draft: Draft
         summary = next((entry.summary for entry in CATALOGUE if entry.name == name), "")
         return PickerRow(name, chosen, WAITING if workload else "-", summary)
     path, able = availability(route, workload, advice.device, draft)
-    return PickerRow(name, chosen, path if advice.current else f"{path} {WAITING}", route.reason, able)
+    memory = formatting.size(route.predicted_bytes) if route.supported and route.predicted_bytes is not None else ""
+    return PickerRow(name, chosen, path if advice.current else f"{path} {WAITING}", route.reason, able, memory)
 
 
 def availability(route: Route, workload: Workload, device: Device | None, draft: Draft) -> tuple[str, bool]:
@@ -101,16 +117,19 @@ def needs_text(draft: Draft, advice: Advice) -> str:
     """Format the predicted memory of the selected ones above the inputs: "needs up to baseline 41 MiB, poc 7 MiB".
 
     It includes the output and all scratch memory, also per thread, of which a call may touch less.
-    With several cases it is the largest, followed by the number of cases that exceed the memory here.
+    It is the largest of several cases, followed by the number of those that exceed the memory here; that of a single
+    case stands beside the implementation.
     """
     answer = advice.answer
     sizes = {name: answer.largest[name] for name in draft.implementations if name in answer.largest}
     if not sizes:
         return "needs: not known yet"
     several = any(len(answer.needs[name]) > 1 for name in sizes)
+    if not several:
+        return ""
     text = ", ".join(f"{name} {formatting.size(size)}" for name, size in sizes.items())
     most = _memory(draft, advice.device)
-    beyond = {name: sum(size > most for size in answer.needs[name]) for name in sizes} if most and several else {}
+    beyond = {name: sum(size > most for size in answer.needs[name]) for name in sizes} if most else {}
     misfits = [f"{name} {count} of {len(answer.needs[name])}" for name, count in beyond.items() if count]
     fit = f"; cases that will not fit: {', '.join(misfits)}" if misfits else ""
     return f"needs up to {text}{fit}"

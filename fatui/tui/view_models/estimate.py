@@ -1,6 +1,7 @@
 """Run time estimates: from earlier runs before a run starts, and from its own progress while it is active."""
 
 import math
+from collections.abc import Sequence
 from typing import Final
 
 from msgspec import Struct, structs
@@ -53,11 +54,31 @@ def _call_s(known: list[tuple[float, float]], flops: float) -> float | None:
     return seconds * flops / size if 1 / MAX_SCALE <= flops / size <= MAX_SCALE else None
 
 
+def call_times(workload: Workload, names: Sequence[str], pace: RunSpeed, device: str) -> dict[str, float]:
+    """Return seconds of a call of the implementations that earlier runs on the device allow to estimate."""
+    if not device or pace.device != device:
+        return {}
+    found = {name: _call_s(pace.calls.get(timing_group(name, workload), []), workload.flops) for name in names}
+    return {name: seconds for name, seconds in found.items() if seconds is not None}
+
+
+def expected_width(plan: Plan, pace: RunSpeed, device: str) -> float | None:
+    """Estimate the half width of the speedups' intervals, relative, from earlier runs; None without any.
+
+    It shrinks with the square root of the time, down to the precision at which rounds end.
+    """
+    if not device or pace.device != device or not pace.width_1s:
+        return None
+    return max(pace.width_1s / math.sqrt(plan.seconds), min(plan.precision, pace.width_1s))
+
+
 def estimate_text(plan: Plan, pace: RunSpeed, device: str) -> str:
     """Format the estimate, or the reason why there is none, in one line."""
     seconds = estimate_s(plan, pace, device)
+    width = expected_width(plan, pace, device)
+    sure = f"; speedups to about ±{formatting.percent(width)}" if width else ""
     if seconds is not None:
-        return f"takes up to about {formatting.duration(seconds)}, judging by earlier runs here"
+        return f"takes up to about {formatting.duration(seconds)}, judging by earlier runs here{sure}"
     rounds = formatting.duration(plan.seconds * len(plan.cases))
     return f"takes up to {rounds} of rounds, and set-up; the total is known after the first run of this kind"
 
@@ -79,7 +100,9 @@ def learn(pace: RunSpeed, report: Report, spent_s: float) -> RunSpeed:
             sizes[:] = [each for each in sizes if each[0] != workload.flops][1 - MAX_SIZES :]
             sizes.append((float(workload.flops), row.call_s.median))
     set_up = max(0.0, report.run.seconds - spent_s) / max(1, len(rows))
-    return structs.replace(pace, device=device, set_up_s=set_up, calls=calls)
+    halves = [formatting.half_width(row.speedup) / row.speedup.value for _, row in rows if row.speedup]
+    width = max(halves, default=0.0) * math.sqrt(max(spent_s / max(1, len(report.cases)), 0.0))
+    return structs.replace(pace, device=device, set_up_s=set_up, calls=calls, width_1s=width)
 
 
 class Remaining(Struct, frozen=True):

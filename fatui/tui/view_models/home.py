@@ -1,21 +1,23 @@
 """What the app shows before a run: the last verdict on this machine and its trend, or what a first run will tell."""
 
-import math
 from collections.abc import Sequence
 from typing import Final
 
 from msgspec import Struct
 
-from attention.core.results import Report, Row
+from attention.core.results import Report
 from fatui import formatting
 from fatui.report.document import counted
 from fatui.storage.history import HistoryError, RunHistory, RunSummary
+from fatui.trust import trust, trust_line
 from fatui.tui.view_models.braille import area
+from fatui.verdict import confidence_text, headline, loss_lines, verdicts
 
 MAX_RUNS: Final = 12
 """Maximum runs of a trend."""
 MAX_READ: Final = 36
 """Maximum reports that are read to find them."""
+MAX_LOSSES: Final = 3
 TREND_COLUMNS: Final = 24
 FIRST: Final = """No run on this machine yet.
 
@@ -66,16 +68,9 @@ def _past(history: RunHistory, lines: Sequence[RunSummary]) -> Past | None:
     return Past(latest, tuple(earlier)) if latest else None
 
 
-def best_row(report: Report) -> str | None:
-    """Return the implementation with the highest mean speedup over a run, or None if nothing is faster."""
-    means = {line.implementation: line.speedup.value for line in report.summary if line.speedup}
-    best = max(means, key=lambda name: means[name], default=None)
-    return best if best is not None and means[best] > 1 else None
-
-
 def trend(past: Past) -> tuple[str, list[float]]:
-    """Return the best implementation of the latest run, and its mean speedup in each run, oldest first."""
-    name = best_row(past.report)
+    """Return the winner of the latest run, if it has one, and its mean speedup in each run, oldest first."""
+    name = next((verdict.winner for verdict in verdicts(past.report)), None)
     found = []
     for report in (*reversed(past.earlier), past.report):
         line = next((line for line in report.summary if line.implementation == name and line.speedup), None)
@@ -90,12 +85,15 @@ def home_text(past: Past | None, keys: dict[str, str]) -> str:
         return FIRST.format(run=keys["run"], presets=keys["presets"], palette="ctrl+p")
     report, run = past.report, past.report.run
     cases = report.cases[0].workload.label if len(report.cases) == 1 else counted(len(report.cases), "case")
+    found = verdicts(report)
     lines = [
         f"The last run on this machine: {run.preset or 'unnamed'}, {run.started[:16].replace('T', ' ')}",
         cases,
         "",
-        formatting.finding(report),
-        *_floor(report),
+        *(headline(verdict) for verdict in found),
+        *(line for verdict in found for line in loss_lines(verdict)[:MAX_LOSSES]),
+        *(confidence_text(verdict) for verdict in found if verdict.winner),
+        trust_line(trust(report)),
     ]
     name, values = trend(past)
     if len(values) > 1:
@@ -104,13 +102,3 @@ def home_text(past: Past | None, keys: dict[str, str]) -> str:
         span = f"{formatting.three(min(values))} to {formatting.three(top)}x"
         lines += ["", f"{name} over {len(values)} runs of the same cases  {drawn}  {span}"]
     return "\n".join([*lines, "", KEYS.format(again=keys["run_again"], run=keys["run"])])
-
-
-def _floor(report: Report) -> list[str]:
-    """Format what limits the trust in a run: its noise floor, and whether it slowed down."""
-    floors = [case.noise_floor.floor for case in report.cases if case.noise_floor]
-    floors = [floor for floor in floors if math.isfinite(floor)]
-    rows: list[Row] = [row for case in report.cases for row in case.rows]
-    words = [f"noise floor {formatting.percent(max(floors))}"] if floors else []
-    words += ["the machine slowed down meanwhile"] if any(row.throttled for row in rows) else []
-    return ["; ".join(words)] if words else []

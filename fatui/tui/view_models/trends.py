@@ -80,7 +80,7 @@ def rate_chart(session: AnySession, view: View = "common") -> tuple[Scale, tuple
     highest = max((series.highest or 0.0 for series in session.rates.values()), default=0.0)
     if view == "common":
         return from_zero("tokens/s", ceiling(highest)), rate_trends(session)
-    words = "each from its lowest to its highest"
+    words = "each from its lowest to highest"
     return Scale("tokens/s", ceiling(highest), words), rate_trends(session, own=True)
 
 
@@ -136,7 +136,7 @@ def _ratio_chart(session: AnySession) -> tuple[Scale, tuple[Trend, ...]]:
     case = _case(session)
     reference = case.rows[case.reference].samples if case and case.reference else []
     floor = statistics.noise_floor(reference, case.repeated_reference) if case else None
-    title = f"speedup over {case.reference}" if case and case.reference else "speedup"
+    title = f"ratio to {case.reference}" if case and case.reference else "ratio"
     words = f"band: noise floor {formatting.percent(floor.floor)}" if floor else "by round"
     columns = ("speedup", "95 %")  # the interval, and what it was after the first rounds
     trends = []
@@ -198,9 +198,9 @@ def memory_chart(session: Session) -> tuple[Scale, tuple[Trend, ...]]:
         )
         for name in names
     ]
-    words = f"0 to {formatting.size(top)}" if top else ""
+    words = f"to {formatting.size(top)}" if top else ""
     if predicted is not None and "MLX peak" in names:
-        words += f"; dotted: {formatting.size(predicted)} predicted"
+        words += f"; line: {formatting.size(predicted)} predicted"
     return Scale("memory", top, words, ("now", "peak")), tuple(made) or (Trend("", note="no figures yet"),)
 
 

@@ -15,6 +15,11 @@ from fatui.tui.view_models.availability import PickerRow
 from fatui.tui.widgets.row_table import clip
 
 NAME_WIDTH: Final = 9
+FIGURE_WIDTH: Final = 8
+"""Characters of the columns of memory and time."""
+TITLES: Final = {"memory": "memory", "time": "a call"}
+HEAD: Final = 1
+"""Rows above the list."""
 
 
 class ImplementationPicker(Widget, can_focus=True):
@@ -60,7 +65,7 @@ class ImplementationPicker(Widget, can_focus=True):
 
     def jump_spots(self) -> list[tuple[int, int, Callable[[], object]]]:
         """Return the place of each implementation."""
-        return [(0, y, partial(self._jump_to, y)) for y in range(len(self.rows))]
+        return [(0, y + HEAD - self._top, partial(self._jump_to, y)) for y in range(self._top, len(self.rows))]
 
     def _jump_to(self, index: int) -> None:
         self._cursor = index
@@ -74,8 +79,9 @@ class ImplementationPicker(Widget, can_focus=True):
 
     def on_click(self, event: events.Click) -> None:
         """Select or deselect the clicked implementation."""
-        if event.y < len(self.rows):
-            self._cursor = event.y
+        index = event.y - HEAD + self._top
+        if event.y >= HEAD and index < len(self.rows):
+            self._cursor = index
             self.refresh()
             self.action_take()
 
@@ -86,23 +92,32 @@ class ImplementationPicker(Widget, can_focus=True):
         import textwrap
 
         row = self.rows[self._cursor]
-        room = self.size.height - len(self.rows)
-        lines = textwrap.wrap(f"{row.name}: {row.reason}", max(10, self.size.width)) if row.reason else []
+        room = self.size.height - len(self.rows) - HEAD
+        path = f"{row.path}; " if len(row.path) > self._path_width else ""
+        lines = textwrap.wrap(f"{row.name}: {path}{row.reason}", max(10, self.size.width)) if row.reason else []
         if len(lines) > room > 0:
             lines = [*lines[: room - 1], clip(" ".join(lines[room - 1 :]), self.size.width)]
         return lines
 
     def render_line(self, y: int) -> Strip:
         """Draw one implementation, or a line of the reason below the list."""
-        if y < len(self.rows):
-            return self._row_strip(self.rows[y], y == self._cursor and self.has_focus)
+        if y < HEAD:
+            titles = "".join(f"{TITLES[each]:>{FIGURE_WIDTH}}" for each in self._figures)
+            head = f"{'':<{NAME_WIDTH + 3}}{titles}  path"
+            return self._strip([Segment(head, self.get_component_rich_style("picker--reason"))])
+        index = y - HEAD + self._top
+        if index < len(self.rows):
+            return self._row_strip(self.rows[index], index == self._cursor and self.has_focus)
         lines = self._reason_lines()
-        at = y - len(self.rows)
+        at = index - len(self.rows)
         text = lines[at] if at < len(lines) else ""
         return self._strip([Segment(text, self.get_component_rich_style("picker--reason"))])
 
     def _row_strip(self, row: PickerRow, at_cursor: bool) -> Strip:
         name = f"{'✓' if row.chosen else '·'} {clip(row.name, NAME_WIDTH):<{NAME_WIDTH}} "
+        figures = "".join(f"{getattr(row, each):>{FIGURE_WIDTH}}" for each in self._figures)
+        if row.able:
+            name += f"{figures}  "
         path = clip(row.path, self.size.width - len(name))
         if at_cursor:
             style = self.get_component_rich_style("picker--cursor")
@@ -110,6 +125,21 @@ class ImplementationPicker(Widget, can_focus=True):
         main = self.get_component_rich_style("picker--on" if row.chosen else "picker--off")
         other = self.get_component_rich_style("picker--path" if row.able else "picker--unable")
         return self._strip([Segment(name, main), Segment(path, other)])
+
+    @property
+    def _top(self) -> int:
+        """The first visible row of a list that is longer than the widget, so that the cursor is visible."""
+        room = max(1, self.size.height - HEAD)
+        return 0 if len(self.rows) <= room else min(max(0, self._cursor - room + 1), len(self.rows) - room)
+
+    @property
+    def _path_width(self) -> int:
+        return self.size.width - NAME_WIDTH - 3 - len(self._figures) * FIGURE_WIDTH - 2
+
+    @property
+    def _figures(self) -> tuple[str, ...]:
+        """The columns beside the name: a time is known after the first run."""
+        return ("memory", "time") if any(row.time for row in self.rows) else ("memory",)
 
     def _strip(self, segments: list[Segment]) -> Strip:
         return Strip(segments).adjust_cell_length(self.size.width, self.rich_style)

@@ -11,10 +11,11 @@ from textual.message import Message
 from textual.widgets import Static
 
 from attention.core.errors import UsageError
+from attention.core.plan import DEFAULTS
 from attention.core.workload import DTYPES, PASSES, Workload
 from fatui import formatting
 from fatui.draft import AXES, Draft
-from fatui.quantities import STOPS, divisors, format_number, format_numbers, parse_number, parse_values
+from fatui.quantities import SECONDS, STOPS, divisors, format_number, format_numbers, parse_number, parse_values
 from fatui.tui.terminal import literal
 from fatui.tui.view_models import kv_format, mask_editor
 from fatui.tui.widgets.choice import Choice
@@ -29,6 +30,9 @@ LABELS: Final = {
     "ranks": "devices",
 }
 CHOICES: Final = {"dtype": "dtype", "mask": "mask", "pass_": "pass", "kv_format": "K/V"}
+FOLDED: Final = {"axis-kv_heads": "K/V heads", "axis-ranks": "devices", "seconds": "seconds"}
+"""The controls that are hidden where room is short while they are at their defaults, and their names."""
+MAX_SECONDS: Final = 86_400
 CANNOT: Final = "cannot run"
 BUTTONS: Final = "[@click=app.start_run]▸ Run[/]  [dim]{run}[/]    [@click=app.sweep]{sweep}[/]  [dim]{sweep_key}[/]"
 
@@ -60,6 +64,7 @@ class WorkloadPane(Vertical):
         for name in AXES:
             stops = STOPS.get(name, (1,))
             yield Slider(LABELS[name], stops, parse=partial(self._parse, name), say=format_number, id=f"axis-{name}")
+        yield Slider("seconds", SECONDS, parse=_parse_seconds, say=lambda number: f"{number} s", id="seconds")
         with Container(id="choices"):
             yield Choice("dtype", DTYPES, id="choice-dtype")
             yield Choice(
@@ -75,7 +80,7 @@ class WorkloadPane(Vertical):
             for index in range(mask_editor.MAX_PARAMETERS):
                 yield Slider("", (1,), parse=lambda text: (), id=f"mask-{index}")
             yield Static(id="mask-picture", markup=False)
-        for name in ("cases", "counts", "needs", "takes", "buttons"):
+        for name in ("folded", "cases", "counts", "needs", "takes", "buttons"):
             yield Static(id=f"workload-{name}", markup=name == "buttons")
 
     def on_mount(self) -> None:
@@ -93,7 +98,9 @@ class WorkloadPane(Vertical):
             slider = self.query_one(f"#axis-{name}", Slider)
             slider.show(values, stops=self._stops(name, draft), sweeping=draft.sweeping)
             if name == "ranks":  # of a single device there is nothing to choose
-                slider.display = self.devices > 1 or values != (1,)
+                slider.set_class(self.devices == 1 and values == (1,), "-absent")
+        self.query_one("#seconds", Slider).show((max(1, round(draft.seconds)),))
+        self._fold(draft)
         for name in ("dtype", "pass_"):
             self.query_one(f"#choice-{name}", Choice).show(draft.choices(name), sweeping=draft.sweeping)
         widths = draft.axes["head_dim"] if draft.value_dim is None else (*draft.axes["head_dim"], draft.value_dim)
@@ -112,6 +119,24 @@ class WorkloadPane(Vertical):
         if name == "kv_heads":
             return divisors(max(draft.axes["heads"]))
         return tuple(range(1, self.devices + 1)) if name == "ranks" else STOPS[name]
+
+    def _fold(self, draft: Draft) -> None:
+        """Mark the controls that are at their defaults, which short terminals hide until they are unfolded."""
+        at_default = {
+            "axis-kv_heads": draft.kv_heads == draft.axes["heads"],
+            "axis-ranks": draft.axes["ranks"] == (1,),
+            "seconds": draft.seconds == DEFAULTS.seconds,
+        }
+        hidden = [name for name, default in at_default.items() if default and not draft.sweeping]
+        for name in at_default:
+            self.query_one(f"#{name}").set_class(name in hidden, "-default")
+        line = self.query_one("#workload-folded", Static)
+        line.update(f"at their defaults, u shows them: {', '.join(FOLDED[name] for name in hidden)}")
+        line.set_class(not hidden, "-empty")
+
+    def toggle_fold(self) -> None:
+        """Show or hide the controls at their defaults."""
+        self.toggle_class("-unfolded")
 
     def _say_format(self, text: str) -> str:
         return kv_format.say(text, self.draft.dtype)
@@ -156,6 +181,9 @@ class WorkloadPane(Vertical):
     @on(Slider.Changed)
     def _take_axis(self, event: Slider.Changed) -> None:
         event.stop()
+        if event.slider.id == "seconds":
+            self._edit(self.draft.set_seconds(float(event.values[0])))
+            return
         if (event.slider.id or "").startswith("mask-"):
             parameter, _ = self._parameters[int((event.slider.id or "").removeprefix("mask-"))]
             masks = mask_editor.with_values(self.draft.choices("mask"), parameter, event.values)
@@ -171,6 +199,13 @@ class WorkloadPane(Vertical):
     def _edit(self, draft: Draft) -> None:
         self.show(draft)
         self.post_message(self.Edited(draft))
+
+
+def _parse_seconds(text: str) -> tuple[int, ...]:
+    word = text.strip()
+    if not (word.isascii() and word.isdigit() and 1 <= int(word[:6]) <= MAX_SECONDS and len(word) < 6):
+        raise ValueError(f"takes whole seconds from 1 to {MAX_SECONDS:,}, not '{word}'")
+    return (int(word),)
 
 
 def shown_workload(draft: Draft) -> Workload | None:

@@ -31,7 +31,12 @@ def test_the_last_run_on_the_machine_has_the_earlier_ones_of_its_cases():
     assert name == "poc" and len(values) == 3
     assert values[-1] == next(line.speedup.value for line in past.report.summary if line.implementation == "poc")
     text = home_text(past, KEYS)
-    assert "poc is 50" in text and "poc over 3 runs of the same cases" in text
+    assert (
+        "Use poc · 50" in text
+        and "confidence" in text
+        and "noise floor" in text
+        and "poc over 3 runs of the same cases" in text
+    )
     assert "enter opens it   R runs it again   r runs what is set up" in text
 
 
@@ -68,7 +73,7 @@ async def test_the_last_verdict_is_opened_by_enter_and_run_again_by_a_key():
         stage.app.set_draft(stage.app.draft.set_axis("seq", (64,)))
         advise(stage.app)
         await stage.settle(lambda: "The last run on this machine: unnamed" in stage.seen())
-        assert "poc is 49" in stage.seen()
+        assert "Use poc · 49" in stage.seen()
         await stage.press("4", "enter")
         await stage.settle(lambda: f"run {first.run.id} is open" in stage.seen())
         assert "4 Comparison" in stage.seen()

@@ -10,13 +10,63 @@ from attention.core.workload import Workload
 from fatui import formatting
 from fatui.draft import DEFAULT_AXES, Draft
 from fatui.storage import presets
+from fatui.storage.settings import RunSpeed
 from fatui.tui import actions
 from fatui.tui.advisor import AdviceRequest, answer
 from fatui.tui.screens.dialogs import FORMATS
 from fatui.tui.view_models.availability import needs_text
+from fatui.tui.view_models.estimate import expected_width
 from fatui.tui.widgets.choice import Choice
 from fatui.tui.widgets.slider import Slider
-from tests.support.stage import DEVICE, advise
+from tests.support.stage import DEVICE, advise, on_stage
+
+
+async def test_seconds_have_a_slider_and_earlier_runs_say_how_sure_they_make(stage):
+    stage.app.remembered.pace = RunSpeed(
+        device="Test CPU", calls={"poc float16 forward": [(Workload().flops, 0.002)]}, width_1s=0.08
+    )
+    stage.app.main.show_draft()
+    plan = stage.app.draft.plan()
+    assert expected_width(plan, stage.app.remembered.pace, "Test CPU") == pytest.approx(0.08 / 6**0.5)
+    stage.find("#seconds", Slider).focus()
+    await stage.press("1", "6", "enter")
+    assert stage.app.draft.seconds == 16
+    assert "speedups to about ±2.0 %" in " ".join(str(stage.find("#workload-takes").content).split())
+    await stage.press("end")
+    assert stage.app.draft.plan().seconds == 300
+    assert expected_width(stage.app.draft.plan(), stage.app.remembered.pace, "Test CPU") == 0.01, "the precision"
+    await stage.press("0", "enter")
+    assert "takes whole seconds from 1" in stage.app.journal.text()
+
+
+async def test_memory_and_time_stand_beside_the_implementation(stage):
+    stage.app.remembered.pace = RunSpeed(device="Test CPU", calls={"poc float16 forward": [(Workload().flops, 0.002)]})
+    advise(stage.app)
+    await stage.pilot.pause()
+    (line,) = (line for line in stage.seen().splitlines() if "✓ poc " in line)
+    assert "4 MiB 2.00 ms  fused: CPU" in line
+    assert "needs up to" not in stage.seen()
+
+
+async def test_short_terminals_fold_controls_at_their_defaults():
+    async with on_stage(size=(80, 24)) as stage:
+        assert "at their defaults, u shows them: K/V heads, devices, seconds" in stage.seen()
+        assert not stage.find("#seconds").display
+        await stage.press("u")
+        assert stage.find("#seconds").display and "u shows them" not in stage.seen()
+        await stage.press("u")
+        stage.app.set_draft(stage.app.draft.set_seconds(10.0))
+        await stage.pilot.pause()
+        assert stage.find("#seconds").display and "u shows them: K/V heads, devices" in stage.seen()
+
+
+async def test_the_list_scrolls_to_its_cursor_where_it_is_longer_than_its_pane():
+    async with on_stage(size=(80, 24)) as stage:
+        stage.find("#implementations").styles.height = 5
+        stage.find("#implementations").focus()
+        await stage.pilot.pause()
+        await stage.press("end")
+        assert "· flex" in stage.seen() and "✓ baseline" not in stage.seen()
 
 
 @pytest.mark.slow
@@ -218,7 +268,7 @@ async def test_one_that_tries_says_what_its_last_trial_chose(stage):
     await stage.run_to_the_end()
     stage.app.main.show_draft()
     await stage.pilot.pause()
-    assert "poc, tuned, last run" in stage.seen()
+    assert "poc, tuned, last run" in [row.path for row in stage.find("#implementations").rows]
 
 
 async def focused_panes(stage, key, count):
@@ -231,18 +281,18 @@ async def focused_panes(stage, key, count):
 
 async def test_bracket_keys_go_through_all_panes_and_round_again(stage):
     stage.find("#implementations").focus()
-    order = ["workload", "live", "comparison", "log", "implementations-pane"]
+    order = ["workload", "live", "home", "log", "implementations-pane"]
     assert await focused_panes(stage, "right_square_bracket", 5) == order
-    assert await focused_panes(stage, "left_square_bracket", 2) == ["log", "comparison"]
+    assert await focused_panes(stage, "left_square_bracket", 2) == ["log", "home"]
 
 
 @pytest.mark.slow
 async def test_bracket_keys_pass_over_a_hidden_pane(stage):
     stage.find("#live").focus()
-    await stage.press("z")
-    assert "Live is hidden; z brings it back" in stage.app.journal.text()
+    await stage.press("Z")
+    assert "Live is hidden; Z brings it back" in stage.app.journal.text()
     stage.find("#axis-seq").focus()
-    assert await focused_panes(stage, "right_square_bracket", 1) == ["comparison"]
+    assert await focused_panes(stage, "right_square_bracket", 1) == ["home"]
 
 
 @pytest.mark.slow
