@@ -76,7 +76,7 @@ def estimate_text(plan: Plan, pace: RunSpeed, device: str) -> str:
     """Format the estimate, or the reason why there is none, in one line."""
     seconds = estimate_s(plan, pace, device)
     width = expected_width(plan, pace, device)
-    sure = f"; speedups to about ±{formatting.percent(width)}" if width else ""
+    sure = f"; speedups to about ±{formatting.percent(width)}" if width and width <= formatting.WIDE else ""
     if seconds is not None:
         return f"takes up to about {formatting.duration(seconds)}, judging by earlier runs here{sure}"
     rounds = formatting.duration(plan.seconds * len(plan.cases))

@@ -73,13 +73,11 @@ def limit_words(workload: Workload, peaks: Peaks, cases: Sequence[Case] = ()) ->
     limits = limits_of(workload, peaks)
     if limits is None:
         return []
-    launch = "" if limits.launch is None else f", a call at least {formatting.seconds(limits.launch)}"
+    launch = "" if limits.launch is None else f", a call {formatting.seconds(limits.launch)}"
     tokens = formatting.tokens_per_second(workload.tokens / limits.seconds)
     lines = [
-        f"{WHAT[limits.roof]}: {formatting.flops(workload.flops)} take {formatting.seconds(limits.compute)} at "
-        f"{formatting.flops(peaks.flops_per_s)}/s, {formatting.size(workload.bytes_moved)} take "
-        f"{formatting.seconds(limits.copy)} at {formatting.bytes_per_second(peaks.copy_bytes_per_s)}{launch}; "
-        f"at best {tokens} tokens/s."
+        f"{WHAT[limits.roof]}: {formatting.flops(workload.flops)} take {formatting.seconds(limits.compute)}, "
+        f"{formatting.size(workload.bytes_moved)} {formatting.seconds(limits.copy)}{launch}; at best {tokens} tokens/s."
     ]
     own = [case for case in cases if case.workload == workload]
     rows = [row for case in own for row in sound_rows(case) if row.call_s]
