@@ -12,11 +12,11 @@ namespace fatui {
 
 static_assert(score_line * (query_tile + tile_line) <= key_tile * tile_line);  // scores, transposed and not, fit in one tile
 
-// Keys per tile: K, V and the prefetched next K fit in an L1 of 48 KiB; half as many in float32, where memory bandwidth
-// leaves time for more tiles.
+// Keys per tile: K, V and the prefetched next K fit in an L1 of 48 KiB, or 32 with 16 registers; as few in float32, where memory
+// bandwidth leaves time for more tiles.
 template <class T>
 int64_t decode_keys(const Problem& p) {
-  return std::clamp<int64_t>((sizeof(T) == 4 ? 2048 : 8192) / p.head_dim / 16 * 16, 16, score_line);
+  return std::clamp<int64_t>((sizeof(T) == 4 ? 2048 : registers == 16 ? 4096 : 8192) / p.head_dim / 16 * 16, 16, score_line);
 }
 static_assert(score_line <= max_quantized_rows);
 
@@ -34,8 +34,11 @@ FATUI_INLINE void in_groups(int64_t rows, const F& f) {
 template <class T>
 constexpr float max_share = std::is_same_v<T, bfloat16_t> ? 128 : 16;
 
-// Whether rows can be read in place in whole vectors.
-inline bool whole_vectors(const Tensor& t, int64_t columns) { return t.stride[3] == 1 && columns % lanes == 0; }
+// Whether rows can be read in place in whole vectors, or pairs of them.
+template <class T>
+bool whole_vectors(const Tensor& t, int64_t columns) {
+  return t.stride[3] == 1 && columns % (even_and_odd<T> ? 2 * lanes : lanes) == 0;
+}
 
 // How K and V are read: in place, in place as pairs of bfloat16, or from float32 copies.
 enum class Reading { in_place, pairs, copied };
@@ -95,6 +98,7 @@ class KeyRuns {
 template <class T, Reading reading>
 struct FewRows {
   static constexpr bool in_pairs = reading == Reading::pairs;
+  static constexpr bool halved = reading == Reading::in_place && even_and_odd<T>;
   static constexpr Numbers numbers = in_pairs ? Numbers::pairs : Numbers::floats;
   using Element = std::conditional_t<reading == Reading::in_place, T, float>;  // pairs are words
 
@@ -134,7 +138,7 @@ struct FewRows {
         step(k, v, next, key, run.bits == nullptr ? nullptr : run.bits + (key - run.begin));
       }
     }
-    if constexpr (in_pairs) order_dims();
+    if constexpr (in_pairs || halved) order_dims();
   }
 
  private:
@@ -145,6 +149,13 @@ struct FewRows {
     for (int64_t r = 0; r < rows; r++)
       if constexpr (in_pairs)
         copy_row(q.row[r], q.stride, p.head_dim, reinterpret_cast<T*>(query + r * key_length), p.head_dim);
+      else if constexpr (halved)
+        for (int64_t c = 0; c < p.head_dim; c += 2 * lanes) {
+          T block[2 * lanes];
+          for (int64_t i = 0; i < 2 * lanes; i++) block[i] = q.row[r][(c + i) * q.stride];
+          store(query + r * key_length + c, widen_half<0>(block) * float(p.scale));
+          store(query + r * key_length + c + lanes, widen_half<1>(block) * float(p.scale));
+        }
       else
         for (int64_t c = 0; c < p.head_dim; c += lanes)
           store(query + r * key_length + c,
@@ -171,10 +182,10 @@ struct FewRows {
     softmax(key, k.count, bits);
     in_groups(rows, [&](int64_t row, auto group) {
       // with 16 registers, 8 accumulators of all rows: as many as hide the latency of a sum
-      constexpr int most = registers == 32 ? (in_pairs ? 2 : 4) : 8 / group;
+      constexpr int most = registers == 32 ? (in_pairs ? 2 : 4) : 8 / group, least = halved ? 2 : 1;
       int64_t c = 0;
       for (; c + most * lanes <= value_length; c += most * lanes) add<group, most>(row, v, c, keys);
-      for (; c < value_length; c += lanes) add<group, 1>(row, v, c, keys);
+      for (; c < value_length; c += least * lanes) add<group, least>(row, v, c, keys);
     });
   }
 

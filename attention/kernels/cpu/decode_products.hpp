@@ -94,6 +94,17 @@ constexpr int pieces(int vectors) { return std::max<int>(1, vectors * lanes * in
 template <class E>
 constexpr int steps_of_line(int vectors) { return std::max<int>(1, 64 / (vectors * lanes * int(sizeof(E)))); }
 
+// Whether elements are read as words of an even and an odd dim, which a shift and a mask widen: two instructions for two vectors of
+// bfloat16, where widening them in order takes four. Queries and outputs are then in blocks of 2 * lanes dims, even ones first.
+template <class E>
+constexpr bool even_and_odd = registers == 16 && std::is_same_v<E, bfloat16_t>;
+
+template <int odd>
+FATUI_INLINE Vector widen_half(const bfloat16_t* p) {
+  const Words words = as<Words>(load(reinterpret_cast<const float*>(p)));
+  return as<Vector>(odd ? words & 0xffff0000u : words << 16);
+}
+
 // S[row][key] of R query rows; entries after the last key, up to a multiple of the accumulators, are undefined.
 template <int R, Numbers numbers, class E>
 void score_lines(const float* query, int64_t query_line, const Lines<E>& keys, float* s, Ahead& ahead) {
@@ -103,17 +114,24 @@ void score_lines(const float* query, int64_t query_line, const Lines<E>& keys, f
     Vector x[sums / lanes][lanes] = {};
     const E* line[together];
     FATUI_UNROLL for (int g = 0; g < together; g++) line[g] = keys.line(std::min(j + g, keys.count - 1));
-    for (int64_t d = 0; d < keys.length; d += lanes) {
+    const auto add = [&](int64_t d, const auto& key_of) __attribute__((always_inline)) {
       Vector q[R];
       FATUI_UNROLL for (int r = 0; r < R; r++) q[r] = in_register(load(query + r * query_line + d));
-      if (d / lanes % steps_of_line<E>(together) == 0) next.ask<pieces<E>(together)>();
       FATUI_UNROLL for (int g = 0; g < together; g++) {
-        const Vector k = in_register(widen(line[g] + d));
+        const Vector k = in_register(key_of(line[g]));
         FATUI_UNROLL for (int r = 0; r < R; r++) {
           Vector& sum = x[(r * together + g) / lanes][(r * together + g) % lanes];
           sum = multiply_add<numbers>(sum, k, q[r]);
         }
       }
+    };
+    constexpr int step = even_and_odd<E> ? 2 : 1;  // vectors
+    for (int64_t d = 0; d < keys.length; d += step * lanes) {
+      if (d / (step * lanes) % steps_of_line<E>(step * together) == 0) next.ask<pieces<E>(step * together)>();
+      if constexpr (even_and_odd<E>) {
+        add(d, [&](const E* key) { return widen_half<0>(key + d); });
+        add(d + lanes, [&](const E* key) { return widen_half<1>(key + d); });
+      } else add(d, [&](const E* key) { return widen(key + d); });
     }
     float sum[sums];
     FATUI_UNROLL for (int i = 0; i < sums / lanes; i++) store(sum + i * lanes, fold(x[i]));
@@ -133,7 +151,9 @@ void add_lines(const float* s, const Lines<E>& values, int64_t d, float* output,
   for (int64_t j = 0; j < values.count; j++) {
     Vector x[Vectors];
     FATUI_UNROLL for (int v = 0; v < Vectors; v++) {
-      x[v] = in_register(widen(values.line(j) + d + v * lanes));
+      const E* from = values.line(j) + d + (even_and_odd<E> ? v / 2 * 2 : v) * lanes;
+      if constexpr (even_and_odd<E>) x[v] = in_register(v % 2 == 0 ? widen_half<0>(from) : widen_half<1>(from));
+      else x[v] = in_register(widen(from));
       if (v % (Vectors / std::min(Vectors, pieces<E>(Vectors))) == 0 && j % steps_of_line<E>(Vectors) == 0) next.ask<1>();
     }
     FATUI_UNROLL for (int r = 0; r < R; r++) {

@@ -232,7 +232,7 @@ void attend(const ForwardCall& call, const Item& item, Partials& partials) {
     if (whole_words(p.key, p.head_dim) && whole_words(p.value, p.value_dim) && !has_lists(p))
       return attend_few<T, Reading::pairs>(call, item, partials);
 #endif
-  if (whole_vectors(p.key, p.head_dim) && whole_vectors(p.value, p.value_dim))
+  if (whole_vectors<T>(p.key, p.head_dim) && whole_vectors<T>(p.value, p.value_dim))
     return attend_few<T, Reading::in_place>(call, item, partials);
   attend_few<T, Reading::copied>(call, item, partials);
 }
