@@ -29,7 +29,7 @@ def needed(
         return [_assembled(part, None, exchange, rank) for part in parts], None
     if communicate:
         peers, _ = collectives.peer_copies(group)
-        if peers is not None and all(_fits_a_slot(part, exchange) for part in parts):
+        if peers is not None and all(_fits_a_slot(part, exchange, rank) for part in parts):
             size = sum(part.nbytes // part.shape[2] for part in parts if part.shape[2])
             others = group.size() - 1
             collectives.count_bytes(others * rows_of(exchange.contributed[rank]) * size, exchange.received(rank) * size)
@@ -44,10 +44,12 @@ def needed(
     return made, whole.token
 
 
-def _fits_a_slot(part: mx.array, exchange: Exchange) -> bool:
+def _fits_a_slot(part: mx.array, exchange: Exchange, rank: int) -> bool:
+    """Return whether enough is moved, and a plane fits a slot, of the gradient too; the same on all ranks."""
     width = part.shape[3] * part.itemsize
     moved = part.shape[0] * part.shape[1] * exchange.slot * width
-    return exchange.slot * width <= SLOT_BYTES and moved >= MIN_BYTES
+    largest = max(exchange.slot, *_returned(exchange, rank).plan.contributed)
+    return largest * width <= SLOT_BYTES and moved >= MIN_BYTES
 
 
 @lru_cache(maxsize=64)
@@ -83,7 +85,7 @@ def _peer_moves(exchange: Exchange, group: Group, peers: PeerCopies) -> Callable
         for part, cotangent in zip(parts, cotangents[:-1], strict=True):
             others = peers.gather(collectives.after(cotangent, made or outputs), returned.plan)
             made.append(_sum_of(part, cotangent, others, returned))
-            row = part.nbytes // part.shape[2]
+            row = part.shape[0] * part.shape[1] * part.shape[3] * part.itemsize
             collectives.count_bytes(returned.plan.contributed[rank] * row, returned.received * row)
         return made
 
@@ -168,7 +170,7 @@ def _spread(rows: mx.array, runs: Sequence[Run], part: mx.array) -> mx.array:
             pieces.append(mx.zeros((*part.shape[:2], place - end, part.shape[3]), part.dtype))
         pieces.append(rows[:, :, first : first + count])
         end = place + count
-    if end < part.shape[2]:
+    if end < part.shape[2] or not pieces:
         pieces.append(mx.zeros((*part.shape[:2], part.shape[2] - end, part.shape[3]), part.dtype))
     return joined(pieces, 2)
 

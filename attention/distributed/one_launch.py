@@ -27,7 +27,7 @@ from attention.masks import Mask
 
 TILE: Final = 128
 """Keys of a tile of the kernel."""
-MIN_OVERLAPPED_BYTES: Final = 48 << 20
+MIN_OVERLAPPED_BYTES: Final = 24 << 20
 """Bytes received below which a second launch costs more than waiting for all of them."""
 MAX_RUNS: Final = 2
 """Runs of rows that the kernel takes."""

@@ -12,8 +12,10 @@ from typing import Any
 import mlx.core as mx
 import msgspec
 
+from attention.core.workload import Workload
 from benchmarks.distributed.cases import PARTS, cases
 from benchmarks.distributed.measure import line, simulate
+from benchmarks.distributed.predict import predict, prediction_line
 from benchmarks.distributed.start import start_ranks
 
 
@@ -28,15 +30,26 @@ def main() -> int:
     parser.add_argument("--simulate", metavar="N,N", help="numbers of ranks to simulate on this device")
     parser.add_argument("--link", type=float, default=50e9, help="bytes per second of a simulated link")
     parser.add_argument("--latency", type=float, default=20e-6, help="seconds of a simulated collective")
+    parser.add_argument("--predict", metavar="N,N", help="numbers of GPUs to predict, from one's times in --measured")
+    parser.add_argument("--measured", type=Path, help="rows of two GPUs, by --json, of which one GPU's times are taken")
     parser.add_argument("--beyond", type=int, metavar="TOKENS", help="a windowed prefill that one GPU cannot hold")
     parser.add_argument("--json", type=Path, help="file to write the rows to")
     parser.add_argument("--timeout", type=float, default=600)
     given = parser.parse_args()
+    if given.predict and not given.measured:
+        parser.error("--predict takes --measured FILE")
     if unknown := [part for part in given.parts if part not in PARTS]:
         parser.error(f"PART: got {unknown[0]!r}; it takes {', '.join(PARTS)}")
     rows: list[dict[str, Any]] = []
     failed = False
-    if given.simulate:
+    if given.predict:
+        for measured in msgspec.json.decode(given.measured.read_bytes()):
+            workload = msgspec.convert(measured["workload"], Workload)
+            if workload.causal and workload.pass_ == "forward":
+                for ranks in map(int, given.predict.split(",")):
+                    rows.append(predict(workload, ranks, measured["one_s"]))
+                    print(prediction_line(rows[-1]), flush=True)
+    elif given.simulate:
         for case in cases(given.parts, mx.default_device() == mx.gpu):
             for ranks in map(int, given.simulate.split(",")):
                 rows.append(simulate(case, ranks, given.impl, given.link, given.latency))

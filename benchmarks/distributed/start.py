@@ -91,7 +91,7 @@ def _pass_lines(log: TextIO, on_line: Callable[[str], None] | None) -> None:
 
 def _wait(processes: Sequence["subprocess.Popen[bytes]"], deadline: float, meanwhile: Callable[[], None]) -> None:
     """Wait for all processes; end the others if one fails or at the deadline."""
-    while any(process.poll() is None for process in processes):
+    while None in [process.poll() for process in processes]:
         meanwhile()
         if any(process.returncode not in (None, 0) for process in processes) or time.monotonic() > deadline:
             time.sleep(0.5)  # for the others to say why
