@@ -23,6 +23,8 @@ TOOLS: Final = ("memcheck", "racecheck")
 DIMS: Final = (64, 128, 192, 256)
 SIZES: Final = ((150, 170), (1, 900))
 """Queries and keys: partial tiles, and few queries with split keys."""
+MANY: Final = 140
+"""Planes of one tile of queries each, more than a GPU has multiprocessors."""
 GENERAL: Final[tuple[tuple[tuple[int, int], MaskKind | None, tuple[int, int]], ...]] = (
     ((64, 64), None, SIZES[0]),
     ((128, 128), "bool", SIZES[0]),
@@ -69,6 +71,25 @@ def calls(dim: int) -> None:
                 raise RuntimeError(refusal)
         mx.eval(mx.vjp(_listed, primals, [cotangent])[1])
         mx.eval(mx.vjp(_sloped, primals, [cotangent])[1])
+    many_works(dim)
+
+
+def many_works(dim: int) -> None:
+    """Run the forward kernels for large problems, whose blocks take several works, at a head dimension."""
+    import mlx.core as mx
+
+    from attention.kernels.cuda.runtime import selfcheck
+    from attention.kernels.cuda.runtime.call import CallShape, normalize
+    from attention.kernels.cuda.runtime.launch import INPUTS, OUTPUTS, make_plan
+    from attention.kernels.cuda.sm90.forward import specialise
+    from attention.kernels.cuda.sm90.launch import forward_stages
+
+    shape = CallShape(1, MANY, MANY, 80, 300, dim, "bf16")
+    inputs = selfcheck.inputs(shape)[:3]
+    for causal, window in ((False, None), (True, None), (True, 70)):
+        call = normalize(0.1, causal, window, None, shape.keys)
+        stages = forward_stages(shape, call, kernel=specialise(dim, causal, "bf16", window is not None))
+        mx.eval(make_plan(INPUTS, OUTPUTS, stages)(inputs))
 
 
 def _listed(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
