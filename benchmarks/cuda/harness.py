@@ -80,6 +80,7 @@ def selected_parts(words: Iterable[object]) -> tuple[list[str], Path | None]:
 def peak_beyond_output(call: Callable[[], mx.array]) -> int:
     """Return the bytes that a call, not its first, allocates at its peak beyond its output."""
     mx.eval(call())
+    mx.synchronize()  # else what earlier calls held may be freed during this one
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
