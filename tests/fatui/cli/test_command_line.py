@@ -183,7 +183,7 @@ def test_every_run_is_kept_and_can_be_shown_and_removed(capsys):
     assert main(["bench", "quick"]) == 0
     table = capsys.readouterr().out
     assert main(["history"]) == 0
-    assert "poc is 50" in capsys.readouterr().out.replace("\n", " ")
+    assert "Use poc · 50.0x baseline" in capsys.readouterr().out
     assert main(["history", "show", "last"]) == 0
     assert capsys.readouterr().out == table
     assert main(["history", "rm", "last"]) == 0
