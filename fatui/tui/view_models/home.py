@@ -1,17 +1,19 @@
 """What the app shows before a run: the last verdict on this machine and its trend, or what a first run will tell."""
 
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
 from attention.core.results import Report
 from fatui import formatting
 from fatui.report.document import counted
-from fatui.storage.history import HistoryError, RunHistory, RunSummary
 from fatui.trust import trust, trust_line
 from fatui.tui.view_models.braille import area
 from fatui.verdict import confidence_text, headline, loss_lines, verdicts
+
+if TYPE_CHECKING:
+    from fatui.storage.history import RunHistory, RunSummary
 
 MAX_RUNS: Final = 12
 """Maximum runs of a trend."""
@@ -37,11 +39,13 @@ class Past(Struct, frozen=True):
     earlier: tuple[Report, ...] = ()
 
 
-def find_past(device: str, history: RunHistory | None = None) -> Past | None:
+def find_past(device: str, history: "RunHistory | None" = None) -> Past | None:
     """Read the latest complete run over attention shapes on a device, and those of the same cases before it.
 
     None without one, or if the history cannot be read. It is for a thread: reading takes a while.
     """
+    from fatui.storage.history import HistoryError, RunHistory
+
     history = history or RunHistory()
     try:
         lines = [line for line in history.runs() if line.device == device and not line.interrupted]
@@ -50,7 +54,7 @@ def find_past(device: str, history: RunHistory | None = None) -> Past | None:
         return None
 
 
-def _past(history: RunHistory, lines: Sequence[RunSummary]) -> Past | None:
+def _past(history: "RunHistory", lines: "Sequence[RunSummary]") -> Past | None:
     latest: Report | None = None
     earlier: list[Report] = []
     for line in lines[:MAX_READ]:
