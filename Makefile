@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 API := attention attention.implementations attention.measure attention.masks
 
-.PHONY: help venv test test-slow test-gpu fuzz lint format bench docs clean
+.PHONY: help venv test test-slow test-gpu fuzz lint format bench docs manual dist clean
 
 help:  ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,5 +41,15 @@ bench: venv  ## the CPU kernel against its peers and its targets
 docs: venv  ## the API pages, into build/api; warnings are errors
 	$(BIN)/python -W error -m pdoc --docformat google --output-directory build/api $(API)
 
+manual: venv  ## the manual page, docs/fatui.1, from the options of the commands
+	$(BIN)/pip install --quiet --editable '.[release]'
+	$(BIN)/python -m tests.support.manual
+
+dist: venv  ## the wheel and the source archive, into dist, checked
+	rm -rf dist
+	$(BIN)/pip install --quiet --editable '.[release]'
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf .venv build
+	rm -rf .venv build dist

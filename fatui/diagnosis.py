@@ -19,7 +19,7 @@ from attention.core.files import home
 from attention.core.workload import Workload
 from attention.engine.peaks import measure_peaks
 from attention.measure.device import Device, blas, probe
-from fatui import __version__, formatting, storage
+from fatui import REINSTALL_ENGINE, __version__, formatting, storage
 from fatui.storage import presets, settings
 from fatui.storage.history import HistoryError, RunHistory
 from fatui.trust import PRELOAD
@@ -88,6 +88,12 @@ def _packages() -> Iterator[DiagnosisItem]:
     elif not core:
         advice = formatting.INSTALL_BACKEND
     yield DiagnosisItem(topic="MLX", text=text, advice=advice)
+    if foreign := _installed("attention"):
+        yield DiagnosisItem(
+            topic="attention",
+            text=f"another project's distribution of this name is installed, {foreign}",
+            advice=f"its files and fatui's share a folder: {REINSTALL_ENGINE}",
+        )
 
 
 def _machine(device: Device) -> Iterator[DiagnosisItem]:

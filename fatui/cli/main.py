@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Final, NoReturn, TextIO
 
-from fatui import __version__  # no imports of the engine here: --help must not wait for them
+from fatui import __version__, engine_problem  # no imports of the engine here: --help must not wait for them
 from fatui.cli import DONE, FAILED, INTERRUPTED, NO_BACKEND, WRONG_USAGE, print_line
 
 COMMANDS: Final = {
@@ -24,6 +24,7 @@ COMMANDS: Final = {
     "tune": "let demo find the fastest candidate for a preset, show what it found, or forget it",
     "schema": "print the JSON Schema of result files",
     "report": "write what past runs found: tables, trends, charts, and which implementation to choose",
+    "completion": "print the completion script of a shell",
 }
 EXAMPLE: Final = """examples:
   fatui                         open the app
@@ -62,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Characters that the terminal's encoding lacks, such as ±, are printed as question marks.
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if problem := engine_problem():
+        print_line(problem)
+        return NO_BACKEND
     try:
         code = _run_and_report(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -143,6 +147,19 @@ def _dispatch(arguments: list[str]) -> int:
     return _open_app(arguments)
 
 
+def whole_parser() -> argparse.ArgumentParser:
+    """Return one parser of all commands and their options, for completion scripts and the manual page."""
+    parser = argparse.ArgumentParser(prog="fatui", description="A terminal lab for attention kernels on MLX.")
+    _add_app_options(parser)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        command = importlib.import_module(f"fatui.cli.{name}")
+        command.add_arguments(
+            commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        )
+    return parser
+
+
 def _open_app(arguments: list[str]) -> int:
     given = _app_parser().parse_all(arguments)
     if given.preset is not None:
@@ -181,10 +198,14 @@ def _app_parser() -> Parser:
     parser.add_argument(
         "preset", nargs="?", metavar="PRESET", help="a preset's name or file, loaded when the app opens"
     )
+    _add_app_options(parser)
+    return parser
+
+
+def _add_app_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", action="store_true", help="start measuring at once")
     parser.add_argument("--ascii", action="store_true", help="draw with ASCII characters only")
     parser.add_argument("--version", action="version", version=f"fatui {__version__}")
-    return parser
 
 
 def _check_preset(name: str) -> None:

@@ -31,6 +31,14 @@ def test_two_backends_at_once_are_warned_of(capsys, monkeypatch):
     assert "two backends overwrite each other's library: pip uninstall mlx-cpu mlx-cuda-12 mlx" in out
 
 
+def test_a_distribution_that_shares_the_engines_folder_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(diagnosis, "_installed", {"mlx": "0.32.4", "mlx-cpu": "0.32.4", "attention": "5.0.0"}.get)
+    main(["doctor", "--no-measure"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "another project's distribution of this name is installed, 5.0.0" in out
+    assert "pip uninstall attention, then pip install --force-reinstall --no-deps fatui" in out
+
+
 def test_a_slow_blas_is_told_with_its_cost_and_the_way_out(monkeypatch):
     rates = iter([3e9, 60e9])
     monkeypatch.setattr(diagnosis, "_rate", lambda product: next(rates))
