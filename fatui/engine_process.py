@@ -167,7 +167,7 @@ class Engine:
                 from fatui.rank_launch import rank_launches
 
                 ranks = ranks_of(self.record.plan.cases[self._assignment.first_case])
-                return await self._run_group(mark, rank_launches(ranks, self._hosts))
+                return await self._run_group(mark, rank_launches(ranks, self._hosts, self.record.plan.blas))
             return await self._run_alone(mark)
         finally:
             os.close(mark)

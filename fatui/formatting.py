@@ -22,6 +22,10 @@ from attention.core.stream import FULL, RECOMPUTED, STREAMING, WINDOW
 from attention.core.workload import COUNTERPARTS, Counterpart, Workload
 
 UNKNOWN: Final = "n/a"
+CPU_DTYPE_REASON: Final = (
+    "models on a CPU run in float32 by default: MLX multiplies 16-bit matrices there by loops of its own, many times "
+    "slower than a BLAS"
+)
 INSTALL_BACKEND: Final = "pip install 'fatui[cpu]', 'fatui[cuda12]' or 'fatui[cuda13]' on Linux, 'fatui' on macOS"
 REMEDIES: Final = {
     None: "",

@@ -17,7 +17,7 @@ from msgspec import Struct, structs
 
 from attention.core.errors import UsageError
 from attention.core.files import expand_home, read_bounded
-from attention.core.plan import RankSetting, RunOptions
+from attention.core.plan import Blas, RankSetting, RunOptions
 
 STARTING_PORT: Final = 32323
 """The first port of ranks on other hosts, as in `mlx.launch`."""
@@ -149,7 +149,7 @@ def hosts_of(options: RunOptions) -> Hosts | None:
     return parse_hosts(",".join(options.hosts)) if options.hosts else None
 
 
-def rank_launches(ranks: int, hosts: Hosts | None) -> list[RankLaunch]:
+def rank_launches(ranks: int, hosts: Hosts | None, blas: Blas = "mlx") -> list[RankLaunch]:
     """Return how each rank is started; on hosts in the order of the list, as many to each.
 
     Fewer ranks than hosts run on the first ones.
@@ -184,6 +184,7 @@ def rank_launches(ranks: int, hosts: Hosts | None) -> list[RankLaunch]:
             place=taken[host.name],
             places=places[host.name],
             orphan_s=None if host.local else ORPHAN_S,
+            blas=blas,
         )
         taken[host.name] += 1
         launches.append(_launch(setting, host, given))

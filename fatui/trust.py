@@ -23,7 +23,7 @@ UNRECORDED: Final = "conditions"
 """The topic of the finding that conditions are not known."""
 SLOW_GOVERNORS: Final = ("powersave", "conservative")
 PRELOAD: Final = (
-    "install OpenBLAS (Debian, Ubuntu: apt install libopenblas0), "
+    "use --blas numpy, or install OpenBLAS (Debian, Ubuntu: apt install libopenblas0), "
     "then put LD_PRELOAD=libopenblas.so.0 in front of the command"
 )
 

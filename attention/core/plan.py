@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from msgspec import Struct
 
@@ -14,6 +14,8 @@ from attention.core.workload import FineTuning, Generation, Workload
 REFERENCE: Final = "baseline"
 MAX_CASES: Final = 1_000
 """Maximum cases of a sweep."""
+Blas = Literal["mlx", "numpy"]
+BLAS: Final[tuple[Blas, ...]] = ("mlx", "numpy")
 
 
 class RunOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -34,6 +36,8 @@ class RunOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Run cases even if they are predicted not to fit."""
     seed: int = 0
     """Seed of the random inputs."""
+    blas: Blas = "mlx"
+    """What multiplies float32 matrices on a CPU: MLX's BLAS, or numpy's in its place."""
     hosts: tuple[str, ...] = ()
     """Machines for the ranks, as names for ssh or "HOST:PORT"; empty: all ranks run on this machine."""
     hostfile: str | None = None
@@ -69,6 +73,7 @@ class GenerationPlan(RunOptions, frozen=True, kw_only=True, forbid_unknown_field
     implementations: tuple[str, ...] = MODEL_IMPLEMENTATIONS
     seconds: float = 10.0
     """Time limit of the rounds of one phase at one prompt length, in seconds."""
+    blas: Blas = "numpy"
 
 
 class FineTuningPlan(RunOptions, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="fine-tuning"):
@@ -79,6 +84,7 @@ class FineTuningPlan(RunOptions, frozen=True, kw_only=True, forbid_unknown_field
     implementations: tuple[str, ...] = MODEL_IMPLEMENTATIONS
     seconds: float = 300.0
     """Time limit of each fine-tuning, in seconds."""
+    blas: Blas = "numpy"
 
 
 class StreamPlan(RunOptions, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="stream"):
@@ -124,6 +130,7 @@ class RankSetting(Struct, frozen=True, kw_only=True):
     """Number of the rank among those of its host: which GPU it takes, and which cores."""
     places: int = 1
     """Number of ranks of its host."""
+    blas: Blas = "mlx"
     orphan_s: float | None = None
     """Seconds without a line on stdin after which the process ends, on a host that may lose its link; None: never."""
 

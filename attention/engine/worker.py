@@ -10,6 +10,7 @@ import select
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final
 import msgspec
 
 from attention.core import events as on
-from attention.core.errors import NoBackendError, UsageError, error_line
-from attention.core.plan import Assignment, FineTuningPlan, GenerationPlan, Plan, RankSetting, StreamPlan
+from attention.core.errors import KernelUnavailable, NoBackendError, UsageError, error_line
+from attention.core.plan import Assignment, Blas, FineTuningPlan, GenerationPlan, Plan, RankSetting, StreamPlan
 from attention.engine.case_runner import CaseRunner, DeviceStateUnknown, Mark
 from attention.engine.progress import Emit
+from attention.measure.device import computes_on_cpu, usable_cores
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -55,7 +57,26 @@ def main() -> int:
         return _run_rank(msgspec.json.decode(arguments.rank, type=RankSetting), emit, mark)
     assignment = msgspec.json.decode(sys.stdin.buffer.readline(), type=Assignment)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
+    _load_blas(assignment.plan.blas, emit)
     return _run(assignment, emit, mark)
+
+
+def _load_blas(blas: Blas, emit: Emit, places: int = 1) -> None:
+    """Load the BLAS of a run on a CPU, before MLX is imported; where that fails, report why and keep MLX's own.
+
+    Args:
+        blas: the plan's.
+        emit: the sink for events.
+        places: number of such processes that share the cores.
+    """
+    if blas == "mlx" or not computes_on_cpu():
+        return
+    from attention.kernels.cpu.blas import load
+
+    try:
+        load(max(1, usable_cores() // places) if places > 1 else None)
+    except KernelUnavailable as unavailable:
+        emit(on.Message(level="info", text=f"matrix products are MLX's own, not numpy's: {unavailable}"))
 
 
 def _run(assignment: Assignment, emit: Emit, mark: Mark, member: "Member | None" = None) -> int:
@@ -104,6 +125,8 @@ def _run_rank(setting: RankSetting, emit: Emit, mark: Mark) -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = own_gpu(
         setting, os.environ.get("CUDA_VISIBLE_DEVICES")
     )  # before MLX is imported
+    messages: list[on.AnyEvent] = []
+    _load_blas(setting.blas, messages.append, setting.places)
     try:
         from attention.engine import ranks
     except ImportError as error:  # MLX for CUDA cannot be imported without a device
@@ -114,13 +137,15 @@ def _run_rank(setting: RankSetting, emit: Emit, mark: Mark) -> int:
 
     status = ranks.RankStatus()
     try:
-        return _join_and_run(setting, emit, mark, status)
+        return _join_and_run(setting, emit, mark, status, messages)
     except BaseException as error:  # sys.exit() in a call, too
         emit(ranks.failure(setting.rank, error, status.running))
         return 1
 
 
-def _join_and_run(setting: RankSetting, emit: Emit, mark: Mark, status: "RankStatus") -> int:
+def _join_and_run(
+    setting: RankSetting, emit: Emit, mark: Mark, status: "RankStatus", messages: Sequence[on.AnyEvent]
+) -> int:
     from attention.engine.ranks import Member, backend_of, join, measure_group, pin_cores
     from attention.kernels.common.cache import code_fingerprint
     from attention.measure.device import probe
@@ -140,6 +165,8 @@ def _join_and_run(setting: RankSetting, emit: Emit, mark: Mark, status: "RankSta
             python=platform.python_version(),
         )
     )
+    for message in messages if setting.rank == 0 else ():
+        emit(message)
     assignment = msgspec.json.decode(sys.stdin.buffer.readline(), type=Assignment)
     threading.Thread(target=_exit_with_parent, args=(setting.orphan_s,), daemon=True).start()
     threading.Thread(target=_beat, args=(setting, emit, status), daemon=True).start()

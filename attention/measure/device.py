@@ -4,7 +4,7 @@ import math
 import os
 import platform
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final, Literal
 
@@ -16,6 +16,8 @@ from attention.core.results import Environment
 Backend = Literal["cpu", "metal", "cuda"]
 MAX_CPU_RANKS: Final = 8
 NOT_MLX: Final = ("numpy", "scipy", "torch")
+NUMPY_BLAS: Final = "numpy-openblas"
+"""Start of the file name of the library that forwards MLX's products to numpy's OpenBLAS."""
 
 
 class Device(Struct, frozen=True, kw_only=True):
@@ -111,6 +113,19 @@ def cpu_quota(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
         return None
 
 
+def computes_on_cpu() -> bool:
+    """Return whether MLX's default device is the CPU, by the installed packages: MLX is not imported."""
+    names = ("mlx-cuda-12", "mlx-cuda-13", "mlx-metal")
+    return sys.platform == "linux" and not any(_is_installed(name) for name in names)
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
+
+
 def usable_cores() -> int:
     """Return the number of CPU cores that this process may keep busy: of its affinity, within its quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -142,10 +157,29 @@ def blas() -> str | None:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return None
-    loaded = {line.split(maxsplit=5)[-1].lower() for line in lines if ".so" in line}
-    names = " ".join(Path(path).name for path in loaded if not any(f"/{other}" in path for other in NOT_MLX))
+    loaded = {line.split(maxsplit=5)[-1] for line in lines if ".so" in line}
+    forwarding = next((path for path in loaded if Path(path).name.startswith(NUMPY_BLAS)), None)
+    if forwarding is not None and _forwards(forwarding):
+        return "numpy's OpenBLAS"
+    loaded.discard(forwarding or "")
+    theirs = [path.lower() for path in loaded]
+    names = " ".join(Path(path).name for path in theirs if not any(f"/{other}" in path for other in NOT_MLX))
     known = {"openblas": "OpenBLAS", "mkl": "MKL", "blis": "BLIS", "libblas": "reference BLAS"}
     return next((title for part, title in known.items() if part in names), None)
+
+
+def _forwards(library: str) -> bool:
+    """Return whether MLX's products go through a loaded library, by computing one."""
+    import ctypes
+
+    import mlx.core as mx
+
+    count = ctypes.CDLL(library).attention_blas_products
+    count.restype = ctypes.c_uint64
+    before = count()
+    with mx.stream(mx.cpu):
+        mx.eval(mx.ones((2, 2)) @ mx.ones((2, 2)))
+    return bool(count() > before)
 
 
 def environment(device: Device) -> Environment:

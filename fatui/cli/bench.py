@@ -76,6 +76,7 @@ def _command(arguments: argparse.Namespace, preset: "Preset") -> str:
         "impl": arguments.impl,
         "seconds": arguments.seconds,
         "memory-limit": arguments.memory_limit,
+        "blas": arguments.blas,
         "force": arguments.force,
         "hosts": arguments.hosts,
         "hostfile": arguments.hostfile,

@@ -26,7 +26,7 @@ Exit codes: 0 done, 1 a row failed or is inaccurate, 2 wrong usage, 3 no backend
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
     from attention.core.plan import FineTuningPlan
-    from fatui.cli.options import add_limit_options, add_model_options
+    from fatui.cli.options import DTYPE_HELP, add_limit_options, add_model_options
     from fatui.cli.output import add_export_options
 
     add_model_options(parser, EXAMPLE)
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", metavar="N", default="4", help="sequences of an iteration (4)")
     parser.add_argument("--rank", metavar="N", default="8", help="rank of the LoRA weights (8)")
     parser.add_argument("--lora-layers", metavar="N", default="16", help="the last layers are tuned (16, as mlx-lm)")
-    parser.add_argument("--dtype", default="bfloat16", help="float32, float16 or bfloat16 (bfloat16)")
+    parser.add_argument("--dtype", help=DTYPE_HELP)
     parser.add_argument("--data", metavar="FILE", help="a text file to learn")
     add_limit_options(parser, f"time limit of each fine-tuning ({FineTuningPlan(cases=()).seconds:g})")
     add_export_options(parser)
@@ -52,9 +52,11 @@ def run(arguments: argparse.Namespace) -> int:
     from attention.mlx_lm.configuration import check_mlx_lm
 
     check_mlx_lm()
+    from fatui.cli.options import print_dtype_reason
     from fatui.cli.run import run_plan
     from fatui.reproduce import finetune_command
 
+    print_dtype_reason(arguments.dtype)
     return run_plan(plan, finetune_command(plan), None, exports)
 
 
@@ -70,7 +72,7 @@ def _case(arguments: argparse.Namespace) -> "FineTuning":
     from attention.core.workload import FineTuning
     from attention.mlx_lm.configuration import find_model
     from attention.mlx_lm.text import read
-    from fatui.cli.options import whole_numbers
+    from fatui.cli.options import model_dtype, whole_numbers
 
     layers = find_model(arguments.model).layers
     read(arguments.data, "data")
@@ -80,7 +82,7 @@ def _case(arguments: argparse.Namespace) -> "FineTuning":
         model=arguments.model,
         layers=layers,
         tuned_layers=min(tuned, layers),
-        dtype=arguments.dtype,
+        dtype=model_dtype(arguments.dtype),  # type: ignore[arg-type]  # checked as it is made
         data=arguments.data,
         **sizes,
     )

@@ -35,7 +35,7 @@ Exit codes: 0 done, 1 a case failed or is inaccurate, 2 wrong usage, 3 no backen
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
     from attention.core.plan import GenerationPlan
-    from fatui.cli.options import add_host_options, add_limit_options, add_model_options
+    from fatui.cli.options import DTYPE_HELP, add_host_options, add_limit_options, add_model_options
     from fatui.cli.output import add_export_options
 
     add_model_options(parser, EXAMPLE)
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--generate", metavar="N", default=GENERATE, help=f"tokens of a decode sample ({GENERATE})")
     parser.add_argument("--batch", metavar="A,B", default="1", help="sequences at once (1)")
     parser.add_argument("--layers", metavar="N", help="run only N layers, at least 2, and estimate the whole model")
-    parser.add_argument("--dtype", default="bfloat16", help="float32, float16 or bfloat16 (bfloat16)")
+    parser.add_argument("--dtype", help=DTYPE_HELP)
     parser.add_argument("--ranks", metavar="N", help="devices among which the sequence is divided (1)")
     parser.add_argument("--kv-format", metavar="A,B", default=DENSE, help=KV_HELP)
     seconds = GenerationPlan(cases=()).seconds
@@ -63,9 +63,11 @@ def run(arguments: argparse.Namespace) -> int:
     from attention.mlx_lm.configuration import check_mlx_lm
 
     check_mlx_lm()
+    from fatui.cli.options import print_dtype_reason
     from fatui.cli.run import run_plan
     from fatui.reproduce import model_command
 
+    print_dtype_reason(arguments.dtype)
     return run_plan(plan, model_command(plan), None, exports)
 
 
@@ -89,7 +91,7 @@ def _ranks(arguments: argparse.Namespace) -> int:
 def _cases(arguments: argparse.Namespace) -> tuple[Any, ...]:
     from attention.core.workload import generations
     from attention.mlx_lm.configuration import find_model
-    from fatui.cli.options import MAX_SHOWN, whole_numbers
+    from fatui.cli.options import MAX_SHOWN, model_dtype, whole_numbers
 
     configuration = find_model(arguments.model)
     formats = [part.strip()[:MAX_SHOWN] for part in arguments.kv_format.split(",")]
@@ -101,7 +103,7 @@ def _cases(arguments: argparse.Namespace) -> tuple[Any, ...]:
         batches=whole_numbers(arguments.batch, "--batch"),
         generate=whole_numbers(arguments.generate, "--generate", single=True)[0],
         measured_layers=whole_numbers(arguments.layers, "--layers", single=True)[0] if arguments.layers else None,
-        dtype=arguments.dtype,
+        dtype=model_dtype(arguments.dtype),
         ranks=_ranks(arguments),
     )
     for case in cases:

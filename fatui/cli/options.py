@@ -11,7 +11,16 @@ from attention.core.errors import UsageError
 from attention.core.plan import MAX_CASES, MODEL_IMPLEMENTATIONS, FineTuningPlan, GenerationPlan, RunOptions
 from attention.core.workload import MAX_SIZES, Workload
 from fatui.quantities import parse_number, parse_size
-from fatui.storage.presets import FIELDS, MAX_SECONDS, MIN_SECONDS, check_names, given_fields, number_between, workloads
+from fatui.storage.presets import (
+    FIELDS,
+    MAX_SECONDS,
+    MIN_SECONDS,
+    check_blas,
+    check_names,
+    given_fields,
+    number_between,
+    workloads,
+)
 
 if TYPE_CHECKING:
     from fatui.cli.output import Export
@@ -34,6 +43,11 @@ HELP: Final = {
     "pass": "forward, training or decode",
 }
 MAX_SHOWN: Final = 80
+BLAS_HELP: Final = (
+    "what multiplies float32 matrices on a CPU: MLX as shipped, or numpy's OpenBLAS in place of a reference BLAS "
+    "(mlx; for whole models numpy)"
+)
+DTYPE_HELP: Final = "float32, float16 or bfloat16 (bfloat16; on a CPU float32)"
 
 
 def add_workload_options(parser: argparse.ArgumentParser) -> None:
@@ -146,7 +160,7 @@ class Problems:
 
 
 def add_limit_options(parser: argparse.ArgumentParser, seconds: str) -> None:
-    """Add --seconds, --memory-limit and --force.
+    """Add --seconds, --memory-limit, --blas and --force.
 
     Args:
         parser: the parser to extend.
@@ -154,6 +168,7 @@ def add_limit_options(parser: argparse.ArgumentParser, seconds: str) -> None:
     """
     parser.add_argument("--seconds", metavar="S", help=seconds)
     parser.add_argument("--memory-limit", metavar="SIZE", help="refuse cases that need more memory, such as 8GiB")
+    parser.add_argument("--blas", metavar="mlx|numpy", help=BLAS_HELP)
     parser.add_argument("--force", action="store_true", help="also run cases predicted not to fit in memory")
 
 
@@ -191,7 +206,7 @@ def override_options(defaults: P, arguments: argparse.Namespace, problems: Probl
 
     Args:
         defaults: a plan, or only its options.
-        arguments: the parsed command line with --impl, --seconds, --memory-limit and --force.
+        arguments: the parsed command line with --impl, --seconds, --memory-limit, --blas and --force.
         problems: collects what is wrong with them.
     """
     from fatui.rank_launch import hosts_of
@@ -205,6 +220,8 @@ def override_options(defaults: P, arguments: argparse.Namespace, problems: Probl
         given["seconds"] = problems.catch(lambda: parse_seconds(arguments.seconds, MIN_SECONDS, MAX_SECONDS))
     if arguments.memory_limit is not None:
         given["memory_limit_bytes"] = problems.catch(lambda: parse_size(arguments.memory_limit, "--memory-limit"))
+    if arguments.blas is not None:
+        given["blas"] = problems.catch(lambda: check_blas(arguments.blas, "--blas"))
     return structs.replace(defaults, **given)
 
 
@@ -260,6 +277,22 @@ def model_plan(
     exports = mistakes.catch(lambda: requested_exports(arguments))
     mistakes.raise_all()
     return plan, exports or []
+
+
+def model_dtype(given: str | None) -> str:
+    """Return the dtype of a model's weights: as given, or by default the one that its products are fast in."""
+    from attention.measure.device import computes_on_cpu
+
+    return given or ("float32" if computes_on_cpu() else "bfloat16")
+
+
+def print_dtype_reason(given: str | None) -> None:
+    """Print why the default of `model_dtype` is float32, if it is and no dtype was given."""
+    from fatui import cli
+    from fatui.formatting import CPU_DTYPE_REASON
+
+    if given is None and model_dtype(None) == "float32":
+        cli.print_line(f"{CPU_DTYPE_REASON} (--dtype bfloat16 selects it)")
 
 
 def whole_numbers(text: str, option: str, *, single: bool = False) -> list[int]:

@@ -13,7 +13,7 @@ from msgspec import Struct
 from attention.core.errors import UsageError, suggestion
 from attention.core.files import expand_home, make_folder, parse_toml, read_bounded
 from attention.core.kv_format import DENSE
-from attention.core.plan import DEFAULTS, MAX_CASES, Plan, RunOptions, expand
+from attention.core.plan import BLAS, DEFAULTS, MAX_CASES, Blas, Plan, RunOptions, expand
 from attention.core.workload import DEFAULTS_FROM, MAX_SIZES, Workload
 from attention.implementations import check_name
 from fatui import storage
@@ -23,7 +23,7 @@ SCHEMA: Final = 1
 FIELDS: Final = (*MAX_SIZES, "dtype", "kv_format", "mask", "pass")
 KEYS: Final = (
     *("schema", "title", "summary", "implementations", "seconds", "precision", "memory_limit", "seed"),
-    *("hosts", "hostfile"),
+    *("blas", "hosts", "hostfile"),
     *("workload", "sweep", "case"),
 )
 MAX_SECONDS: Final = 3_600.0
@@ -94,6 +94,7 @@ class _Reader:
             precision=self._number("precision", DEFAULTS.precision, 1e-6, 1.0),
             memory_limit_bytes=self._memory_limit(),
             seed=self._seed(),
+            blas=self._blas(),
             hosts=self._hosts(),
             hostfile=self._text("hostfile") or None,
             cases=self._cases(),
@@ -136,6 +137,13 @@ class _Reader:
             return got
         self.problems.append(f"seed: got {got!r}; it takes a whole number from 0")
         return DEFAULTS.seed
+
+    def _blas(self) -> Blas:
+        try:
+            return check_blas(self.document.get("blas", DEFAULTS.blas), "blas")
+        except UsageError as error:
+            self.problems.extend(error.problems)
+            return DEFAULTS.blas
 
     def _memory_limit(self) -> int | None:
         if "memory_limit" not in self.document:
@@ -248,6 +256,19 @@ def number_between(value: object, name: str, least: float, most: float) -> float
     raise UsageError(f"{name}: got {value!r}; it takes a number from {least:g} to {most:g}")
 
 
+def check_blas(value: object, name: str) -> Blas:
+    """Return the name of a BLAS.
+
+    Raises:
+        UsageError: naming the option, the value and what is accepted.
+    """
+    for known in BLAS:
+        if value == known:
+            return known
+    shown = value[:40] if isinstance(value, str) else value
+    raise UsageError(f"{name}: got {shown!r}; it takes {' or '.join(BLAS)}")
+
+
 def check_names(names: list[str]) -> tuple[str, ...]:
     """Return the implementations' names without duplicates.
 
@@ -281,6 +302,8 @@ def to_toml(preset: Preset) -> str:
         document["memory_limit"] = size_text(preset.memory_limit_bytes)
     if preset.seed:
         document["seed"] = preset.seed
+    if preset.blas != DEFAULTS.blas:
+        document["blas"] = preset.blas
     if preset.hosts:
         document["hosts"] = list(preset.hosts)
     if preset.hostfile:

@@ -188,9 +188,7 @@ def test_ranks_of_different_versions_are_refused(monkeypatch: pytest.MonkeyPatch
         )
 
     launches = rank_launch.rank_launches
-    monkeypatch.setattr(
-        rank_launch, "rank_launches", lambda ranks, hosts: [differing(each) for each in launches(ranks, hosts)]
-    )
+    monkeypatch.setattr(rank_launch, "rank_launches", lambda *given: [differing(each) for each in launches(*given)])
     ran = run(plan(cases=(ON_TWO, SMALL)))
     assert ran.row("baseline", 0).status == "failed"
     assert words in (ran.row("baseline", 0).reason or "")

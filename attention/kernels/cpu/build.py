@@ -40,13 +40,19 @@ class Toolchain:
         return next(self.mlx.glob("core.*.so"))
 
 
-def _package_folder(name: str) -> Path | None:
+def package_folder(name: str) -> Path | None:
+    """Return the folder of an installed package, without importing it; None if there is none."""
     spec = importlib.util.find_spec(name)
     places = list(spec.submodule_search_locations or []) if spec else []
     return Path(places[0]) if places else None
 
 
-def _compiler() -> tuple[str, ...]:
+def compiler() -> tuple[str, ...]:
+    """Return the command of the C++ compiler, $CXX if set.
+
+    Raises:
+        KernelUnavailable: there is none.
+    """
     wished = os.environ.get("CXX")
     for command in [wished] if wished else ["c++", "g++", "clang++"]:
         words = shlex.split(command)
@@ -64,18 +70,18 @@ def find() -> Toolchain:
     """
     if sys.platform not in ("linux", "darwin"):
         raise KernelUnavailable(f"the kernel is built on Linux and macOS only, not on {sys.platform}")
-    mlx = _package_folder("mlx")
+    mlx = package_folder("mlx")
     if mlx is None or next(mlx.glob("core.*.so"), None) is None:
         raise KernelUnavailable("MLX is not installed")
     if not (mlx / "include" / "mlx" / "primitives.h").exists():
         raise KernelUnavailable("this MLX ships no C++ headers")
-    nanobind = _package_folder("nanobind")
+    nanobind = package_folder("nanobind")
     if nanobind is None:
         raise KernelUnavailable("nanobind is not installed (pip install nanobind)")
     include = Path(sysconfig.get_paths()["include"])
     if not (include / "Python.h").exists():
         raise KernelUnavailable(f"no Python.h in {include} (install the Python development headers)")
-    return Toolchain(_compiler(), include, nanobind, mlx)
+    return Toolchain(compiler(), include, nanobind, mlx)
 
 
 def _abi_tag(module: Path) -> str:

@@ -16,6 +16,7 @@ from attention.core.errors import NoBackendError, UsageError
 from attention.core.plan import MODEL_IMPLEMENTATIONS, FineTuningPlan, GenerationPlan, ModelPlan
 from attention.core.results import Report
 from attention.core.workload import FineTuning, generations
+from attention.measure.device import computes_on_cpu
 from attention.mlx_lm.configuration import bundled_names, check_mlx_lm, find_model
 from fatui import formatting
 from fatui.report.table import report_table
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 IDLE: Final = "{run} runs the setup above; a timed call then estimates the total, before the rounds start."
 ROOMY: Final = 34
 """Minimum terminal rows at which the charts of a finished run stay visible above its table."""
+MODEL_DTYPES: Final = ("bfloat16", "float16", "float32")
 FOLDER: Final = "a folder with config.json and weights; enter adds it"
 
 
@@ -94,6 +96,11 @@ class ModelScreen(Screen[None]):
     @abstractmethod
     def draw(self, session: ModelSession) -> None:
         """Draw the charts of a run."""
+
+    @staticmethod
+    def dtypes() -> tuple[str, ...]:
+        """Return the types of a model's weights, the default first."""
+        return MODEL_DTYPES[::-1] if computes_on_cpu() else MODEL_DTYPES
 
     def _model_choice(self, chosen: dict[str, tuple[str, ...]]) -> Choice:
         known = tuple(dict.fromkeys((*bundled_names(), *chosen.get("model", ()))))
@@ -249,7 +256,7 @@ class Models(ModelScreen):
             Choice("generate", ("64", "8", "16", "256"), id="generate", typed_option=str),
             Choice("layers", (WHOLE, "2", "4", "8"), id="layers", typed_option=str),
             Choice("batch", ("1", "4", "16"), id="batch", typed_option=str),
-            Choice("type", ("bfloat16", "float16", "float32"), id="dtype"),
+            Choice("type", self.dtypes(), id="dtype"),
             Choice("K/V", kv_format.options(()), id="kv_format", typing=kv_format, say=self._say_format),
         ]
 
@@ -315,7 +322,7 @@ class FineTunings(ModelScreen):
             Choice("seq", ("512", "128", "1024", "2048"), id="seq", typed_option=str),
             Choice("batch", ("4", "1", "2", "8"), id="batch", typed_option=str),
             Choice("rank", ("8", "4", "16", "64"), id="rank", typed_option=str),
-            Choice("type", ("bfloat16", "float16", "float32"), id="dtype"),
+            Choice("type", self.dtypes(), id="dtype"),
         ]
 
     def charts(self) -> list[Widget]:

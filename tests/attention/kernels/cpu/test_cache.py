@@ -168,8 +168,8 @@ def test_without_python_headers_it_says_so(fresh, monkeypatch, tmp_path):
 
 
 def test_without_nanobind_it_says_so(fresh, monkeypatch):
-    found = build._package_folder
-    monkeypatch.setattr(build, "_package_folder", lambda name: None if name == "nanobind" else found(name))
+    found = build.package_folder
+    monkeypatch.setattr(build, "package_folder", lambda name: None if name == "nanobind" else found(name))
     assert "nanobind" in cpu.availability()[1]
 
 
