@@ -1,6 +1,6 @@
 // A consumer warpgroup's part of the pipeline: its waits, releases and turns, and its work.
 
-// A consumer's position in the rings and in its work: key tile `n`, counted down to `first`, the first that it sees.
+// A consumer's position in the rings and in its work: key tile `n`, counted down to `first`.
 struct Position {
   const Memory memory;
   const int index;
@@ -8,7 +8,7 @@ struct Position {
   Schedule schedule;
   Work work;
   u32 query = 0;
-  int n = 0, first = 0;
+  int n = 0, skips = 0;  // skips: trailing key tiles of the work that are masked for all queries of this consumer
 
   DEVICE Position(const Memory& memory, int index, const Schedule& schedule)
       : memory(memory), index(index), schedule(schedule) {
@@ -27,7 +27,7 @@ struct Position {
     if constexpr (LISTS) __syncwarp();  // every lane has read what masks the tile
     release(memory.key_empty(keys.stage));
     keys.advance();
-    if (n == first) release_query();  // after the last scores
+    if (n == work.first) release_query();  // after the last scores
   }
   DEVICE void release_values() {
     release(memory.value_empty(values.stage));
@@ -39,22 +39,19 @@ struct Position {
   DEVICE void pass_turn() const {
     if constexpr (!OVERLAP) named_arrive(TURN_BARRIER + (index + 1) % CONSUMERS, 2 * WARPGROUP);
   }
-  // Skips key tiles that are masked for all queries of this consumer, with a turn for each.
-  DEVICE void pass_unseen(int count) {
+  // Skips the key tiles that are masked for all queries of this consumer.
+  DEVICE void pass_unseen() {
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      wait_turn();
+    for (int i = 0; i < skips; ++i) {
       pass_turn();
       await_keys();
       release(memory.key_empty(keys.stage));
       keys.advance();
       await_values();
       release_values();
+      wait_turn();
     }
   }
-  // Number of key tiles of the work after those that this consumer sees, which are processed first, and before them.
-  DEVICE int later() const { return work.end - 1 - n; }
-  DEVICE int earlier() const { return WINDOW ? first - work.first : 0; }
 
   // Starts the next work once its queries are loaded; returns false at the end of the list.
   DEVICE bool next_work(const Problem& problem) {
@@ -63,18 +60,15 @@ struct Position {
     barrier_wait(memory.query_full(buffer), work.query_parity());
     query = memory.query(buffer);
     asm volatile("" : "+r"(query));  // opaque, so that with a single buffer derived values do not stay in vector registers
-    const int end = LISTS ? work.end : problem.key_blocks_of_warpgroup(top(), work.first, work.end);
-    n = end - 1, first = problem.first_block_of_warpgroup(top(), work.first, end);
+    n = (LISTS ? work.end : problem.key_blocks_of_warpgroup(top(), work.first, work.end)) - 1;
+    skips = work.end - 1 - n;
     return true;
   }
   DEVICE bool sees_nothing() const { return n < work.first; }
 
   // First row of this consumer, and of this thread.
   DEVICE int top() const { return work.block * BLOCK_M + index * WARPGROUP_ROWS; }
-  DEVICE int row() const { return row_of(work.block); }
-  DEVICE int row_of(int block) const {
-    return block * BLOCK_M + index * WARPGROUP_ROWS + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
-  }
+  DEVICE int row() const { return top() + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
 
   // Masks the scores by causality, window and the end of the keys.
   DEVICE void mask_bounds(Scores& scores, const Problem& problem) const {

@@ -33,7 +33,6 @@ struct Consumer : Position {
   DEVICE bool next_work(const Problem& problem) {
     if (!Position::next_work(problem)) return false;
     if constexpr (ALIBI) slope = problem.slopes[schedule.plane() % problem.heads];
-    pass_unseen(later());
     return true;
   }
 
@@ -57,22 +56,22 @@ struct Consumer : Position {
     softmax(scores, rows, problem.scale_log2);
   }
 
-  // Writes the rows of the work before `place`, or their part of a split tile; the last part to finish combines them.
-  DEVICE void finish(Output& out, Rows& rows, const Schedule& place, const Problem& problem, const Results& results) const {
-    const Part part(same_in_warp(place.part()));
+  // Writes the rows of the work, or their part of a split tile; the last part to finish combines them.
+  DEVICE void finish(Output& out, Rows& rows, const Problem& problem, const Results& results) const {
+    const Part part(same_in_warp(schedule.part()));
     if (part.count > 0) {
       if (!same_in_warp(leave_part(out, rows, results.parts, part))) return;
       join_parts(out, rows, results.parts, part, problem.scale_log2);
     }
-    const u64 plane_rows = static_cast<u64>(place.plane()) * problem.queries;
-    const int row = row_of(place.block());
-    finish_rows(out, rows, results.rows.from(plane_rows), row, problem);
-    store_output(results.output + (plane_rows + row) * problem.columns * 2, out, problem.queries - row, problem.columns);
+    const u64 plane_rows = static_cast<u64>(schedule.plane()) * problem.queries;
+    finish_rows(out, rows, results.rows.from(plane_rows), row(), problem);
+    store_output(results.output + (plane_rows + row()) * problem.columns * 2, out, problem.queries - row(), problem.columns);
   }
 };
 
 // Processes the key tiles of a consumer's work, at least one, with overlap inside the consumer.
 DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Output& out, Rows& rows) {
+  consumer.pass_unseen();
   Scores scores;
   Weights weights;
   start_scores(scores, consumer.query, consumer.await_keys());
@@ -80,7 +79,7 @@ DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Outpu
   u32 value = consumer.await_values();
   pack_weights(weights, scores);
 #pragma unroll 1
-  while (consumer.n > consumer.first) {
+  while (consumer.n > consumer.work.first) {
     --consumer.n;
     const u32 key = consumer.await_keys();
     start_scores(scores, consumer.query, key);
@@ -106,11 +105,12 @@ DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Outpu
 // Processes the key tiles of a consumer's work without overlap inside the consumer: consumers overlap with each other.
 DEVICE void attend_in_turns(Consumer& consumer, const Problem& problem, Output& out, Rows& rows) {
   consumer.wait_turn();
+  consumer.pass_unseen();
   Scores scores;
   Weights weights;
   u32 key = consumer.await_keys();
 #pragma unroll 1
-  for (const int last = consumer.n; consumer.n >= consumer.first; --consumer.n) {
+  for (const int last = consumer.n; consumer.n >= consumer.work.first; --consumer.n) {
     start_scores(scores, consumer.query, key);
     consumer.pass_turn();
     if (consumer.n < last) consumer.release_values();
@@ -119,7 +119,7 @@ DEVICE void attend_in_turns(Consumer& consumer, const Problem& problem, Output& 
     pack_weights(weights, scores);
     const u32 value = consumer.await_values();
     // before the turn, so that nothing delays the next scores
-    if (consumer.n > consumer.first) key = consumer.await_keys();
+    if (consumer.n > consumer.work.first) key = consumer.await_keys();
     consumer.wait_turn();
     start_output(out, weights, value);
     wgmma_wait<0>();
@@ -130,23 +130,13 @@ DEVICE void attend_in_turns(Consumer& consumer, const Problem& problem, Output& 
 }
 
 DEVICE void consume(Consumer& consumer, const Problem& problem, const Results& results) {
-  bool more = consumer.next_work(problem);
-  while (more) {
+  while (consumer.next_work(problem)) {
     Output out = {};
     Rows rows;
     if (consumer.sees_nothing()) consumer.release_query();
     else if constexpr (OVERLAP) attend_overlapping(consumer, problem, out, rows);
     else attend_in_turns(consumer, problem, out, rows);
-    const Schedule place = consumer.schedule;
-    // With a window, rows are written while other consumers compute: before the turns for tiles of this work that only others
-    // see or, if there are none, after those for tiles of the next work.
-    const bool early = !WINDOW || consumer.earlier() > 0;
-    if (!early) more = consumer.next_work(problem);
-    consumer.finish(out, rows, place, problem, results);
-    if (early) {
-      consumer.pass_unseen(consumer.earlier());
-      more = consumer.next_work(problem);
-    }
+    consumer.finish(out, rows, problem, results);
   }
 }
 

@@ -51,10 +51,6 @@ struct Problem {
     const int seen = first_row < queries ? last_seen_by(min(queries, first_row + WARPGROUP_ROWS) - 1) : 0;
     return min(tile_blocks, max((seen + BLOCK_N - 1) / BLOCK_N, first_block + 1));
   }
-  // First of the key tiles before `end_block` that a warpgroup needs.
-  DEVICE int first_block_of_warpgroup(int first_row, int first_block, int end_block) const {
-    return WINDOW ? min(end_block - 1, max(first_block, first_seen_by(first_row) / BLOCK_N)) : first_block;
-  }
 };
 
 // Softmax state of a thread's two rows. `sum` covers only the thread's columns until `finish_rows`.
