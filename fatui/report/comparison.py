@@ -9,19 +9,70 @@ the other, the change is the geometric mean, and its interval has in it how much
 import math
 from collections.abc import Sequence
 from statistics import median
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from attention.core import statistics
-from attention.core.results import AnyCase, NoiseFloor, Ratio, Report, Row
+from attention.core.results import (
+    AnyCase,
+    Case,
+    FineTuningCase,
+    ModelCase,
+    NoiseFloor,
+    Ratio,
+    Report,
+    Row,
+    StreamCase,
+)
 from attention.core.stream import Stream
 from attention.core.workload import FineTuning, Generation, Workload
+from attention.engine.record import UNITY
 
 AnyWorkload = Workload | Generation | FineTuning | Stream
 Outcome = Literal["FASTER", "SAME", "SLOWER", "UNDECIDED"]
 DEFAULT_TOLERANCE: Final = 0.05
 """The slowdown up to which a row counts as unchanged, unless one is given."""
+
+
+K = TypeVar("K", Case, ModelCase, FineTuningCase, StreamCase)
+
+
+def rebased(case: K, reference: str) -> K:
+    """Return a case with its speedups over another of its implementations; unchanged if that has no figures.
+
+    Rounds are paired as far as both have a sample in each; a fine-tuning, and rows with samples missing, are compared
+    by the intervals of their medians. The noise floor stays that of the case's own reference.
+    """
+    base = next((row for row in case.rows if row.implementation == reference and row.call_s), None)
+    if base is None or reference == case.reference:
+        return case
+    floor = case.noise_floor
+    paired = not isinstance(case, FineTuningCase | StreamCase)
+
+    def speedup(row: Row) -> Ratio | None:
+        if row.speedup is None and row.implementation != case.reference:
+            return None
+        if row.implementation == reference:
+            return UNITY
+        if paired and len(row.samples) == len(base.samples):
+            return statistics.speedup(base.samples, row.samples, floor)
+        if base.call_s is None or row.call_s is None:
+            return None
+        return statistics.ratio_of_medians(base.call_s, row.call_s, floor.floor if floor else math.inf)
+
+    rows = tuple(structs.replace(row, speedup=speedup(row)) for row in case.rows)
+    return structs.replace(case, rows=rows, reference=reference)
+
+
+def rebased_report(report: Report, reference: str) -> Report:
+    """Return a report with all speedups over another implementation."""
+    return structs.replace(
+        report,
+        cases=tuple(rebased(case, reference) for case in report.cases),
+        models=tuple(rebased(case, reference) for case in report.models),
+        fine_tunings=tuple(rebased(case, reference) for case in report.fine_tunings),
+    )
 
 
 class RowChange(Struct, frozen=True, kw_only=True):

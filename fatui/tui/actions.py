@@ -50,9 +50,16 @@ MAIN: Final = (
     Action("finetuning", "f", "Fine-tune", "Fine-tune a model with each implementation", "app.open('finetuning')"),
     Action("streaming", "a", "Streaming", "Follow a stream of tokens through a bounded cache", "app.open('streaming')"),
     Action("doctor", "D", "Doctor", "What is installed, and what is missing", "app.open('doctor')"),
-    Action("sort", "o", "Sort", "Sort the table by the next column", "screen.sort"),
+    Action("sort", "o", "Sort", "Choose the order of the table", "screen.sort"),
     Action("reverse", "O", "Reverse", "Reverse the order of the table", "screen.reverse"),
-    Action("find", "slash", "Search log", "Search the log for a word, n and N go on; or show a level", "screen.find"),
+    Action("reference", "b", "Reference", "Speedups over the row under the cursor, or as before", "screen.reference"),
+    Action(
+        "find",
+        "slash",
+        "Find",
+        "Filter the focused table, else search the log",
+        "screen.find",
+    ),
     Action("pause", "l", "Pause log", "Pause or resume the log; nothing is lost", "screen.pause"),
     Action("unfold", "u", "Unfold", "Show or hide controls at their defaults, where room is short", "screen.unfold"),
     Action("live_view", "v", "View", "Live: a common scale, own scales, or ratios by round", "screen.live_view"),
@@ -78,6 +85,19 @@ ANYWHERE: Final = (
     Action("help", "question_mark", "Help", "The keys of this screen", "app.explain_keys"),
     Action("quit", "q", "Quit", "Quit; asks first while a run is active", "app.leave"),
 )
+
+
+def _of_table(screen: str, *, reference: bool = True) -> tuple[Action, ...]:
+    """Return the actions of the table of a screen."""
+    base = Action(f"{screen}_reference", "b", "Reference", "Compare with the row under the cursor", "screen.reference")
+    return (
+        Action(f"{screen}_sort", "o", "Sort", "Choose the order of the table", "screen.sort"),
+        Action(f"{screen}_reverse", "O", "Reverse", "Reverse the order of the table", "screen.reverse"),
+        Action(f"{screen}_find", "slash", "Filter", "Show only rows with a text", "screen.find"),
+        *((base,) if reference else ()),
+    )
+
+
 BACK: Final = Action("back", "escape", "Back", "Go back", "screen.back")
 PRESETS: Final = (
     Action("presets_rename", "n", "Rename", "Rename one of your own", "screen.rename"),
@@ -90,8 +110,10 @@ HISTORY: Final = (
     Action("history_compare", "c", "Compare", "Compare the marked runs, or the marked one and this", "screen.compare"),
     Action("history_delete", "d,delete", "Delete", "Delete the run; can be undone", "screen.delete"),
     Action("history_undo", "u", "Undo", "Restore what was deleted last", "screen.undo"),
+    *_of_table("history", reference=False),
     BACK,
 )
+COMPARE: Final = (*_of_table("compare"), BACK)
 SCALING: Final = (
     Action(
         "scaling_figure", "tab", "Figure", "tokens/s, latency, FLOP/s with the roof, or memory", "screen.turn('figure')"
@@ -128,6 +150,7 @@ ACTIONS: Final = MAIN + ANYWHERE
 FURTHER: Final = {
     "presets": PRESETS,
     "history": HISTORY,
+    "compare": COMPARE,
     "scaling": SCALING,
     "models": MODELS,
     "finetuning": FINETUNING,

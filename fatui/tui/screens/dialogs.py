@@ -1,6 +1,6 @@
 """A dialog with a yes-or-no question."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -9,13 +9,14 @@ from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import ModalScreen
-from textual.widgets import Input, Static
+from textual.widgets import Input, OptionList, Static
 
 from attention.core.errors import UsageError
 from attention.core.files import expand_home
 from attention.core.plan import Plan
 from attention.core.results import Case, Report, Row
 from fatui import formatting
+from fatui.report.comparison import RowChange
 from fatui.storage import own_presets, presets
 from fatui.storage.presets import Preset
 from fatui.trust import trust
@@ -176,6 +177,89 @@ class LogLineDetails(ModalScreen[None]):
 
     def action_close(self) -> None:
         """Close the dialog."""
+        self.dismiss()
+
+
+class ChangeDetails(ModalScreen[None]):
+    """Dialog with both rows of a comparison of two runs."""
+
+    CSS_PATH: ClassVar = ["dialog.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "close", "Close", id="back"),
+        Binding("q", "close", "Close", id="quit"),
+        Binding("enter", "close", "Close"),
+    ]
+
+    def __init__(self, change: RowChange) -> None:
+        super().__init__()
+        self._change = change
+
+    def compose(self) -> ComposeResult:
+        """Yield a line for each figure, before and after."""
+        change = self._change
+        both = change.before, change.after
+        rows: list[tuple[str, list[str]]] = [
+            ("path", [row.path or formatting.UNKNOWN for row in both]),
+            ("status", [row.status for row in both]),
+            ("tokens/s", [formatting.tokens_per_second(row.tokens_per_second) for row in both]),
+            ("per call", [formatting.interval_text(row.call_s) for row in both]),
+            ("first call", [formatting.seconds(row.first_call_s) for row in both]),
+            ("speedup", [formatting.speedup_text(row.speedup) for row in both]),
+            ("memory", [formatting.size(row.peak_bytes) for row in both]),
+            ("error", [formatting.row_error(row) for row in both]),
+            ("samples", [str(len(row.samples)) for row in both]),
+        ]
+        lines = [f"{'':<12}{'before':<26}after", *(f"{name:<12}{first:<26}{last}" for name, (first, last) in rows)]
+        lines += [
+            "",
+            f"after / before     {formatting.speedup_text(change.times)}",
+            f"drift              {formatting.speedup_text(change.drift)} of {change.reference or formatting.UNKNOWN}",
+            f"beyond the drift   {formatting.speedup_text(change.ratio)}",
+        ]
+        with VerticalScroll(classes="dialog") as dialog:
+            dialog.border_title = literal(f"{change.implementation} on {change.workload.label}")
+            dialog.border_subtitle = "escape closes"
+            yield Static("\n".join(lines), markup=False)
+
+    def action_close(self) -> None:
+        """Close the dialog."""
+        self.dismiss()
+
+
+class SortMenu(ModalScreen[str]):
+    """Menu of the columns of a table; the result is the one to sort by, empty for the order of the measurement."""
+
+    CSS_PATH: ClassVar = ["dialog.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "close", "Close", id="back"),
+        Binding("q", "close", "Close", id="quit"),
+    ]
+
+    def __init__(self, choices: Sequence[tuple[str, str]], by: str, descending: bool) -> None:
+        super().__init__()
+        self._choices, self._by, self._descending = choices, by, descending
+
+    def compose(self) -> ComposeResult:
+        """Yield the columns, the present one marked with its direction."""
+        with Vertical(classes="dialog") as dialog:
+            dialog.border_title = "Sort by"
+            dialog.border_subtitle = "enter sorts, again reverses · escape does not"
+            arrow = "▼" if self._descending else "▲"
+            yield OptionList(
+                *(literal(f"{title} {arrow if name == self._by else ''}") for name, title in self._choices)
+            )
+
+    def on_mount(self) -> None:
+        """Begin at the present column."""
+        names = [name for name, _ in self._choices]
+        self.query_one(OptionList).highlighted = names.index(self._by) if self._by in names else 0
+
+    def on_option_list_option_selected(self, event: OptionList.OptionSelected) -> None:
+        """Close with the column."""
+        self.dismiss(self._choices[event.option_index][0])
+
+    def action_close(self) -> None:
+        """Close the menu without a change."""
         self.dismiss()
 
 

@@ -6,7 +6,6 @@ from typing import ClassVar
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import BindingType
-from textual.containers import Vertical
 from textual.screen import Screen
 from textual.widgets import Static
 
@@ -21,6 +20,7 @@ from fatui.tui.terminal import literal
 from fatui.tui.view_models.table_lines import TableColumn, TableLine
 from fatui.tui.widgets.bars import KeyBar, StatusLine
 from fatui.tui.widgets.row_table import RowTable
+from fatui.tui.widgets.table_pane import HasTable, TablePane
 
 FINDING = 72
 RUN_COLUMNS = (
@@ -36,18 +36,21 @@ RUN_COLUMNS = (
 NO_RUNS = "No runs yet; finished runs appear here."
 CHANGE_COLUMNS = (
     TableColumn(name="implementation", title="", right=False, widest=16),
-    TableColumn(name="path before", title="path before", right=False, rank=4, widest=22),
-    TableColumn(name="path after", title="path after", right=False, rank=5, widest=22),
     TableColumn(name="before", title="tokens/s before", rank=2),
     TableColumn(name="after", title="after", rank=1),
-    TableColumn(name="ratio", title="change", rank=0),
-    TableColumn(name="memory", title="memory", rank=3, widest=24),
+    TableColumn(name="times", title="after / before", rank=4),
+    TableColumn(name="drift", title="drift", rank=5),
+    TableColumn(name="ratio", title="beyond the drift", rank=0),
+    TableColumn(name="word", title="verdict", right=False, rank=3, widest=12),
+    TableColumn(name="memory", title="memory", rank=6, widest=24),
+    TableColumn(name="path before", title="path before", right=False, rank=7, widest=22),
+    TableColumn(name="path after", title="path after", right=False, rank=8, widest=22),
 )
 MAX_NAMED = 3
 NOTHING_IN_COMMON = "These two runs have no workload and implementation in common."
 
 
-class History(Screen[Report]):
+class History(HasTable, Screen[Report]):
     """Screen of past runs; the result is the report to open."""
 
     CSS_PATH: ClassVar = ["list.tcss"]
@@ -65,9 +68,9 @@ class History(Screen[Report]):
         """Yield the list."""
         yield StatusLine()
         yield Static(classes="notice", markup=False)
-        with Vertical(classes="pane half", id="history-pane") as pane:
-            pane.border_title = "History"
-            yield RowTable(RUN_COLUMNS, empty=NO_RUNS, id="runs")
+        pane = TablePane(RUN_COLUMNS, empty=NO_RUNS, table="runs", id="history-pane")
+        pane.border_title = "History"
+        yield pane
         yield KeyBar(keys=(("enter", "Open", "screen.open"), *actions.bar(actions.HISTORY, self.app.keys)))
 
     async def on_mount(self) -> None:
@@ -90,18 +93,9 @@ class History(Screen[Report]):
 
     def _show(self) -> None:
         lines = [_run_line(run, run.id in self._marked) for run in self._runs]
-        self.query_one(RowTable).show(lines)
-        self.call_after_refresh(self._show_hint)
+        self.query_one(TablePane).show_lines(lines)
         count = len(self._runs)
         self.query_one(StatusLine).show("History", f"{count} run{'' if count == 1 else 's'}")
-
-    @on(RowTable.Turned)
-    def _show_hint(self) -> None:
-        self.query_one("#history-pane").border_subtitle = self.query_one(RowTable).hint
-
-    def on_resize(self) -> None:
-        """Update the hint for more columns."""
-        self.call_after_refresh(self._show_hint)
 
     @property
     def _chosen(self) -> str | None:
@@ -176,8 +170,9 @@ class History(Screen[Report]):
         await self._read()
 
     def action_back(self) -> None:
-        """Close the screen without opening a run."""
-        self.dismiss()
+        """Close the filter, or the screen without opening a run."""
+        if not self.query_one(TablePane).clear_filter():
+            self.dismiss()
 
 
 def _run_line(run: RunSummary, marked: bool) -> TableLine:
@@ -191,52 +186,112 @@ def _run_line(run: RunSummary, marked: bool) -> TableLine:
         "device": run.device or formatting.UNKNOWN,
         "id": run.id,
     }
-    return TableLine(key=run.id, cells=cells)
+    figures: dict[str, float | str | None] = {
+        "started": run.started,
+        "preset": run.preset or "unnamed",
+        "finding": run.finding,
+        "cases": run.cases,
+        "seconds": run.seconds,
+        "device": run.device,
+        "id": run.id,
+    }
+    return TableLine(key=run.id, cells=cells, figures=figures)
 
 
-class Compare(Screen[None]):
-    """Screen of the rows that two runs have in common, with the ratios of their times."""
+class Compare(HasTable, Screen[None]):
+    """Screen of the rows that two runs have in common: before, after, the reference's own drift, and what is beyond it.
+
+    The runs may be of two devices: then the drift is how much faster the second is in the reference.
+    """
 
     CSS_PATH: ClassVar = ["list.tcss"]
-    BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings((actions.BACK,)), actions.closing("history_compare")]
+    BINDINGS: ClassVar[list[BindingType]] = [*actions.bindings(actions.COMPARE), actions.closing("history_compare")]
     app: Lab
 
     def __init__(self, before: Report, after: Report) -> None:
         super().__init__(classes="list-screen")
+        self._reports = before, after
+        self._reference: str | None = None
         self._comparison = comparison.compare(before, after)
 
     def compose(self) -> ComposeResult:
-        """Yield the table, and below it what cannot be compared."""
+        """Yield what differs between the runs, the table, and what cannot be compared."""
         before, after = self._comparison.before.run, self._comparison.after.run
         yield StatusLine()
-        with Vertical(classes="pane half") as pane:
-            title = f"{before.id} of {_when(before.started)}, then {after.id} of {_when(after.started)}"
-            pane.border_title = literal(title)
-            yield RowTable(CHANGE_COLUMNS, empty=NOTHING_IN_COMMON, id="changes")
-            yield Static("\n".join(self._notes()), markup=False, classes="under")
-        yield KeyBar(keys=actions.bar((actions.BACK,), self.app.keys))
+        yield Static("\n".join(self._differences()), markup=False, classes="notice")
+        pane = TablePane(CHANGE_COLUMNS, empty=NOTHING_IN_COMMON, table="changes", id="compare-pane")
+        pane.border_title = literal(
+            f"{before.id} of {_when(before.started)}, then {after.id} of {_when(after.started)}"
+        )
+        yield pane
+        yield Static("\n".join(self._notes()), markup=False, classes="under")
+        yield KeyBar(keys=(("enter", "Details", "screen.details"), *actions.bar(actions.COMPARE, self.app.keys)))
 
     def on_mount(self) -> None:
         """Fill the table."""
-        self.query_one(StatusLine).show("Comparison of two runs", "above 1 is faster after")
+        self.query_one(".notice").display = bool(self._comparison.differences)
+        self.query_one(".under").display = bool(self._notes())
+        self.query_one(RowTable).focus()
+        self._show()
+
+    def _show(self) -> None:
+        over = f" · beyond the change of {self._reference}" if self._reference else ""
+        self.query_one(StatusLine).show("Comparison of two runs", f"above 1 is faster after{over}")
         lines: list[TableLine] = []
         label = ""
         for change in self._comparison.changes:
             if change.workload.label != label:
                 label = change.workload.label
-                lines.append(TableLine(span=f"{label} · noise floor {formatting.percent(change.floor)}", tone="head"))
+                lines.append(TableLine(span=f"{label} · {_basis(change)}", tone="head"))
             lines.append(_change_line(change))
-        self.query_one(RowTable).show(lines)
+        self.query_one(TablePane).show_lines(lines)
+
+    def _differences(self) -> list[str]:
+        made = self._comparison.differences
+        return [f"The runs differ in {text}" for text in made]
 
     def _notes(self) -> list[str]:
         made = self._comparison
-        notes = [f"Environments differ: {'; '.join(made.differences)}"] if made.differences else []
-        notes += [f"Only before: {_some(made.only_before)}"] if made.only_before else []
+        notes = [f"Only before: {_some(made.only_before)}"] if made.only_before else []
         return notes + ([f"Only after: {_some(made.only_after)}"] if made.only_after else [])
 
+    @on(TablePane.ReferenceRequested)
+    def _take_reference(self, event: TablePane.ReferenceRequested) -> None:
+        """Take the drift from another row; from the runs' own reference again if it was that already."""
+        name = event.key.partition(" ")[0]
+        self._reference = None if name == self._reference else name
+        before, after = self._reports
+        if self._reference:
+            before, after = (comparison.rebased_report(each, self._reference) for each in self._reports)
+        self._comparison = comparison.compare(before, after)
+        self._show()
+
+    @on(RowTable.Chosen)
+    def action_details(self) -> None:
+        """Show both rows of the one under the cursor."""
+        from fatui.tui.screens.dialogs import ChangeDetails
+
+        key = self.query_one(RowTable).key
+        change = next((each for each in self._comparison.changes if _change_key(each) == key), None)
+        if change is not None:
+            self.app.push_screen(ChangeDetails(change))
+
     def action_back(self) -> None:
-        """Go back."""
-        self.dismiss()
+        """Close the filter, or go back."""
+        if not self.query_one(TablePane).clear_filter():
+            self.dismiss()
+
+
+def _basis(change: comparison.RowChange) -> str:
+    """Format what the changes of a workload are relative to."""
+    if change.reference is None:
+        return "no common reference: the machine's own change is not known"
+    if change.drift is None:
+        return f"too few rounds of {change.reference} to know the machine's own change"
+    return (
+        f"{change.reference} itself {formatting.speedup_text(change.drift)} · "
+        f"a change counts beyond {formatting.percent(change.floor)}"
+    )
 
 
 def _some(names: tuple[str, ...]) -> str:
@@ -249,19 +304,38 @@ def _when(started: str) -> str:
     return started[:16].replace("T", " ")
 
 
+def _change_key(change: comparison.RowChange) -> str:
+    return f"{change.implementation} {change.workload.label}"
+
+
 def _change_line(change: comparison.RowChange) -> TableLine:
     significant = change.ratio is not None and change.ratio.significant
+    own = change.implementation == change.reference
+    word = "reference" if own else change.outcome().lower()
     cells = {
         "implementation": change.implementation,
         "path before": change.before.path or "-",
         "path after": change.after.path or "-",
         "before": _rate(change.before),
         "after": _rate(change.after),
-        "ratio": formatting.speedup_text(change.ratio),
+        "times": formatting.speedup_text(change.times),
+        "drift": formatting.speedup_text(change.drift),
+        "ratio": "-" if own else formatting.speedup_text(change.ratio),
+        "word": word,
         "memory": f"{formatting.size(change.before.peak_bytes)}, {formatting.size(change.after.peak_bytes)}",
     }
-    tone = ("good" if change.ratio.value > 1 else "bad") if significant and change.ratio else ""
-    return TableLine(key=f"{change.implementation} {change.workload.label}", cells=cells, tone=tone)
+    figures: dict[str, float | str | None] = {
+        "implementation": change.implementation,
+        "before": change.before.tokens_per_second,
+        "after": change.after.tokens_per_second,
+        "times": change.times.value if change.times else None,
+        "drift": change.drift.value if change.drift else None,
+        "ratio": change.ratio.value if change.ratio else None,
+        "word": word,
+        "memory": change.memory,
+    }
+    tone = ("good" if change.ratio.value > 1 else "bad") if significant and change.ratio and not own else ""
+    return TableLine(key=_change_key(change), cells=cells, tone=tone, figures=figures)
 
 
 def _rate(row: Row) -> str:

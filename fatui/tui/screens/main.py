@@ -28,6 +28,7 @@ from fatui.tui.widgets.log_pane import LogPane, LogView
 from fatui.tui.widgets.row_pane import RowPane
 from fatui.tui.widgets.row_table import RowTable
 from fatui.tui.widgets.slider import Slider
+from fatui.tui.widgets.table_pane import HasTable, TablePane
 from fatui.tui.widgets.workload_pane import WorkloadPane, shown_workload
 
 MIN_SIZE = (60, 16)
@@ -61,7 +62,7 @@ FOCUS = {
 """The widget to focus in each pane."""
 
 
-class MainScreen(Screen[None]):
+class MainScreen(HasTable, Screen[None]):
     """Main screen of the app's state; the only state of its own is the open tab."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -97,7 +98,8 @@ class MainScreen(Screen[None]):
         """Draw the initial state, and start the repaint timer."""
         remembered = self.app.remembered
         by = remembered.sort if remembered.sort in table_lines.SORTABLE else ""
-        self.query_one(ComparisonPane).sort(by, remembered.descending)
+        comparison = self.query_one(ComparisonPane)
+        comparison.by, comparison.descending = by, remembered.descending
         for name in remembered.hidden:
             if name in PANES:
                 self.query_one(f"#{name}").add_class("-away")
@@ -415,30 +417,25 @@ class MainScreen(Screen[None]):
         """The names of the hidden panes."""
         return [pane.id for pane in self.query(".-away") if pane.id]
 
-    def action_sort(self) -> None:
-        """Sort by the next visible column; after the last, by the plan's own order."""
+    @on(TablePane.OrderChanged)
+    def _remember_order(self) -> None:
         pane = self.query_one(ComparisonPane)
-        columns = ["", *(each.name for each in pane.table.shown_columns if each.name in table_lines.SORTABLE)]
-        self._sort(_neighbour(columns, pane.by, 1) if pane.by in columns else columns[1], pane.descending)
+        self.app.remembered.sort, self.app.remembered.descending = pane.by, pane.descending
 
-    def action_reverse(self) -> None:
-        """Reverse the sort order."""
+    @on(TablePane.ReferenceRequested)
+    def _take_reference(self, event: TablePane.ReferenceRequested) -> None:
+        """Show speedups over a row's implementation; over the run's own reference again if it was that already."""
         pane = self.query_one(ComparisonPane)
-        self._sort(pane.by, not pane.descending)
-
-    @on(RowTable.HeadClicked, "#comparison-table")
-    def _sort_by_clicked(self, event: RowTable.HeadClicked) -> None:
-        pane = self.query_one(ComparisonPane)
-        if event.column in table_lines.SORTABLE:
-            self._sort(event.column, not pane.descending if event.column == pane.by else True)
-
-    def _sort(self, by: str, descending: bool) -> None:
-        self.query_one(ComparisonPane).sort(by, descending)
-        self.app.remembered.sort, self.app.remembered.descending = by, descending
+        _, name = table_lines.split_key(event.key)
+        pane.refer_to(None if pane.reference == name else name)
         self.show_run()
 
     def action_find(self) -> None:
-        """Open the search of the log."""
+        """Filter the comparison if it has the focus; else search the log."""
+        pane = self._focused_pane()
+        if pane is not None and pane.id == "comparison":
+            self._pane().ask_filter()
+            return
         self.open_tab("log")
         self.query_one(LogPane).ask()
 

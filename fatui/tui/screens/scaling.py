@@ -263,7 +263,7 @@ class Scaling(Screen[None]):
         pane.display = True
         pane.border_title = literal(f"{axis.rstrip('_')} {sweep.format_value(at)} · {case.workload.label}")
         pane.border_subtitle = "← → the value · ↑ ↓ the row · enter opens it"
-        self.query_one("#point", RowTable).show(table_lines.case_lines(index, case, "", True))
+        self.query_one("#point", RowTable).show(table_lines.case_lines(index, case))
         pane.styles.height = len(case.rows) + 3
 
     def _say(self, words: list[str]) -> None:

@@ -1,7 +1,7 @@
 """The rows of a run as lines of the comparison table: cells, order and stars."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from msgspec import Struct
@@ -39,6 +39,62 @@ class TableLine(Struct, frozen=True, kw_only=True):
     """One text over the whole width, instead of cells."""
     tone: str = ""
     """"head", "dim", "good" or "bad"."""
+    figures: Mapping[str, float | str | None] = {}
+    """What orders the line, by column."""
+
+
+SYMBOLS: Final = {
+    "★": "best, or equal to it",
+    "≈": "≈ 1 inside the noise floor",
+    "?": "too uncertain to say",
+    "!": "the machine slowed down",
+    "~": "extrapolated",
+    "…": "not known yet",
+    "●": "marked",
+}
+"""The symbols in cells, for the legend."""
+
+
+def legend(lines: Sequence[TableLine]) -> str:
+    """Explain the symbols in the cells of some lines."""
+    text = "".join(cell for line in lines for name, cell in line.cells.items() if name not in ("path", "finding"))
+    used = [(symbol, words) for symbol, words in SYMBOLS.items() if symbol in text]
+    return " · ".join(words if words.startswith(symbol) else f"{symbol} {words}" for symbol, words in used)
+
+
+def ordered(lines: Sequence[TableLine], by: str, descending: bool) -> list[TableLine]:
+    """Order the lines of each block by a column; those without a figure come last in either order."""
+    if not by:
+        return list(lines)
+    made: list[TableLine] = []
+    block: list[TableLine] = []
+    for line in [*lines, None]:
+        if line is None or line.span is not None:
+            known = [each for each in block if each.figures.get(by) is not None]
+            known.sort(key=lambda each: each.figures[by] or 0, reverse=descending)
+            made += [*known, *(each for each in block if each.figures.get(by) is None)]
+            block = []
+            made += [line] if line is not None else []
+        else:
+            block.append(line)
+    return made
+
+
+def filtered(lines: Sequence[TableLine], needle: str) -> list[TableLine]:
+    """Return the lines with a text in them or in the heading of their block, case-insensitively, and the headings."""
+    if not needle:
+        return list(lines)
+    made: list[TableLine] = []
+    head: TableLine | None = None
+    for line in lines:
+        if line.span is not None:
+            head = line
+            continue
+        texts = (*line.cells.values(), (head.span if head else "") or "")
+        if any(needle.lower() in text.lower() for text in texts):
+            made += [head] if head is not None and head not in made else []
+            made.append(line)
+    return made
 
 
 STAR: Final = " ★"
@@ -104,17 +160,7 @@ def split_key(key: str) -> tuple[int, str]:
     return int(case), implementation
 
 
-def sorted_rows(rows: tuple[Row, ...], by: str, descending: bool) -> list[Row]:
-    """Sort rows by a column; rows without a figure come last in either order."""
-    figure = SORT_FIGURES.get(by)
-    if figure is None:
-        return list(rows)
-    known = [row for row in rows if figure(row) is not None]
-    known.sort(key=lambda row: figure(row) or 0, reverse=descending)
-    return known + [row for row in rows if figure(row) is None]
-
-
-def case_lines(index: int, case: Case, by: str, descending: bool) -> list[TableLine]:
+def case_lines(index: int, case: Case) -> list[TableLine]:
     """Return the lines of one case's rows."""
     fastest = formatting.best_of(case)
     leanest = _leanest(case)
@@ -123,8 +169,9 @@ def case_lines(index: int, case: Case, by: str, descending: bool) -> list[TableL
             key=row_key(index, row.implementation),
             cells=_cells(row, case, row.implementation in fastest, row.implementation in leanest),
             tone=_tone(row, row.implementation in fastest),
+            figures={name: figure(row) for name, figure in SORT_FIGURES.items()},
         )
-        for row in sorted_rows(case.rows, by, descending)
+        for row in case.rows
     ]
 
 

@@ -2,48 +2,49 @@
 
 from textual import on
 from textual.app import ComposeResult
-from textual.containers import Vertical
 
-from attention.core.results import Report, Summary
+from attention.core.results import Case, Report, Summary
 from attention.engine.record import summarise
+from fatui.report.comparison import rebased
 from fatui.tui.terminal import literal
 from fatui.tui.view_models import table_lines as lines_of
 from fatui.tui.view_models.session import Session
 from fatui.tui.view_models.table_lines import TableLine
 from fatui.tui.widgets.row_table import RowTable
+from fatui.tui.widgets.table_pane import TablePane
 from fatui.tui.widgets.verdict_card import VerdictCard
 
 EMPTY = "No rows yet. Press r to run; rows appear as they are measured."
 
 
-class ComparisonPane(Vertical):
-    """Pane with the rows of the current run, or of a past run."""
+class ComparisonPane(TablePane):
+    """Pane with the rows of the current run, or of a past run.
+
+    Attributes:
+        reference: the implementation that speedups are shown over; None: the reference of each case.
+    """
 
     def __init__(self, *, id: str) -> None:
-        super().__init__(id=id, classes="pane")
-        self.by = ""
-        self.descending = True
+        super().__init__(lines_of.COLUMNS, empty=EMPTY, table="comparison-table", id=id)
+        self.set_classes("pane")
+        self.reference: str | None = None
         self._lines: dict[int, list[TableLine]] = {}
         self._summary: tuple[int, tuple[Summary, ...]] = (0, ())
         self._owner: object = None
-
         self.border_title = "4 Comparison"
 
     def compose(self) -> ComposeResult:
-        """Yield the table and the verdict below it."""
-        yield RowTable(lines_of.COLUMNS, empty=EMPTY, id="comparison-table")
+        """Yield the table, its legend, and the verdict below it."""
+        yield from super().compose()
         yield VerdictCard()
 
-    @property
-    def table(self) -> RowTable:
-        """The table."""
-        return self.query_one(RowTable)
+    def refer_to(self, name: str | None) -> None:
+        """Show speedups over another implementation, or over each case's own reference."""
+        self.reference = name
+        self._lines.clear()
 
-    def sort(self, by: str, descending: bool) -> None:
-        """Set the order of the rows within each case."""
-        if (by, descending) != (self.by, self.descending):
-            self.by, self.descending = by, descending
-            self._lines.clear()
+    def _rebased(self, case: Case) -> Case:
+        return rebased(case, self.reference) if self.reference else case
 
     def show_session(self, session: Session, report: Report | None, keys: dict[str, str]) -> None:
         """Draw the current run; `report`: of the finished run, for its verdict."""
@@ -58,7 +59,7 @@ class ComparisonPane(Vertical):
             if self._summary[0] != len(final):
                 self._summary = len(final), summarise(tuple(final), session.plan.ordered)
             lines = lines_of.summary_lines(self._summary[1], len(final)) + lines
-        self._draw(lines)
+        self.show_lines(lines)
         self._show_verdict(None if session.active else report, keys)
         if session.finding and report is None:
             self.query_one(VerdictCard).say(session.finding, bad=session.phase in ("refused", "failed"))
@@ -70,11 +71,11 @@ class ComparisonPane(Vertical):
     def _session_case(self, session: Session, index: int, several: bool) -> list[TableLine]:
         if session.is_final(index) and index in self._lines:
             return self._lines[index]
-        case = session.case(index)
+        case = self._rebased(session.case(index))
         if not case.rows and not session.active:
             return []
         made = [lines_of.block_head(index, case)] if several else []
-        made += lines_of.case_lines(index, case, self.by, self.descending)
+        made += lines_of.case_lines(index, case)
         if session.is_final(index):
             self._lines[index] = made
             return made
@@ -89,11 +90,11 @@ class ComparisonPane(Vertical):
         self._begin(report)
         several = len(report.cases) > 1
         lines = lines_of.summary_lines(report.summary, len(report.cases)) if several else []
-        for index, case in enumerate(report.cases):
+        for index, case in enumerate(map(self._rebased, report.cases)):
             if several:
                 lines.append(lines_of.block_head(index, case))
-            lines += lines_of.case_lines(index, case, self.by, self.descending)
-        self._draw(lines)
+            lines += lines_of.case_lines(index, case)
+        self.show_lines(lines)
         self._show_verdict(report, keys)
         label = (
             f"{len(report.cases)} cases" if several else report.cases[0].workload.label if report.cases else "no rows"
@@ -115,21 +116,10 @@ class ComparisonPane(Vertical):
         else:
             card.show(report, self.content_size.height, keys)
 
-    def _draw(self, lines: list[TableLine]) -> None:
-        self.table.show(lines, sorted_by=self.by, descending=self.descending)
-        # The number of visible columns is known only after layout.
-        self.call_after_refresh(self._show_hint)
-
     @on(RowTable.Turned)
     def _show_hint(self) -> None:
-        hint = self._hint() if self.table.lines else ""
-        if self.border_subtitle != hint:
-            self.border_subtitle = hint
-
-    def _hint(self) -> str:
-        table = self.table
-        parts = [table.hint] if table.hint else []
-        titles = {column.name: column.title for column in table.columns}
-        if self.by not in {"", *(column.name for column in table.shown_columns)}:
-            parts.append(f"sorted by {titles[self.by]}")
-        return " · ".join([*parts, "o sort", "enter a row"])
+        super()._show_hint()
+        if self.table.lines:
+            over = [f"over {self.reference}"] if self.reference else []
+            before = [str(self.border_subtitle)] if self.border_subtitle else []
+            self.border_subtitle = " · ".join([*before, *over, "o sort", "enter a row"])

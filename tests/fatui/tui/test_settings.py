@@ -59,7 +59,8 @@ async def test_layout_theme_and_workload_come_back():
         stage.app.theme = "nord"
         stage.find("#log-view").focus()
         await stage.press("Z")
-        await stage.press("o", "q")
+        stage.find("#comparison").order_by("path", True)
+        await stage.press("q")
         await stage.settle(lambda: stage.app._exit)
 
     async with on_stage() as stage:

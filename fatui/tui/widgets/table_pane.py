@@ -1,0 +1,190 @@
+"""A pane with a table: its order, a filter that opens above it, and a legend of the symbols in it."""
+
+from collections.abc import Sequence
+
+from textual import events, on
+from textual.app import ComposeResult
+from textual.containers import Vertical
+from textual.message import Message
+from textual.screen import Screen
+from textual.widgets import Input, Static
+
+from fatui.tui.view_models.table_lines import TableColumn, TableLine, filtered, legend, ordered
+from fatui.tui.widgets.row_table import RowTable
+
+HINT = "only rows with this text; enter keeps it, escape shows all"
+
+
+class TablePane(Vertical):
+    """Pane with a table.
+
+    Attributes:
+        by: the column that orders the rows of each block; empty: as they were given.
+        descending: whether the largest come first.
+        needle: only rows that contain it are shown.
+    """
+
+    DEFAULT_CSS = """
+    TablePane > RowTable { height: 1fr; }
+    TablePane > Input { height: 1; border: none; padding: 0 1; }
+    TablePane > .legend { height: 1; color: $text-muted; padding: 0 1; text-wrap: nowrap; text-overflow: ellipsis; }
+    """
+
+    class OrderChanged(Message):
+        """Posted when the order was changed."""
+
+    class ReferenceRequested(Message):
+        """Posted when a row is to be the reference of the others."""
+
+        def __init__(self, key: str) -> None:
+            super().__init__()
+            self.key = key
+
+    def __init__(self, columns: Sequence[TableColumn], *, empty: str, table: str, id: str | None = None) -> None:
+        """Create the pane.
+
+        Args:
+            columns: the columns of the table.
+            empty: shown without rows.
+            table: the id of the table.
+            id: the id of the pane.
+        """
+        super().__init__(id=id, classes="pane half")
+        self.by, self.descending, self.needle = "", True, ""
+        self._columns, self._empty, self._table_id = columns, empty, table
+        self._given: Sequence[TableLine] = ()
+
+    def compose(self) -> ComposeResult:
+        """Yield the table and its legend."""
+        yield RowTable(self._columns, empty=self._empty, id=self._table_id)
+        yield Static(classes="legend", markup=False)
+
+    @property
+    def table(self) -> RowTable:
+        """The table."""
+        return self.query_one(RowTable)
+
+    def show_lines(self, lines: Sequence[TableLine], columns: Sequence[TableColumn] | None = None) -> None:
+        """Show lines in the pane's order, as far as they pass the filter."""
+        self._given = lines
+        if columns is not None and tuple(columns) != self.table.columns:
+            self.table.columns = tuple(columns)
+        self._draw_lines()
+
+    def _draw_lines(self) -> None:
+        shown = filtered(ordered(self._given, self.by, self.descending), self.needle)
+        self.table.show(shown, sorted_by=self.by, descending=self.descending)
+        words = legend(shown)
+        below = self.query_one(".legend", Static)
+        room = self.table.size.height + below.size.height * below.display
+        below.display = bool(words) and room > len(shown) + 1  # it takes no row's place
+        below.update(words)
+        self.call_after_refresh(self._show_hint)
+
+    @on(RowTable.Turned)
+    def _show_hint(self) -> None:
+        parts = [f"only '{self.needle}'"] if self.needle else []
+        titles = {column.name: column.title for column in self.table.columns}
+        if self.by in titles and self.by not in {column.name for column in self.table.shown_columns}:
+            parts.append(f"sorted by {titles[self.by]}")
+        self.border_subtitle = " · ".join([*([self.table.hint] if self.table.hint else []), *parts])
+
+    def on_resize(self) -> None:
+        """Update the hint and the legend."""
+        self.call_after_refresh(self._draw_lines)
+
+    @property
+    def sortable(self) -> list[tuple[str, str]]:
+        """The columns that can order the rows, each with its title."""
+        names = {name for line in self._given for name in line.figures}
+        return [(each.name, each.title or each.name) for each in self.table.columns if each.name in names]
+
+    def ask_order(self) -> None:
+        """Open the menu of columns; choosing the present one reverses the order."""
+        from fatui.tui.screens.dialogs import SortMenu
+
+        screen: Screen[object] = self.screen
+        choices = [("", "as measured"), *self.sortable]
+        screen.app.push_screen(SortMenu(choices, self.by, self.descending), self._take_order)
+
+    def _take_order(self, by: str | None) -> None:
+        if by is not None:
+            self.order_by(by, not self.descending if by == self.by else self.descending)
+
+    def order_by(self, by: str, descending: bool) -> None:
+        """Order the rows of each block by a column."""
+        self.by, self.descending = by, descending
+        self._draw_lines()
+        self.post_message(self.OrderChanged())
+
+    @on(RowTable.HeadClicked)
+    def _order_by_clicked(self, event: RowTable.HeadClicked) -> None:
+        if event.column in dict(self.sortable):
+            self._take_order(event.column)
+
+    def reverse(self) -> None:
+        """Reverse the order."""
+        self.order_by(self.by, not self.descending)
+
+    def request_reference(self) -> None:
+        """Request that the row under the cursor becomes the reference."""
+        if self.table.key is not None:
+            self.post_message(self.ReferenceRequested(self.table.key))
+
+    def ask_filter(self) -> None:
+        """Open the filter."""
+        if not self.query(Input):
+            self.mount(Input(self.needle, placeholder=HINT, compact=True, classes="filter"), before=self.table)
+        self.query_one(Input).focus()
+
+    @on(Input.Changed)
+    def _filter(self, event: Input.Changed) -> None:
+        event.stop()
+        self.needle = event.value.strip()
+        self._draw_lines()
+
+    @on(Input.Submitted)
+    def _close_filter(self, event: Input.Submitted) -> None:
+        event.stop()
+        event.input.remove()
+        self.table.focus()
+
+    def clear_filter(self) -> bool:
+        """Close the filter and show all rows; return whether there was one."""
+        if not (self.needle or self.query(Input)):
+            return False
+        self.query(Input).remove()
+        self.needle = ""
+        self._draw_lines()
+        self.table.focus()
+        return True
+
+    def key_escape(self, event: events.Key) -> None:
+        """Close the filter; without one, leave the key to the screen."""
+        if self.clear_filter():
+            event.stop()
+            event.prevent_default()
+
+
+class HasTable:
+    """The actions of a screen with a table."""
+
+    def _pane(self) -> TablePane:
+        assert isinstance(self, Screen)
+        return self.query_one(TablePane)
+
+    def action_sort(self) -> None:
+        """Choose the order of the table."""
+        self._pane().ask_order()
+
+    def action_reverse(self) -> None:
+        """Reverse the order of the table."""
+        self._pane().reverse()
+
+    def action_find(self) -> None:
+        """Filter the table."""
+        self._pane().ask_filter()
+
+    def action_reference(self) -> None:
+        """Make the row under the cursor the reference."""
+        self._pane().request_reference()

@@ -1,0 +1,117 @@
+"""Tables: order, filter, legend and reference, on every screen that has one."""
+
+import pytest
+from msgspec import structs
+from textual.widgets import Input
+
+from fatui.report.comparison import rebased
+from fatui.storage.history import RunHistory
+from fatui.tui.screens.dialogs import ChangeDetails
+from fatui.tui.screens.history import Compare
+from fatui.tui.view_models.table_lines import TableLine, filtered, legend, ordered
+from fatui.tui.widgets.row_table import RowTable
+from tests.support.sample_runs import ENVIRONMENT, plan_of, report_of, run_of
+from tests.support.stage import on_stage
+
+LINES = (
+    TableLine(span="first", tone="head"),
+    TableLine(key="a", cells={"name": "apple", "x": "1 ★"}, figures={"x": 1.0}),
+    TableLine(key="b", cells={"name": "pear", "x": "n/a"}, figures={"x": None}),
+    TableLine(key="c", cells={"name": "plum", "x": "≈ 1"}, figures={"x": 3.0}),
+    TableLine(span="second", tone="head"),
+    TableLine(key="d", cells={"name": "apple", "x": "2"}, figures={"x": 2.0}),
+)
+
+
+def keys(lines):
+    return [line.key or line.span for line in lines]
+
+
+def test_lines_are_ordered_within_their_block_and_unknown_ones_come_last():
+    assert keys(ordered(LINES, "x", True)) == ["first", "c", "a", "b", "second", "d"]
+    assert keys(ordered(LINES, "x", False)) == ["first", "a", "c", "b", "second", "d"]
+    assert ordered(LINES, "", True) == list(LINES)
+
+
+def test_a_filter_keeps_the_heading_of_what_it_finds():
+    assert keys(filtered(LINES, "APPLE")) == ["first", "a", "second", "d"]
+    assert keys(filtered(LINES, "plum")) == ["first", "c"]
+    assert keys(filtered(LINES, "second")) == ["second", "d"]
+
+
+def test_the_legend_explains_only_what_is_there():
+    assert legend(LINES) == "★ best, or equal to it · ≈ 1 inside the noise floor"
+    assert legend(LINES[-1:]) == ""
+
+
+def test_another_reference_changes_the_speedups_and_not_the_times():
+    (case,) = report_of(plan_of(names=("baseline", "poc", "practical"))).cases
+    made = rebased(case, "poc")
+    speedups = {row.implementation: row.speedup for row in made.rows}
+    assert made.reference == "poc" and speedups["poc"].value == 1
+    assert speedups["baseline"].value == pytest.approx(1 / case.rows[1].speedup.value, rel=1e-3)
+    assert speedups["baseline"].significant and speedups["practical"].value < 0.03
+    assert [row.call_s for row in made.rows] == [row.call_s for row in case.rows]
+    fewer = structs.replace(case.rows[0], samples=case.rows[0].samples[:-1])
+    unpaired = rebased(structs.replace(case, rows=(fewer, *case.rows[1:])), "poc")
+    assert unpaired.rows[0].speedup.value == pytest.approx(speedups["baseline"].value, rel=0.01)
+    assert rebased(case, "nobody") is case
+
+
+async def test_the_comparison_is_filtered_and_shown_over_another_row(stage):
+    await stage.run_to_the_end()
+    table = stage.find("#comparison-table", RowTable)
+    table.focus()
+    await stage.press("slash", *"poc")
+    assert [line.cells["implementation"] for line in table.lines] == ["poc", "demo"]
+    await stage.press("escape")
+    assert len(table.lines) == 4
+    table.go_to("0:poc")
+    await stage.press("b")
+    assert table.lines[1].cells["speedup"] == "1" and "over poc" in str(stage.find("#comparison").border_subtitle)
+    await stage.press("b")
+    assert table.lines[0].cells["speedup"] == "1"
+
+
+def compared(**environment):
+    """Two runs; the second on another machine that is twice as fast, with poc gaining nothing."""
+    before = report_of(run=run_of(identity="aaaa1111"))
+    after = report_of(run=run_of(identity="bbbb2222"), seed=1)
+    return before, structs.replace(after, environment=structs.replace(ENVIRONMENT, **environment))
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 55)])
+async def test_compare_shows_drift_and_the_change_beyond_it(size):
+    async with on_stage(size=size) as stage:
+        stage.app.push_screen(Compare(*compared(mlx="0.33.0", blas="MKL")))
+        await stage.pilot.pause()
+        seen = stage.seen()
+        assert "mlx: 0.32.4, then 0.33.0" in seen and "blas: OpenBLAS, then MKL" in seen
+        assert "beyond the drift" in seen and "baseline itself ≈ 1" in seen and "same" in seen
+        await stage.press("down", "enter")
+        assert isinstance(stage.app.screen, ChangeDetails) and "first call" in stage.seen()
+        await stage.press("escape", "b")
+        assert "poc itself" in stage.seen()
+        await stage.press("slash", *"demo", "enter")
+        assert [line.cells["implementation"] for line in stage.find("#changes", RowTable).lines[1:]] == ["demo"]
+        await stage.press("escape")
+        assert len(stage.find("#changes", RowTable).lines) == 5
+        await stage.press("escape")
+        assert stage.app.screen is stage.app.main
+
+
+async def test_the_history_is_ordered_and_filtered(stage):
+    for number, preset in enumerate(("quick", "scaling", "quick")):
+        run = structs.replace(run_of(preset=preset, identity=f"{number}" * 8), seconds=float(3 - number))
+        RunHistory().add(report_of(run=run))
+    await stage.press("h")
+    table = stage.find("#runs", RowTable)
+    await stage.settle(lambda: len(table.lines) == 3)
+    stage.find("#history-pane").order_by("seconds", True)
+    assert keys(table.lines) == ["0" * 8, "1" * 8, "2" * 8]
+    await stage.press("slash", *"scaling", "enter")
+    assert keys(table.lines) == ["1" * 8] and not stage.app.screen.query(Input)
+    await stage.press("escape")
+    assert len(table.lines) == 3
+    await stage.press("escape")
+    assert stage.app.screen is stage.app.main
