@@ -253,6 +253,8 @@ def _doubts(cases: Sequence[AnyCase], comparable: Sequence[AnyCase], winner: str
         found.append("no noise floor")
     elif lead is not None and lead < MIN_LEAD_FLOORS * floor:
         found.append(f"it leads by {formatting.percent(lead)}, with a noise floor of {formatting.percent(floor)}")
+    if not any(winner in formatting.best_of(case) for case in comparable):
+        found.append("its time is too uncertain to call it the fastest")
     if any(row.throttled for case in cases for row in case.rows) and (lead is None or lead < SAFE_LEAD):
         found.append("the machine slowed down")
     if _off(comparable):
@@ -359,9 +361,10 @@ def _loss(cases: Sequence[AnyCase], name: str, winner: str, slower: float | None
     obstacle = _obstacle(cases, name)
     if slower is None or not sound:
         return obstacle or Loss(implementation=name, text="not measured")
-    if len(ties) == len(sound):
-        ran = any(formatting.chosen_row(row, case) for case, row in rows)
-        words = [f"tied{f', it ran {winner}' if ran else ''}"]
+    chosen = [formatting.chosen_row(row, case) for case, row in rows if is_sound(row)]
+    same = bool(chosen) and all(each is not None and each.implementation == winner for each in chosen)
+    if same or len(ties) == len(sound):
+        words = [f"tied, it ran {winner}" if same else "tied"]
     else:
         average = " on average" if len(sound) > 1 else ""
         words = [f"{_longer(slower)}{average}"]
@@ -369,7 +372,7 @@ def _loss(cases: Sequence[AnyCase], name: str, winner: str, slower: float | None
             words.append(where)
     if obstacle:
         words.append(obstacle.text)
-    tied = len(ties) == len(sound)
+    tied = same or len(ties) == len(sound)
     return Loss(implementation=name, text=", ".join(words), why="" if tied else _path(sound), tied=tied)
 
 

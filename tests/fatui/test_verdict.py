@@ -64,6 +64,17 @@ def test_a_tie_is_called_one():
     assert "demo: tied, it ran poc" in lines
 
 
+def test_the_same_kernel_under_another_name_is_not_slower_whatever_the_noise():
+    rows = case_of().rows
+    slow = times(
+        case_of(rows=(*rows[:2], structs.replace(rows[1], implementation="demo", path="tuned: poc"))), "demo", 1.3
+    )
+    wide = row_with(slow, "poc", call_s=Interval(median=1e-4, low=5e-5, high=3e-4))
+    verdict = verdict_of([wide])
+    assert "demo: tied, it ran poc" in loss_lines(verdict)
+    assert verdict.doubts == ("its time is too uncertain to call it the fastest",)
+
+
 def test_a_sweep_says_where_the_winner_is_fastest():
     cases = list(report_of(plan_of(SWEEP)).cases)
     assert "fastest in all 4 cases" in headline(verdict_of(cases))
