@@ -16,11 +16,12 @@ from fatui.storage.history import HistoryError, RunSummary
 from fatui.storage.history import RunHistory as Runs
 from fatui.tui import actions
 from fatui.tui.lab import Lab
+from fatui.tui.screens.tables import HasTable
 from fatui.tui.terminal import literal
 from fatui.tui.view_models.table_lines import TableColumn, TableLine
 from fatui.tui.widgets.bars import KeyBar, StatusLine
 from fatui.tui.widgets.row_table import RowTable
-from fatui.tui.widgets.table_pane import HasTable, TablePane
+from fatui.tui.widgets.table_pane import TablePane
 
 FINDING = 72
 RUN_COLUMNS = (

@@ -16,6 +16,7 @@ from attention.core.workload import Workload
 from fatui import formatting
 from fatui.tui import actions
 from fatui.tui.lab import Lab, command_of
+from fatui.tui.screens.tables import HasTable
 from fatui.tui.view_models import availability, estimate, table_lines
 from fatui.tui.view_models.session import AnySession
 from fatui.tui.view_models.telemetry import Reading
@@ -28,7 +29,7 @@ from fatui.tui.widgets.log_pane import LogPane, LogView
 from fatui.tui.widgets.row_pane import RowPane
 from fatui.tui.widgets.row_table import RowTable
 from fatui.tui.widgets.slider import Slider
-from fatui.tui.widgets.table_pane import HasTable, TablePane
+from fatui.tui.widgets.table_pane import TablePane
 from fatui.tui.widgets.workload_pane import WorkloadPane, shown_workload
 
 MIN_SIZE = (60, 16)

@@ -6,7 +6,6 @@ from textual import events, on
 from textual.app import ComposeResult
 from textual.containers import Vertical
 from textual.message import Message
-from textual.screen import Screen
 from textual.widgets import Input, Static
 
 from fatui.tui.view_models.table_lines import TableColumn, TableLine, filtered, legend, ordered
@@ -99,15 +98,8 @@ class TablePane(Vertical):
         names = {name for line in self._given for name in line.figures}
         return [(each.name, each.title or each.name) for each in self.table.columns if each.name in names]
 
-    def ask_order(self) -> None:
-        """Open the menu of columns; choosing the present one reverses the order."""
-        from fatui.tui.screens.dialogs import SortMenu
-
-        screen: Screen[object] = self.screen
-        choices = [("", "as measured"), *self.sortable]
-        screen.app.push_screen(SortMenu(choices, self.by, self.descending), self._take_order)
-
-    def _take_order(self, by: str | None) -> None:
+    def choose_order(self, by: str | None) -> None:
+        """Order by a column, in the other direction if it is the present one; None changes nothing."""
         if by is not None:
             self.order_by(by, not self.descending if by == self.by else self.descending)
 
@@ -120,7 +112,7 @@ class TablePane(Vertical):
     @on(RowTable.HeadClicked)
     def _order_by_clicked(self, event: RowTable.HeadClicked) -> None:
         if event.column in dict(self.sortable):
-            self._take_order(event.column)
+            self.choose_order(event.column)
 
     def reverse(self) -> None:
         """Reverse the order."""
@@ -164,27 +156,3 @@ class TablePane(Vertical):
         if self.clear_filter():
             event.stop()
             event.prevent_default()
-
-
-class HasTable:
-    """The actions of a screen with a table."""
-
-    def _pane(self) -> TablePane:
-        assert isinstance(self, Screen)
-        return self.query_one(TablePane)
-
-    def action_sort(self) -> None:
-        """Choose the order of the table."""
-        self._pane().ask_order()
-
-    def action_reverse(self) -> None:
-        """Reverse the order of the table."""
-        self._pane().reverse()
-
-    def action_find(self) -> None:
-        """Filter the table."""
-        self._pane().ask_filter()
-
-    def action_reference(self) -> None:
-        """Make the row under the cursor the reference."""
-        self._pane().request_reference()
