@@ -19,9 +19,6 @@ from attention.measure.device import NUMPY_BLAS, blas, usable_cores
 
 SOURCE: Final = Path(__file__).parent / "forward.cpp"
 FLAGS: Final = ("-O1", "-fPIC", "-shared")
-SPIN_LOG2: Final = "18"
-"""Logarithm of the clock ticks for which an idle thread of OpenBLAS waits actively: 0.1 ms. Its own 2^26, 20 ms, take
-cores from the attention kernel's threads after each product."""
 SIZES: Final = ((1, 1, 1), (1, 65, 33), (37, 19, 64), (130, 257, 70))
 TOLERANCE: Final = 1e-5
 """Largest error of the self-check's products, relative to the product of the absolute values."""
@@ -61,7 +58,6 @@ def load(threads: int | None = None) -> None:
     if (given := blas()) is not None:
         raise KernelUnavailable(f"{given} is loaded already")
     library = openblas()
-    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", SPIN_LOG2)
     count = str(threads or os.environ.get("FATUI_THREADS") or usable_cores())
     os.environ.setdefault("OPENBLAS_NUM_THREADS", count)
     try:

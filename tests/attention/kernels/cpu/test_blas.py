@@ -19,7 +19,7 @@ except KernelUnavailable as unavailable:
     pytest.skip(str(unavailable), allow_module_level=True)
 
 PRODUCTS = """
-import sys
+import ctypes, sys
 from attention.kernels.cpu.blas import load
 load(threads=2)
 import mlx.core as mx, numpy as np
@@ -50,9 +50,12 @@ compare("batched, transposed", mx.array(p) @ mx.array(p).swapaxes(-1, -2), p, p.
 assert np.array(mx.zeros((2, 0)) @ mx.zeros((0, 3))).tolist() == [[0.0] * 3] * 2
 complex_ = mx.array(p[0, 0] + 1j * p[0, 1])
 assert np.allclose(np.array(complex_ @ complex_.T), np.array(complex_) @ np.array(complex_).T, atol=1e-4)
-import ctypes
-threads = ctypes.CDLL(str(next(path for path in sys.argv[1:]))).scipy_openblas_get_num_threads64_()
-assert threads == 2, threads
+big = values(300, 300)
+compare("on all threads", mx.array(big) @ mx.array(big), big, big)
+threads = ctypes.CDLL(sys.argv[1]).scipy_openblas_get_num_threads64_
+assert threads() == 2, threads()
+mx.eval(mx.ones((8, 8)) @ mx.ones((8, 8)))
+assert threads() == 1, threads()
 print("equal")
 """
 
