@@ -279,7 +279,7 @@ def _of_bits(found: Any, place: str) -> Callable[..., Tensor]:
     tiles = np.full((found.batches, found.heads, found.row_tiles, found.key_tiles), -1, np.int32)
     row = np.repeat(np.arange(len(found.offsets) - 1), np.diff(found.offsets))
     tiles.reshape(-1, found.key_tiles)[row, found.entries[:, 0]] = found.entries[:, 1]
-    which, words = torch.from_numpy(tiles).to(place), torch.from_numpy(found.bits.view(np.int32)).to(place)
+    which, words = torch.from_numpy(tiles).to(place), torch.from_numpy(np.array(found.bits.view(np.int32))).to(place)
     one_batch, one_head = found.batches == 1, found.heads == 1
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

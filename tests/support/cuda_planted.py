@@ -117,7 +117,7 @@ def signature(program):
     parameters = re.search(r"KERNEL_NAME\((.*?)\)\s*\{", text, re.DOTALL)[1]
     conditions = {
         name: constants.get(name)
-        for name in ("MASK", "LISTS", "ALIBI", "ROPE", "SPANS", "QUANTIZED", "QUANTIZES", "PARTS")
+        for name in ("MASK", "LISTS", "ALIBI", "ROPE", "SPANS", "QUANTIZED", "QUANTIZES", "PARTS", "GATHERED")
     }
     conditions |= {f"PARTS > {count}": constants.get("PARTS", 0) > count for count in (2, 4)}
     conditions["!SPLIT"] = not constants.get("SPLIT")

@@ -136,7 +136,7 @@ def test_the_table_marks_estimates_and_attentions_share():
     assert "4 of 22 layers ran; a layer takes: baseline 10.0 ms, poc 10.0 ms" in text
     assert "the rest takes: baseline too little to measure" in text
     assert "poc: 1 of 4 calls went to MLX's own" in text
-    assert "tinyllama-1.1b prefill: poc is 2.00 ±" in text
+    assert "tinyllama-1.1b prefill: Use poc · 2.00x baseline" in text
 
 
 def test_a_quantized_cache_has_its_bytes_and_divergence():

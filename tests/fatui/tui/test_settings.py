@@ -67,7 +67,7 @@ async def test_layout_theme_and_workload_come_back():
         assert stage.app.draft.axes["seq"] == (131_072,)
         assert stage.app.theme == "nord"
         assert stage.app.main.hidden == ["log"]
-        assert stage.app.remembered.sort == "tokens/s"
+        assert (stage.app.remembered.sort, stage.app.remembered.descending) == ("path", True)
 
 
 async def test_a_damaged_state_file_is_reported_and_replaced():
