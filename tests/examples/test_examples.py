@@ -81,7 +81,7 @@ def test_a_trained_model_chats_without_an_end(tmp_path: Path) -> None:
     ("name", "mine"),
     [
         ("bench_lambda", "mine"),
-        ("bench_function", "fused"),
+        slow("bench_function", "fused"),
         slow("bench_decorator", "kernel"),
         slow("bench_async", "poc"),
     ],

@@ -31,6 +31,7 @@ class ComparisonPane(TablePane):
         self._lines: dict[int, list[TableLine]] = {}
         self._summary: tuple[int, tuple[Summary, ...]] = (0, ())
         self._owner: object = None
+        self._verdict_of: tuple[Report, dict[str, str]] | None = None
         self.border_title = "4 Comparison"
 
     def compose(self) -> ComposeResult:
@@ -110,11 +111,18 @@ class ComparisonPane(TablePane):
 
     def _show_verdict(self, report: Report | None, keys: dict[str, str]) -> None:
         card = self.query_one(VerdictCard)
-        self.set_class(report is not None, "-done")
+        self.set_class(report is not None, "-done")  # which changes the height of the pane
+        self._verdict_of = None if report is None else (report, keys)
         if report is None:
             card.clear()
         else:
             card.show(report, self.content_size.height, keys)
+
+    def on_resize(self) -> None:
+        """Lay the hint and the verdict out for the new height."""
+        super().on_resize()
+        if self._verdict_of is not None:
+            self._show_verdict(*self._verdict_of)
 
     @on(RowTable.Turned)
     def _show_hint(self) -> None:

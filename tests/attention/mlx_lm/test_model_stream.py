@@ -50,6 +50,7 @@ def test_rows_differ_once_tokens_fall_out() -> None:
     assert sum(block.losses for block in rows[RECOMPUTED].blocks) == 5 * len(rows[RECOMPUTED].blocks)
 
 
+@pytest.mark.slow
 def test_chunks_give_the_losses_of_single_tokens() -> None:
     case = structs.replace(CASE, window=8, first=2)
     alone, together = (rows_of(structs.replace(case, chunk=n), STREAMING)[STREAMING] for n in (1, 8))
