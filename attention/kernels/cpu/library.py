@@ -104,7 +104,7 @@ def _load(on_message: Callable[[str], None]) -> ModuleType:
     failure = cache.failure(key)
     if failure is not None:
         raise KernelUnavailable(failure)
-    on_message("Compiling the CPU attention kernel for this machine (once, under half a minute) ...")
+    on_message("Compiling the CPU attention kernel for this machine (once, up to a minute) ...")
     with cache.lock(key):
         failure = cache.failure(key)
         if failure is not None:
