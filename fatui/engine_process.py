@@ -17,7 +17,15 @@ from attention.core.plan import AnyPlan, Assignment, Plan, StreamPlan, ranks_of
 from attention.core.results import Peaks
 from attention.core.workload import FineTuning, Generation
 from attention.engine.record import record_of
-from attention.engine.resume import MAX_FRUITLESS, mark_file, marked_name, next_assignment
+from attention.engine.resume import (
+    FORMED_ANEW,
+    MAX_FRUITLESS,
+    RESTARTED,
+    mark_file,
+    marked_name,
+    next_assignment,
+    refusal,
+)
 from fatui import __version__
 from fatui.worker_process import PATIENCE_S, WORKER, Worker, kill_marked
 
@@ -127,10 +135,7 @@ class Engine:
             if fruitless == MAX_FRUITLESS and self._grouped:
                 self._give_up_group(reason)
             elif fruitless == MAX_FRUITLESS:
-                what = "the engine cannot start"
-                if self._culprit:
-                    what = f"implementation: '{self._culprit}' cannot be loaded"
-                self._dispatch(on.RunRefused(kind="cannot start", reason=f"{what}: {reason}"))
+                self._dispatch(refusal(self._culprit, reason))
 
     def stop(self) -> None:
         """End the worker, by force after PATIENCE_S; what was measured stays in the record."""
@@ -293,17 +298,12 @@ class Engine:
         """Fail the row that was running, and create the assignment of the next worker."""
         if self.record.current_case is None:
             return
-        assignment = next_assignment(self.record, self._culprit, lambda case, name: self._fail(case, name, reason))
+        consequence = FORMED_ANEW if self._grouped else RESTARTED
+        assignment = next_assignment(self.record, self._culprit, reason, self._dispatch, consequence)
         if assignment is None:
             self._dispatch(on.RunDone())
         else:
             self._assignment = assignment
-
-    def _fail(self, case: int, name: str, reason: str) -> None:
-        if self.record.cases[case].rows[name].ended is None:
-            self._dispatch(on.RowEnded(case=case, implementation=name, status="failed", reason=reason))
-        what = "ended the group of ranks; it is formed anew" if self._grouped else "crashed the engine; it is restarted"
-        self._dispatch(on.Message(level="info", text=f"{name} {what} without it"))
 
 
 def _model_flops(work: Generation | FineTuning, weights_bytes: int) -> float:

@@ -30,7 +30,7 @@ from attention.core.results import Peaks, Run
 from attention.core.workload import Workload
 from attention.engine.bench_result import BenchResult
 from attention.engine.record import Record, record_of
-from attention.engine.resume import MAX_FRUITLESS, exit_reason, mark_file, marked_name, next_assignment
+from attention.engine.resume import MAX_FRUITLESS, exit_reason, mark_file, marked_name, next_assignment, refusal
 from attention.implementations import check_name
 
 if TYPE_CHECKING:
@@ -347,21 +347,14 @@ class _LibraryRun:
                 return
             before = assignment
             if record.current_case is not None:
-
-                def fail(case: int, name: str, reason: str = reason) -> None:
-                    if record.cases[case].rows[name].ended is None:
-                        dispatch(on.RowEnded(case=case, implementation=name, status="failed", reason=reason))
-                    dispatch(on.Message(level="info", text=f"{name} crashed the engine; it is restarted without it"))
-
-                following = next_assignment(record, culprit, fail)
+                following = next_assignment(record, culprit, reason, dispatch)
                 if following is None:
                     dispatch(on.RunDone())
                     return
                 assignment = following
             fruitless = fruitless + 1 if assignment == before else 0
             if fruitless == MAX_FRUITLESS:
-                what = f"implementation: '{culprit}' cannot be loaded" if culprit else "the engine cannot start"
-                dispatch(on.RunRefused(kind="cannot start", reason=f"{what}: {reason}"))
+                dispatch(refusal(culprit, reason))
 
     def _run_worker(self, assignment: Assignment, dispatch: Listener, stop: threading.Event) -> tuple[str, str | None]:
         """Run one worker to its end; return how it ended, and the implementation that it was running."""

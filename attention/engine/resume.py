@@ -6,12 +6,15 @@ import tempfile
 from collections.abc import Callable
 from typing import Final
 
+from attention.core import events as on
 from attention.core.errors import truncated
 from attention.core.plan import Assignment
 from attention.engine.record import AnyRecord
 
 MAX_FRUITLESS: Final = 2
 """Workers in a row that end without any progress, after which a run is given up."""
+RESTARTED: Final = "crashed the engine; it is restarted"
+FORMED_ANEW: Final = "ended the group of ranks; it is formed anew"
 
 
 def mark_file() -> int:
@@ -38,23 +41,44 @@ def exit_reason(code: int, stderr: list[str]) -> str:
     return f"the engine ended with code {code}" + (f": {truncated(last)}" if last else "")
 
 
-def next_assignment(record: AnyRecord, culprit: str | None, fail: Callable[[int, str], None]) -> Assignment | None:
+def next_assignment(
+    record: AnyRecord,
+    culprit: str | None,
+    reason: str,
+    dispatch: Callable[[on.AnyEvent], None],
+    consequence: str = RESTARTED,
+) -> Assignment | None:
     """Return the assignment of the next worker; None if no case is left.
 
     Args:
         record: the run so far, in which a case has begun.
-        culprit: the implementation that the worker was running.
-        fail: ends the row of a case and an implementation.
+        culprit: the implementation that the worker was running; its row fails.
+        reason: how the worker ended.
+        dispatch: takes the events by which the row fails, and applies them to the record.
+        consequence: what the culprit did and what follows, as the message says it.
     """
     case = record.current_case
     assert case is not None
     if record.cases[case].stopped_by is not None:
         case += 1
     elif culprit:
-        fail(case, culprit)
+        if record.cases[case].rows[culprit].ended is None:
+            dispatch(on.RowEnded(case=case, implementation=culprit, status="failed", reason=reason))
+        dispatch(on.Message(level="info", text=f"{culprit} {consequence} without it"))
     if case == len(record.cases):
         return None
     rows = record.cases[case].rows.values()
     failed = tuple(row.implementation for row in rows if row.ended and row.ended.status == "failed")
     peaks = record.peaks if record.peaks.matmul_flops_per_s else None
     return Assignment(plan=record.plan, first_case=case, skip={case: failed}, peaks=peaks)
+
+
+def refusal(culprit: str | None, reason: str) -> on.RunRefused:
+    """Return the event that gives a run up after MAX_FRUITLESS workers.
+
+    Args:
+        culprit: the implementation that the last one was running, if any.
+        reason: how it ended.
+    """
+    what = f"implementation: '{culprit}' cannot be loaded" if culprit else "the engine cannot start"
+    return on.RunRefused(kind="cannot start", reason=f"{what}: {reason}")
