@@ -8,7 +8,7 @@ from typing import Any, Final
 import msgspec
 
 from attention.core.errors import UsageError
-from attention.core.flat import flat_rows, origin
+from attention.core.flat import flat_row, flat_rows, origin
 from attention.core.results import AnyCase, Report
 from fatui.report.export import columns_of
 from fatui.untrusted_text import escape_all
@@ -31,10 +31,8 @@ def case_lines(report: Report, number: int, case: AnyCase) -> str:
         number: the number.
         case: the case.
     """
-    from attention.core.flat import flat_row
-
-    shared = origin(report)
-    return "".join(_line({**shared, **flat_row(number, escape_all(case), row)}) for row in escape_all(case).rows)
+    shared, case = origin(report), escape_all(case)
+    return "".join(_line({**shared, **flat_row(number, case, row)}) for row in case.rows)
 
 
 def _line(record: Mapping[str, object]) -> str:
