@@ -7,9 +7,12 @@ from attention.core.errors import UsageError
 from fatui import cli
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import RenderableType
 
     from attention.core.results import Report
+    from fatui.cli.output import Export
     from fatui.report.comparison import Comparison, RowChange
     from fatui.report.gate import Gate, Thresholds
     from fatui.report.machines import MachineTable
@@ -64,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         count = 1 if arguments.after is None else 2 + len(arguments.more)
         raise UsageError(f"compare: got {count} names; it takes BASE and NEW, or any number with --by device")
     from fatui.cli.options import Problems
-    from fatui.cli.output import STDOUT, requested_exports, show, write_text
+    from fatui.cli.output import requested_exports
     from fatui.report.comparison import compare_pairs
     from fatui.report.gate import judge, to_markdown
     from fatui.storage.history import RunHistory
@@ -81,21 +84,19 @@ def run(arguments: argparse.Namespace) -> int:
         if history.notice:
             cli.print_line(history.notice)
     gate = judge(comparison, thresholds)
-    if not any(export.target == STDOUT for export in exports):
-        show(comparison_table(comparison, gate if thresholds.judging else None))
-    failures = [problem for export in exports if (problem := write_text(export, to_markdown(gate)))]
-    for failure in failures:
-        cli.print_line(failure)
+    code = _print_or_write(
+        comparison_table(comparison, gate if thresholds.judging else None), to_markdown(gate), exports
+    )
     if thresholds.judging and not gate.passed:
         for problem in gate.problems:
             cli.print_line(problem)
         return cli.GATE_FAILED
-    return cli.FAILED if failures else cli.DONE
+    return code
 
 
 def _side_by_side(arguments: argparse.Namespace) -> int:
     """Print the rows of several machines."""
-    from fatui.cli.output import STDOUT, requested_exports, show, write_text
+    from fatui.cli.output import requested_exports
     from fatui.report.machines import by_machine, to_markdown
     from fatui.storage.history import RunHistory
     from fatui.storage.sources import read_runs
@@ -112,9 +113,16 @@ def _side_by_side(arguments: argparse.Namespace) -> int:
     finally:
         if history.notice:
             cli.print_line(history.notice)
+    return _print_or_write(_machine_blocks(table), to_markdown(table), exports)
+
+
+def _print_or_write(table: "RenderableType", text: str, exports: "Sequence[Export]") -> int:
+    """Print a table, unless its Markdown goes to stdout, and write that to its exports; return the exit code."""
+    from fatui.cli.output import STDOUT, show, write_text
+
     if not any(export.target == STDOUT for export in exports):
-        show(_machine_blocks(table))
-    failures = [problem for export in exports if (problem := write_text(export, to_markdown(table)))]
+        show(table)
+    failures = [problem for export in exports if (problem := write_text(export, text))]
     for failure in failures:
         cli.print_line(failure)
     return cli.FAILED if failures else cli.DONE
