@@ -137,7 +137,7 @@ def _dispatch(arguments: list[str]) -> int:
         command = importlib.import_module(f"fatui.cli.{name}")
         parser = Parser(
             prog=f"fatui {name}",
-            description=COMMANDS[name][0].upper() + COMMANDS[name][1:] + ".",
+            description=_description(name),
             epilog=command.EXAMPLE,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -154,10 +154,13 @@ def whole_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, summary in COMMANDS.items():
         command = importlib.import_module(f"fatui.cli.{name}")
-        command.add_arguments(
-            commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        )
+        command.add_arguments(commands.add_parser(name, help=summary, description=_description(name)))
     return parser
+
+
+def _description(name: str) -> str:
+    """Return a command's summary as a sentence."""
+    return f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}."
 
 
 def _open_app(arguments: list[str]) -> int:
