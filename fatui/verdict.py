@@ -363,7 +363,8 @@ def _loss(cases: Sequence[AnyCase], name: str, winner: str, slower: float | None
         return obstacle or Loss(implementation=name, text="not measured")
     chosen = [formatting.chosen_row(row, case) for case, row in rows if is_sound(row)]
     same = bool(chosen) and all(each is not None and each.implementation == winner for each in chosen)
-    if same or len(ties) == len(sound):
+    tied = same or len(ties) == len(sound)
+    if tied:
         words = [f"tied, it ran {winner}" if same else "tied"]
     else:
         average = " on average" if len(sound) > 1 else ""
@@ -372,7 +373,6 @@ def _loss(cases: Sequence[AnyCase], name: str, winner: str, slower: float | None
             words.append(where)
     if obstacle:
         words.append(obstacle.text)
-    tied = same or len(ties) == len(sound)
     return Loss(implementation=name, text=", ".join(words), why="" if tied else _path(sound), tied=tied)
 
 

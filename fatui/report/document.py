@@ -179,14 +179,15 @@ PAGE = """<!DOCTYPE html>
 
 def to_html(document: Document) -> str:
     """Render the document as an HTML page."""
+    sections = [_html_section(each, number) for number, each in enumerate(document.sections)]
     return PAGE.format(
         title=html(document.title),
         style=Path(__file__).with_name("page.css").read_text(encoding="utf-8"),
         contents="\n".join(
             f'<li><a href="#part-{number}">{html(each.title)}</a></li>' for number, each in enumerate(document.sections)
         ),
-        first="\n".join(_html_section(each, number) for number, each in enumerate(document.sections[:1])),
-        sections="\n".join(_html_section(each, number) for number, each in enumerate(document.sections) if number),
+        first="\n".join(sections[:1]),
+        sections="\n".join(sections[1:]),
     )
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Literal
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from attention.core.errors import UsageError, suggestion
 from fatui import formatting
@@ -167,8 +167,7 @@ def parse_criteria(texts: Sequence[str], base: Thresholds | None = None) -> Thre
                 problems.extend(error.problems)
     if problems:
         raise UsageError(*problems)
-    fields = {name: getattr(base or Thresholds(), name) for name in Thresholds.__struct_fields__}
-    return Thresholds(**{**fields, **limits})
+    return structs.replace(base or Thresholds(), **limits)
 
 
 def parse_percent(value: object, name: str) -> float:
