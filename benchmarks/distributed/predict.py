@@ -76,18 +76,13 @@ def _rank_s(
 
 def _steps(workload: Workload, kv_heads: int, rows: int, keys: int, position: Callable[[int], int]) -> float:
     """Return the time of a launch in steps of a key tile, by the specialisation that needs the least."""
-    window = workload.window
-    largest = specialise(workload.head_dim, workload.causal, "bf16", window is not None)
+    largest = specialise(workload.head_dim, workload.causal, "bf16", workload.window is not None)
 
     def steps(kernel: Forward) -> float:
-        ranges = []
-        for top in range(0, rows, kernel.block_m):
-            end = position(min(rows, top + kernel.block_m) - 1) + 1
-            start = 0 if window is None else max(0, position(top) + 1 - window)
-            ranges.append((start // kernel.block_n, -(-end // kernel.block_n)))
+        ranges = kernel.tile_ranges(rows, keys, workload.window or 0, position)
         planes = kv_heads * workload.heads // workload.kv_heads
         plane_bytes = 4 * keys * workload.head_dim * workload.kv_heads // workload.heads
-        table, _ = make_works(MULTIPROCESSORS, planes, tuple(ranges), plane_bytes, kernel.joining)
+        table, _ = make_works(MULTIPROCESSORS, planes, ranges, plane_bytes, kernel.joining)
         return max(map(_load, table)) * kernel.step_time
 
     return min(map(steps, [largest, *fewer_consumers(largest)]))

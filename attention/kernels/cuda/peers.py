@@ -128,7 +128,7 @@ def _stage(
     """Return the launch of some key heads."""
     shape = replace(whole, heads=heads * whole.group, kv_heads=heads)
     planes = shape.batch * shape.heads
-    ranges = _tile_ranges(kernel, shape, call, placement)
+    ranges = kernel.tile_ranges(shape.queries, shape.keys, call.window or 0, placement.position)
     plane_bytes = 4 * shape.keys * shape.head_dim // shape.group
     table, parts = make_works(gpu().multiprocessors, planes, ranges, plane_bytes, kernel.joining)
     rows = (shape.batch, shape.heads, shape.queries)
@@ -160,19 +160,6 @@ def _stage(
         first=dict.fromkeys(("q", *OUTPUTS), queries) | dict.fromkeys((*INPUTS[1:], *FAR_INPUTS), (0, first)),
         whole={"output": (*all_rows, whole.head_dim), "logsumexp": all_rows},
     )
-
-
-def _tile_ranges(
-    kernel: Forward, shape: CallShape, call: CallParams, placement: Placement
-) -> tuple[tuple[int, int], ...]:
-    """Return the half-open range of key tiles of each query tile, counted as in the kernel."""
-    ranges = []
-    for first in range(0, shape.queries, kernel.block_m):
-        last = min(shape.queries, first + kernel.block_m) - 1
-        end = min(shape.keys, placement.position(last) + 1) if call.causal else shape.keys
-        start = max(0, placement.position(first) + 1 - call.window) if call.window is not None else 0
-        ranges.append((start // kernel.block_n, -(-end // kernel.block_n)))
-    return tuple(ranges)
 
 
 def distrust(shape: CallShape, call: CallParams) -> str | None:

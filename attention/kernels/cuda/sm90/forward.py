@@ -1,6 +1,7 @@
 """Specialisations of the Hopper forward kernel (forward.cu) and their tile counts. Compiling does not need MLX."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -112,13 +113,19 @@ class Forward:
             shared_memory=self.shared_memory,
         )
 
-    def tile_ranges(self, queries: int, keys: int, window: int) -> tuple[tuple[int, int], ...]:
-        """Return the half-open range of key tiles of each query tile, counted as in the kernel."""
+    def tile_ranges(
+        self, queries: int, keys: int, window: int, position: Callable[[int], int] | None = None
+    ) -> tuple[tuple[int, int], ...]:
+        """Return the half-open range of key tiles of each query tile, counted as in the kernel.
+
+        `position` is of a row among the keys; by default the last query is at the last key.
+        """
+        position = position or (lambda row: row + keys - queries)
         ranges = []
         for first in range(0, queries, self.block_m):
-            end = min(queries, first + self.block_m)
-            last_key = min(keys, max(0, end + keys - queries)) if self.causal else keys
-            first_key = max(0, first + 1 + keys - queries - window) if self.window else 0
+            last = min(queries, first + self.block_m) - 1
+            last_key = min(keys, max(0, position(last) + 1)) if self.causal else keys
+            first_key = max(0, position(first) + 1 - window) if self.window else 0
             ranges.append((first_key // self.block_n, -(-last_key // self.block_n)))
         return tuple(ranges)
 
