@@ -127,16 +127,18 @@ def context_run(q: mx.array, k: mx.array, v: mx.array, problem: Any, exchange: E
         return None
     group, rank = problem.group, problem.group.rank()
     arrays = (tuple(q.shape), tuple(k.shape), tuple(v.shape), str(q.dtype).removeprefix("mlx.core."))
-    groups = head_groups(arranged, k, v)
+    batch, kv_heads = int(k.shape[0]), int(k.shape[1])
+    row_bytes = kv_heads * (k.shape[3] + v.shape[3]) * k.itemsize
+    groups = head_groups(arranged, batch, kv_heads, row_bytes)
     bounds = mask.causal, mask.window, problem.softcap
     refusal, plan_for = _prepared(exchange, rank, groups, *arrays, problem.scale, *bounds)
     kind = (*q.shape[:2], k.shape[1], q.shape[3], v.shape[3], arrays[3], *bounds)
     if (is_real and not _all_can(group, exchange, kind, refusal)) or plan_for is None:
         return None
     plan, own = plan_for(problem.return_lse), arranged[rank]
-    size = (k.nbytes + v.nbytes) // k.shape[2]
-    sent, received = (group.size() - 1) * own.plan.contributed[rank] * size, own.plan.rows * size
-    planes = groups if len(groups) > 1 else (k.shape[0] * k.shape[1],)
+    sent = (group.size() - 1) * own.plan.contributed[rank] * batch * row_bytes
+    received = own.plan.rows * batch * row_bytes
+    planes = groups if len(groups) > 1 else (batch * kv_heads,)
 
     def run(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
         if peers is None or not problem.communicate:
@@ -226,11 +228,12 @@ def _fits(arranged: Sequence[Arrangement], k: mx.array, v: mx.array) -> bool:
     return plane <= SLOT_BYTES and plane * k.shape[0] * k.shape[1] >= MIN_BYTES
 
 
-def head_groups(arranged: Sequence[Arrangement], k: mx.array, v: mx.array) -> tuple[int, ...]:
-    """Return the K/V heads of each launch: a few first, if the others arrive meanwhile for long enough."""
-    heads = int(k.shape[1])
-    moved = max(own.plan.rows for own in arranged) * heads * (k.shape[3] + v.shape[3]) * k.itemsize
-    if k.shape[0] > 1 or heads < 4 or moved < MIN_OVERLAPPED_BYTES:
+def head_groups(arranged: Sequence[Arrangement], batch: int, heads: int, row_bytes: int) -> tuple[int, ...]:
+    """Return the K/V heads of each launch: a few first, if the others arrive meanwhile for long enough.
+
+    `row_bytes` are of a row of keys and values, of all heads.
+    """
+    if batch > 1 or heads < 4 or max(own.plan.rows for own in arranged) * row_bytes < MIN_OVERLAPPED_BYTES:
         return (heads,)
     return heads // 4, heads - heads // 4
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 from attention.core.workload import Workload
 from attention.distributed import decide, make_layout
 from attention.distributed.exchange import Seen, make_exchange
-from attention.distributed.one_launch import MIN_OVERLAPPED_BYTES, Arrangement, arrange
+from attention.distributed.one_launch import Arrangement, arrange, head_groups
 from attention.kernels.cuda.sm90.forward import Forward, fewer_consumers, specialise
 from attention.kernels.cuda.sm90.schedule import TILE_OVERHEAD, make_works
 
@@ -34,11 +34,10 @@ def predict(workload: Workload, ranks: int, one_s: float) -> dict[str, Any]:
     arranged = arrange(make_exchange(layout, layout, seen))
     assert arranged is not None
     row_bytes = workload.kv_heads * (workload.head_dim + workload.value_dim) * 2
-    overlaps = max(own.plan.rows for own in arranged) * row_bytes >= MIN_OVERLAPPED_BYTES
-    first = workload.kv_heads // 4 if overlaps else workload.kv_heads
+    groups = head_groups(arranged, workload.batch, workload.kv_heads, row_bytes)
     unit_s = one_s / _steps(workload, workload.kv_heads, workload.seq, workload.seq, lambda row: row)
     times = [
-        _rank_s(workload, own, layout.rows(rank), row_bytes, first, unit_s, own.plan.contributed[rank])
+        _rank_s(workload, own, layout.rows(rank), row_bytes, groups, unit_s, own.plan.contributed[rank])
         for rank, own in enumerate(arranged)
     ]
     ranks_s, compute_s = max(times)
@@ -57,19 +56,24 @@ def predict(workload: Workload, ranks: int, one_s: float) -> dict[str, Any]:
 
 
 def _rank_s(
-    workload: Workload, own: Arrangement, rows: int, row_bytes: int, first: int, unit_s: float, sent: int
+    workload: Workload,
+    own: Arrangement,
+    rows: int,
+    row_bytes: int,
+    groups: Sequence[int],
+    unit_s: float,
+    sent: int,
 ) -> tuple[float, float]:
     """Return the seconds of a rank's call, and of its computation."""
 
     def position(row: int) -> int:
         return row + own.shifts[row >= own.second]
 
-    heads = [count for count in (first, workload.kv_heads - first) if count]
-    computing = [_steps(workload, count, rows, own.keys, position) * unit_s for count in heads]
-    copies = [own.plan.rows * row_bytes * count / workload.kv_heads / PULL_BYTES_PER_S for count in heads]
+    computing = [_steps(workload, count, rows, own.keys, position) * unit_s for count in groups]
+    copies = [own.plan.rows * row_bytes * count / workload.kv_heads / PULL_BYTES_PER_S for count in groups]
     begins = LATENCY_S + sent * row_bytes / SEND_BYTES_PER_S
     ends = begins + copies[0] + computing[0]
-    if len(heads) > 1:
+    if len(groups) > 1:
         ends = max(ends, begins + sum(copies)) + computing[1]
     return ends, sum(computing)
 
