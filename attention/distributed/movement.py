@@ -55,15 +55,21 @@ def _fits_a_slot(part: mx.array, exchange: Exchange, rank: int) -> bool:
 @lru_cache(maxsize=64)
 def _plan(exchange: Exchange, rank: int) -> RowPlan:
     """Return the rows that a rank sends and needs."""
-    sent, place = [], 0
-    for start, stop in places_of(exchange.owned[rank], exchange.contributed[rank]):
-        sent.append((rank, start, place, stop - start))
-        place += stop - start
     runs, place = [], 0
     for source in exchange.sources(rank):
         runs.append((source.rank, source.start, place, source.stop - source.start))
         place += source.stop - source.start
-    return RowPlan(tuple(sent), tuple(runs), tuple(map(rows_of, exchange.contributed)), place)
+    sent = sent_runs(exchange.owned[rank], exchange.contributed[rank], rank)
+    return RowPlan(sent, tuple(runs), tuple(map(rows_of, exchange.contributed)), place)
+
+
+def sent_runs(owned: Sequence[Chunk], contributed: Sequence[Chunk], rank: int) -> tuple[Run, ...]:
+    """Return a rank's runs of rows that it contributes, one after another."""
+    sent, place = [], 0
+    for start, stop in places_of(owned, contributed):
+        sent.append((rank, start, place, stop - start))
+        place += stop - start
+    return tuple(sent)
 
 
 @lru_cache(maxsize=64)

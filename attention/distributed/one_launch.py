@@ -19,7 +19,7 @@ from attention.distributed import collectives
 from attention.distributed.collectives import Group
 from attention.distributed.exchange import Exchange, intersection, offset_in
 from attention.distributed.layout import Chunk, rows_of, union
-from attention.distributed.movement import places_of
+from attention.distributed.movement import sent_runs
 from attention.distributed.peers import MIN_BYTES, SLOT_BYTES, RowPlan
 from attention.implementations.calls import call_hooks, call_through_hooks, current_backend
 from attention.implementations.fused import Poc
@@ -85,15 +85,12 @@ def _arrangement(
     start, stop, other = runs[-1]
     if other == rank and (stop - start) % TILE and offset_in(owned[rank], stop - 1) + 1 != rows_of(owned[rank]):
         return None  # the last tile would hold keys that are none of the call's
-    sent, place = [], 0
-    for first, last in places_of(owned[rank], contributed[rank]):
-        sent.append((rank, first, place, last - first))
-        place += last - first
+    sent = sent_runs(owned[rank], contributed[rank], rank)
     calls = exchange.calls[rank]
     # the last row of a causal call is at its last key
     shifts = [offset_in(needed, call.key_chunks[0][1] - 1) + 1 - call.rows[1] for call in calls]
     return Arrangement(
-        plan=RowPlan(tuple(sent), tuple(pulled), tuple(map(rows_of, contributed)), far),
+        plan=RowPlan(sent, tuple(pulled), tuple(map(rows_of, contributed)), far),
         keys=rows_of(needed),
         second=calls[0].rows[1],
         shifts=(shifts[0], shifts[-1]),
