@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from attention.core.errors import KernelUnavailable
-from attention.core.kv_format import Format, KVFormat
+from attention.core.kv_format import KVFormat
 from attention.kernels.common.selfcheck import exact
 from attention.kernels.cuda import attend
 from attention.kernels.cuda.quantized import launch as packed_launch
@@ -231,7 +231,7 @@ def _compare_spans(kind: StepKind, split: KeySplit[Any]) -> str | None:
     versions, k, v = selfcheck.inputs(_with_versions(shape))[:3]
     arrays = [k, v]
     if kind.packed is not None:
-        packed = [quantized(x, form) for x, form in zip(arrays, _formats(kind.packed), strict=True)]
+        packed = [quantized(x, form) for x, (form, _) in zip(arrays, kind.packed.parts, strict=True)]
         arrays, (k, v) = arrays_of(*packed), (x.dequantized(mx.float32) for x in packed)
     spans = [(4, 301), (301, 523), (0, 4)]
     run = make_plan(("turned", *kind.parts[1]), ("output",), _spans_stages(small, own))
@@ -253,10 +253,6 @@ def _compare_spans(kind: StepKind, split: KeySplit[Any]) -> str | None:
     expected = np.einsum("hk,hkd->hd", weights / weights.sum(-1, keepdims=True), values)
     error = float(np.abs(found - expected).max())
     return None if error <= MAX_ERROR else f"the results over runs of slots differ from float64 by {error:.2g}"
-
-
-def _formats(packed: PackedKV) -> tuple[Format, Format]:
-    return packed.format.key, packed.format.value
 
 
 MAX_ERROR: Final = 3e-2
