@@ -32,6 +32,8 @@ class _Usage(Struct):
     stolen_s: float
     by_process: dict[tuple[int, str], float]
     family_s: float
+    engines: set[int]
+    """Ids of the programs of other runs: each has an engine, however many ranks."""
 
 
 class ConditionsWatch:
@@ -59,7 +61,7 @@ class ConditionsWatch:
             other_cores=others,
             busiest=tuple(dict.fromkeys(name for _, name in busiest))[:MAX_NAMES],
             stolen_cores=max(0.0, now.stolen_s - self._before.stolen_s) / elapsed,
-            other_engines=_other_engines(),
+            other_engines=len(now.engines),
             governor=_governor(),
             on_battery=_on_battery(),
             tf32=self._device.backend == "cuda" and os.environ.get("MLX_ENABLE_TF32", "1") != "0",
@@ -79,15 +81,19 @@ def _usage() -> _Usage:
         stolen_s=getattr(total, "steal", 0.0),
         by_process={},
         family_s=0.0,
+        engines=set(),
     )
     for process in psutil.process_iter():
-        with suppress(psutil.Error):
+        with suppress(psutil.Error), process.oneshot():
             times = process.cpu_times()
             spent = times.user + times.system
             if process.pid in family:
                 made.family_s += spent + getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
             else:
-                made.by_process[process.pid, process.name()] = spent
+                name = process.name()
+                made.by_process[process.pid, name] = spent
+                if "python" in name and _is_engine(process):
+                    made.engines.add(process.ppid())
     return made
 
 
@@ -101,17 +107,6 @@ def _family() -> set[int]:
 
 def _is_engine(process: psutil.Process) -> bool:
     return ENGINE in process.cmdline()
-
-
-def _other_engines() -> int:
-    """Return the number of other runs: programs with an engine, however many ranks it has."""
-    family = _family()
-    heads = set()
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.pid not in family and "python" in process.name() and _is_engine(process):
-                heads.add(process.ppid())
-    return len(heads)
 
 
 def _governor() -> str | None:
