@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Final
 
@@ -18,7 +17,7 @@ from attention.core.errors import KernelUnavailable, NoBackendError
 from attention.core.files import home
 from attention.core.workload import Workload
 from attention.engine.peaks import measure_peaks
-from attention.measure.device import Device, blas, probe
+from attention.measure.device import Device, blas, installed_version, probe
 from fatui import REINSTALL_ENGINE, __version__, formatting, storage
 from fatui.storage import presets, settings
 from fatui.storage.history import HistoryError, RunHistory
@@ -67,18 +66,11 @@ def diagnose(measure: bool = True) -> Iterator[DiagnosisItem]:
         yield from _speed(device)
 
 
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def _packages() -> Iterator[DiagnosisItem]:
-    builds = [name for name in (*BACKENDS, "mlx-metal") if _installed(name)]
-    core = _installed("mlx")
+    builds = [name for name in (*BACKENDS, "mlx-metal") if installed_version(name)]
+    core = installed_version("mlx")
     text = f"{core or 'not installed'}, " + (
-        " and ".join(f"{name} {_installed(name)}" for name in builds) or "no backend"
+        " and ".join(f"{name} {installed_version(name)}" for name in builds) or "no backend"
     )
     both = [name for name in builds if name in BACKENDS]
     advice = None
@@ -88,7 +80,7 @@ def _packages() -> Iterator[DiagnosisItem]:
     elif not core:
         advice = formatting.INSTALL_BACKEND
     yield DiagnosisItem(topic="MLX", text=text, advice=advice)
-    if foreign := _installed("attention"):
+    if foreign := installed_version("attention"):
         yield DiagnosisItem(
             topic="attention",
             text=f"another project's distribution of this name is installed, {foreign}",

@@ -116,14 +116,15 @@ def cpu_quota(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
 def computes_on_cpu() -> bool:
     """Return whether MLX's default device is the CPU, by the installed packages: MLX is not imported."""
     names = ("mlx-cuda-12", "mlx-cuda-13", "mlx-metal")
-    return sys.platform == "linux" and not any(_is_installed(name) for name in names)
+    return sys.platform == "linux" and not any(installed_version(name) for name in names)
 
 
-def _is_installed(name: str) -> bool:
+def installed_version(name: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
     try:
-        return bool(version(name))
+        return version(name)
     except PackageNotFoundError:
-        return False
+        return None
 
 
 def usable_cores() -> int:

@@ -2,14 +2,13 @@
 
 import os
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
 import psutil
 
 from attention.core.results import Fingerprint, MachineState
-from attention.measure.device import Device
+from attention.measure.device import Device, installed_version
 
 PACKAGES: Final = ("mlx", "mlx-lm", "numpy", "torch", "nanobind")
 SENSORS: Final = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
@@ -21,7 +20,7 @@ MAX_TEXT: Final = 100
 def fingerprint(device: Device) -> Fingerprint:
     """Return the fingerprint of a run that begins; what cannot be read is None."""
     return Fingerprint(
-        versions={name: found for name in PACKAGES if (found := _version(name))},
+        versions={name: found for name in PACKAGES if (found := installed_version(name))},
         architecture=device.architecture or None,
         max_clock_hz=_max_clock_hz(),
         driver=_driver(),
@@ -88,13 +87,6 @@ def _driver() -> str | None:
     text = _text(DRIVER, 1000) or ""
     words = text.split("Kernel Module")[-1].split() if "Kernel Module" in text else []
     return next((word for word in words if word[:1].isdigit()), None)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _number(path: Path) -> int | None:

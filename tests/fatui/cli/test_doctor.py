@@ -25,14 +25,15 @@ def test_without_a_backend_it_says_what_to_install(capsys, monkeypatch):
 
 def test_two_backends_at_once_are_warned_of(capsys, monkeypatch):
     versions = {"mlx": "0.32.4", "mlx-cpu": "0.32.4", "mlx-cuda-12": "0.32.4"}
-    monkeypatch.setattr(diagnosis, "_installed", versions.get)
+    monkeypatch.setattr(diagnosis, "installed_version", versions.get)
     main(["doctor", "--no-measure"])
     out = " ".join(capsys.readouterr().out.split())
     assert "two backends overwrite each other's library: pip uninstall mlx-cpu mlx-cuda-12 mlx" in out
 
 
 def test_a_distribution_that_shares_the_engines_folder_is_named(capsys, monkeypatch):
-    monkeypatch.setattr(diagnosis, "_installed", {"mlx": "0.32.4", "mlx-cpu": "0.32.4", "attention": "5.0.0"}.get)
+    versions = {"mlx": "0.32.4", "mlx-cpu": "0.32.4", "attention": "5.0.0"}
+    monkeypatch.setattr(diagnosis, "installed_version", versions.get)
     main(["doctor", "--no-measure"])
     out = " ".join(capsys.readouterr().out.split())
     assert "another project's distribution of this name is installed, 5.0.0" in out
