@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from attention.core.workload import Workload
 from attention.measure.eight_bit import recipe_output
-from attention.measure.reference import Rules, forward, gradients, sensitivity, visible
+from attention.measure.reference import Result, Rules, forward, gradients, sensitivity, visible
 from attention.quantized_kv import KeyOrValue, QuantizedArray
 
 FORWARD_FACTOR: Final = 2.0
@@ -112,7 +112,7 @@ class AccuracyChecker:
         self._unquantized = (
             None
             if unquantized is None
-            else [self._exact_of_group(unquantized, group, scale)[0] for group in self.sample.groups]
+            else [self._exact_output(unquantized, group, scale) for group in self.sample.groups]
         )
 
     def check(
@@ -209,9 +209,9 @@ class AccuracyChecker:
             for index, (a, b) in enumerate(zip(exact, plain, strict=True))
         ]
 
-    def _exact_of_group(self, inputs: Sequence[Any], group: tuple[int, int], scale: float) -> list[Array]:
+    def _exact_output(self, inputs: Sequence[Any], group: tuple[int, int], scale: float) -> Array:
         arrays = [_numpy(self._cut(index, array, group)) for index, array in enumerate(inputs)]
-        return _exact(arrays, self._rules(group, scale), self.sample.rows)[0]
+        return _outputs(_forward(arrays, self._rules(group, scale), self.sample.rows))
 
     def _cut(self, index: int, array: KeyOrValue, group: tuple[int, int]) -> KeyOrValue:
         """Return an input's part in a group: (query heads or 1, length, width)."""
@@ -255,14 +255,24 @@ def choose_sample(workload: Workload, seed: int, scores: int = SCORES) -> Sample
     return SampledPart(tuple(pairs[i] for i in picked), chosen.astype(np.intp))
 
 
+def _forward(arrays: Sequence[Array], rules: Sequence[Rules], rows: NDArray[np.intp]) -> list[Result]:
+    """Return the reference of each query head of one group."""
+    q, k, v = arrays[0], arrays[1][0], arrays[2][0]
+    return [forward(head, k, v, own, rows) for head, own in zip(q, rules, strict=True)]
+
+
+def _outputs(results: Sequence[Result]) -> Array:
+    return np.stack([result.output for result in results])
+
+
 def _exact(arrays: Sequence[Array], rules: Sequence[Rules], rows: NDArray[np.intp]) -> tuple[list[Array], Array]:
     """Return output, and in training dQ, dK, dV, of the query heads of one group, and the rows' sensitivities.
 
     The shapes are (heads or 1, rows or Lk, width) and (heads, rows).
     """
     q, k, v = arrays[0], arrays[1][0], arrays[2][0]
-    results = [forward(head, k, v, own, rows) for head, own in zip(q, rules, strict=True)]
-    output = np.stack([result.output for result in results])
+    results = _forward(arrays, rules, rows)
+    output = _outputs(results)
     sensitivities = np.stack(
         [sensitivity(head, k, v, own, each, rows) for head, own, each in zip(q, rules, results, strict=True)]
     )
