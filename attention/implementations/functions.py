@@ -9,7 +9,7 @@ import mlx.core as mx
 from attention.core.errors import UnsupportedError
 from attention.core.route import NO_NEEDS, Needs, Route, fitted, unsupported
 from attention.core.workload import Workload
-from attention.masks import Mask
+from attention.masks import Mask, scores_shape
 from attention.measure.device import Device
 
 FEWEST: Final = 3
@@ -50,10 +50,8 @@ class FunctionImplementation:
         Raises:
             UnsupportedError: the call has a mask or a softcap that the function does not take.
         """
-        seq, kv_seq = q.shape[2], k.shape[2]
-        shown: Any = mask.dense((q.shape[0], q.shape[1], seq, kv_seq))
-        if mask.bounds_only and mask.causal and mask.window is None:
-            shown = "causal"
+        named = mask.bounds_only and mask.causal and mask.window is None
+        shown: Any = "causal" if named else mask.dense(scores_shape(q, k))
         given = {"scale": scale, "mask": shown, "softcap": softcap}
         for name in ("mask", "softcap"):
             if given[name] is not None and name not in self._takes:
