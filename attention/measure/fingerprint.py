@@ -3,7 +3,7 @@
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import psutil
 
@@ -22,7 +22,7 @@ def fingerprint(device: Device) -> Fingerprint:
     return Fingerprint(
         versions={name: found for name in PACKAGES if (found := installed_version(name))},
         architecture=device.architecture or None,
-        max_clock_hz=_max_clock_hz(),
+        max_clock_hz=_clock_hz("max"),
         driver=_driver(),
         before=machine_state(device),
     )
@@ -43,10 +43,7 @@ def machine_state(device: Device) -> MachineState:
 
 def cpu_clock_hz() -> float | None:
     """Return the current clock of the cores."""
-    with suppress(Exception):  # psutil raises different errors for different system files
-        frequency = psutil.cpu_freq()
-        return frequency.current * 1e6 if frequency and frequency.current > 0 else None
-    return None
+    return _clock_hz("current")
 
 
 def cpu_temperature_c() -> float | None:
@@ -57,10 +54,10 @@ def cpu_temperature_c() -> float | None:
     return None
 
 
-def _max_clock_hz() -> float | None:
-    with suppress(Exception):
-        frequency = psutil.cpu_freq()
-        return frequency.max * 1e6 if frequency and frequency.max > 0 else None
+def _clock_hz(name: Literal["current", "max"]) -> float | None:
+    with suppress(Exception):  # psutil raises different errors for different system files
+        megahertz = float(getattr(psutil.cpu_freq(), name))
+        return megahertz * 1e6 if megahertz > 0 else None
     return None
 
 
