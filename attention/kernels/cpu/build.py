@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,9 +315,24 @@ def compile_library(tools: Toolchain, key: str) -> Path:
     cache.require_room(ROOM_BYTES)
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as threads:
         objects = list(threads.map(lambda job: _compile(job[0], job[1], tools), _jobs(tools)))
+    return link((*_link_command(tools), *map(str, objects), "-lmlx"), key, functools.partial(check_abi, tools))
+
+
+def link(command: tuple[str, ...], key: str, check: Callable[[Path], None] | None = None) -> Path:
+    """Link into the cache folder; return the path of the library of that key.
+
+    Args:
+        command: the linker's, without the name of its output.
+        key: of the library.
+        check: called with the library before it is placed there; raises if it cannot be used.
+
+    Raises:
+        KernelUnavailable: linking failed; the message is its first error.
+    """
     with tempfile.TemporaryDirectory(dir=cache.folder(), prefix=".linking-") as folder:
         fresh = Path(folder) / "out.so"
-        run((*_link_command(tools), *map(str, objects), "-lmlx", "-o", str(fresh)))
-        check_abi(tools, fresh)
+        run((*command, "-o", str(fresh)))
+        if check is not None:
+            check(fresh)
         fresh.chmod(0o600)
         return fresh.replace(cache.library_path(key))

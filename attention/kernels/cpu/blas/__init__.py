@@ -8,7 +8,6 @@ import ctypes
 import hashlib
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -80,21 +79,13 @@ def _compiled(library: Path) -> Path:
         if (failure := cache.failure(key)) is not None:
             raise KernelUnavailable(failure)
         try:
-            path = _compile(command, key)
+            path = build.link(command, key)
             check(ctypes.CDLL(str(path)))
             cache.write_record(key, {"sha256": cache.digest(path)})
         except KernelUnavailable as error:
             cache.write_failure(key, str(error))
             raise
         return path
-
-
-def _compile(command: tuple[str, ...], key: str) -> Path:
-    with tempfile.TemporaryDirectory(dir=cache.folder(), prefix=".linking-") as folder:
-        fresh = Path(folder) / "out.so"
-        build.run((*command, "-o", str(fresh)))
-        fresh.chmod(0o600)
-        return fresh.replace(cache.library_path(key))
 
 
 def check(library: ctypes.CDLL) -> None:
