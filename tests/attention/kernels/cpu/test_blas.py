@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -87,18 +88,11 @@ def test_a_wrong_product_is_found():
     library = ctypes.CDLL(str(blas._compiled(blas.openblas())))
     blas.check(library)
 
-    class Planted:
-        """A library whose products are right in one of the two storage orders only."""
-
-        class cblas_sgemm:  # noqa: N801
-            def __call__(self, order, *rest):
-                return library.cblas_sgemm(101, *rest)
-
-        def __init__(self):
-            self.cblas_sgemm = Planted.cblas_sgemm()
+    def in_one_order(_, *rest):
+        return library.cblas_sgemm(101, *rest)
 
     with pytest.raises(KernelUnavailable, match="more than rounding"):
-        blas.check(Planted())
+        blas.check(SimpleNamespace(cblas_sgemm=in_one_order))
 
 
 def test_the_library_is_private_and_verified(tmp_path, monkeypatch):
