@@ -1,7 +1,6 @@
 """fatui: a terminal lab for attention kernels on MLX."""
 
 import importlib.util
-from pathlib import Path
 
 __version__ = "0.1.0"
 
@@ -17,7 +16,10 @@ def engine_problem() -> str | None:
     spec = importlib.util.find_spec("attention")
     if spec is None or spec.origin is None:
         return f"the engine, the package `attention`, is missing: {REINSTALL_ENGINE}"
-    with Path(spec.origin).open(encoding="utf-8", errors="replace") as source:
+    # --help must not wait for pathlib
+    with open(spec.origin, encoding="utf-8", errors="replace") as source:  # noqa: PTH123
         if source.read(len(ENGINE_TITLE)) == ENGINE_TITLE:
             return None
+    from pathlib import Path
+
     return f"the package `attention` at {Path(spec.origin).parent} is another project's: {REINSTALL_ENGINE}"
