@@ -47,7 +47,6 @@ class Loss(Struct, frozen=True, kw_only=True):
     """"33.1x as long", "tied", "refused: needs 41 GiB of 22"."""
     why: str = ""
     """As far as its path says: "unfused: blocks 256 x 512, MLX would build 33 MiB of scores"."""
-    tied: bool = False
 
 
 class Verdict(Struct, frozen=True, kw_only=True):
@@ -373,7 +372,7 @@ def _loss(cases: Sequence[AnyCase], name: str, winner: str, slower: float | None
             words.append(where)
     if obstacle:
         words.append(obstacle.text)
-    return Loss(implementation=name, text=", ".join(words), why="" if tied else _path(sound), tied=tied)
+    return Loss(implementation=name, text=", ".join(words), why="" if tied else _path(sound))
 
 
 def _longer(factor: float) -> str:

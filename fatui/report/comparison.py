@@ -100,8 +100,6 @@ class RowChange(Struct, frozen=True, kw_only=True):
     """The change of the reference's own time."""
     memory: float | None = None
     """Peak memory after over that before; None if one of them is not known."""
-    pairs: int = 1
-    """Number of pairs of runs that it was computed from."""
 
     def outcome(self, tolerance: float = DEFAULT_TOLERANCE) -> Outcome:
         """Return whether the row got slower by more than a tolerance, by its interval and the floors.
@@ -192,7 +190,6 @@ def _change(pairs: Sequence[tuple[Found, Found]]) -> RowChange:
     floor = max(noise, math.expm1(abs(math.log(drift.value)))) if drift else noise
     times = [_times(before[1], after[1], noise) for before, after in pairs]
     ratios = [_beyond(before[1], after[1], floor) for before, after in pairs] if drift else []
-    known = [ratio for ratio in ratios if ratio]
     (case, row), (_, row_after) = _shown(pairs)
     return RowChange(
         workload=case.workload,
@@ -200,13 +197,12 @@ def _change(pairs: Sequence[tuple[Found, Found]]) -> RowChange:
         before=row,
         after=row_after,
         times=statistics.repeated_ratio([each for each in times if each], noise),
-        ratio=statistics.repeated_ratio(known, floor),
+        ratio=statistics.repeated_ratio([each for each in ratios if each], floor),
         noise=noise,
         floor=floor,
         reference=reference,
         drift=drift,
         memory=_growth([(before[1], after[1]) for before, after in pairs]),
-        pairs=max(1, len(known)),
     )
 
 
