@@ -18,7 +18,7 @@ from fatui.report.export import to_csv, to_json, to_markdown
 from fatui.report.records import check_parquet, to_json_lines, to_parquet, to_sql
 from fatui.report.study import beside
 from fatui.report.table import report_table
-from fatui.storage import write_atomically, write_bytes_atomically
+from fatui.storage import write_bytes_atomically
 from fatui.untrusted_text import MAX_SHOWN, escape_controls
 
 STDOUT: Final = "-"
@@ -118,14 +118,12 @@ def write_text(export: Export, text: str | bytes) -> str | None:
     if export.target == STDOUT:
         sys.stdout.write(text if isinstance(text, str) else text.decode())
         return None
-    path = Path(export.target)
+    path, content = Path(export.target), text.encode() if isinstance(text, str) else text
     try:
-        if isinstance(text, bytes):
-            write_bytes_atomically(path, text)
-        elif _is_replaced(path):
-            write_atomically(path, text)
+        if _is_replaced(path):
+            write_bytes_atomically(path, content)
         else:
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(content)
     except OSError as error:
         kept = "; the existing file is unchanged" if path.is_file() else ""
         return f"--{export.format}: {path} could not be written: {error.strerror or error}{kept}"

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import sqlite3
 import sys
 
@@ -12,6 +13,7 @@ from msgspec import structs
 
 from attention.core.results import Environment, Report
 from attention.core.workload import Workload
+from fatui.cli import output
 from fatui.cli import run as cli_run
 from fatui.cli.main import main
 from fatui.report import export, machines, records
@@ -70,6 +72,19 @@ def test_parquet_says_what_it_needs(monkeypatch, capsys, tmp_path):
     )
     assert main(["bench", "quick", "--parquet", "-"]) == 2
     assert "it takes a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"\x00rows", "rows"])
+def test_a_pipe_is_written_to_in_place(content, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    end = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert output.write_text(output.Export("parquet", str(pipe)), content) is None
+        assert pipe.is_fifo()
+        assert os.read(end, 100).endswith(b"rows")
+    finally:
+        os.close(end)
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
