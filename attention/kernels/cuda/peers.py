@@ -23,9 +23,7 @@ from attention.kernels.cuda.runtime.launch import (
     TensorBox,
     dtype_of,
     make_plan,
-    on_device,
     prepare,
-    scalars_of,
 )
 from attention.kernels.cuda.runtime.program import Program
 from attention.kernels.cuda.sm90.decode import MAX_ROWS
@@ -34,6 +32,7 @@ from attention.kernels.cuda.sm90.launch import (
     PARTS,
     decode_stages,
     forward_kernel,
+    launch_of_works,
     make_key_split,
     unwritten,
 )
@@ -131,22 +130,8 @@ def _stage(
     ranges = kernel.tile_ranges(shape.queries, shape.keys, call.window or 0, placement.position)
     plane_bytes = 4 * shape.keys * shape.head_dim // shape.group
     table, parts = make_works(gpu().multiprocessors, planes, ranges, plane_bytes, kernel.joining)
-    rows = (shape.batch, shape.heads, shape.queries)
-    numbers, marks = kernel.part_shapes
-    problem = [planes, shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]
-    made = prepare(
-        kernel.program,
-        len(table),
-        [
-            ((*rows, shape.head_dim), dtype_of(shape)),
-            (rows, mx.float32),
-            ((*rows, 2), mx.float32),
-            ((parts, *numbers), mx.float32),
-            ((parts, *marks), mx.int64),
-        ],
-        [*problem, *scalars_of(call), call.window or 0, len(table[0]), placement.second, *placement.shifts],
-        on_device(table, placement.tiles),
-    )
+    places = (placement.second, *placement.shifts)
+    made = launch_of_works(shape, call, kernel, table, parts, tables=(placement.tiles,), scalars=places)
     own_parts = [f"{name} of heads from {first}" for name in PARTS]
     omitted = {own_parts[PARTS.index(name)] if name in PARTS else name for name in unwritten(made, with_logsumexp)}
     queries, all_rows = (0, first * shape.group), (whole.batch, whole.heads, whole.queries)

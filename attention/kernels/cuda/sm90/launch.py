@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Generic, Protocol, TypeVar
 
@@ -63,7 +64,7 @@ def least_makespan(largest: ForwardKernel, shape: CallShape, call: CallParams) -
 
 @functools.lru_cache(maxsize=256)
 def forward(shape: CallShape, call: CallParams, kernel: Forward) -> Launch:
-    """Return the launch of the Hopper kernel: writes output, logsumexp, stats, and tile parts with their flags."""
+    """Return the launch of the Hopper kernel for a call."""
     planes = shape.batch * shape.heads
     plane_bytes = 4 * shape.keys * shape.head_dim // shape.group
     if call.pattern is not None:
@@ -76,18 +77,38 @@ def forward(shape: CallShape, call: CallParams, kernel: Forward) -> Launch:
             plane_bytes,
             kernel.joining,
         )
-        constants, rounds = on_device(listed, made.entries, made.bits), listed.shape[1]
-        blocks = len(listed)
-    else:
-        ranges = kernel.tile_ranges(shape.queries, shape.keys, call.window or 0)
-        table, parts = make_works(gpu().multiprocessors, planes, ranges, plane_bytes, kernel.joining)
-        constants, blocks, rounds = on_device(table), len(table), len(table[0])
+        return launch_of_works(shape, call, kernel, listed, parts, tables=(made.entries, made.bits))
+    ranges = kernel.tile_ranges(shape.queries, shape.keys, call.window or 0)
+    table, parts = make_works(gpu().multiprocessors, planes, ranges, plane_bytes, kernel.joining)
+    return launch_of_works(shape, call, kernel, table, parts)
+
+
+def launch_of_works(
+    shape: CallShape,
+    call: CallParams,
+    kernel: Forward,
+    works: Any,
+    parts: int,
+    tables: Sequence[Any] = (),
+    scalars: Sequence[int] = (),
+) -> Launch:
+    """Return the launch of the Hopper kernel: writes output, logsumexp, stats, and tile parts with their flags.
+
+    Args:
+        shape: shapes of the call.
+        call: parameters of the call.
+        kernel: the specialisation.
+        works: the work table, blocks x rounds.
+        parts: tile parts in it.
+        tables: further int32 tables that the specialisation takes.
+        scalars: further scalars that it takes.
+    """
     rows = (shape.batch, shape.heads, shape.queries)
     numbers, marks = kernel.part_shapes
-    problem = [planes, shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]
+    problem = [shape.batch * shape.heads, shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]
     return prepare(
         kernel.program,
-        blocks,
+        len(works),
         [
             ((*rows, shape.head_dim), dtype_of(shape)),
             (rows, mx.float32),
@@ -95,8 +116,8 @@ def forward(shape: CallShape, call: CallParams, kernel: Forward) -> Launch:
             ((parts, *numbers), mx.float32),
             ((parts, *marks), mx.int64),
         ],
-        [*problem, *scalars_of(call), call.window or 0, rounds],
-        constants,
+        [*problem, *scalars_of(call), call.window or 0, len(works[0]), *scalars],
+        on_device(works, *tables),
     )
 
 
