@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from attention.core.errors import KernelUnavailable, error_line
+from attention.distributed.merging import merged
 
 SLOT_BYTES: Final = 64 << 20
 """What moves at once; also the largest plane (a batch and a head) of a rank's contribution."""
@@ -147,24 +148,27 @@ def set_up(
             path.unlink()
     if not works or peers is None:
         return None, problem or "another rank cannot map this rank's memory"
-    sample = mx.random.normal((1, 3, 128, 64), key=mx.random.key(rank))
-    whole = RowPlan(
-        ((rank, 0, 0, 128),), tuple((each, 0, 128 * each, 128) for each in range(ranks)), (128,) * ranks, 128 * ranks
-    )
-    found = peers.gather(sample, whole)
-    expected = mx.distributed.all_gather(sample, group=group, stream=stream)
-    expected = expected.swapaxes(0, 1).reshape(found.shape)
-    if not agreed(None if mx.array_equal(found, expected).item() else "wrong"):
+    if not agreed(_gather_problem(peers, group, stream)):
         return None, "the first gather had wrong values"
     if not agreed(_merge_problem(peers, group, stream)):
         return None, "the first merge had wrong values"
     return peers, "copy engines between the GPUs of this host"
 
 
+def _gather_problem(peers: PeerCopies, group: mx.distributed.Group, stream: mx.Stream) -> str | None:
+    """Gather a random array; return what is wrong, or None."""
+    rank, ranks = group.rank(), group.size()
+    sample = mx.random.normal((1, 3, 128, 64), key=mx.random.key(rank))
+    whole = RowPlan(
+        ((rank, 0, 0, 128),), tuple((each, 0, 128 * each, 128) for each in range(ranks)), (128,) * ranks, 128 * ranks
+    )
+    found = peers.gather(sample, whole)
+    expected = _gathered(sample[0], group, stream).swapaxes(0, 1).reshape(found.shape)
+    return None if mx.array_equal(found, expected).item() else "wrong"
+
+
 def _merge_problem(peers: PeerCopies, group: mx.distributed.Group, stream: mx.Stream) -> str | None:
     """Merge random partial results, twice, for both halves of the inboxes; return what is wrong, or None."""
-    from attention.distributed.merging import merged
-
     for turn in range(2):
         out, sums = _partial_results(group.rank(), turn)
         found = [x.astype(mx.float32) for x in peers.merge(out, sums, True)]
