@@ -69,15 +69,11 @@ def attend(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -> tuple[mx.
         v: this rank's values (B, Hkv, keys, Dv).
         problem: the rest of the call.
     """
-    key = (id(problem), q.shape, k.shape, q.dtype)
-    known = _known.get(key)
-    if known is None and current_backend() == "cuda" and not one_launch.is_traced(q, k, v):
-        run = _find_run(q, k, v, problem)
+    if current_backend() == "cuda" and not one_launch.is_traced(q, k, v):
+        run = _run_of(q, k, v, problem)
         if run is not None:
-            known = _known[key] = _Known(problem, run)
-    if known is not None and not one_launch.is_traced(q, k, v):
-        made = known.run(q, k, v)
-        return made[0], made[1] if problem.return_lse else None
+            made = run(q, k, v)
+            return made[0], made[1] if problem.return_lse else None
     alone = problem.group.size() == 1 or problem.keys.kind == "replicated"
     if alone or problem.rows.kind == "heads":
         collectives.count_call("alone" if alone else "heads")
@@ -95,6 +91,18 @@ class _Known(NamedTuple):
 
 
 _known: BoundedDict[tuple[object, ...], _Known] = BoundedDict(64)
+
+
+def _run_of(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -> one_launch.Run | None:
+    """Return `_find_run`'s function, from the last call of the problem with such arrays if there was one."""
+    key = (id(problem), q.shape, k.shape, v.shape, q.dtype)
+    known = _known.get(key)
+    if known is None:
+        run = _find_run(q, k, v, problem)
+        if run is None:
+            return None
+        known = _known[key] = _Known(problem, run)
+    return known.run
 
 
 def _find_run(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -> one_launch.Run | None:
