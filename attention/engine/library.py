@@ -5,6 +5,7 @@ of the figures. `in_process=True` measures in the calling process, which functio
 """
 
 import asyncio
+import math
 import os
 import secrets
 import signal
@@ -195,9 +196,7 @@ def _expanded(part: object) -> tuple[Workload, ...]:
     if unknown:
         raise UsageError(*(f"{name!s:.60}: not a field of a case; it takes {', '.join(known)}" for name in unknown))
     axes = {name: list(value) for name, value in fields.items() if isinstance(value, list | tuple | range)}
-    count = 1
-    for values in axes.values():
-        count *= len(values)
+    count = math.prod(len(values) for values in axes.values())
     if not 1 <= count <= MAX_CASES:
         raise UsageError(f"cases: a sweep of {count:,} cases; it takes 1 to {MAX_CASES:,}")
     return expand({name: value for name, value in fields.items() if name not in axes}, axes)
