@@ -1,11 +1,15 @@
 """The command line: one command a file, with `EXAMPLE`, `add_arguments(parser)` and `run(arguments)`.
 
-Here are the exit codes, and messages on stderr.
+Here are the exit codes, messages on stderr, and the history as commands open it.
 """
 
 import contextlib
 import sys
-from typing import Final
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from fatui.storage.history import RunHistory
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -23,3 +27,16 @@ def print_line(problem: object) -> None:
 
     with contextlib.suppress(OSError):
         print(f"fatui: {one_line(str(problem), MAX_SHOWN)}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def opened_history() -> "Iterator[RunHistory]":
+    """Open the history, and at the end print its notice, if it has one."""
+    from fatui.storage.history import RunHistory
+
+    history = RunHistory()
+    try:
+        yield history
+    finally:
+        if history.notice:
+            print_line(history.notice)

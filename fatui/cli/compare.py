@@ -70,19 +70,14 @@ def run(arguments: argparse.Namespace) -> int:
     from fatui.cli.output import requested_exports
     from fatui.report.comparison import compare_pairs
     from fatui.report.gate import judge, to_markdown
-    from fatui.storage.history import RunHistory
 
     mistakes = Problems()
     thresholds = mistakes.catch(lambda: _thresholds(arguments))
     exports = mistakes.catch(lambda: requested_exports(arguments, ("markdown",))) or []
     mistakes.raise_all()
     assert thresholds is not None
-    history = RunHistory()
-    try:
+    with cli.opened_history() as history:
         comparison = compare_pairs(_pairs(arguments, history))
-    finally:
-        if history.notice:
-            cli.print_line(history.notice)
     gate = judge(comparison, thresholds)
     code = _print_or_write(
         comparison_table(comparison, gate if thresholds.judging else None), to_markdown(gate), exports
@@ -98,7 +93,6 @@ def _side_by_side(arguments: argparse.Namespace) -> int:
     """Print the rows of several machines."""
     from fatui.cli.output import requested_exports
     from fatui.report.machines import by_machine, to_markdown
-    from fatui.storage.history import RunHistory
     from fatui.storage.sources import read_runs
 
     if arguments.by != "device":
@@ -107,12 +101,8 @@ def _side_by_side(arguments: argparse.Namespace) -> int:
         raise UsageError("--by device: it takes no gate; times of different machines say nothing about code")
     exports = requested_exports(arguments, ("markdown",))
     names = [name for name in (arguments.before, arguments.after, *arguments.more) if name is not None]
-    history = RunHistory()
-    try:
+    with cli.opened_history() as history:
         table = by_machine([report for name in names for report in read_runs(name, history)])
-    finally:
-        if history.notice:
-            cli.print_line(history.notice)
     return _print_or_write(_machine_blocks(table), to_markdown(table), exports)
 
 

@@ -40,7 +40,6 @@ def run(arguments: argparse.Namespace) -> int:
         HistoryError: the history is unusable, or has no such run.
     """
     from attention.core.errors import suggestion
-    from fatui.storage.history import RunHistory
 
     if arguments.action not in ACTIONS:
         hint = suggestion(arguments.action, ACTIONS)
@@ -50,12 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"history {arguments.action}: it takes {wanted}")
     if arguments.action == "list" and arguments.id is not None:
         raise UsageError(f"history list: it takes nothing further, got '{arguments.id}'; `show ID` shows a run")
-    history = RunHistory()
-    try:
+    with cli.opened_history() as history:
         return _do(arguments, history)
-    finally:
-        if history.notice:
-            cli.print_line(history.notice)
 
 
 def _do(arguments: argparse.Namespace, history: "RunHistory") -> int:

@@ -36,16 +36,11 @@ def run(arguments: argparse.Namespace) -> int:
         HistoryError: the history is unusable, or has no such run.
     """
     from fatui.cli.output import STDOUT, Export, requested_exports
-    from fatui.storage.history import RunHistory
     from fatui.storage.sources import read_run
 
     exports = requested_exports(arguments, FORMATS) or [Export("markdown", STDOUT)]
-    history = RunHistory()
-    try:
+    with cli.opened_history() as history:
         reports = [read_run(name, history) for name in arguments.runs] if arguments.runs else _latest(history)
-    finally:
-        if history.notice:
-            cli.print_line(history.notice)
     if not reports:
         cli.print_line("report: no run is kept yet; `fatui bench seed-table` makes one")
         return cli.FAILED
