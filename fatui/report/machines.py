@@ -79,7 +79,7 @@ def _beside(found: dict[int, tuple[AnyCase, Row]]) -> tuple[MachineRow, ...]:
 
 
 def _across(first: tuple[AnyCase, Row] | None, here: tuple[AnyCase, Row]) -> Ratio | None:
-    if first is None or first is here or first[1].call_s is None or here[1].call_s is None or first[1] is here[1]:
+    if first is None or first[1] is here[1] or first[1].call_s is None or here[1].call_s is None:
         return None
     floor = statistics.repeated_floor([case.noise_floor for case, _ in (first, here) if case.noise_floor])
     return statistics.ratio_of_medians(first[1].call_s, here[1].call_s, floor)
