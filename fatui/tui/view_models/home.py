@@ -8,9 +8,7 @@ from msgspec import Struct
 from attention.core.results import Report
 from fatui import formatting
 from fatui.report.document import counted
-from fatui.trust import trust, trust_line
 from fatui.tui.view_models.braille import area
-from fatui.verdict import confidence_text, headline, loss_lines, verdicts
 
 if TYPE_CHECKING:
     from fatui.storage.history import RunHistory, RunSummary
@@ -74,6 +72,8 @@ def _past(history: "RunHistory", lines: "Sequence[RunSummary]") -> Past | None:
 
 def trend(past: Past) -> tuple[str, list[float]]:
     """Return the winner of the latest run, if it has one, and its mean speedup in each run, oldest first."""
+    from fatui.verdict import verdicts
+
     name = next((verdict.winner for verdict in verdicts(past.report)), None)
     found = []
     for report in (*reversed(past.earlier), past.report):
@@ -87,6 +87,9 @@ def home_text(past: Past | None, keys: dict[str, str]) -> str:
     """Format the first screen."""
     if past is None:
         return FIRST.format(run=keys["run"], presets=keys["presets"], palette="ctrl+p")
+    from fatui.trust import trust, trust_line
+    from fatui.verdict import confidence_text, headline, loss_lines, verdicts
+
     report, run = past.report, past.report.run
     cases = report.cases[0].workload.label if len(report.cases) == 1 else counted(len(report.cases), "case")
     found = verdicts(report)

@@ -5,7 +5,6 @@ from textual.app import ComposeResult
 
 from attention.core.results import Case, Report, Summary
 from attention.engine.record import summarise
-from fatui.report.comparison import rebased
 from fatui.tui.terminal import literal
 from fatui.tui.view_models import table_lines as lines_of
 from fatui.tui.view_models.session import Session
@@ -45,7 +44,11 @@ class ComparisonPane(TablePane):
         self._lines.clear()
 
     def _rebased(self, case: Case) -> Case:
-        return rebased(case, self.reference) if self.reference else case
+        if self.reference is None:
+            return case
+        from fatui.report.comparison import rebased
+
+        return rebased(case, self.reference)
 
     def show_session(self, session: Session, report: Report | None, keys: dict[str, str]) -> None:
         """Draw the current run; `report`: of the finished run, for its verdict."""

@@ -12,7 +12,6 @@ from textual.widgets import Static
 from attention.core.results import Case, Peaks, Report
 from attention.core.workload import Workload
 from fatui.tui.terminal import literal
-from fatui.tui.view_models import roofline
 from fatui.tui.view_models.plot import mark_of
 from fatui.tui.view_models.session import Session
 from fatui.tui.view_models.telemetry import Reading, reading_text
@@ -135,6 +134,8 @@ class LivePane(Vertical, can_focus=True):
 
     def show_roofline(self, workload: Workload | None, peaks: Peaks, cases: tuple[Case, ...], run_key: str) -> None:
         """Draw what limits a workload, and what was measured."""
+        from fatui.tui.view_models import roofline
+
         plot, words = self.query_one("#roofline", PlotView), self.query_one("#roofline-words", Static)
         names = tuple(dict.fromkeys(row.implementation for case in cases for row in case.rows))
         found = roofline.roofline(workload, peaks, cases, names) if workload else None

@@ -7,8 +7,6 @@ from textual.containers import Vertical
 from textual.widgets import Static
 
 from attention.core.results import Report
-from fatui.trust import trust, trust_line, worst
-from fatui.verdict import confidence_text, finding, headline, loss_lines, verdicts
 
 ROOMY: Final = 14
 """Minimum lines of the pane at which each loss has a line of its own."""
@@ -58,6 +56,9 @@ class VerdictCard(Vertical):
         if self._shown == (report, room):
             return
         self._shown = report, room
+        from fatui.trust import trust, trust_line, worst
+        from fatui.verdict import confidence_text, finding, headline, loss_lines, verdicts
+
         made, findings = verdicts(report), trust(report)
         heads = [text for verdict in made for text in (headline(verdict), *verdict.notes)]
         roomy = room >= ROOMY
