@@ -1,6 +1,5 @@
 """The comparison table: a block of rows per case, filled during the run, and the means of a sweep."""
 
-from textual import on
 from textual.app import ComposeResult
 
 from attention.core.results import Case, Report, Summary
@@ -9,7 +8,6 @@ from fatui.tui.terminal import literal
 from fatui.tui.view_models import table_lines as lines_of
 from fatui.tui.view_models.session import Session
 from fatui.tui.view_models.table_lines import TableLine
-from fatui.tui.widgets.row_table import RowTable
 from fatui.tui.widgets.table_pane import TablePane
 from fatui.tui.widgets.verdict_card import VerdictCard
 
@@ -127,10 +125,6 @@ class ComparisonPane(TablePane):
         if self._verdict_of is not None:
             self._show_verdict(*self._verdict_of)
 
-    @on(RowTable.Turned)
-    def _show_hint(self) -> None:
-        super()._show_hint()
-        if self.table.lines:
-            over = [f"over {self.reference}"] if self.reference else []
-            before = [str(self.border_subtitle)] if self.border_subtitle else []
-            self.border_subtitle = " · ".join([*before, *over, "o sort", "enter a row"])
+    def _hints(self) -> list[str]:
+        over = [f"over {self.reference}"] if self.reference else []
+        return [*super()._hints(), *([*over, "o sort", "enter a row"] if self.table.lines else [])]

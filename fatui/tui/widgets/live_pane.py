@@ -142,14 +142,15 @@ class LivePane(Vertical, can_focus=True):
         plot.display = found is not None
         plot.show(found)
         if workload is None or found is None:
-            words.update(roofline.UNMEASURED.format(run=run_key))
-            return
-        legend = Text("FLOP/s over FLOP/byte   ")
-        for number, name in enumerate(names):
-            legend.append(f"{mark_of(number)} {name}   ", plot.style_of(number))
-        for line in roofline.limit_words(workload, peaks, cases):
-            legend.append(f"\n{line}")
-        words.update(legend)
+            legend = Text(roofline.UNMEASURED.format(run=run_key))
+        else:
+            legend = Text("FLOP/s over FLOP/byte   ")
+            for number, name in enumerate(names):
+                legend.append(f"{mark_of(number)} {name}   ", plot.style_of(number))
+            for line in roofline.limit_words(workload, peaks, cases):
+                legend.append(f"\n{line}")
+        if words.content != legend:  # an update lays the whole screen out again
+            words.update(legend)
 
     def _say_energy(self, text: str) -> None:
         line = self.query_one("#energy", Static)

@@ -77,16 +77,23 @@ class TablePane(Vertical):
         below = self.query_one(".legend", Static)
         room = self.table.size.height + below.size.height * below.display
         below.display = bool(words) and room > len(shown) + 1  # it takes no row's place
-        below.update(words)
+        if below.content != words:  # an update lays the whole screen out again
+            below.update(words)
         self.call_after_refresh(self._show_hint)
 
     @on(RowTable.Turned)
     def _show_hint(self) -> None:
-        parts = [f"only '{self.needle}'"] if self.needle else []
+        hint = " · ".join(self._hints())
+        if self.border_subtitle != hint:
+            self.border_subtitle = hint
+
+    def _hints(self) -> list[str]:
+        parts = [self.table.hint] if self.table.hint else []
+        parts += [f"only '{self.needle}'"] if self.needle else []
         titles = {column.name: column.title for column in self.table.columns}
         if self.by in titles and self.by not in {column.name for column in self.table.shown_columns}:
             parts.append(f"sorted by {titles[self.by]}")
-        self.border_subtitle = " · ".join([*([self.table.hint] if self.table.hint else []), *parts])
+        return parts
 
     def on_resize(self) -> None:
         """Update the hint and the legend."""
