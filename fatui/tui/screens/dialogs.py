@@ -58,16 +58,25 @@ class Question(ModalScreen[bool]):
 ABOUT = "Letter keys work outside inputs; tab moves to the next control. [keys] in {config} remaps them."
 
 
-class Help(ModalScreen[None]):
-    """List of keys, each with a sentence."""
+class Closable(ModalScreen[None]):
+    """Dialog of text only, closed by escape, enter or the key that quits."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "close", "Close", id="back"),
-        Binding("question_mark", "close", "Close", id="help"),
         Binding("q", "close", "Close", id="quit"),
         Binding("enter", "close", "Close"),
     ]
+
+    def action_close(self) -> None:
+        """Close the dialog."""
+        self.dismiss()
+
+
+class Help(Closable):
+    """List of keys, each with a sentence."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("question_mark", "close", "Close", id="help")]
 
     def __init__(self, groups: list[tuple[str, list[tuple[str, str]]]], config: str) -> None:
         super().__init__()
@@ -83,26 +92,14 @@ class Help(ModalScreen[None]):
                 yield Static("\n".join(f"  {key:<14}{words}" for key, words in keys) + "\n", markup=False)
             yield Static(ABOUT.format(config=self._config), markup=False, classes="hint")
 
-    def action_close(self) -> None:
-        """Close the screen."""
-        self.dismiss()
 
-
-class RowDetails(ModalScreen[None]):
+class RowDetails(Closable):
     """Dialog with the details of a row."""
-
-    CSS_PATH: ClassVar = ["dialog.tcss"]
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "close", "Close", id="back"),
-        Binding("q", "close", "Close", id="quit"),
-        Binding("enter", "close", "Close"),
-    ]
 
     def __init__(self, case: Case, row: Row, command: str) -> None:
         """Create the dialog for a row, its case, and the command that measures it again."""
         super().__init__()
         self._case, self._row, self._command = case, row, command
-        self._notes = [note for note in formatting.same_paths(case) if note.startswith(f"{row.implementation} ")]
 
     def compose(self) -> ComposeResult:
         """Yield the figures in two columns, the samples, and the notes."""
@@ -112,26 +109,16 @@ class RowDetails(ModalScreen[None]):
             yield Static("\n".join(figure_lines(self._row, self._case)), markup=False)
             if self._row.samples:
                 yield Static("\n".join(sample_lines(self._row)), markup=False, classes="answers")
-            yield Static("\n".join(sentences(self._row, self._command, self._notes)), markup=False, classes="answers")
-
-    def action_close(self) -> None:
-        """Close the dialog."""
-        self.dismiss()
+            yield Static("\n".join(sentences(self._row, self._case, self._command)), markup=False, classes="answers")
 
 
 SEVERITY_WORDS: Final = {"note": " ", "warning": "!", "serious": "!!"}
 
 
-class TrustDetails(ModalScreen[None]):
+class TrustDetails(Closable):
     """Dialog with what the figures of a run depend on, and what to do about it."""
 
-    CSS_PATH: ClassVar = ["dialog.tcss"]
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "close", "Close", id="back"),
-        Binding("d", "close", "Close", id="explain_trust"),
-        Binding("q", "close", "Close", id="quit"),
-        Binding("enter", "close", "Close"),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("d", "close", "Close", id="explain_trust")]
 
     def __init__(self, report: Report) -> None:
         super().__init__()
@@ -149,20 +136,9 @@ class TrustDetails(ModalScreen[None]):
                     yield Static(SEVERITY_WORDS[found.severity], markup=False, classes="mark")
                     yield Static(f"{found.text}\n{found.detail}\n", markup=False)
 
-    def action_close(self) -> None:
-        """Close the dialog."""
-        self.dismiss()
 
-
-class LogLineDetails(ModalScreen[None]):
+class LogLineDetails(Closable):
     """Dialog with a line of the log as a whole."""
-
-    CSS_PATH: ClassVar = ["dialog.tcss"]
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "close", "Close", id="back"),
-        Binding("q", "close", "Close", id="quit"),
-        Binding("enter", "close", "Close"),
-    ]
 
     def __init__(self, line: LogLine) -> None:
         super().__init__()
@@ -175,20 +151,9 @@ class LogLineDetails(ModalScreen[None]):
             dialog.border_subtitle = "escape closes"
             yield Static(self._line.text, markup=False)
 
-    def action_close(self) -> None:
-        """Close the dialog."""
-        self.dismiss()
 
-
-class ChangeDetails(ModalScreen[None]):
+class ChangeDetails(Closable):
     """Dialog with both rows of a comparison of two runs."""
-
-    CSS_PATH: ClassVar = ["dialog.tcss"]
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "close", "Close", id="back"),
-        Binding("q", "close", "Close", id="quit"),
-        Binding("enter", "close", "Close"),
-    ]
 
     def __init__(self, change: RowChange) -> None:
         super().__init__()
@@ -220,10 +185,6 @@ class ChangeDetails(ModalScreen[None]):
             dialog.border_title = literal(f"{change.implementation} on {change.workload.label}")
             dialog.border_subtitle = "escape closes"
             yield Static("\n".join(lines), markup=False)
-
-    def action_close(self) -> None:
-        """Close the dialog."""
-        self.dismiss()
 
 
 class SortMenu(ModalScreen[str]):

@@ -1,6 +1,5 @@
 """The details of a row as lines of text, for its dialog and its pane."""
 
-from collections.abc import Sequence
 from typing import Final
 
 from attention.core.results import Case, Row
@@ -83,9 +82,10 @@ def sample_lines(row: Row) -> list[str]:
     return [*bars, f"{left}{'a call':^{max(6, 56 - len(left) - len(right))}}{right}"]
 
 
-def sentences(row: Row, command: str, notes: Sequence[str] = ()) -> list[str]:
-    """Return the reason for the path, further notes, one on throttling, and the command that measures it again."""
-    lines = [row.reason, *notes] if row.reason else [*notes]
+def sentences(row: Row, case: Case, command: str) -> list[str]:
+    """Return the reason for the path, what an autotuned row ran, throttling, and the command that measures it again."""
+    lines = [row.reason] if row.reason else []
+    lines += [note for note in formatting.same_paths(case) if note.startswith(f"{row.implementation} ")]
     if row.throttled:
         lines.append("The reference slowed down while this case ran: the machine throttles, or was busy.")
     return [*lines, "", command]

@@ -5,7 +5,6 @@ from textual.containers import VerticalScroll
 from textual.widgets import Static
 
 from attention.core.results import Case, Row
-from fatui import formatting
 from fatui.tui.terminal import literal
 from fatui.tui.view_models.row_details import figure_lines, sample_lines, sentences
 
@@ -31,8 +30,7 @@ class RowPane(VerticalScroll):
         self._shown = case, row, command
         text = EMPTY
         if case is not None and row is not None:
-            notes = [note for note in formatting.same_paths(case) if note.startswith(f"{row.implementation} ")]
             samples = ["", *sample_lines(row)] if row.samples else []
-            text = "\n".join([*figure_lines(row, case), *samples, "", *sentences(row, command, notes)])
+            text = "\n".join([*figure_lines(row, case), *samples, "", *sentences(row, case, command)])
         self.border_title = literal(f"6 Row · {row.implementation}" if row else "6 Row")
         self.query_one("#row-text", Static).update(text)
