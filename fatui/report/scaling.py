@@ -76,16 +76,6 @@ def row_of(case: Case, name: str) -> Row | None:
     return next((row for row in case.rows if row.implementation == name), None)
 
 
-def grid(report: Report, name: str, across: str, down: str, part: str) -> dict[tuple[Value, Value], Row]:
-    """Return one implementation's rows by their values on two axes, (across, down)."""
-    found = {}
-    for case in cases_of(report, (across, down), part):
-        row = row_of(case, name)
-        if row is not None:
-            found[value(case.workload, across), value(case.workload, down)] = row
-    return found
-
-
 def curves(report: Report, axis: str, part: str) -> dict[str, list[RatePoint]]:
     """Return tokens/s of each implementation over one axis, in one slice of a run."""
     order = values_on(report, axis)

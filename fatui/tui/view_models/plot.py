@@ -1,7 +1,7 @@
 """Plots of lines with intervals on linear or logarithmic axes, drawn in Braille with ticks, marks and words."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Final
 
@@ -197,8 +197,3 @@ def _with_axes(plot: Plot, canvas: Canvas, ticks: dict[int, str], across: Callab
     if cursor is not None:
         made[-2][LEFT + 1 + cursor] = "▲", CURSOR
     return made
-
-
-def ends(points: Sequence[Point]) -> tuple[float, float]:
-    """Return the lowest and the highest end of the points' intervals."""
-    return min(point.low for point in points), max(point.high for point in points)

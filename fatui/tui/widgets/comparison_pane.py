@@ -23,7 +23,6 @@ class ComparisonPane(TablePane):
 
     def __init__(self, *, id: str) -> None:
         super().__init__(lines_of.COLUMNS, empty=EMPTY, table="comparison-table", id=id)
-        self.set_classes("pane")
         self.reference: str | None = None
         self._lines: dict[int, list[TableLine]] = {}
         self._summary: tuple[int, tuple[Summary, ...]] = (0, ())

@@ -8,6 +8,7 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 from fatui.tui.view_models.braille import ACROSS, DOWN, Canvas, area, stretched
+from fatui.tui.view_models.plot import Axis
 from fatui.tui.view_models.trends import Scale, Trend
 from fatui.tui.widgets.row_table import clip
 
@@ -92,8 +93,9 @@ class TrendChart(Widget):
         trend = self.trends[index]
         key = trend, self._line_width, self._rows_each, self.scale.highest
         if self._drawn.get(index, (None,))[0] != key:
-            draw = _draw_line if trend.low else _draw_area
-            self._drawn[index] = key, draw(trend, self.scale.highest, self._line_width, self._rows_each)
+            size = self._line_width, self._rows_each
+            drawn = _draw_line(trend, *size) if trend.low else _draw_area(trend, self.scale.highest, *size)
+            self._drawn[index] = key, drawn
         return self._drawn[index][1]
 
 
@@ -116,13 +118,12 @@ def _draw_area(trend: Trend, highest: float, columns: int, rows: int) -> Drawn:
     return [[("".join(merged) if row == at else text, False)] for row, text in enumerate(drawn)]
 
 
-def _draw_line(trend: Trend, _highest: float, columns: int, rows: int) -> Drawn:
+def _draw_line(trend: Trend, columns: int, rows: int) -> Drawn:
     canvas = Canvas(columns, rows)
-    high = trend.high or 0.0
+    scale = Axis(trend.low, trend.high or 0.0)
 
     def down(value: float) -> int:
-        place = (value - trend.low) / (high - trend.low) if high > trend.low else 0.5
-        return round((1 - min(max(place, 0.0), 1.0)) * (canvas.height - 1))
+        return round((1 - scale.place(value)) * (canvas.height - 1))
 
     values = [down(value) for value in stretched(trend.points, columns * ACROSS)]
     for x, y in enumerate(values):
