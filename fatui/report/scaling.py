@@ -76,11 +76,10 @@ def row_of(case: Case, name: str) -> Row | None:
     return next((row for row in case.rows if row.implementation == name), None)
 
 
-def curves(report: Report, axis: str, part: str) -> dict[str, list[RatePoint]]:
-    """Return tokens/s of each implementation over one axis, in one slice of a run."""
+def sorted_cases(report: Report, axis: str, part: str) -> list[Case]:
+    """Return the cases of one slice over one axis, in the order of its values."""
     order = values_on(report, axis)
-    cases = sorted(cases_of(report, (axis,), part), key=lambda each: order.index(value(each.workload, axis)))
-    return curves_of(cases, axis)
+    return sorted(cases_of(report, (axis,), part), key=lambda each: order.index(value(each.workload, axis)))
 
 
 def curves_of(cases: Sequence[Case], axis: str) -> dict[str, list[RatePoint]]:
@@ -89,14 +88,15 @@ def curves_of(cases: Sequence[Case], axis: str) -> dict[str, list[RatePoint]]:
     for case in cases:
         for row in sound_rows(case):
             if row.call_s is not None and row.tokens_per_second is not None:
-                made.setdefault(row.implementation, []).append(_point(case, axis, row.call_s))
+                point = RatePoint(value(case.workload, axis), *rates(case.workload.tokens, row.call_s))
+                made.setdefault(row.implementation, []).append(point)
     return made
 
 
-def _point(case: Case, axis: str, call: Interval) -> RatePoint:
-    tokens = case.workload.tokens
+def rates(work: float, call: Interval) -> tuple[float, float, float]:
+    """Return work per second and its interval, low and high: at the median time of a call, its high and its low end."""
     low, high = call.low or call.median, call.high or call.median  # no interval with too few rounds
-    return RatePoint(value(case.workload, axis), tokens / call.median, tokens / high, tokens / low)
+    return work / call.median, work / high, work / low
 
 
 def spans_much(lines: dict[str, list[RatePoint]]) -> bool:

@@ -201,8 +201,7 @@ class Scaling(Screen[None]):
     def _draw_curves(self, report: Report, axis: str) -> None:
         parts = scaling.slices(report, (axis,))
         part = parts[self._turn("part", len(parts))]
-        order = scaling.values_on(report, axis)
-        cases = sorted(scaling.cases_of(report, (axis,), part), key=lambda each: order.index(_value(each, axis)))
+        cases = scaling.sorted_cases(report, axis, part)
         self._cases, self._values = cases, tuple(dict.fromkeys(_value(case, axis) for case in cases))
         self._at = min(self._at, len(self._values) - 1)
         figure = sweep.FIGURES[self._turn("figure", len(sweep.FIGURES))]

@@ -14,6 +14,7 @@ from attention.core.workload import Workload
 from fatui import formatting
 from fatui.report.document import joined
 from fatui.report.evidence import sound_rows
+from fatui.report.scaling import rates
 from fatui.tui.view_models.plot import Axis, Line, Note, Plot, Point, decades
 
 Roof = Literal["compute", "copy", "launch"]
@@ -144,9 +145,8 @@ def _measured(cases: Sequence[Case], names: Sequence[str]) -> tuple[list[Line], 
         for row in sound_rows(case):
             call = row.call_s
             if call is not None and row.implementation in names:
-                low, high = call.low or call.median, call.high or call.median
-                rates = (case.workload.flops / seconds for seconds in (call.median, high, low))
-                points.setdefault(row.implementation, []).append(Point(intensity(case.workload), *rates))
+                point = Point(intensity(case.workload), *rates(case.workload.flops, call))
+                points.setdefault(row.implementation, []).append(point)
     lines = [
         Line(names.index(name), tuple(sorted(found, key=lambda point: point.x)), joined=False)
         for name, found in points.items()

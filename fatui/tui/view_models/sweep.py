@@ -60,7 +60,7 @@ def _point(case: Case, row: Row, axis: str, figure: Figure) -> RatePoint | None:
     if call is None:
         return None
     work = case.workload.tokens if figure == "tokens/s" else case.workload.flops
-    return RatePoint(at, work / call.median, work / (call.high or call.median), work / (call.low or call.median))
+    return RatePoint(at, *scaling.rates(work, call))
 
 
 def roof_curve(cases: Sequence[Case], axis: str, peaks: Peaks) -> list[RatePoint]:

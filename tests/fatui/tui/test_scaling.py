@@ -4,7 +4,7 @@ import pytest
 
 from attention.core.results import Interval, Peaks, Ratio, Row
 from attention.core.workload import Workload
-from fatui.report.scaling import RatePoint, curves
+from fatui.report.scaling import RatePoint, curves_of, sorted_cases
 from fatui.tui.screens.dialogs import RowDetails
 from fatui.tui.screens.scaling import CurveChart
 from fatui.tui.view_models import roofline, sweep
@@ -48,7 +48,7 @@ def test_each_figure_is_that_of_the_rows():
     assert found["FLOP/s"].rate == pytest.approx(row.flops_per_s)
     assert found["memory"].rate == row.peak_bytes
     assert found["tokens/s"].low < found["tokens/s"].rate < found["tokens/s"].high
-    assert sweep.figure_curves(report.cases, "seq", "tokens/s") == curves(report, "seq", "")
+    assert sweep.figure_curves(report.cases, "seq", "tokens/s") == curves_of(sorted_cases(report, "seq", ""), "seq")
 
 
 def test_the_roof_of_each_case_is_its_own():
