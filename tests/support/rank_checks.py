@@ -5,7 +5,7 @@ Every rank makes the same inputs and knows the whole result, in float64, and com
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # several ranks share the cores, and wait for each other busily
 
@@ -246,6 +246,14 @@ def peer_copies(group) -> None:
                 failures.append(f"rank {group.rank()}: {name} by peer copies differs by {error:.3g}")
 
 
+def check_close(found: Sequence[mx.array], wanted: Sequence[mx.array], what: str) -> None:
+    """Compare with other tiles of rows, and so other sums of weights in half precision."""
+    for x, y in zip(found, wanted, strict=True):
+        error = mx.abs(x.astype(mx.float32) - y.astype(mx.float32)).max().item()
+        if not error < 0.02:
+            failures.append(f"{what} off by {error:.3g}")
+
+
 def one_launch_of(group) -> None:
     """Calls whose keys arrive while they run, and merges of partial results, as on one device."""
     found, reason = collectives.peer_copies(group)
@@ -277,11 +285,7 @@ def one_launch_of(group) -> None:
                     *parts[:3], group=group, layout=parts.layout, implementation="poc", return_lse=True, **keywords
                 )
                 mx.eval(got)
-                for x, y in zip((got[0], got[1][..., None]), wanted, strict=True):
-                    # other tiles of rows, and so other sums of weights in half precision
-                    error = mx.abs(x.astype(mx.float32) - y.astype(mx.float32)).max().item()
-                    if not error < 0.02:
-                        failures.append(f"{what} in one launch: off by {error:.3g}")
+                check_close((got[0], got[1][..., None]), wanted, f"{what} in one launch:")
             if distributed.statistics().by_method.get("one launch", 0) != before + 3:
                 failures.append(f"{what} was not one launch")
     for seq, kv_seq, keywords in ((1, 100_000, {}), (3, 5001, {"mask": "causal"}), (1, 7, {})):
@@ -296,10 +300,7 @@ def one_launch_of(group) -> None:
         results = [attention(q, *own, group=group, **layouts, **keywords) for _ in range(20)]  # queued together
         mx.eval(results)
         for got in results:
-            for x, y in zip(got, wanted, strict=True):
-                error = mx.abs(x.astype(mx.float32) - y.astype(mx.float32)).max().item()
-                if not error < 0.02:
-                    failures.append(f"rank {rank}: merge of {seq} x {kv_seq} is off by {error:.3g}")
+            check_close(got, wanted, f"rank {rank}: merge of {seq} x {kv_seq} is")
 
 
 CHECKS: dict[str, Callable] = {"few": few, "many": many, "peers": peer_copies, "one launch": one_launch_of}
