@@ -23,7 +23,7 @@ from attention.distributed.movement import sent_runs
 from attention.distributed.peers import MIN_BYTES, SLOT_BYTES, RowPlan
 from attention.implementations.calls import call_hooks, call_through_hooks, current_backend
 from attention.implementations.fused import Poc
-from attention.masks import Mask
+from attention.masks import Mask, dtype_name
 
 TILE: Final = 128
 """Keys of a tile of the kernel."""
@@ -123,7 +123,7 @@ def context_run(q: mx.array, k: mx.array, v: mx.array, problem: Any, exchange: E
     if (is_real and peers is None) or arranged is None or not _fits(arranged, k, v):
         return None
     group, rank = problem.group, problem.group.rank()
-    arrays = (tuple(q.shape), tuple(k.shape), tuple(v.shape), str(q.dtype).removeprefix("mlx.core."))
+    arrays = (tuple(q.shape), tuple(k.shape), tuple(v.shape), dtype_name(q.dtype))
     batch, kv_heads = int(k.shape[0]), int(k.shape[1])
     row_bytes = kv_heads * (k.shape[3] + v.shape[3]) * k.itemsize
     groups = head_groups(arranged, batch, kv_heads, row_bytes)
@@ -160,7 +160,7 @@ def step_run(q: mx.array, k: mx.array, v: mx.array, problem: Any) -> Run | None:
     peers, _ = collectives.peer_copies(problem.group)
     if peers is None or not takes(problem.implementation) or not peers.takes_merge((*q.shape[:3], v.shape[3]), q.dtype):
         return None
-    dtype = str(q.dtype).removeprefix("mlx.core.")
+    dtype = dtype_name(q.dtype)
     if refusal(dtype, q.shape[3], v.shape[3]) or q.shape[3] % DIM_STEP or not problem.scale > 0 or not k.shape[2]:
         return None
     batch, heads, rows, dim = q.shape
