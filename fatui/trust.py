@@ -1,6 +1,6 @@
 """Whether a run can be trusted: the noise, what else the machine did, and settings that change what is measured."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, Literal
 
 from msgspec import Struct
@@ -38,6 +38,11 @@ class TrustFinding(Struct, frozen=True, kw_only=True):
     detail: str
     """What it means for the figures, and what to do about it."""
 
+    @property
+    def rank(self) -> int:
+        """How serious it is, from 0."""
+        return SEVERITIES.index(self.severity)
+
 
 def trust(report: Report) -> tuple[TrustFinding, ...]:
     """Return the findings of a run, the most serious first."""
@@ -49,7 +54,12 @@ def trust(report: Report) -> tuple[TrustFinding, ...]:
         *(_clock(report.conditions) if report.conditions else ()),
         *_tf32(report),
     ]
-    return tuple(sorted(found, key=lambda each: -SEVERITIES.index(each.severity)))
+    return ranked(found)
+
+
+def ranked(findings: Iterable[TrustFinding]) -> tuple[TrustFinding, ...]:
+    """Return findings with the most serious first."""
+    return tuple(sorted(findings, key=lambda each: -each.rank))
 
 
 def worst(findings: Sequence[TrustFinding]) -> Severity:

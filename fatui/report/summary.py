@@ -7,7 +7,7 @@ from attention.core.results import AnyCase, Ratio
 from fatui import formatting
 from fatui.report.document import Block, Card, Chart, MissingData
 from fatui.report.evidence import Evidence
-from fatui.trust import SEVERITIES, TrustFinding, trust
+from fatui.trust import TrustFinding, ranked, trust
 from fatui.untrusted_text import html
 from fatui.verdict import Verdict, confidence_text, group_verdicts, headline, loss_lines, mean_speedup
 
@@ -43,9 +43,9 @@ def _worst(evidence: Evidence) -> tuple[TrustFinding, ...]:
     for run in evidence.runs:
         for each in trust(run):
             before = found.get(each.topic)
-            if before is None or SEVERITIES.index(each.severity) >= SEVERITIES.index(before.severity):
+            if before is None or each.rank >= before.rank:
                 found[each.topic] = each
-    return tuple(sorted(found.values(), key=lambda each: -SEVERITIES.index(each.severity)))
+    return ranked(found.values())
 
 
 def _card(verdict: Verdict, found: Sequence[TrustFinding]) -> Card:
