@@ -37,7 +37,6 @@ from attention.masks.section import Section
 
 MIN_PIECE_BYTES = 4 << 20
 """Bytes of keys and values received below which a piece is not worth launches of its own."""
-MAX_PIECES = 4
 
 
 class Problem(Struct, frozen=True):

@@ -167,7 +167,7 @@ def _gather(group: Group) -> Callable[[list[mx.array]], list[mx.array]]:
         made: list[mx.array] = []
         for cotangent in cotangents[:-1]:
             # after the gather, which a rank that uses nothing of it would not compute
-            made.append(sum_of_own(after(cotangent, made or outputs), group))
+            made.append(_sum_of_own(after(cotangent, made or outputs), group))
         size = sum(cotangent.nbytes for cotangent in cotangents[:-1]) // ranks
         count_bytes((ranks - 1) * size, (ranks - 1) * size)
         return made
@@ -199,7 +199,7 @@ def after(array: mx.array, made: Sequence[mx.array]) -> mx.array:
     return cast("mx.array", mx.depends(array, made[-1])) if made else array
 
 
-def sum_of_own(cotangent: mx.array, group: Group) -> mx.array:
+def _sum_of_own(cotangent: mx.array, group: Group) -> mx.array:
     """Return the sum over the ranks of this rank's part of (ranks, *shape); half precision is added in float32."""
     stream, ranks = communication_stream(), group.size()
     wide = cotangent.astype(_WIDE) if ranks > 2 else cotangent
