@@ -170,10 +170,7 @@ def _ratio(theirs: list[float], mine: list[float]) -> float:
 
 def measure(shape: BenchShape, dtype: str, backward: bool, rounds: int, seconds: float = 0.03) -> BenchRow:
     """Measure one shape in interleaved rounds, each with the machine's float32 peak; samples of about `seconds`."""
-    run, torch_run = ours(shape, dtype, backward), torchs(shape, dtype, backward)
-    runs = {"ours": run} if torch_run is None else {"ours": run, "torch": torch_run}
-    calls = calls_per_sample(run, seconds)
-    arms = [_arm(name, each, calls) for name, each in runs.items()]
+    arms = _with_torch(shape, dtype, backward, seconds)
     peaks: list[float] = []
     times = sample(arms, rounds, let_threads_sleep, lambda: peaks.append(library.load().fma_peak()))
     row = BenchRow(shape.name, dtype, backward, shape.flops(backward))
@@ -182,8 +179,16 @@ def measure(shape: BenchShape, dtype: str, backward: bool, rounds: int, seconds:
     row.peak_flops_per_s = statistics.median(peaks)
     row.peak_share = statistics.median(row.flops / t / p for t, p in zip(times["ours"], peaks, strict=True))
     if not backward:
-        _against_mlx(row, shape, run, calls, seconds)
+        _against_mlx(row, shape, arms[0].runner, arms[0].calls, seconds)
     return row
+
+
+def _with_torch(shape: BenchShape, dtype: str, backward: bool, seconds: float) -> list[Arm]:
+    """Return arms of the kernel and, if it is installed, of torch, with samples of about `seconds` of the kernel's."""
+    run, torch_run = ours(shape, dtype, backward), torchs(shape, dtype, backward)
+    runs = {"ours": run} if torch_run is None else {"ours": run, "torch": torch_run}
+    calls = calls_per_sample(run, seconds)
+    return [_arm(name, each, calls) for name, each in runs.items()]
 
 
 @contextlib.contextmanager
@@ -202,11 +207,7 @@ def measure_busy(shape: BenchShape, dtype: str, rounds: int, seconds: float = 0.
 
     A sample is shorter or longer by whole time slices of the other processes, so that a median of ratios says little.
     """
-    runs = {"ours": ours(shape, dtype)}
-    if (torch_run := torchs(shape, dtype)) is not None:
-        runs["torch"] = torch_run
-    calls = calls_per_sample(runs["ours"], seconds)
-    times = sample([_arm(name, run, calls) for name, run in runs.items()], rounds, let_threads_sleep)
+    times = sample(_with_torch(shape, dtype, False, seconds), rounds, let_threads_sleep)
     row = BenchRow(shape.name, dtype, False, shape.flops(False))
     row.seconds = {name: statistics.fmean(t) for name, t in times.items()}
     row.ratios = {name: seconds / row.seconds["ours"] for name, seconds in row.seconds.items() if name != "ours"}
