@@ -154,9 +154,13 @@ class Compiled:
 
     def attend(self, primals: Sequence[Tensor], scale: float) -> Tensor:
         """Call it on q, k and v."""
-        # in one grad mode, as torch compiles a call anew in another
-        with _unlimited_compilations(), import_torch().set_grad_enabled(self._training):
-            return self._attend(*primals)
+        torch = import_torch()
+        with torch.set_grad_enabled(self._training):  # in one grad mode, as torch compiles a call anew in another
+            try:
+                return self._attend(*primals)
+            except torch._dynamo.exc.FailOnRecompileLimitHit:  # another layout; lifting the limit takes 100 us
+                with _unlimited_compilations():
+                    return self._attend(*primals)
 
     def _compile(self, call: FlexCall) -> None:
         torch, flex = import_torch(), _flex_module()
@@ -171,12 +175,11 @@ class Compiled:
         for x in primals:
             x.requires_grad_(call.training)
         with _unlimited_compilations():
-            compiles = _compiles()
-        if not compiles:
-            raise RuntimeError("torch.compile is switched off, and without it FlexAttention is not fused")
-        out = self.attend(primals, call.scale)
-        if call.training:
-            torch.autograd.grad(out, primals, torch.zeros_like(out))
+            if not _compiles():
+                raise RuntimeError("torch.compile is switched off, and without it FlexAttention is not fused")
+            out = self.attend(primals, call.scale)
+            if call.training:
+                torch.autograd.grad(out, primals, torch.zeros_like(out))
 
 
 def _unlimited_compilations() -> AbstractContextManager[None]:

@@ -148,3 +148,5 @@ def test_calls_are_not_refused_beyond_torchs_limit(monkeypatch: pytest.MonkeyPat
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
                 assert made.attend(inputs, 0.25).shape == (1, 1, 130, 16)
+        in_another_layout = [torch.zeros(1, 1, 16, 130).transpose(2, 3) for _ in range(3)]
+        assert made.attend(in_another_layout, 0.25).shape == (1, 1, 130, 16)
