@@ -134,6 +134,11 @@ def duration(value: float) -> str:
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
+def started_text(started: str) -> str:
+    """Format the ISO time at which a run started, to the minute: "2026-01-31 09:05"."""
+    return started[:16].replace("T", " ")
+
+
 def time_left(value: float) -> str:
     """Format the seconds to the estimated end: "9 s left", or if negative, "5 s over the estimate"."""
     return f"{duration(value)} left" if value >= 0 else f"{duration(-value)} over the estimate"

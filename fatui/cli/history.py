@@ -69,6 +69,7 @@ def _do(arguments: argparse.Namespace, history: "RunHistory") -> int:
 def _list(history: "RunHistory") -> int:
     from rich.table import Table
 
+    from fatui import formatting
     from fatui.cli.output import show
 
     runs = history.runs()
@@ -80,7 +81,7 @@ def _list(history: "RunHistory") -> int:
         table.add_column(head, no_wrap=head != "finding", justify="right" if head == "cases" else "left")
     for line in runs:
         state = "interrupted; " if line.interrupted else ""
-        started = line.started[:16].replace("T", " ")
+        started = formatting.started_text(line.started)
         table.add_row(line.id, started, line.preset or "-", str(line.cases), state + line.finding)
     show(table)
     return cli.DONE

@@ -179,7 +179,7 @@ class History(HasTable, Screen[Report]):
 def _run_line(run: RunSummary, marked: bool) -> TableLine:
     cells = {
         "mark": "●" if marked else " ",
-        "started": _when(run.started),
+        "started": formatting.started_text(run.started),
         "preset": run.preset or "unnamed",
         "finding": ("interrupted; " if run.interrupted else "") + run.finding,
         "cases": str(run.cases),
@@ -217,13 +217,11 @@ class Compare(HasTable, Screen[None]):
 
     def compose(self) -> ComposeResult:
         """Yield what differs between the runs, the table, and what cannot be compared."""
-        before, after = self._comparison.before.run, self._comparison.after.run
+        first, second = (f"{each.run.id} of {formatting.started_text(each.run.started)}" for each in self._reports)
         yield StatusLine()
         yield Static("\n".join(self._differences()), markup=False, classes="notice")
         pane = TablePane(CHANGE_COLUMNS, empty=NOTHING_IN_COMMON, table="changes", id="compare-pane")
-        pane.border_title = literal(
-            f"{before.id} of {_when(before.started)}, then {after.id} of {_when(after.started)}"
-        )
+        pane.border_title = literal(f"{first}, then {second}")
         yield pane
         yield Static("\n".join(self._notes()), markup=False, classes="under")
         yield KeyBar(keys=(("enter", "Details", "screen.details"), *actions.bar(actions.COMPARE, self.app.keys)))
@@ -299,10 +297,6 @@ def _some(names: tuple[str, ...]) -> str:
     """Join the first few names, and say how many more there are."""
     more = len(names) - MAX_NAMED
     return ", ".join(names[:MAX_NAMED]) + (f", and {more} more" if more > 0 else "")
-
-
-def _when(started: str) -> str:
-    return started[:16].replace("T", " ")
 
 
 def _change_key(change: comparison.RowChange) -> str:

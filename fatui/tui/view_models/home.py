@@ -94,7 +94,7 @@ def home_text(past: Past | None, keys: dict[str, str]) -> str:
     cases = report.cases[0].workload.label if len(report.cases) == 1 else counted(len(report.cases), "case")
     found = verdicts(report)
     lines = [
-        f"The last run on this machine: {run.preset or 'unnamed'}, {run.started[:16].replace('T', ' ')}",
+        f"The last run on this machine: {run.preset or 'unnamed'}, {formatting.started_text(run.started)}",
         cases,
         "",
         *(headline(verdict) for verdict in found),

@@ -85,15 +85,13 @@ def filtered(lines: Sequence[TableLine], needle: str) -> list[TableLine]:
     if not needle:
         return list(lines)
     made: list[TableLine] = []
-    head: TableLine | None = None
+    block, heads = "", list[TableLine]()
     for line in lines:
         if line.span is not None:
-            head = line
-            continue
-        texts = (*line.cells.values(), (head.span if head else "") or "")
-        if any(needle.lower() in text.lower() for text in texts):
-            made += [head] if head is not None and head not in made else []
-            made.append(line)
+            block, heads = line.span, [line]
+        elif any(needle.lower() in text.lower() for text in (*line.cells.values(), block)):
+            made += [*heads, line]
+            heads = []
     return made
 
 

@@ -229,7 +229,7 @@ def energy_text(session: Session, watts: float | None) -> str:
 def opened_line(report: Report) -> str:
     """Format the line shown instead of the progress while a past run is open."""
     run = report.run
-    when = run.started[:16].replace("T", " ")
+    when = formatting.started_text(run.started)
     broken_off = ", interrupted" if run.interrupted else ""
     name = f"{run.preset or 'unnamed'}, {run.id} of {when}"
     return f"A past run is open: {name}; it took {formatting.duration(run.seconds)}{broken_off}."
