@@ -8,6 +8,7 @@ from textual.containers import Vertical
 from textual.message import Message
 from textual.widgets import Input, Static
 
+from fatui.tui.terminal import literal
 from fatui.tui.view_models.table_lines import TableColumn, TableLine, filtered, legend, ordered
 from fatui.tui.widgets.row_table import RowTable
 
@@ -83,8 +84,8 @@ class TablePane(Vertical):
 
     @on(RowTable.Turned)
     def _show_hint(self) -> None:
-        hint = " · ".join(self._hints())
-        if self.border_subtitle != hint:
+        hint = literal(" · ".join(self._hints()))
+        if self.border_subtitle != hint.markup:
             self.border_subtitle = hint
 
     def _hints(self) -> list[str]:

@@ -66,6 +66,11 @@ async def test_the_comparison_is_filtered_and_shown_over_another_row(stage):
     assert [line.cells["implementation"] for line in table.lines] == ["poc", "demo"]
     await stage.press("escape")
     assert len(table.lines) == 4
+    await stage.press("slash")
+    stage.find("#comparison Input", Input).value = "[/b]"
+    await stage.pilot.pause()
+    assert not table.lines and "only '[/b]'" in stage.seen()
+    await stage.press("escape")
     table.go_to("0:poc")
     await stage.press("b")
     assert table.lines[1].cells["speedup"] == "1" and "over poc" in str(stage.find("#comparison").border_subtitle)
