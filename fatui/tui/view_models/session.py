@@ -121,6 +121,8 @@ class RunSession(Generic[P, C]):
         self._clock = clock
         self._routes: set[str] = set()
         self._final: dict[int, C] = {}
+        self._provisional: dict[tuple[int, bool], C] = {}
+        """Cases of the run as it goes on, computed since the last event."""
         self._complete: asyncio.Queue[int] = asyncio.Queue()
         self._start_clock()
 
@@ -225,10 +227,14 @@ class RunSession(Generic[P, C]):
 
     def case(self, index: int) -> C:
         """Return the rows of one case: final once it is complete, provisional while it runs."""
-        case: C = self._final.get(index) or self._provisional(self.record.case(index))
-        return case
+        if index in self._final:
+            return self._final[index]
+        key = index, self.active
+        if key not in self._provisional:
+            self._provisional[key] = self._incomplete(self.record.case(index))
+        return self._provisional[key]
 
-    def _provisional(self, case: Any) -> Any:
+    def _incomplete(self, case: Any) -> Any:
         """Return the case of a run that goes on, whose rows are not interrupted but incomplete."""
         if not self.active:
             return case
@@ -263,6 +269,7 @@ class RunSession(Generic[P, C]):
         )
 
     def _listen(self, event: on.AnyEvent) -> None:
+        self._provisional.clear()
         self._silence.record_event(event)
         self._event_at = self._silence.last_event_s
         if self.phase == "starting":
