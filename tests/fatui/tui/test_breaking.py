@@ -95,7 +95,7 @@ async def test_compiling_is_shown_and_its_silence_is_no_alarm(stage):
     assert "compiling poc, 48 s so far" in seen and "compiling poc · 48 s" in seen
     assert "silent" not in seen
     stage.engine.begin_case()
-    stage.app.main._tick()
+    stage.app.main.show_run()
     await stage.pilot.pause()
     assert "case 1 is restarted" in stage.app.journal.text() and "compiling" not in stage.seen()
     assert stage.app.session.once_s == 48
