@@ -158,24 +158,26 @@ def blas() -> str | None:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
         return None
-    loaded = {line.split(maxsplit=5)[-1] for line in lines if ".so" in line}
-    forwarding = next((path for path in loaded if Path(path).name.startswith(NUMPY_BLAS)), None)
-    if forwarding is not None and _forwards(forwarding):
+    if _forwards():
         return "numpy's OpenBLAS"
-    loaded.discard(forwarding or "")
-    theirs = [path.lower() for path in loaded]
+    theirs = {line.split(maxsplit=5)[-1].lower() for line in lines if ".so" in line and f"/{NUMPY_BLAS}" not in line}
     names = " ".join(Path(path).name for path in theirs if not any(f"/{other}" in path for other in NOT_MLX))
     known = {"openblas": "OpenBLAS", "mkl": "MKL", "blis": "BLIS", "libblas": "reference BLAS"}
     return next((title for part, title in known.items() if part in names), None)
 
 
-def _forwards(library: str) -> bool:
-    """Return whether MLX's products go through a loaded library, by computing one."""
+def _forwards() -> bool:
+    """Return whether MLX's products go through numpy's OpenBLAS, by computing one.
+
+    The library that forwards them is asked by symbol, not by file: its file may have been removed since it was loaded.
+    """
     import ctypes
 
+    count = getattr(ctypes.CDLL(None), "attention_blas_products", None)
+    if count is None:
+        return False
     import mlx.core as mx
 
-    count = ctypes.CDLL(library).attention_blas_products
     count.restype = ctypes.c_uint64
     before = count()
     with mx.stream(mx.cpu):

@@ -10,7 +10,6 @@ import pytest
 
 from attention.core.errors import KernelUnavailable
 from attention.engine import worker
-from attention.kernels.common import cache
 from attention.kernels.cpu import blas, build
 from attention.measure import device
 
@@ -60,6 +59,30 @@ assert threads() == 1, threads()
 print("equal")
 """
 
+PRIVATE = """
+from attention.kernels.common import cache
+from attention.kernels.cpu import blas
+path = blas._compiled(blas.openblas())
+assert path.stat().st_mode & 0o777 == 0o600
+made = path.stat().st_mtime_ns
+assert blas._compiled(blas.openblas()).stat().st_mtime_ns == made
+path.unlink()  # this process has mapped it
+path.write_bytes(b"not what was compiled")
+assert cache.library(path.stem) is None
+assert blas._compiled(blas.openblas()).read_bytes().startswith(b"\\x7fELF")
+"""
+
+REMOVED = """
+import shutil
+from attention.kernels.common import cache
+from attention.kernels.cpu.blas import _compiled, load, openblas
+{}
+import mlx.core
+shutil.rmtree(cache.folder())
+from attention.measure import device
+print(device.blas())
+"""
+
 
 def in_process(code, *arguments, **variables):
     environment = {**os.environ, **variables}
@@ -95,16 +118,17 @@ def test_a_wrong_product_is_found():
         blas.check(SimpleNamespace(cblas_sgemm=in_one_order))
 
 
-def test_the_library_is_private_and_verified(tmp_path, monkeypatch):
-    monkeypatch.setenv("FATUI_CACHE_DIR", str(tmp_path))
-    path = blas._compiled(blas.openblas())
-    assert path.stat().st_mode & 0o777 == 0o600
-    made = path.stat().st_mtime_ns
-    assert blas._compiled(blas.openblas()).stat().st_mtime_ns == made
-    path.unlink()  # this process has mapped it
-    path.write_bytes(b"not what was compiled")
-    assert cache.library(path.stem) is None
-    assert blas._compiled(blas.openblas()).read_bytes().startswith(b"\x7fELF")
+def test_the_library_is_private_and_verified(tmp_path):
+    done = in_process(PRIVATE, FATUI_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("loaded", "shown"), [("load()", "numpy's OpenBLAS"), ("_compiled(openblas())", "reference BLAS")]
+)
+def test_a_loaded_library_may_be_removed(loaded, shown, tmp_path):
+    done = in_process(REMOVED.format(loaded), FATUI_CACHE_DIR=str(tmp_path))
+    assert done.stdout == f"{shown}\n", done.stderr
 
 
 def reported(monkeypatch, name="numpy"):
