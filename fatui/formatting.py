@@ -244,8 +244,8 @@ def half_width(ratio: Ratio) -> float:
 
 
 def is_clear(ratio: Ratio) -> bool:
-    """Whether a ratio is conclusive: significant, or with a narrow interval around 1."""
-    return ratio.significant or half_width(ratio) <= WIDE * ratio.value
+    """Whether a ratio is conclusive: significant, or with a narrow interval around 1 and a known noise floor."""
+    return ratio.significant or (ratio.significant is not None and half_width(ratio) <= WIDE * ratio.value)
 
 
 def speedup_text(ratio: Ratio | None) -> str:

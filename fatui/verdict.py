@@ -111,7 +111,7 @@ def agreed_speedup(cases: Sequence[AnyCase], name: str) -> Ratio | None:
     mean, found = mean_speedup(cases, name), speedups(cases, name)
     if mean is None or not mean.significant:
         return None
-    agreeing = sum(ratio.significant and (ratio.value > 1) == (mean.value > 1) for _, ratio in found)
+    agreeing = sum(bool(ratio.significant) and (ratio.value > 1) == (mean.value > 1) for _, ratio in found)
     return mean if 2 * agreeing > len(found) else None
 
 

@@ -36,8 +36,8 @@ class Ratio(Struct, frozen=True, kw_only=True):
     value: float
     low: float
     high: float
-    significant: bool = False
-    """Whether the whole interval lies outside the noise floor."""
+    significant: bool | None = False
+    """Whether the whole interval lies outside the noise floor; None: that is not known."""
 
 
 class NoiseFloor(Struct, frozen=True, kw_only=True):
@@ -67,6 +67,10 @@ class RankFigures(Struct, frozen=True, kw_only=True):
     def waiting_s(self) -> float | None:
         """Seconds of a call spent in communication that was not hidden, and in waiting for other ranks."""
         return None if self.compute_s is None else max(0.0, self.call_s - self.compute_s)
+
+
+RATIOS: Final = ("speedup", "over_dense", "over_unquantized", "over_one_device")
+"""The fields of a row that are ratios."""
 
 
 class Row(Struct, frozen=True, kw_only=True):
@@ -125,7 +129,7 @@ class Row(Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         """Drop values that fewer than MIN_ROUNDS samples cannot support, also in rows read from a file."""
         if self.too_few_rounds:
-            for name in ("speedup", "over_dense", "over_unquantized", "over_one_device"):
+            for name in RATIOS:
                 structs.force_setattr(self, name, None)
             for name in ("call_s", "dense_s", "unquantized_s", "one_device_s"):
                 interval: Interval | None = getattr(self, name)
@@ -175,10 +179,17 @@ class CaseRows(Struct, frozen=True, kw_only=True):
     """Base class of cases: keeps a noise floor only if the reference's samples support it."""
 
     def __post_init__(self) -> None:
-        """Drop a noise floor of too few rounds, also in cases read from a file."""
+        """Drop a noise floor of too few rounds, and claims that need one, also in cases read from a file."""
         case = cast("AnyCase", self)
         if any(row.implementation == case.reference and row.too_few_rounds for row in case.rows):
             structs.force_setattr(self, "noise_floor", None)
+        if case.noise_floor is not None:
+            return
+        for row in case.rows:
+            for name in RATIOS:
+                ratio: Ratio | None = getattr(row, name)
+                if ratio is not None and ratio.significant is False:  # nothing says that it is inside one
+                    structs.force_setattr(row, name, structs.replace(ratio, significant=None))
 
 
 class Case(CaseRows, frozen=True, kw_only=True):

@@ -178,7 +178,7 @@ def slowed_down(times: Sequence[float], floor: float) -> bool:
     """Return whether the last third of the samples is significantly slower than the first third, beyond the floor."""
     third = len(times) // 3
     ratio = _welch(times[:third], times[-third:], floor) if third >= 2 else None
-    return ratio is not None and ratio.significant and ratio.value < 1
+    return ratio is not None and bool(ratio.significant) and ratio.value < 1
 
 
 def geometric_mean(ratios: Sequence[Ratio]) -> Ratio | None:

@@ -143,7 +143,8 @@ def _speedup(ratio: Ratio | None) -> str:
     span = f"{ratio.low:.3g} to {ratio.high:.3g}"
     if ratio.significant:
         return f"{ratio.value:.3g} ({span})"
-    return f"≈ 1 ({span})" if max(ratio.high - 1, 1 - ratio.low) <= WIDE else f"{span}?"
+    near = ratio.significant is not None and max(ratio.high - 1, 1 - ratio.low) <= WIDE
+    return f"≈ 1 ({span})" if near else f"{span}?"
 
 
 def _scaled(value: float, units: tuple[tuple[float, str], ...]) -> str:

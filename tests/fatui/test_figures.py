@@ -10,13 +10,14 @@ from rich.console import Console
 
 from attention.core import events as on
 from attention.core.errors import NoBackendError, Remedy, UsageError
-from attention.core.results import Interval, RankFigures, Ratio, Report, Row
+from attention.core.results import Case, Interval, RankFigures, Ratio, Report, Row
 from attention.core.workload import Workload
 from attention.engine.record import Record
 from fatui import formatting
 from fatui.quantities import parse_size, size_text
 from fatui.report.export import to_json, to_markdown
 from fatui.report.table import report_table
+from fatui.tui.view_models.sweep import speedup_cell
 from fatui.verdict import finding, verdicts
 from tests.support.sample_runs import plan_of, record_of, report_of, run_of
 
@@ -313,3 +314,19 @@ def test_the_share_of_ideal_is_of_all_ranks() -> None:
     assert formatting.sent_text(row) == "16 B"
     assert formatting.exposed_text(row) == "1.00 ms"
     assert formatting.rank_notes(row)[1] == "rank 1: 5.00 ms per call, 1.00 ms of it waiting, 8 B sent"
+
+
+def test_without_a_noise_floor_nothing_is_called_the_same() -> None:
+    plan = plan_of(names=("baseline", "poc"))
+    (case,) = report_of(plan).cases
+    unknown = structs.replace(case.rows[0], speedup=ratio(2.0, 0.01, significant=False))
+    known = structs.replace(case, rows=(unknown, *case.rows[1:]), reference="poc")
+    assert formatting.speedup_text(known.rows[0].speedup) == "≈ 1"
+    read = msgspec.json.decode(msgspec.json.encode(structs.replace(known, noise_floor=None)), type=Case)
+    assert formatting.speedup_text(read.rows[0].speedup) == "2.00 ±0.01x?"
+    assert formatting.word(read.rows[0], read) == "unclear"
+
+
+def test_a_map_marks_what_is_too_uncertain() -> None:
+    row = structs.replace(report_of().cases[0].rows[0], speedup=ratio(1.2, 0.7, significant=False))
+    assert speedup_cell(row).text == "?"

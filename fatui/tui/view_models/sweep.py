@@ -200,7 +200,7 @@ def speedup_cell(row: Row | None) -> MapCell:
     if ratio.low == ratio.high == 1:
         return MapCell("1", "same")
     if not ratio.significant:
-        return MapCell("≈ 1", "same")
+        return MapCell("≈ 1", "same") if formatting.is_clear(ratio) else MapCell("?")
     tone = "slower" if ratio.value < 1 else "much-faster" if ratio.value >= 2 else "faster"
     return MapCell(f"{formatting.three(ratio.value)}x", tone)
 
