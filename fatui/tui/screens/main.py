@@ -22,14 +22,13 @@ from fatui.tui.view_models.session import AnySession
 from fatui.tui.view_models.telemetry import Reading
 from fatui.tui.widgets.bars import SPINNER, TABS, KeyBar, PaneTabs, StatusLine
 from fatui.tui.widgets.comparison_pane import ComparisonPane
-from fatui.tui.widgets.home_pane import HomePane
 from fatui.tui.widgets.implementation_picker import ImplementationPicker
 from fatui.tui.widgets.live_pane import LivePane
 from fatui.tui.widgets.log_pane import LogPane, LogView
-from fatui.tui.widgets.row_pane import RowPane
 from fatui.tui.widgets.row_table import RowTable
 from fatui.tui.widgets.slider import Slider
 from fatui.tui.widgets.table_pane import TablePane
+from fatui.tui.widgets.text_panes import HomePane, RowPane
 from fatui.tui.widgets.workload_pane import WorkloadPane, shown_workload
 
 MIN_SIZE = (60, 16)

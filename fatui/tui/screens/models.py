@@ -28,8 +28,8 @@ from fatui.tui.view_models import kv_format
 from fatui.tui.view_models.session import ModelSession
 from fatui.tui.view_models.trends import Scale, Trend, ceiling, from_zero, progress_line, rate_chart, rate_trends
 from fatui.tui.widgets.bars import SPINNER, KeyBar, StatusLine
+from fatui.tui.widgets.charts import TrendChart
 from fatui.tui.widgets.choice import Choice, Toggles
-from fatui.tui.widgets.trend_chart import TrendChart
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -2,6 +2,7 @@
 
 from typing import ClassVar, Final
 
+from rich.segment import Segment
 from rich.text import Text
 from textual import events, on
 from textual.app import ComposeResult
@@ -9,6 +10,8 @@ from textual.binding import Binding, BindingType
 from textual.containers import Vertical
 from textual.message import Message
 from textual.screen import Screen
+from textual.strip import Strip
+from textual.widget import Widget
 from textual.widgets import Static
 
 from attention.core.results import Case, Report
@@ -19,11 +22,13 @@ from fatui.tui.lab import Lab
 from fatui.tui.terminal import literal
 from fatui.tui.view_models import sweep, table_lines
 from fatui.tui.view_models.plot import LEFT, Plot, mark_of
+from fatui.tui.view_models.sweep import NO_CASE, HeatData, format_value
 from fatui.tui.widgets.bars import KeyBar, StatusLine
-from fatui.tui.widgets.heat_map import HeatMap
-from fatui.tui.widgets.plot_view import PlotView
+from fatui.tui.widgets.charts import PlotView
 from fatui.tui.widgets.row_table import RowTable
 
+CELL_WIDTH: Final = 11
+HEAD_WIDTH: Final = 10
 NO_SWEEP: Final = "This run has one case. {sweep} on the main screen starts a sweep; the preset 'scaling' is one."
 NO_RUN: Final = "No run yet. A sweep is drawn here once it has run or is opened from the history."
 DENSITY: Final = "density"
@@ -31,6 +36,48 @@ ROOMY: Final = 34
 """Minimum terminal rows at which the rows of a point and the map are visible at once."""
 MAX_WORDS: Final = 4
 """Maximum findings below the chart."""
+
+
+class HeatMap(Widget):
+    """Grid of texts; the shade repeats what they say."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {
+        *("heat--head", "heat--none", "heat--slower", "heat--same", "heat--faster", "heat--much-faster"),
+    }
+
+    def __init__(self, *, id: str) -> None:
+        super().__init__(id=id)
+        self.data: HeatData | None = None
+
+    def show(self, data: HeatData) -> None:
+        """Set the data."""
+        self.data = data
+        self.styles.height = len(data.down[1]) + 2
+        self.refresh()
+
+    def render_line(self, y: int) -> Strip:
+        """Draw a heading row, or one row of cells."""
+        head = self.get_component_rich_style("heat--head")
+        data, parts = self.data, []
+        if data is not None and y == 0:
+            parts = [Segment(f"{data.down[0]:<{HEAD_WIDTH}}{data.across[0]} →", head)]
+        elif data is not None and y == 1:
+            parts = [
+                Segment(
+                    " " * HEAD_WIDTH + "".join(f"{format_value(each):>{CELL_WIDTH}}" for each in data.across[1]), head
+                )
+            ]
+        elif data is not None and y - 2 < len(data.down[1]):
+            down = data.down[1][y - 2]
+            parts = [Segment(f"{format_value(down):<{HEAD_WIDTH}}", head)]
+            for across in data.across[1]:
+                cell = data.cells.get((across, down), NO_CASE)
+                style = self.get_component_rich_style(f"heat--{cell.tone}")
+                parts += [
+                    Segment(" ", self.rich_style),
+                    Segment(f"{cell.text[: CELL_WIDTH - 1]:>{CELL_WIDTH - 1}}", style),
+                ]
+        return Strip(parts).adjust_cell_length(self.size.width, self.rich_style)
 
 
 class CurveChart(PlotView, can_focus=True):

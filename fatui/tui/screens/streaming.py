@@ -2,14 +2,27 @@
 
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from rich.segment import Segment
+from rich.style import Style
 from textual.binding import BindingType
+from textual.strip import Strip
 from textual.widget import Widget
 
 from attention.core.plan import ModelPlan, StreamPlan
 from attention.core.results import Report, StreamCase
 from attention.core.stream import ATTENTION_ROWS, STREAM_ROWS, Stream
 from attention.mlx_lm.configuration import bundled_names, check_mlx_lm, find_model
-from fatui.report.stream_curves import loss_chart, memory_chart, time_chart
+from fatui.report.stream_curves import (
+    GAP,
+    Cells,
+    StreamChart,
+    axis_words,
+    drawn,
+    legend,
+    loss_chart,
+    memory_chart,
+    time_chart,
+)
 from fatui.report.table import report_table
 from fatui.reproduce import stream_command
 from fatui.tui import actions
@@ -17,16 +30,81 @@ from fatui.tui.screens.models import ROOMY, ModelScreen
 from fatui.tui.view_models import kv_format
 from fatui.tui.view_models.session import ModelSession
 from fatui.tui.widgets.choice import Choice
-from fatui.tui.widgets.stream_curves import StreamCurves
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+LABEL_WIDTH: Final = 10
+ROWS_AROUND: Final = 2
+"""Rows besides the plot and the legend: title and axis."""
+MIN_PLOT_ROWS: Final = 3
+ROW_NAMES: Final = tuple(STREAM_ROWS)
 IDLE: Final = "{run} runs the setup above: attention alone on random inputs, or a model on the bundled text."
 ALONE: Final = "none"
 """The choice of no model: attention alone."""
 WIDE: Final = 110
 """Columns from which a second chart stands beside the first."""
+
+
+class StreamCurves(Widget):
+    """Curves of the rows of a stream on common axes, measured and extrapolated, with a legend."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {"curves--axis", *(f"curves--{name}" for name in ROW_NAMES)}
+
+    def __init__(self, title: str, *, id: str) -> None:
+        super().__init__(id=id)
+        self._title = title
+        self.chart: StreamChart | None = None
+        self._drawn: tuple[object, Cells] = (None, [])
+
+    def show(self, chart: StreamChart) -> None:
+        """Set the curves."""
+        if chart != self.chart:
+            self.chart = chart
+            self.refresh()
+
+    @property
+    def _plot(self) -> tuple[int, int]:
+        width = max(10, self.size.width - LABEL_WIDTH - 2)
+        words = len(legend(self.chart, width)) if self.chart else 1
+        return width, max(MIN_PLOT_ROWS, self.size.height - ROWS_AROUND - words)
+
+    def render_line(self, y: int) -> Strip:
+        """Draw the title, one row of the plot, the axis, or the legend."""
+        axis = self.get_component_rich_style("curves--axis")
+        chart, (width, height) = self.chart, self._plot
+        if y == 0:
+            parts = [Segment(self._title, axis)]
+        elif chart is None or not chart.curves:
+            parts = [Segment("not measured yet" if y == 1 else "", axis)]
+        elif y <= height:
+            parts = [Segment(self._end(y - 1, chart), axis)]
+            parts += [Segment(mark, self._style(number, chart)) for mark, number in self._cells(chart)[y - 1]]
+        elif y == height + 1:
+            parts = [Segment(" " * (LABEL_WIDTH + 1) + axis_words(chart, width), axis)]
+        else:
+            lines = legend(chart, width)
+            words = lines[y - height - 2] if y - height - 2 < len(lines) else []
+            parts = [Segment(" " * (LABEL_WIDTH + 1), axis)]
+            parts += [Segment(f"{text}{GAP}", self._style(number, chart)) for text, number in words]
+        return Strip(parts).adjust_cell_length(self.size.width, self.rich_style)
+
+    def _cells(self, chart: StreamChart) -> Cells:
+        key = (chart, self._plot)
+        if self._drawn[0] != key:
+            self._drawn = key, drawn(chart, *self._plot)
+        return self._drawn[1]
+
+    def _end(self, row: int, chart: StreamChart) -> str:
+        if row == 0:
+            return f"{chart.format(chart.high):>{LABEL_WIDTH}}┤"
+        if row == self._plot[1] - 1:
+            return f"{chart.format(chart.low) if chart.low else '0':>{LABEL_WIDTH}}┤"
+        return " " * LABEL_WIDTH + "│"
+
+    def _style(self, number: int, chart: StreamChart) -> Style:
+        name = chart.curves[number].name if number >= 0 else ""
+        return self.get_component_rich_style(f"curves--{name}" if name in ROW_NAMES else "curves--axis")
 
 
 class Streaming(ModelScreen):

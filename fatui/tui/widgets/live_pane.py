@@ -26,8 +26,7 @@ from fatui.tui.view_models.trends import (
     progress_line,
     rate_chart,
 )
-from fatui.tui.widgets.plot_view import PlotView
-from fatui.tui.widgets.trend_chart import TrendChart
+from fatui.tui.widgets.charts import PlotView, TrendChart
 
 Tab = Literal["trends", "roofline"]
 IDLE: Final = "No run yet. {run} runs what is set up; tokens/s, memory and progress are shown here during the run."

@@ -4,9 +4,8 @@ import pytest
 
 from attention.core.stream import FULL, STREAM_ROWS, STREAMING
 from fatui.storage.history import RunHistory
-from fatui.tui.screens.streaming import Streaming
+from fatui.tui.screens.streaming import StreamCurves, Streaming
 from fatui.tui.widgets.choice import Choice
-from fatui.tui.widgets.stream_curves import StreamCurves
 from tests.support.stage import on_stage
 from tests.support.streams import stream_events, stream_report
 

@@ -1,4 +1,4 @@
-"""Chart of trends, each drawn in Braille with its label and figures beside it."""
+"""Charts drawn in Braille: trends, each with its label and figures beside it, and plots of lines on axes."""
 
 from typing import ClassVar, Final
 
@@ -7,8 +7,8 @@ from rich.style import Style
 from textual.strip import Strip
 from textual.widget import Widget
 
-from fatui.tui.view_models.braille import ACROSS, DOWN, Canvas, area, stretched
-from fatui.tui.view_models.plot import Axis
+from fatui.tui.view_models.braille import ACROSS, DOWN, NOBODY, Canvas, Cells, area, stretched
+from fatui.tui.view_models.plot import CURSOR, NOTED, Axis, Plot, drawn
 from fatui.tui.view_models.trends import Scale, Trend
 from fatui.tui.widgets.row_table import clip
 
@@ -20,6 +20,8 @@ EDGE: Final = 4
 """Every so many dots of the edges of a band and of a level are drawn, so that both are seen without colour."""
 Drawn = list[list[tuple[str, bool]]]
 """Rows of (text, whether it is shaded)."""
+COLOURS = 6
+PARTS = {NOBODY: "axis", CURSOR: "cursor", NOTED: "note"}
 
 
 class TrendChart(Widget):
@@ -133,3 +135,41 @@ def _draw_line(trend: Trend, columns: int, rows: int) -> Drawn:
         canvas.line((0, y), (canvas.width - 1, y), every=EDGE)
     shaded = range(edges[1] // DOWN, edges[0] // DOWN + 1) if edges else range(0)
     return [[("".join(glyph for glyph, _ in row), number in shaded)] for number, row in enumerate(canvas.cells())]
+
+
+class PlotView(Widget):
+    """Widget that draws a plot, or words in its place."""
+
+    COMPONENT_CLASSES: ClassVar[set[str]] = {
+        *("plot--axis", "plot--cursor", "plot--note", "plot--roof"),
+        *(f"plot--line-{index}" for index in range(COLOURS)),
+    }
+
+    def __init__(self, empty: str = "", *, id: str) -> None:
+        super().__init__(id=id)
+        self.plot: Plot | None = None
+        self.empty = empty
+        self._drawn: tuple[object, Cells] = (None, [])
+
+    def show(self, plot: Plot | None) -> None:
+        """Set the plot."""
+        if plot != self.plot:
+            self.plot = plot
+            self.refresh()
+
+    def render_line(self, y: int) -> Strip:
+        """Draw one row."""
+        if self.plot is None:
+            text = self.empty if y == 0 else ""
+            return Strip([Segment(text, self.style_of(NOBODY))]).adjust_cell_length(self.size.width, self.rich_style)
+        key = (self.plot, self.size)
+        if self._drawn[0] != key:
+            self._drawn = key, drawn(self.plot, *self.size)
+        cells = self._drawn[1]
+        parts = [Segment(glyph, self.style_of(number)) for glyph, number in cells[y]] if y < len(cells) else []
+        return Strip(parts).simplify().adjust_cell_length(self.size.width, self.rich_style)
+
+    def style_of(self, number: int) -> Style:
+        """Return the style of a series, or of what is not one."""
+        part = f"line-{number % COLOURS}" if number >= 0 else PARTS.get(number, "roof")
+        return self.get_component_rich_style(f"plot--{part}")
