@@ -76,10 +76,13 @@ class MainScreen(HasTable, Screen[None]):
     """Whether a model run was active at the last tick, so that its end is shown too."""
 
     def compose(self) -> ComposeResult:
-        """Yield the panes."""
+        """Yield the panes; the classes of the layout come first, as setting them later styles every widget again."""
+        tabs = PaneTabs()
+        tabs.show("log" if self.app.remembered.tab == "log" else "setup")  # nothing has run yet
+        self.set_classes(self._layout_classes(tabs.tab))
         yield StatusLine()
         yield Static(id="too-small", markup=False)
-        yield PaneTabs()
+        yield tabs
         with Horizontal(id="body"):
             with Vertical(id="left"):
                 with Vertical(id="implementations-pane", classes="pane") as pane:
@@ -104,7 +107,7 @@ class MainScreen(HasTable, Screen[None]):
             if name in PANES:
                 self.query_one(f"#{name}").add_class("-away")
         self.show_past()
-        self.open_tab(remembered.tab if remembered.tab == "log" else "setup")  # nothing has run yet
+        self._fill_the_grid()
         self.show_draft()
         self.show_run()
         self.set_interval(self.app.REPAINT_S, self._tick)
@@ -132,23 +135,25 @@ class MainScreen(HasTable, Screen[None]):
 
     def _lay_out(self) -> None:
         """Set the classes that the layout depends on, all at once, as each change restyles every widget."""
+        classes = self._layout_classes(self.tab)
+        if classes != self.classes:
+            self.set_classes(classes)
+        self._fill_the_grid()
+
+    def _layout_classes(self, tab: str) -> frozenset[str]:
+        """Return the screen's classes for the terminal's size and an open tab."""
         width, height = self.app.size
         narrow = width < MIN_WIDE_SIZE[0] or height < MIN_WIDE_SIZE[1]
-        wide = width >= MIN_THREE_COLUMNS[0] and height >= MIN_THREE_COLUMNS[1]
-        maximised = self._maximised
         wanted = {
-            "-wide": wide,
-            "-max": maximised is not None,
+            "-wide": width >= MIN_THREE_COLUMNS[0] and height >= MIN_THREE_COLUMNS[1],
+            "-max": self._maximised is not None,
             "-home": self._is_home,
             "-small": width < MIN_SIZE[0] or height < MIN_SIZE[1],
             "-narrow": narrow,
             "-slim": width < MIN_FOUR_CHOICES,
-            **{f"-{name}": narrow and name == self.tab for name, _ in TABS},
+            **{f"-{name}": narrow and name == tab for name, _ in TABS},
         }
-        classes = (self.classes - wanted.keys()) | {name for name, is_set in wanted.items() if is_set}
-        if classes != self.classes:
-            self.set_classes(classes)
-        self._fill_the_grid()
+        return frozenset((self.classes - wanted.keys()) | {name for name, is_set in wanted.items() if is_set})
 
     def _fill_the_grid(self) -> None:
         """Let the last of an odd number of panes take the whole row of the grid of wide terminals."""

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from tests.support.stage import Clock, advise, impatient, make_app, unpainted
+from tests.support.stage import Clock, advise, cheap_styles, impatient, make_app, unpainted
 
 SIZES = ((80, 24), (120, 40))
 
@@ -21,7 +21,7 @@ def picture(snap_compare, size, steps, press=()):
         app.main.show_run()
         await pilot.pause()
 
-    with impatient(app), unpainted():
+    with impatient(app), cheap_styles(), unpainted():
         assert snap_compare(app, terminal_size=size, run_before=before, press=press)
 
 
