@@ -39,13 +39,13 @@ def unfused_bytes(workload: Workload, needs: Needs = NO_NEEDS) -> int:
     )
 
 
-def with_tf32(path: str, dtype: str, backend: Backend) -> str:
+def with_tf32(path: str, dtype: str, backend: Backend, widened: bool = False) -> str:
     """Append TF32 to the name of a path whose float32 matrix products are MLX's on CUDA.
 
     TF32 has 10 of float32's 23 mantissa bits, which gives a relative error of about 1e-3 in the output. It is used
-    unless MLX_ENABLE_TF32=0 was set when the process started.
+    unless MLX_ENABLE_TF32=0 was set when the process started. `widened`: inputs are converted to float32.
     """
-    return f"{path}, TF32" if in_tf32(dtype, backend) else path
+    return f"{path}, TF32" if in_tf32("float32" if widened else dtype, backend) else path
 
 
 def in_tf32(dtype: str, backend: Backend) -> bool:
@@ -134,21 +134,19 @@ class Baseline:
 
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         """Return the route, which is the same for every workload; quantized keys and values are dequantized first."""
-        needs = needs_with_mask(workload, needs)
+        needs, widened = needs_with_mask(workload, needs), workload.dtype == "float16"
         if workload.quantized:
             return Route(
-                path=with_tf32("dequantize, unfused", workload.dtype, device.backend),
+                path=with_tf32("dequantize, unfused", workload.dtype, device.backend, widened),
                 fused=False,
                 reason="dequantizes all keys and values, then separate steps, which build the whole score matrix",
                 predicted_bytes=dequantizing_bytes(workload, device.backend, needs),
             )
         return Route(
-            path=with_tf32("manual, unfused", workload.dtype, device.backend),
+            path=with_tf32("manual, unfused", workload.dtype, device.backend, widened),
             fused=False,
             reason="separate steps, which build the whole score matrix",
-            predicted_bytes=float32_bytes(workload, needs)
-            if workload.dtype == "float16"
-            else unfused_bytes(workload, needs),
+            predicted_bytes=float32_bytes(workload, needs) if widened else unfused_bytes(workload, needs),
         )
 
     def __call__(

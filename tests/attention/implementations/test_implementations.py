@@ -230,6 +230,19 @@ def test_float32_products_in_tf32_are_named(
     assert "TF32" not in load_implementation(name).route(Workload(seq=64, dtype="float32"), CPU).path
 
 
+@pytest.mark.parametrize("workload", [Workload(seq=64, dtype="float16"), Workload(seq=8192, heads=64, dtype="float16")])
+@pytest.mark.parametrize(("name", "converts"), [("baseline", True), ("practical", True), ("poc", True), ("mlx", False)])
+def test_float16_converted_to_float32_is_named_as_tf32(
+    monkeypatch: pytest.MonkeyPatch, name: str, converts: bool, workload: Workload
+) -> None:
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    wide = structs.replace(workload, head_dim=512)  # for which neither MLX nor poc has a kernel
+    for backend in ("cuda", "cpu"):
+        device = structs.replace(CPU, backend=backend)
+        named = converts and backend == "cuda"
+        assert load_implementation(name).route(wide, device).path.endswith(", TF32") == named
+
+
 @pytest.mark.parametrize("name", ["poc", "practical"])
 def test_float32_in_blocks_is_not_in_tf32(name: str) -> None:
     cuda = structs.replace(CPU, backend="cuda")
