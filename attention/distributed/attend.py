@@ -83,7 +83,7 @@ def attend(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -> tuple[mx.
 
 
 class _Known(NamedTuple):
-    """A call that was made before in one launch; it holds the problem whose id is part of its key."""
+    """A call that was made before in one launch; it holds the problem, whose implementation and group its key names."""
 
     problem: Problem
     run: one_launch.Run
@@ -93,8 +93,17 @@ _known: BoundedDict[tuple[object, ...], _Known] = BoundedDict(64)
 
 
 def _run_of(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -> one_launch.Run | None:
-    """Return `_find_run`'s function, from the last call of the problem with such arrays if there was one."""
-    key = (id(problem), q.shape, k.shape, v.shape, q.dtype)
+    """Return `_find_run`'s function, from the last call of an equal problem with such arrays if there was one."""
+    mask = problem.mask
+    if mask.array is not None or mask.alibi is not None:
+        return None
+    key = (
+        id(problem.implementation),
+        id(problem.group),
+        (mask.causal, mask.window, mask.pattern),
+        (problem.scale, problem.softcap, problem.rows, problem.keys, problem.return_lse, problem.communicate),
+        (q.shape, k.shape, v.shape, q.dtype),
+    )
     known = _known.get(key)
     if known is None:
         run = _find_run(q, k, v, problem)

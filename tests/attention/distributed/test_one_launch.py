@@ -1,8 +1,12 @@
 """Where the keys and rows of a call in one launch are, on each rank: by positions, without a GPU."""
 
+from types import SimpleNamespace
+
+import mlx.core as mx
 import pytest
 
-from attention.distributed import make_layout
+from attention import masks
+from attention.distributed import attend, attention, make_layout, one_launch
 from attention.distributed.exchange import Seen, make_exchange
 from attention.distributed.one_launch import TILE, Arrangement, arrange
 
@@ -73,3 +77,43 @@ def test_calls_that_the_kernel_does_not_take():
     assert arrange(make_exchange(short, short, CAUSAL)) is None  # chunks are not whole tiles
     alone = make_layout(4096, 1, "contiguous")
     assert arrange(make_exchange(alone, alone, CAUSAL)) is None  # nothing is moved
+
+
+@pytest.fixture
+def lookups(monkeypatch):
+    """The problems for which a launch was looked for, on a simulated GPU."""
+    found = []
+
+    def find_run(q, k, v, problem):
+        found.append(problem)
+        return lambda q, k, v: [q, q[..., 0]]
+
+    monkeypatch.setattr(attend, "current_backend", lambda: "cuda")
+    monkeypatch.setattr(one_launch, "is_traced", lambda *arrays: False)
+    monkeypatch.setattr(attend, "_find_run", find_run)
+    attend._known.clear()
+    yield found
+    attend._known.clear()
+
+
+def test_equal_calls_look_for_their_launch_once(lookups):
+    group = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+    x = mx.zeros((1, 2, 128, 64), mx.bfloat16)
+    different = [
+        {},
+        {"mask": "causal"},
+        {"window": 100},
+        {"scale": 0.5},
+        {"softcap": 2.0},
+        {"layout": "contiguous"},
+        {"return_lse": True},
+        {"mask": masks.prefix(30) | masks.window(40)},
+    ]
+    for count, keywords in enumerate(different, 1):
+        for _ in range(3):
+            attention(x, x, x, group=group, implementation="poc", **keywords)
+        assert len(lookups) == count, keywords
+    other = SimpleNamespace(rank=lambda: 1, size=lambda: 2)
+    attention(x, x, x, group=other, implementation="poc")
+    attention(x, x[:, :1], x[:, :1], group=group, implementation="poc")
+    assert len(lookups) == len(different) + 2
