@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import mlx.core as mx
 
 from attention.kernels import cuda
-from attention.kernels.cuda import attend, choice, gradients, requirements
+from attention.kernels.cuda import attend, choice, gradients, peers, requirements
 from attention.kernels.cuda.portable import gradient as portable_gradient
 from attention.kernels.cuda.portable import launch as portable_launch
 from attention.kernels.cuda.quantized import forward_launch
@@ -75,6 +75,7 @@ def forget():
         launch,
         runtime_program,
         gradients,
+        peers,
         sm90_launch,
         *PACKED,
     ):
@@ -88,7 +89,7 @@ def planted(monkeypatch):
     found = SimpleNamespace(wrong={}, recorder=Recorder())
 
     def make(name):
-        for module in (sm90_launch, choice, portable_launch, portable_gradient, gradient, requirements, *PACKED):
+        for module in (sm90_launch, choice, portable_launch, portable_gradient, gradient, peers, requirements, *PACKED):
             monkeypatch.setattr(module, "gpu", lambda: GPUS[name])
         return found
 

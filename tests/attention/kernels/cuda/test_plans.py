@@ -9,10 +9,10 @@ from attention.kernels.cuda.sm90 import launch as sm90_launch
 mx = pytest.importorskip("mlx.core")
 
 from attention.kernels import cuda
-from attention.kernels.cuda import KernelUnavailable, path
+from attention.kernels.cuda import KernelUnavailable, path, peers
 from attention.kernels.cuda.runtime import launch, launcher
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
-from attention.kernels.cuda.runtime.launch import NOTHING, POINTER
+from attention.kernels.cuda.runtime.launch import MAP, NOTHING, NUMBER, POINTER
 from attention.kernels.cuda.runtime.program import Program
 from attention.masks import Mask
 from tests.support.cuda_planted import planted, signature
@@ -151,3 +151,25 @@ def test_the_launcher_keeps_calls_until_they_are_forgotten(recorder, monkeypatch
     call(300, 300)
     cuda.forget_calls()
     assert recorder.calls == {}
+
+
+def test_keys_in_two_arrays_take_a_launch_for_each_group_of_heads(recorder):
+    shape, groups = CallShape(1, 8, 4, 300, 512, 128, "bf16"), (1, 3)
+    placement = peers.Placement(150, (0, 212), (0, peers.FAR, 128, peers.FAR + 128))
+    peers.attend_plan(shape, CallParams(0.1, True, None, None), placement, groups, True)
+    [plan] = recorder.plans
+    assert plan.shapes == [[1, 8, 300, 128], [1, 8, 300]]
+    outputs = [max(step[6]) for step in plan.steps]
+    assert outputs[0] == outputs[1]  # both launches write the same arrays
+    for first, heads, (_, program, *_, arguments) in zip((0, 1), groups, plan.steps, strict=True):
+        assert dict(program.constants)["GATHERED"] == 1
+        kinds = [POINTER if argument[0] == NOTHING else argument[0] for argument in arguments]
+        assert kinds == signature(program)
+        maps = [argument for argument in arguments if argument[0] == MAP]
+        assert [one[1] for one in maps] == [0, 1, 2, 3, 4]  # q, own k and v, other ranks' k and v
+        assert [one[6] for one in maps] == [2 * first, first, first, first, first]  # the head at which each begins
+        written = [argument for argument in arguments if argument[0] == POINTER and len(argument) > 2]
+        assert [one[3] for one in written] == [2 * first] * 2
+        numbers = [argument[1] for argument in arguments if argument[0] == NUMBER]
+        assert numbers[:5] == [2 * heads, 2 * heads, 2, 300, 512]
+        assert numbers[-3:] == [150, 0, 212]
