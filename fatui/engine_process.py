@@ -1,6 +1,7 @@
 """Run of a plan in a worker process, restarted after a crash and always terminated."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -18,6 +19,7 @@ from attention.core.results import Peaks
 from attention.core.workload import FineTuning, Generation
 from attention.engine.record import record_of
 from attention.engine.resume import (
+    CUT,
     FORMED_ANEW,
     MAX_FRUITLESS,
     RESTARTED,
@@ -27,10 +29,12 @@ from attention.engine.resume import (
     refusal,
 )
 from fatui import __version__
-from fatui.worker_process import PATIENCE_S, WORKER, Worker, kill_marked
+from fatui.worker_process import PATIENCE_S, WORKER, Worker, decode_event, kill_marked
 
 if TYPE_CHECKING:
     from fatui.rank_launch import RankLaunch
+    from fatui.remote import Remote
+    from fatui.telemetry import Reading
 
 SILENCE_S: Final = 30.0
 BUILD_SILENCE_S: Final = 300.0
@@ -45,6 +49,9 @@ SLOW_WEIGHTS_PER_S: Final = 1e7
 """A lower bound on the rate at which weights are made or read, in bytes per second."""
 LATE: Final = 4
 """Multiple of a model case's estimated time that a silence in it may last."""
+RECONNECT_S: Final = 60.0
+"""Seconds for which a machine is tried again after a cut connection."""
+RETRY_S: Final = 2.0
 Listener = Callable[[on.AnyEvent], None]
 
 
@@ -96,22 +103,47 @@ class Engine:
     Attributes:
         record: the run's record, updated as events arrive.
         stopped: whether stop() was called.
-        process_id: the worker's, or None while there is none.
+        process_id: the worker's, or None while there is none; ssh's if the worker is on another machine.
         silence: how long the worker has been silent.
+        mark: marks all processes of the run.
+        reading: the latest of another machine's telemetry; None for a worker on this machine.
     """
 
-    def __init__(self, plan: AnyPlan, listener: Listener = lambda event: None, peaks: Peaks | None = None) -> None:
-        """Prepare a run of a plan; `peaks` are the machine's rates if already measured."""
+    def __init__(
+        self,
+        plan: AnyPlan,
+        listener: Listener = lambda event: None,
+        peaks: Peaks | None = None,
+        *,
+        remote: "Remote | None" = None,
+        assignment: Assignment | None = None,
+    ) -> None:
+        """Prepare a run of a plan.
+
+        Args:
+            plan: the plan.
+            listener: called with every event.
+            peaks: the machine's rates if already measured.
+            remote: the machine that runs it; None for this one.
+            assignment: the part of the plan that is left to run; None for all of it.
+        """
         from fatui.rank_launch import hosts_of  # no part of the start of the app
 
         self.record = record_of(plan)
         self.record.peaks = peaks or Peaks()
+        for case, names in (assignment.skip if assignment else {}).items():
+            for name in names:
+                self.record.apply(on.RowEnded(case=case, implementation=name, status="failed", reason=""))
         self.stopped = False
         self.process_id: int | None = None
-        self._assignment = Assignment(plan=plan, peaks=peaks)
+        self.reading: Reading | None = None
+        self.mark = uuid.uuid4().hex
+        self._assignment = assignment or Assignment(plan=plan, peaks=peaks)
         self._listener = listener
-        self._run = uuid.uuid4().hex
-        self._hosts = hosts_of(plan)
+        self._remote = remote
+        self._connected = False
+        self._mark_file: int | None = None
+        self._hosts = None if remote else hosts_of(plan)
         self._signal: Callable[[int], None] | None = None
         self._fatal = False
         self._culprit: str | None = None
@@ -150,8 +182,15 @@ class Engine:
         if self._signal is not None:
             self._signal(signal.SIGKILL)
 
+    @property
+    def running(self) -> str | None:
+        """The implementation whose call the worker executes; None if none is known."""
+        return marked_name(self._mark_file, self.record.plan.ordered) if self._mark_file is not None else None
+
     def _dispatch(self, event: on.AnyEvent) -> None:
-        if isinstance(event, on.RunStarted):
+        if isinstance(event, on.RunStarted) and self._remote is not None:
+            event.environment = structs.replace(event.environment, host=self._remote.name)
+        elif isinstance(event, on.RunStarted):
             event.environment = structs.replace(event.environment, fatui=__version__, device=self._devices(event))
         self.record.apply(event)
         self._listener(event)
@@ -166,7 +205,9 @@ class Engine:
     async def _run_worker(self) -> str:
         """Run one worker, or the ranks of one group, to the end; return a description of how it ended."""
         self._hung = self._culprit = None
-        mark = mark_file()
+        if self._remote is not None:
+            return await self._run_remote(self._remote)
+        self._mark_file = mark = mark_file()
         try:
             if self._grouped:
                 from fatui.rank_launch import rank_launches
@@ -175,6 +216,7 @@ class Engine:
                 return await self._run_group(mark, rank_launches(ranks, self._hosts, self.record.plan.blas))
             return await self._run_alone(mark)
         finally:
+            self._mark_file = None
             os.close(mark)
 
     def _give_up_group(self, reason: str) -> None:
@@ -198,20 +240,22 @@ class Engine:
 
     @property
     def _grouped(self) -> bool:
-        """Whether the current assignment begins with a case for a group."""
+        """Whether the current assignment begins with a case for a group, started from here."""
+        if self._remote is not None:
+            return False
         elsewhere = self._hosts is not None and not self._hosts.hosts[0].local
         return elsewhere or ranks_of(self.record.plan.cases[self._assignment.first_case]) > 1
 
     async def _run_alone(self, mark: int) -> str:
         self.record.ranks.clear()
-        worker = await Worker.start((*WORKER, "--mark", str(mark)), self._run, (mark,))
+        worker = await Worker.start((*WORKER, "--mark", str(mark)), self.mark, (mark,))
         self._signal, self.process_id = worker.signal, worker.process.pid
         try:
             worker.send(msgspec.json.encode(self._assignment))
             await self._follow(worker)
         finally:
             await worker.end()
-            kill_marked(self._run)
+            kill_marked(self.mark)
             self._signal = self.process_id = None
         self._culprit = marked_name(mark, self.record.plan.ordered)
         return self._hung or worker.reason()
@@ -220,7 +264,7 @@ class Engine:
         """Run a group; a failure of one rank ends all of them, and is reported with its cause."""
         from fatui.rank_group import RankProcesses
 
-        group = RankProcesses(launches, self._run)
+        group = RankProcesses(launches, self.mark)
         self.record.ranks.clear()
         try:
             await group.start(mark)
@@ -228,12 +272,64 @@ class Engine:
             await self._until(group.follow(msgspec.json.encode(self._assignment), self._take))
         finally:
             await group.end()
-            kill_marked(self._run)
+            kill_marked(self.mark)
             self._signal = self.process_id = None
         fault = group.watch.verdict
         self._fatal = fault is not None and fault.fatal
         self._culprit = marked_name(mark, self.record.plan.ordered) or (fault.running if fault else None)
         return self._hung or (fault.reason if fault else group.first.reason())
+
+    async def _run_remote(self, remote: "Remote") -> str:
+        """Run the engine on another machine until it has ended; after a cut, try to connect again for a while."""
+        from fatui.remote import RemoteError
+
+        began = time.monotonic()
+        while True:
+            try:
+                reached, reason = await self._connect(remote)
+            except RemoteError as error:
+                self._dispatch(on.RunRefused(kind="cannot start", reason=str(error)))
+                return str(error)
+            if self.stopped or self.record.done or self.record.refused:
+                return reason
+            if reached:
+                self._dispatch(on.Message(level="warning", text=f"{reason}; connecting again"))
+                return reason
+            if not self._connected or time.monotonic() - began > RECONNECT_S:
+                self._dispatch(on.RunRefused(kind="cannot start", reason=reason))
+                return reason
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stopping.wait(), RETRY_S)
+
+    async def _connect(self, remote: "Remote") -> tuple[bool, str]:
+        """Run the assignment over one connection; return whether there was one, and why it ended."""
+        from fatui.remote import RemoteWorker, decode_beat
+
+        self.record.ranks.clear()
+        self._culprit = None
+        worker = await RemoteWorker.start_service(remote, "engine", self.mark)
+        self._signal, self.process_id = worker.signal, worker.process.pid
+
+        def begin() -> None:
+            if self._connected:
+                self._dispatch(on.Message(level="info", text=f"connected to {remote.name} again"))
+            self._connected = True
+            worker.send(msgspec.json.encode(self._assignment))
+
+        def take(line: bytes) -> None:
+            beat = decode_beat(line)
+            if beat is None:
+                self._take(decode_event(line))
+                return
+            self._culprit = beat.running if beat.running in self.record.plan.ordered else None
+            self.reading = beat.reading or self.reading
+
+        try:
+            await self._until(worker.converse(take, begin))
+        finally:
+            await worker.end()
+            self._signal = self.process_id = self.reading = None
+        return worker.greeting is not None, self._hung or worker.failure()
 
     async def _follow(self, worker: Worker) -> None:
         """Take events until the worker closes its stdout, ends, hangs, or is stopped."""
@@ -298,7 +394,7 @@ class Engine:
         """Fail the row that was running, and create the assignment of the next worker."""
         if self.record.current_case is None:
             return
-        consequence = FORMED_ANEW if self._grouped else RESTARTED
+        consequence = FORMED_ANEW if self._grouped else CUT if self._remote else RESTARTED
         assignment = next_assignment(self.record, self._culprit, reason, self._dispatch, consequence)
         if assignment is None:
             self._dispatch(on.RunDone())

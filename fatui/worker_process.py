@@ -75,6 +75,11 @@ class Worker:
 
     async def read(self, take: Callable[[on.AnyEvent], None]) -> None:
         """Hand on its events until it closes its stdout."""
+        too_long = on.Message(level="warning", text="a line of the engine was too long, and is ignored")
+        await self.read_lines(lambda line: take(decode_event(line)), lambda: take(too_long))
+
+    async def read_lines(self, take: Callable[[bytes], None], too_long: Callable[[], None]) -> None:
+        """Hand on the lines of its stdout until it closes it; of a line that is too long there is only a call."""
         reader = asyncio.StreamReader(limit=LINE_LIMIT)
         protocol = asyncio.StreamReaderProtocol(reader)
         pipe, self._events = os.fdopen(self._events, "rb", 0), -1
@@ -84,11 +89,11 @@ class Worker:
                 try:
                     line = await reader.readline()
                 except ValueError:
-                    take(on.Message(level="warning", text="a line of the engine was too long, and is ignored"))
+                    too_long()
                     continue
                 if not line:
                     return
-                take(_event(line))
+                take(line)
         finally:
             transport.close()
 
@@ -123,7 +128,8 @@ class Worker:
         return exit_reason(self.process.returncode or 0, self._tail.lines)
 
 
-def _event(line: bytes) -> on.AnyEvent:
+def decode_event(line: bytes) -> on.AnyEvent:
+    """Return the event of a line, harmless to show; of a line that is none, a warning."""
     try:
         return escape_all(on.decode(line), MAX_SHOWN)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -6,7 +6,7 @@ import msgspec
 
 from attention.core.results import AnyCase, Case, FineTuningCase, ModelCase, Report, Row, StreamCase, StreamRow
 
-ORIGIN: Final = ("run_id", "started", "fatui", "mlx", "backend", "device")
+ORIGIN: Final = ("run_id", "started", "fatui", "mlx", "backend", "device", "host")
 INTERVALS: Final = (
     *("call_s", "speedup", "over_dense", "dense_s", "over_unquantized", "unquantized_s"),
     *("over_one_device", "one_device_s", "attention_share"),

@@ -377,6 +377,13 @@ class Environment(Struct, frozen=True, kw_only=True):
     blas: str | None = None
     os: str | None = None
     python: str | None = None
+    host: str | None = None
+    """The machine's name for ssh, if the engine ran on another than the one that kept the results."""
+
+    @property
+    def machine(self) -> str | None:
+        """The device, with the name of its host if that is another: "NVIDIA H200 on gpu-box"."""
+        return f"{self.device} on {self.host}" if self.device and self.host else self.device
 
 
 class Conditions(Struct, frozen=True, kw_only=True):

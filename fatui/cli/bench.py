@@ -40,9 +40,10 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: with every mistake in the request, before anything has run.
     """
     plan, preset, exports = request(arguments)
+    from fatui.cli.options import given_remote
     from fatui.cli.run import run_plan
 
-    return run_plan(plan, _command(arguments, preset), preset.name, exports)
+    return run_plan(plan, _command(arguments, preset), preset.name, exports, given_remote(arguments))
 
 
 def request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Export]]":

@@ -50,14 +50,16 @@ def run(arguments: argparse.Namespace) -> int:
     """
     plan, exports = request(arguments)
     from attention.mlx_lm.configuration import check_mlx_lm
+    from fatui.cli.options import given_remote, print_dtype_reason
 
-    check_mlx_lm()
-    from fatui.cli.options import print_dtype_reason
+    remote = given_remote(arguments)
+    if remote is None:
+        check_mlx_lm()
     from fatui.cli.run import run_plan
     from fatui.reproduce import finetune_command
 
     print_dtype_reason(arguments.dtype)
-    return run_plan(plan, finetune_command(plan), None, exports)
+    return run_plan(plan, finetune_command(plan), None, exports, remote)
 
 
 def request(arguments: argparse.Namespace) -> "tuple[FineTuningPlan, list[Export]]":

@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Final, NoReturn, TextIO
+from typing import Any, Final, NoReturn, TextIO
 
 from fatui import __version__, engine_problem  # no imports of the engine here: --help must not wait for them
 from fatui.cli import DONE, FAILED, INTERRUPTED, NO_BACKEND, WRONG_USAGE, print_line
@@ -16,6 +16,7 @@ COMMANDS: Final = {
     "model": "measure a whole model with each implementation: tokens/s of prefill and decode",
     "finetune": "fine-tune a model with each implementation: iterations/s, memory, loss curves",
     "stream": "follow a stream of tokens through a bounded cache: time, memory and loss, beside full attention",
+    "remote": "open the app, or run a command, with the engine on another machine over ssh",
     "doctor": "report what this machine has, what is missing, and how to fix it",
     "explain": "show which path each implementation would take, and why, without running it",
     "presets": "list presets, show one, or check a file",
@@ -119,6 +120,9 @@ def _code_of(error: Exception) -> int | None:
     if isinstance(error, HistoryError):
         print_line(error)
         return WRONG_USAGE if isinstance(error, UnknownRun) else FAILED
+    if type(error).__name__ == "RemoteError":  # its module need not be imported
+        print_line(error)
+        return FAILED
     return None
 
 
@@ -133,18 +137,27 @@ def _discard_stdout(code: int) -> int:
 
 def _dispatch(arguments: list[str]) -> int:
     if arguments and arguments[0] in COMMANDS:
-        name = arguments[0]
-        command = importlib.import_module(f"fatui.cli.{name}")
-        parser = Parser(
-            prog=f"fatui {name}",
-            description=_description(name),
-            epilog=command.EXAMPLE,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        command.add_arguments(parser)
-        return int(command.run(parser.parse_all(arguments[1:])))
+        command, request = command_request(arguments[0], arguments[1:])
+        return int(command.run(request))
     return _open_app(arguments)
+
+
+def command_request(name: str, arguments: Sequence[str]) -> tuple[Any, argparse.Namespace]:
+    """Return a command's module, and its parsed arguments.
+
+    Raises:
+        UsageError: an argument is not known, or missing.
+    """
+    command = importlib.import_module(f"fatui.cli.{name}")
+    parser = Parser(
+        prog=f"fatui {name}",
+        description=_description(name),
+        epilog=command.EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_arguments(parser)
+    return command, parser.parse_all(arguments)
 
 
 def whole_parser() -> argparse.ArgumentParser:
@@ -163,7 +176,12 @@ def _description(name: str) -> str:
     return f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}."
 
 
-def _open_app(arguments: list[str]) -> int:
+def app_request(arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the parsed arguments of the app.
+
+    Raises:
+        UsageError: they are wrong, or there is no terminal.
+    """
     given = _app_parser().parse_all(arguments)
     if given.preset is not None:
         _check_preset(given.preset)
@@ -172,6 +190,11 @@ def _open_app(arguments: list[str]) -> int:
         from attention.core.errors import UsageError
 
         raise UsageError("the app needs a terminal; try `fatui bench`, which needs none")
+    return given
+
+
+def _open_app(arguments: list[str]) -> int:
+    given = app_request(arguments)
     try:
         from fatui.tui.app import run_app  # type: ignore[import-not-found,unused-ignore]
     except ModuleNotFoundError as error:

@@ -24,6 +24,7 @@ from fatui.storage.presets import (
 
 if TYPE_CHECKING:
     from fatui.cli.output import Export
+    from fatui.remote import Remote
 
 
 Values = dict[str, list[Any]]
@@ -279,11 +280,21 @@ def model_plan(
     return plan, exports or []
 
 
-def model_dtype(given: str | None) -> str:
-    """Return the dtype of a model's weights: as given, or by default the one that its products are fast in."""
+def given_remote(arguments: argparse.Namespace) -> "Remote | None":
+    """Return the machine that runs the command, as `fatui remote` sets it; None for this one."""
+    return getattr(arguments, "remote", None)
+
+
+def model_dtype(given: str | None, on_cpu: bool | None = None) -> str:
+    """Return the dtype of a model's weights: as given, or by default the one that its products are fast in.
+
+    Args:
+        given: the dtype of the command line.
+        on_cpu: whether MLX computes on the CPU; None: as on this machine.
+    """
     from attention.measure.device import computes_on_cpu
 
-    return given or ("float32" if computes_on_cpu() else "bfloat16")
+    return given or ("float32" if (computes_on_cpu() if on_cpu is None else on_cpu) else "bfloat16")
 
 
 def print_dtype_reason(given: str | None) -> None:

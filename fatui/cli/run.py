@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import Progress
 
+    from fatui.remote import Remote
+
 REDRAW_S: Final = 0.25
 """Minimum seconds between redraws; drawing more often would take time from the measurement."""
 BAR_WIDTH: Final = 30
@@ -149,7 +151,9 @@ def _bar(above: Callable[[], str]) -> "Progress":
     )
 
 
-def run_plan(plan: AnyPlan, command: str, preset: str | None, exports: list[Export]) -> int:
+def run_plan(
+    plan: AnyPlan, command: str, preset: str | None, exports: list[Export], remote: "Remote | None" = None
+) -> int:
     """Run a plan, export, store and print its results; return the exit code.
 
     Args:
@@ -157,11 +161,12 @@ def run_plan(plan: AnyPlan, command: str, preset: str | None, exports: list[Expo
         command: the command that repeats the run.
         preset: the preset's name, if any.
         exports: the exports.
+        remote: the machine that runs it; None for this one.
     """
-    started = RunIdentity(command, preset)
+    started = RunIdentity(remote.prefixed(command) if remote else command, preset)
     lines = [RowLines(export, started) for export in exports if export.format == "jsonl"]
     exports = [export for export in exports if export.format != "jsonl"]
-    record, interrupted = run_headless(plan, lines)
+    record, interrupted = run_headless(plan, lines, remote)
     report = record.report(started.run(interrupted))
     with signals_blocked():  # a second Ctrl+C must not lose what the first one kept
         failures = [problem for each in lines if (problem := each.end(record))]
@@ -256,28 +261,33 @@ WATCH_S: Final = 1.0
 STOPPING: Final = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
-def run_headless(plan: AnyPlan, lines: Sequence[RowLines] = ()) -> tuple[AnyRecord, bool]:
+def run_headless(
+    plan: AnyPlan, lines: Sequence[RowLines] = (), remote: "Remote | None" = None
+) -> tuple[AnyRecord, bool]:
     """Run a plan to its end or until a signal stops it.
 
     Args:
         plan: the plan.
         lines: writers of the rows of cases that are done.
+        remote: the machine that runs it; None for this one.
 
     Returns:
         What was measured, and whether it was interrupted.
     """
     with ProgressPrinter(plan) as progress:
-        return asyncio.run(_run(plan, progress, lines))
+        return asyncio.run(_run(plan, progress, lines, remote))
 
 
-async def _run(plan: AnyPlan, progress: ProgressPrinter, lines: Sequence[RowLines]) -> tuple[AnyRecord, bool]:
+async def _run(
+    plan: AnyPlan, progress: ProgressPrinter, lines: Sequence[RowLines], remote: "Remote | None"
+) -> tuple[AnyRecord, bool]:
     def listen(event: on.AnyEvent) -> None:
         progress.listen(event)
         if isinstance(event, on.CaseDone):
             for each in lines:
                 each.write(event.case, engine.record)
 
-    engine = Engine(plan, listen)
+    engine = Engine(plan, listen, remote=remote)
     progress.record = engine.record
     loop = asyncio.get_running_loop()
     for number in STOPPING:

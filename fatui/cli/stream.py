@@ -68,14 +68,17 @@ def run(arguments: argparse.Namespace) -> int:
         NoBackendError: a model is given, and mlx-lm is not installed.
     """
     plan, exports, preset = request(arguments)
-    if plan.cases[0].model:
+    from fatui.cli.options import given_remote
+
+    remote = given_remote(arguments)
+    if plan.cases[0].model and remote is None:
         from attention.mlx_lm.configuration import check_mlx_lm
 
         check_mlx_lm()
     from fatui.cli.run import run_plan
     from fatui.reproduce import stream_command
 
-    return run_plan(plan, stream_command(plan), preset, exports)
+    return run_plan(plan, stream_command(plan), preset, exports, remote)
 
 
 def request(arguments: argparse.Namespace) -> "tuple[StreamPlan, list[Export], str | None]":

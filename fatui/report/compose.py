@@ -51,7 +51,7 @@ def compose(reports: Sequence[Report]) -> Document:
     sections: list[Section] = []
     for evidence in parts:
         where = evidence.environment
-        prefix = f"{where.device or 'unknown device'}, {where.backend}: " if len(parts) > 1 else ""
+        prefix = f"{where.machine or 'unknown device'}, {where.backend}: " if len(parts) > 1 else ""
         edited = [run.run.id for run in evidence.runs if run.edited]
         if edited:
             are = "was" if len(edited) == 1 else "were"
@@ -89,7 +89,7 @@ def _everything(evidence: Evidence) -> tuple[AnyCase, ...]:
 
 def _where(evidence: Evidence) -> Paragraph:
     where = evidence.environment
-    known = [where.device, where.backend, where.mlx and f"MLX {where.mlx}", where.blas, where.os]
+    known = [where.machine, where.backend, where.mlx and f"MLX {where.mlx}", where.blas, where.os]
     sentence = f"Measured on {', '.join(part for part in known if part) or 'an unknown machine'}."
     kept = counted(len(_everything(evidence)), "case")
     older = (

@@ -142,7 +142,7 @@ def verdict_markdown(report: Report) -> str:
 
 def _heading(report: Report) -> str:
     where, peaks = report.environment, report.peaks
-    known = [where.device, where.backend, where.mlx and f"MLX {where.mlx}", where.blas, where.os]
+    known = [where.machine, where.backend, where.mlx and f"MLX {where.mlx}", where.blas, where.os]
     lines = [f"- {markdown(', '.join(part for part in known if part) or formatting.UNKNOWN)}"]
     if peaks.matmul_flops_per_s:
         copy = formatting.bytes_per_second(peaks.copy_bytes_per_s)

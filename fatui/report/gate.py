@@ -257,7 +257,7 @@ def to_markdown(gate: Gate) -> str:
     first, second = comparison.before, comparison.after
     pairs = f", {comparison.pairs} pairs of runs" if comparison.pairs > 1 else ""
     runs = f"{markdown_cell(first.run.id)} then {markdown_cell(second.run.id)}{pairs}"
-    device = markdown_cell(second.environment.device or formatting.UNKNOWN)
+    device = markdown_cell(second.environment.machine or formatting.UNKNOWN)
     lines = [f"### Attention performance: the gate {title}", "", f"{runs}, on {device}.", ""]
     lines += ["| case | implementation | slowdown | memory | outcome |", "| --- | --- | ---: | ---: | --- |"]
     for row in gate.rows:

@@ -67,7 +67,7 @@ def by_machine(reports: Sequence[Report]) -> MachineTable:
 def machine_name(report: Report) -> str:
     """Return the device and the backend of a run."""
     where = report.environment
-    return f"{where.device or 'unknown device'}, {where.backend or 'unknown backend'}"
+    return f"{where.machine or 'unknown device'}, {where.backend or 'unknown backend'}"
 
 
 def _beside(found: dict[int, tuple[AnyCase, Row]]) -> tuple[MachineRow, ...]:

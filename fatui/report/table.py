@@ -561,7 +561,7 @@ def _verdict_lines(report: Report) -> list[Text]:
 
 def _footer(report: Report) -> RenderableType:
     where, peaks = report.environment, report.peaks
-    known = [where.device, where.backend, where.mlx and f"MLX {where.mlx}", where.blas]
+    known = [where.machine, where.backend, where.mlx and f"MLX {where.mlx}", where.blas]
     parts = [part for part in known if part]
     if peaks.flops_per_s:
         parts.append(f"best rate measured {formatting.flops(peaks.flops_per_s)}/s = 100 %")

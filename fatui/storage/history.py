@@ -74,7 +74,7 @@ def summary_of(report: Report) -> RunSummary:
         seconds=report.run.seconds,
         preset=report.run.preset,
         interrupted=report.run.interrupted,
-        device=report.environment.device,
+        device=report.environment.machine,
         backend=report.environment.backend,
         cases=len(report.all_cases),
         implementations=tuple(names),

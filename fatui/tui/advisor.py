@@ -16,9 +16,11 @@ import msgspec
 from attention.core.route import Route
 from attention.core.workload import Workload
 from attention.measure.device import Device
+from fatui.untrusted_text import MAX_SHOWN, escape_all
 
 if TYPE_CHECKING:
     from attention.implementations.protocol import Implementation
+    from fatui.remote import Remote
 
 
 class AdviceRequest(msgspec.Struct, kw_only=True):
@@ -108,6 +110,9 @@ def _say(made: msgspec.Struct) -> None:
 
 
 LINE_LIMIT: Final = 2**22
+MAX_CRASHES: Final = 20
+RETRY_S: Final = 5.0
+"""Seconds between attempts to reach another machine."""
 
 
 class Advice:
@@ -120,7 +125,8 @@ class Advice:
         current: whether they belong to the latest question.
     """
 
-    def __init__(self, changed: Callable[[], None]) -> None:
+    def __init__(self, changed: Callable[[], None], remote: "Remote | None" = None) -> None:
+        """Prepare it; with `remote` the advisor runs on that machine."""
         self.device: Device | None = None
         self.problem = ""
         self.answer = AdviceReply()
@@ -128,7 +134,8 @@ class Advice:
         self._pending: AdviceRequest | None = None
         self._next: AdviceRequest | None = None
         self._number = 0
-        self._process: asyncio.subprocess.Process | None = None
+        self._remote = remote
+        self._write: Callable[[bytes], None] | None = None
 
     @property
     def current(self) -> bool:
@@ -154,19 +161,26 @@ class Advice:
         self._send()
 
     def _send(self) -> None:
-        process = self._process
-        if process is None or process.stdin is None or self._next is None or self._pending or self.device is None:
+        if self._write is None or self._next is None or self._pending or self.device is None:
             return
         self._pending, self._next = self._next, None
-        with contextlib.suppress(ConnectionError, RuntimeError):
-            process.stdin.write(msgspec.json.encode(self._pending) + b"\n")
+        self._write(msgspec.json.encode(self._pending))
 
     async def run(self) -> None:
-        """Keep an advisor running until cancelled; when a question crashes it, restart it without that question."""
-        for _ in range(20):
-            await self._run_once()
+        """Keep an advisor running until cancelled; when a question crashes it, restart it without that question.
+
+        Another machine that cannot be reached is tried again and again: its connection may be back.
+        """
+        crashes = 0
+        while crashes < MAX_CRASHES:
+            if self._remote is not None and not await self._run_remotely(self._remote):
+                await asyncio.sleep(RETRY_S)
+                continue
+            if self._remote is None:
+                await self._run_once()
             if self.problem:
                 return
+            crashes += 1
             if self._pending is not None:
                 problem = "finding its route crashed the advisor process"
                 self._take(
@@ -183,20 +197,60 @@ class Advice:
             start_new_session=True,
             limit=LINE_LIMIT,
         )
-        self._process = process
+        assert process.stdin is not None
         assert process.stdout is not None
+        stdin = process.stdin
+
+        def write(line: bytes) -> None:
+            with contextlib.suppress(ConnectionError, RuntimeError):
+                stdin.write(line + b"\n")
+
+        self._write = write
         try:
             async for line in process.stdout:
                 self._take(msgspec.json.decode(line, type=AdviceReply))
         finally:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
-            self._process = None
+            self._write = None
             await process.wait()
+
+    async def _run_remotely(self, remote: "Remote") -> bool:
+        """Run an advisor on another machine to its end; return whether it crashed, and not the connection."""
+        from fatui.remote import RemoteError, RemoteWorker
+
+        try:
+            worker = await RemoteWorker.start_service(remote, "advise")
+        except RemoteError as error:
+            self._lose(str(error))
+            return False
+        self._write = worker.send
+        try:
+            await worker.converse(self._take_line)
+        except RemoteError as error:
+            self._lose(str(error))
+            return False
+        finally:
+            self._write = None
+            await worker.end()
+        if worker.is_cut or self.device is None:
+            self._lose(worker.failure())
+            return False
+        return True
+
+    def _take_line(self, line: bytes) -> None:
+        with contextlib.suppress(msgspec.DecodeError):
+            self._take(escape_all(msgspec.json.decode(line, type=AdviceReply), MAX_SHOWN))
+
+    def _lose(self, problem: str) -> None:
+        """Take another machine for unreachable until its advisor answers again."""
+        self.device, self.problem = None, problem
+        self._next, self._pending = self._next or self._pending, None
+        self._changed()
 
     def _take(self, answer: AdviceReply) -> None:
         if answer.device is not None:
-            self.device = answer.device
+            self.device, self.problem = answer.device, ""
         elif answer.problem:
             self.problem = answer.problem
         else:

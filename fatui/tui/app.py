@@ -20,16 +20,17 @@ from textual.screen import Screen
 from attention.core.errors import UsageError
 from attention.core.results import Report
 from fatui.storage import settings
+from fatui.telemetry import Reading, Telemetry
 from fatui.tui import actions, terminal
 from fatui.tui.lab import MAX_NOTICE, Lab
 from fatui.tui.screens.main import MainScreen
 from fatui.tui.view_models.session import MakeEngine
-from fatui.tui.view_models.telemetry import Reading, Telemetry
 from fatui.untrusted_text import escape_controls
 
 if TYPE_CHECKING:
     from textual.dom import DOMNode
 
+    from fatui.remote import Remote
     from fatui.storage.presets import Preset
 
 NOT_OURS: Final = ("Page Left", "Page Right")
@@ -109,8 +110,9 @@ class FatuiApp(Lab):
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = datetime.now,
         advise: bool = True,
+        remote: "Remote | None" = None,
     ) -> None:
-        super().__init__(make_engine=make_engine, clock=clock, now=now)
+        super().__init__(make_engine=make_engine, clock=clock, now=now, remote=remote)
         self.farewell = ""
         self._begin_with = preset, run
         self._advise = advise
@@ -195,6 +197,11 @@ class FatuiApp(Lab):
 
     async def _look_at_machine(self) -> None:
         if self._reading or (self.session is None or not self.session.active):
+            return
+        if self.remote is not None:
+            theirs: Reading | None = getattr(self.session.engine, "reading", None)
+            if theirs is not None:
+                self._show_reading(theirs)
             return
         self._reading = True
         try:
@@ -445,16 +452,17 @@ class FatuiApp(Lab):
             )
 
 
-def run_app(preset: str | None = None, run: bool = False, ascii: bool = False) -> int:
+def run_app(preset: str | None = None, run: bool = False, ascii: bool = False, remote: "Remote | None" = None) -> int:
     """Run the app and return its exit code.
 
     Args:
         preset: name or file of a preset to load.
         run: whether to run it at once.
         ascii: whether to draw with ASCII characters only.
+        remote: the machine that the engine runs on; None for this one.
     """
     sys.setswitchinterval(SWITCH_S)
-    app = FatuiApp(preset=preset, run=run, ascii=ascii)
+    app = FatuiApp(preset=preset, run=run, ascii=ascii, remote=remote)
     terminal.watch_terminal(app.terminal_gone, app.runs.kill)
     result = app.run()
     if app.farewell:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from msgspec import structs
@@ -11,20 +12,22 @@ from textual.app import App
 
 from attention.core.errors import UsageError
 from attention.core.plan import ModelPlan, Plan
-from attention.core.results import Peaks, Report
+from attention.core.results import Environment, Peaks, Report
+from attention.measure.device import computes_on_cpu
 from fatui.draft import Draft, draft_of
 from fatui.engine_process import Engine
 from fatui.storage import settings
+from fatui.telemetry import Reading
 from fatui.tui import actions
 from fatui.tui.advisor import Advice
 from fatui.tui.view_models import estimate
 from fatui.tui.view_models.availability import names_for
 from fatui.tui.view_models.journal import Level, Log
 from fatui.tui.view_models.session import AnySession, MakeEngine, ModelSession, Session
-from fatui.tui.view_models.telemetry import Reading
 from fatui.untrusted_text import escape_controls
 
 if TYPE_CHECKING:
+    from fatui.remote import Remote
     from fatui.storage.presets import Preset
     from fatui.tui.view_models.home import Past
 
@@ -94,23 +97,30 @@ class Lab(App[int]):
         keys: the key of every action, for display.
         advice: the routes of the draft's workload.
         past: the last run on this machine, once it was read.
+        remote: the machine that the engine runs on; None for this one.
     """
 
     REPAINT_S = 0.25
     """Seconds between repaints of a run's trends; its table is repainted every second time."""
 
     def __init__(
-        self, *, make_engine: MakeEngine | None, clock: Callable[[], float], now: Callable[[], datetime]
+        self,
+        *,
+        make_engine: MakeEngine | None,
+        clock: Callable[[], float],
+        now: Callable[[], datetime],
+        remote: "Remote | None" = None,
     ) -> None:
         super().__init__()
+        self.remote = remote
         self.journal = Log(now)
         self.settings = settings.read_settings(actions.SCOPES, tuple(self.available_themes))
         self.remembered, self.state_problem = settings.read_state()
         self.draft: Draft = self.remembered.draft
         self.preset: Preset | None = None
-        self.runs = RunController(self, make_engine or Engine, clock, now)
+        self.runs = RunController(self, make_engine or partial(Engine, remote=remote), clock, now)
         self.keys = actions.shown_keys(self.settings.keys)
-        self.advice = Advice(self._advised)
+        self.advice = Advice(self._advised, remote)
         self.past: Past | None = None
         self._sought = ""
 
@@ -141,8 +151,24 @@ class Lab(App[int]):
 
     @property
     def device_name(self) -> str:
-        """The device's name, or an empty string until the advisor has reported it."""
-        return self.advice.device.name if self.advice.device else ""
+        """The device's name, with its host if that is another, or an empty string until the advisor has reported it."""
+        if self.advice.device is None:
+            return ""
+        return Environment(device=self.advice.device.name, host=self.remote.name if self.remote else None).machine or ""
+
+    @property
+    def where(self) -> str:
+        """The machine that the engine runs on, in words."""
+        return self.remote.name if self.remote else "this machine"
+
+    @property
+    def computes_on_cpu(self) -> bool:
+        """Whether MLX's default device is the CPU where the engine runs."""
+        return self.remote.computes_on_cpu if self.remote else computes_on_cpu()
+
+    def command(self, command: str) -> str:
+        """Return a command of fatui as it is run where the engine runs."""
+        return self.remote.prefixed(command) if self.remote and command.startswith("fatui ") else command
 
     def tell(self, text: str, level: Level = "info") -> None:
         """Write a message to the log, and show it as a notification."""
@@ -277,7 +303,7 @@ class RunController:
             plan,
             app.journal,
             self._make_engine,
-            command=command_of(plan, app.preset if name else None),
+            command=app.command(command_of(plan, app.preset if name else None)),
             preset=name,
             expected_s=estimate.estimate_s(plan, app.remembered.pace, app.device_name),
             clock=self._clock,
@@ -303,7 +329,7 @@ class RunController:
             structs.replace(last.plan, seconds=LONGER_S, precision=0),
             app.journal,
             self._make_engine,
-            command=command_of(whole, None),
+            command=app.command(command_of(whole, None)),
             preset=last.preset,
             clock=self._clock,
             now=self._now,
@@ -318,6 +344,7 @@ class RunController:
         if self._refused():
             return
         self.model_reports.pop(screen, None)
+        command = self._app.command(command)
         session = ModelSession(
             plan, self._app.journal, self._make_engine, command=command, clock=self._clock, now=self._now
         )
@@ -355,8 +382,8 @@ class RunController:
             else:
                 self.model_reports[screen] = report
             await self._store(report)
-            if report.peaks.flops_per_s and report.environment.device:
-                self._app.remembered.peaks, self._app.remembered.peaks_of = report.peaks, report.environment.device
+            if report.peaks.flops_per_s and report.environment.machine:
+                self._app.remembered.peaks, self._app.remembered.peaks_of = report.peaks, report.environment.machine
             if session.phase == "done" and screen is None:
                 remembered = self._app.remembered
                 remembered.pace = estimate.learn(remembered.pace, report, session.rounds_s + session.once_s)

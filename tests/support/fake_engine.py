@@ -24,7 +24,9 @@ ENDINGS = {
 class FakeEngine:
     """An engine that emits events_of(); FAKE_ENDING adds an event, FAKE_PAUSE is the pause between events (s)."""
 
-    def __init__(self, plan: Plan, listener: Callable[[on.AnyEvent], None] = lambda event: None) -> None:
+    def __init__(
+        self, plan: Plan, listener: Callable[[on.AnyEvent], None] = lambda event: None, *, remote: None = None
+    ) -> None:
         self.record, self.stopped, self._listener = Record(plan), False, listener
 
     async def run(self) -> None:

@@ -67,6 +67,13 @@ class Sleeps(Planted):
         time.sleep(0.02)
 
 
+class SleepsLong(Planted):
+    """Takes 300 ms more than the baseline."""
+
+    def before_call(self) -> None:
+        time.sleep(0.3)
+
+
 class Raises(Planted):
     """Raises at the first call."""
 

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import sys
 import textwrap
-from typing import ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import msgspec
 from textual.app import ComposeResult
@@ -17,6 +17,10 @@ from fatui.diagnosis import DiagnosisItem
 from fatui.tui import actions
 from fatui.tui.lab import Lab
 from fatui.tui.widgets.bars import KeyBar, StatusLine
+from fatui.untrusted_text import MAX_SHOWN, escape_all
+
+if TYPE_CHECKING:
+    from fatui.remote import Remote
 
 TOPIC_WIDTH: Final = 16
 LINE_LIMIT: Final = 2**20
@@ -53,7 +57,10 @@ class Doctor(Screen[None]):
 
     async def _look(self) -> None:
         status = self.query_one(StatusLine)
-        status.show("Doctor", "looking …")
+        status.show(self._title, "looking …")
+        if self.app.remote is not None:
+            await self._look_there(self.app.remote)
+            return
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "fatui.tui.advisor", "diagnose"),
             stdin=asyncio.subprocess.DEVNULL,
@@ -71,9 +78,36 @@ class Doctor(Screen[None]):
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             code = await process.wait()
+        self._conclude(f"it ended early with code {code}" if code not in (0, -9) else "")
+
+    async def _look_there(self, remote: "Remote") -> None:
+        """Diagnose another machine."""
+        from fatui.remote import RemoteError, RemoteWorker
+
+        def take(line: bytes) -> None:
+            self._findings.append(escape_all(msgspec.json.decode(line, type=DiagnosisItem), MAX_SHOWN))
+            self._show()
+
+        try:
+            worker = await RemoteWorker.start_service(remote, "diagnose")
+            try:
+                await worker.converse(take)
+            finally:
+                await worker.end()
+        except (RemoteError, msgspec.DecodeError) as error:
+            self._conclude(str(error))
+            return
+        self._conclude(worker.failure() if worker.process.returncode else "")
+
+    @property
+    def _title(self) -> str:
+        return f"Doctor of {self.app.remote.name}" if self.app.remote else "Doctor"
+
+    def _conclude(self, ended: str) -> None:
+        """Say how many findings need something done, and why there are no more."""
         advised = sum(finding.advice is not None for finding in self._findings)
-        ended = f"; it ended early with code {code}" if code not in (0, -9) else ""
-        status.show("Doctor", (f"{advised} to look at" if advised else "all well") + ended, alarm=bool(ended))
+        words = [f"{advised} to look at" if advised else "all well" if self._findings or not ended else "", ended]
+        self.query_one(StatusLine).show(self._title, "; ".join(filter(None, words)), alarm=bool(ended))
 
     def _show(self) -> None:
         lines: list[str] = []

@@ -14,12 +14,12 @@ from textual.widgets import Static
 from attention.core.results import Case, Row
 from attention.core.workload import Workload
 from fatui import formatting
+from fatui.telemetry import Reading
 from fatui.tui import actions
 from fatui.tui.lab import Lab, command_of
 from fatui.tui.screens.tables import HasTable
 from fatui.tui.view_models import availability, estimate, table_lines
 from fatui.tui.view_models.session import AnySession
-from fatui.tui.view_models.telemetry import Reading
 from fatui.tui.widgets.bars import SPINNER, TABS, KeyBar, PaneTabs, StatusLine
 from fatui.tui.widgets.comparison_pane import ComparisonPane
 from fatui.tui.widgets.implementation_picker import ImplementationPicker
@@ -280,7 +280,8 @@ class MainScreen(HasTable, Screen[None]):
         parts = [session.preset or "unnamed" if session and session.active else self.app.draft.title()]
         if advice.device is not None:
             device = advice.device
-            parts += [f"{device.name}, {device.cores} cores" if device.backend == "cpu" else device.name]
+            cores = f", {device.cores} cores" if device.backend == "cpu" else ""
+            parts += [f"{self.app.device_name}{cores}"]
             parts += [f"MLX {device.mlx}"] if device.mlx else []
         else:
             parts.append(advice.problem.splitlines()[0] if advice.problem else "probing the device")
@@ -396,7 +397,7 @@ class MainScreen(HasTable, Screen[None]):
 
     def show_past(self) -> None:
         """Draw the last run on this machine on the first screen."""
-        self.query_one(HomePane).show(self.app.past, self.app.keys)
+        self.query_one(HomePane).show(self.app.past, self.app.keys, self.app.where)
 
     @on(HomePane.Opened)
     def _open_past(self) -> None:

@@ -16,7 +16,6 @@ from attention.core.errors import NoBackendError, UsageError
 from attention.core.plan import MODEL_IMPLEMENTATIONS, FineTuningPlan, GenerationPlan, ModelPlan
 from attention.core.results import Report
 from attention.core.workload import FineTuning, generations
-from attention.measure.device import computes_on_cpu
 from attention.mlx_lm.configuration import bundled_names, check_mlx_lm, find_model
 from fatui import formatting
 from fatui.report.table import report_table
@@ -97,10 +96,9 @@ class ModelScreen(Screen[None]):
     def draw(self, session: ModelSession) -> None:
         """Draw the charts of a run."""
 
-    @staticmethod
-    def dtypes() -> tuple[str, ...]:
+    def dtypes(self) -> tuple[str, ...]:
         """Return the types of a model's weights, the default first."""
-        return MODEL_DTYPES[::-1] if computes_on_cpu() else MODEL_DTYPES
+        return MODEL_DTYPES[::-1] if self.app.computes_on_cpu else MODEL_DTYPES
 
     def _model_choice(self, chosen: dict[str, tuple[str, ...]]) -> Choice:
         known = tuple(dict.fromkeys((*bundled_names(), *chosen.get("model", ()))))
@@ -159,7 +157,8 @@ class ModelScreen(Screen[None]):
 
     def check_available(self) -> None:
         """Raise NoBackendError if what is set up needs something that is not installed."""
-        check_mlx_lm()
+        if self.app.remote is None:
+            check_mlx_lm()
 
     def action_folder(self) -> None:
         """Show the input for a model folder."""

@@ -143,7 +143,7 @@ class Streaming(ModelScreen):
 
     def check_available(self) -> None:
         """Raise NoBackendError if a model is chosen, and mlx-lm is not installed."""
-        if self.chosen("model") != ALONE:
+        if self.chosen("model") != ALONE and self.app.remote is None:
             check_mlx_lm()
 
     def plan(self) -> StreamPlan:

@@ -91,7 +91,7 @@ def learn(pace: RunSpeed, report: Report, spent_s: float) -> RunSpeed:
         report: the run.
         spent_s: the seconds it spent in rounds and in steps done once per run.
     """
-    device = report.environment.device or ""
+    device = report.environment.machine or ""
     calls = {name: list(sizes) for name, sizes in pace.calls.items()} if pace.device == device else {}
     rows = [(case.workload, row) for case in report.cases for row in case.rows]
     for workload, row in rows:

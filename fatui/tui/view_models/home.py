@@ -19,7 +19,7 @@ MAX_READ: Final = 36
 """Maximum reports that are read to find them."""
 MAX_LOSSES: Final = 3
 TREND_COLUMNS: Final = 24
-FIRST: Final = """No run on this machine yet.
+FIRST: Final = """No run on {where} yet.
 
 A first run of what is set up on the left tells
   which implementation is fastest here, and how sure that is,
@@ -83,10 +83,10 @@ def trend(past: Past) -> tuple[str, list[float]]:
     return name or "", found
 
 
-def home_text(past: Past | None, keys: dict[str, str]) -> str:
-    """Format the first screen."""
+def home_text(past: Past | None, keys: dict[str, str], where: str = "this machine") -> str:
+    """Format the first screen; `where` names the machine that runs."""
     if past is None:
-        return FIRST.format(run=keys["run"], presets=keys["presets"], palette="ctrl+p")
+        return FIRST.format(where=where, run=keys["run"], presets=keys["presets"], palette="ctrl+p")
     from fatui.trust import trust, trust_line
     from fatui.verdict import confidence_text, headline, loss_lines, verdicts
 
@@ -94,7 +94,7 @@ def home_text(past: Past | None, keys: dict[str, str]) -> str:
     cases = report.cases[0].workload.label if len(report.cases) == 1 else counted(len(report.cases), "case")
     found = verdicts(report)
     lines = [
-        f"The last run on this machine: {run.preset or 'unnamed'}, {formatting.started_text(run.started)}",
+        f"The last run on {where}: {run.preset or 'unnamed'}, {formatting.started_text(run.started)}",
         cases,
         "",
         *(headline(verdict) for verdict in found),

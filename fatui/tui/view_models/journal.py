@@ -76,7 +76,7 @@ def event_line(event: on.AnyEvent, plan: AnyPlan) -> LeveledText:
     match event:
         case on.RunStarted():
             where = event.environment
-            parts = [where.device or "device n/a", where.backend or "backend n/a", f"MLX {where.mlx or 'n/a'}"]
+            parts = [where.machine or "device n/a", where.backend or "backend n/a", f"MLX {where.mlx or 'n/a'}"]
             return f"engine up: {', '.join(parts)}", "info"
         case on.PeaksMeasured():
             peaks = event.peaks

@@ -1,125 +1,7 @@
-"""Machine readings that need no root: load, clock, temperature, power; None if unavailable."""
+"""The line of a machine's readings."""
 
-import contextlib
-import time
-from pathlib import Path
-from typing import Any, Final
-
-import psutil
-from msgspec import Struct
-
-from attention.measure.fingerprint import cpu_clock_hz, cpu_temperature_c
 from fatui import formatting
-
-RAPL: Final = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
-WRAP: Final = Path("/sys/class/powercap/intel-rapl:0/max_energy_range_uj")
-
-
-class Reading(Struct, frozen=True, kw_only=True):
-    """One reading of the machine."""
-
-    cpu_percent: float | None = None
-    """In percent of one core, so that two busy cores are 200."""
-    clock_hz: float | None = None
-    temperature_c: float | None = None
-    power_w: float | None = None
-    process_bytes: int | None = None
-    """Resident memory of the engine's process."""
-    gpu: "GpuReading | None" = None
-
-
-class GpuReading(Struct, frozen=True, kw_only=True):
-    """One reading of a CUDA device."""
-
-    load_percent: float | None = None
-    clock_hz: float | None = None
-    temperature_c: float | None = None
-    power_w: float | None = None
-    used_bytes: int | None = None
-
-
-class Telemetry:
-    """Reader of the machine's state; readings that fail once are not tried again."""
-
-    def __init__(self) -> None:
-        self._process: psutil.Process | None = None
-        self._energy: tuple[float, int] | None = None
-        self._sensors = hasattr(psutil, "sensors_temperatures")
-        self._nvml: Any = None
-        self._nvml_tried = False
-        psutil.cpu_percent()
-
-    def read(self, process_id: int | None) -> Reading:
-        """Take one reading; call it from a thread, at most once a second."""
-        return Reading(
-            cpu_percent=psutil.cpu_percent() * (psutil.cpu_count() or 1),
-            clock_hz=self._clock(),
-            temperature_c=self._temperature(),
-            power_w=self._power(),
-            process_bytes=self._resident(process_id),
-            gpu=self._gpu(),
-        )
-
-    def _resident(self, process_id: int | None) -> int | None:
-        if process_id is None:
-            return None
-        with contextlib.suppress(psutil.Error):
-            if self._process is None or self._process.pid != process_id:
-                self._process = psutil.Process(process_id)
-            return int(self._process.memory_info().rss)
-        return None
-
-    def _clock(self) -> float | None:
-        return cpu_clock_hz()
-
-    def _temperature(self) -> float | None:
-        if not self._sensors:
-            return None
-        temperature = cpu_temperature_c()
-        self._sensors = temperature is not None
-        return temperature
-
-    def _power(self) -> float | None:
-        """Return the mean power since the last reading, from the package's energy counter if readable."""
-        try:
-            now = time.monotonic(), int(RAPL.read_text())
-            before, self._energy = self._energy, now
-            if before is None:
-                return None
-            used = now[1] - before[1]
-            if used < 0:
-                used += int(WRAP.read_text())
-            return used / 1e6 / (now[0] - before[0])
-        except (OSError, ValueError, ZeroDivisionError):
-            return None
-
-    def _gpu(self) -> GpuReading | None:
-        if not self._nvml_tried:
-            self._nvml_tried = True
-            with contextlib.suppress(Exception):  # no pynvml, no driver, no device
-                import pynvml  # type: ignore[import-not-found, unused-ignore]
-
-                pynvml.nvmlInit()
-                self._nvml = pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
-        if self._nvml is None:
-            return None
-        nvml, handle = self._nvml
-
-        def ask(call: Any, *arguments: Any) -> Any:
-            with contextlib.suppress(nvml.NVMLError):
-                return call(handle, *arguments)
-            return None
-
-        load, memory = ask(nvml.nvmlDeviceGetUtilizationRates), ask(nvml.nvmlDeviceGetMemoryInfo)
-        clock = ask(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM)
-        power = ask(nvml.nvmlDeviceGetPowerUsage)
-        return GpuReading(
-            load_percent=load.gpu if load else None,
-            clock_hz=clock * 1e6 if clock else None,
-            temperature_c=ask(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
-            power_w=power / 1000 if power else None,
-            used_bytes=memory.used if memory else None,
-        )
+from fatui.telemetry import GpuReading, Reading
 
 
 def reading_text(reading: Reading) -> str:
@@ -131,7 +13,7 @@ def _gpu_words(gpu: GpuReading | None) -> list[str]:
     return _device_words("GPU", gpu.load_percent, gpu) if gpu else []
 
 
-def _device_words(name: str, load: float | None, reading: "Reading | GpuReading") -> list[str]:
+def _device_words(name: str, load: float | None, reading: Reading | GpuReading) -> list[str]:
     clock = "n/a" if reading.clock_hz is None else f"{formatting.rate(reading.clock_hz)}Hz"
     temperature = "n/a" if reading.temperature_c is None else f"{reading.temperature_c:.0f} °C"
     power = "n/a" if reading.power_w is None else f"{reading.power_w:.0f} W"

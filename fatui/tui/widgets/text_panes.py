@@ -33,10 +33,10 @@ class HomePane(VerticalScroll):
         """Yield the text."""
         yield Static(id="home-text", markup=False)
 
-    def show(self, past: Past | None, keys: dict[str, str]) -> None:
-        """Draw the last run."""
+    def show(self, past: Past | None, keys: dict[str, str], where: str = "this machine") -> None:
+        """Draw the last run on a machine."""
         self.past = past
-        self.query_one("#home-text", Static).update(home_text(past, keys))
+        self.query_one("#home-text", Static).update(home_text(past, keys, where))
 
     def action_open(self) -> None:
         """Open the run."""

@@ -1,0 +1,155 @@
+"""An ssh server on this machine for one test, with keys and a configuration of its own; and a program in ssh's place.
+
+The server is OpenSSH's, on a free port of 127.0.0.1, for the user that runs the tests. Its host is `loopback`.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[2]
+HOST = "loopback"
+SERVER = """Port {port}
+ListenAddress 127.0.0.1
+HostKey {folder}/host_key
+AuthorizedKeysFile {folder}/authorized_keys
+PidFile {folder}/pid
+StrictModes no
+UsePAM no
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+PermitRootLogin prohibit-password
+"""
+CLIENT = """Host {host}
+    HostName 127.0.0.1
+    Port {port}
+    IdentityFile {folder}/key
+    IdentitiesOnly yes
+    UserKnownHostsFile {folder}/known_hosts
+    GlobalKnownHostsFile /dev/null
+    StrictHostKeyChecking accept-new
+"""
+WITHOUT_SSH = """#!/bin/sh
+# ssh [OPTION...] [--] HOST COMMAND, for a host that is this machine; as with ssh, COMMAND ends with its own connection
+while true; do case $1 in --) shift; break;; -o|-p|-i|-F|-J) shift 2;; -*) shift;; *) break;; esac; done
+shift
+cd "$HOME"
+exec setsid -w sh -c "$*"
+"""
+PYTHON = """#!/bin/sh
+export PYTHONPATH={root} FATUI_CACHE_DIR={cache} HOME={folder} {more}
+exec {python} "$@"
+"""
+
+
+def unavailable():
+    """Return why there can be no server here, or an empty string."""
+    missing = [name for name in ("ssh", "ssh-keygen") if shutil.which(name) is None]
+    if server_program() is None:
+        missing.append("sshd")
+    return f"needs {', '.join(missing)} (apt install openssh-server)" if missing else ""
+
+
+def server_program():
+    return shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+
+
+def remote_python(folder, more=""):
+    """Write a program that starts this Python with this checkout, as an environment of another machine would."""
+    program = folder / "remote-python"
+    cache = os.environ.get("FATUI_CACHE_DIR", folder / "cache")
+    program.write_text(PYTHON.format(root=ROOT, cache=cache, folder=folder, python=sys.executable, more=more))
+    program.chmod(0o755)
+    return str(program)
+
+
+@contextlib.contextmanager
+def instead_of_ssh(folder, program=WITHOUT_SSH):
+    """Put a program `ssh` first on the path, which executes the command on this machine."""
+    path = folder / "bin" / "ssh"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(program)
+    path.chmod(0o755)
+    before = os.environ["PATH"]
+    os.environ["PATH"] = f"{path.parent}:{before}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+class Sshd:
+    """The server.
+
+    Attributes:
+        options: of ssh, for its client.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.options = ("-F", str(self.folder / "config"))
+        self._process = None
+
+    def __enter__(self):
+        for name in ("host_key", "key"):
+            command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / name]
+            subprocess.run(command, check=True, capture_output=True)
+        shutil.copy(self.folder / "key.pub", self.folder / "authorized_keys")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        values = {"port": self.port, "folder": self.folder, "host": HOST}
+        (self.folder / "sshd_config").write_text(SERVER.format(**values))
+        (self.folder / "config").write_text(CLIENT.format(**values))
+        if os.geteuid() == 0:
+            Path("/run/sshd").mkdir(exist_ok=True)  # where a server of root separates its privileges
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.cut()
+        self.stop()
+
+    def start(self):
+        """Start the server, and wait until it answers."""
+        log = str(self.folder / "log")
+        self._process = subprocess.Popen(
+            [server_program(), "-D", "-f", str(self.folder / "sshd_config"), "-E", log], start_new_session=True
+        )
+        for _ in range(200):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)) as connection:
+                if connection.recv(4).startswith(b"SSH"):
+                    return
+            time.sleep(0.05)
+        raise AssertionError(Path(log).read_text())
+
+    def stop(self):
+        """Stop the server; connections go on."""
+        self._process.terminate()
+        self._process.wait()
+
+    def connections(self):
+        """Return the server's processes for connections."""
+        return [
+            each
+            for each in psutil.Process(self._process.pid).children(recursive=True)
+            if each.name().startswith("sshd")
+        ]
+
+    def cut(self):
+        """End every connection, as a server does that is killed."""
+        self.signal(signal.SIGKILL)
+
+    def signal(self, number):
+        """Signal the processes of all connections."""
+        for each in self.connections():
+            with contextlib.suppress(psutil.Error):
+                each.send_signal(number)
