@@ -92,10 +92,13 @@ def _of_table(screen: str, *, reference: bool = True) -> tuple[Action, ...]:
     base = Action(f"{screen}_reference", "b", "Reference", "Compare with the row under the cursor", "screen.reference")
     return (
         Action(f"{screen}_sort", "o", "Sort", "Choose the order of the table", "screen.sort"),
-        Action(f"{screen}_reverse", "O", "Reverse", "Reverse the order of the table", "screen.reverse"),
         Action(f"{screen}_find", "slash", "Filter", "Show only rows with a text", "screen.find"),
         *((base,) if reference else ()),
     )
+
+
+def _reverse(screen: str) -> Action:
+    return Action(f"{screen}_reverse", "O", "Reverse", "Reverse the order of the table", "screen.reverse")
 
 
 BACK: Final = Action("back", "escape", "Back", "Go back", "screen.back")
@@ -103,7 +106,9 @@ PRESETS: Final = (
     Action("presets_rename", "n", "Rename", "Rename one of your own", "screen.rename"),
     Action("presets_delete", "d,delete", "Delete", "Delete one of your own; can be undone", "screen.delete"),
     Action("presets_undo", "u", "Undo", "Restore what was deleted last", "screen.undo"),
+    *_of_table("presets", reference=False),
     BACK,
+    _reverse("presets"),
 )
 HISTORY: Final = (
     Action("history_mark", "space", "Mark", "Mark the run for a comparison, two at most", "screen.mark"),
@@ -112,8 +117,9 @@ HISTORY: Final = (
     Action("history_undo", "u", "Undo", "Restore what was deleted last", "screen.undo"),
     *_of_table("history", reference=False),
     BACK,
+    _reverse("history"),
 )
-COMPARE: Final = (*_of_table("compare"), BACK)
+COMPARE: Final = (*_of_table("compare"), BACK, _reverse("compare"))
 SCALING: Final = (
     Action(
         "scaling_figure", "tab", "Figure", "tokens/s, latency, FLOP/s with the roof, or memory", "screen.turn('figure')"
@@ -132,13 +138,23 @@ SCALING: Final = (
 
 def _of_models(screen: str) -> tuple[Action, ...]:
     """Return the actions of a models screen."""
+    pane = "Go to the table, or from there to the setup"
+    trust = "What the figures depend on: noise, other load, BLAS, the clock"
     return (
         Action(f"{screen}_run", "r", "Run", "Run what is set up here", "screen.run"),
         Action(f"{screen}_stop", "x", "Stop", "Stop the run and keep what was measured", "app.stop_run"),
-        Action(f"{screen}_folder", "n", "Folder", "Use a model from an mlx-lm folder", "screen.folder"),
+        Action(f"{screen}_pane", "right_square_bracket,left_square_bracket", "Table", pane, "screen.other_pane"),
+        *_of_table(screen),
+        BACK,
         Action(f"{screen}_export", "e", "Export", EXPORT, "app.export"),
         Action(f"{screen}_copy", "c", "Copy", "Copy the table to the clipboard", "app.copy_table"),
-        BACK,
+        Action(f"{screen}_verdict", "y", "Copy verdict", "Copy the verdict as Markdown", "app.copy_verdict"),
+        Action(
+            f"{screen}_command", "Y", "Copy command", "Copy the command that reproduces the run", "app.copy_command"
+        ),
+        Action(f"{screen}_trust", "d", "Trust", trust, "app.explain_trust"),
+        Action(f"{screen}_folder", "n", "Folder", "Use a model from an mlx-lm folder", "screen.folder"),
+        _reverse(screen),
     )
 
 

@@ -14,7 +14,7 @@ from textual.widgets import Input, OptionList, Static
 from attention.core.errors import UsageError
 from attention.core.files import expand_home
 from attention.core.plan import Plan
-from attention.core.results import Case, Report, Row
+from attention.core.results import AnyCase, Report, Row
 from fatui import formatting
 from fatui.report.comparison import RowChange
 from fatui.storage import own_presets, presets
@@ -96,7 +96,7 @@ class Help(Closable):
 class RowDetails(Closable):
     """Dialog with the details of a row."""
 
-    def __init__(self, case: Case, row: Row, command: str) -> None:
+    def __init__(self, case: AnyCase, row: Row, command: str) -> None:
         """Create the dialog for a row, its case, and the command that measures it again."""
         super().__init__()
         self._case, self._row, self._command = case, row, command

@@ -1,12 +1,12 @@
 """The layout shared by the model screens: the setup at the top, the run below it, the table at the bottom."""
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import ClassVar, Final
 
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import BindingType
-from textual.containers import Vertical, VerticalScroll
+from textual.containers import Vertical
 from textual.events import Mount
 from textual.screen import Screen
 from textual.widget import Widget
@@ -18,20 +18,21 @@ from attention.core.results import Report
 from attention.core.workload import FineTuning, generations
 from attention.mlx_lm.configuration import bundled_names, check_mlx_lm, find_model
 from fatui import formatting
-from fatui.report.table import report_table
 from fatui.reproduce import finetune_command, model_command
 from fatui.tui import actions
 from fatui.tui.lab import Lab
+from fatui.tui.screens.tables import HasTable
 from fatui.tui.terminal import literal
-from fatui.tui.view_models import kv_format
+from fatui.tui.view_models import kv_format, model_lines, table_lines
 from fatui.tui.view_models.session import ModelSession
+from fatui.tui.view_models.table_lines import TableColumn
 from fatui.tui.view_models.trends import Scale, Trend, ceiling, from_zero, progress_line, rate_chart, rate_trends
 from fatui.tui.widgets.bars import SPINNER, KeyBar, StatusLine
 from fatui.tui.widgets.charts import TrendChart
 from fatui.tui.widgets.choice import Choice, Toggles
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from fatui.tui.widgets.row_table import RowTable
+from fatui.tui.widgets.table_pane import TablePane
+from fatui.tui.widgets.text_panes import VerdictCard
 
 IDLE: Final = "{run} runs the setup above; a timed call then estimates the total, before the rounds start."
 ROOMY: Final = 34
@@ -39,8 +40,72 @@ ROOMY: Final = 34
 MODEL_DTYPES: Final = ("bfloat16", "float16", "float32")
 FOLDER: Final = "a folder with config.json and weights; enter adds it"
 
+NOTHING_YET: Final = "Nothing measured yet; rows appear here as they are measured."
+MIN_WIDTH: Final = 40
+"""Columns of text for the notes before the pane has a size."""
+FIRST_COLUMN: Final = (TableColumn(name=model_lines.NAME, title="", right=False),)
 
-class ModelScreen(Screen[None]):
+
+class ModelTable(TablePane):
+    """Pane with the rows of the current run of a models screen, or of a past one.
+
+    Attributes:
+        reference: the implementation that speedups are shown over; None: the reference of each case.
+    """
+
+    def __init__(self, *, id: str) -> None:
+        super().__init__(FIRST_COLUMN, empty=NOTHING_YET, table="model-rows", id=id)
+        self.reference: str | None = None
+        self.border_title = "Comparison"
+
+    def compose(self) -> ComposeResult:
+        """Yield the table, its legend, and the verdict below it."""
+        yield from super().compose()
+        yield VerdictCard()
+
+    def refer_to(self, name: str) -> None:
+        """Show speedups over an implementation; over each case's own reference again if it was that already."""
+        self.reference = None if name == self.reference else name
+
+    def show_run(self, report: Report, session: ModelSession | None, keys: dict[str, str], *, curves: bool) -> None:
+        """Draw a report, complete or so far.
+
+        Args:
+            report: the run.
+            session: the run that made it, if it is this app's.
+            keys: the key of each action.
+            curves: whether the curves of a stream are drawn below its rows.
+        """
+        lines = model_lines.lines_of(
+            report, self.reference, max(MIN_WIDTH, self.table.content_size.width), curves=curves
+        )
+        cases = model_lines.cases_of(report, None)
+        number = session.case_number if session is not None and session.active else None
+        if session is not None and number is not None:
+            there = {line.key for line in lines}
+            waiting = [
+                (name, row.step or "")
+                for name, row in session.record.cases[number].rows.items()
+                if table_lines.row_key(number, name) not in there
+            ]
+            lines += table_lines.waiting_lines(number, waiting)
+        self.show_lines(lines, model_lines.columns_of(cases) if cases else None)
+        only = f" · {cases[0].workload.label}{table_lines.notes(cases[0])}" if len(cases) == 1 else ""
+        self.border_title = literal(f"Comparison{only}")
+        card = self.query_one(VerdictCard)
+        if session is not None and session.active:
+            card.clear()
+        elif session is not None and session.phase in ("refused", "failed"):
+            card.say(session.finding, bad=True)
+        else:
+            card.show(report, self.content_size.height, keys)
+
+    def _hints(self) -> list[str]:
+        over = [f"over {self.reference}"] if self.reference else []
+        return [*super()._hints(), *([*over, "o sort", "enter a row"] if self.table.lines else [])]
+
+
+class ModelScreen(HasTable, Screen[None]):
     """Screen that sets up, runs and shows a model; the choices and the last run survive when it is closed."""
 
     CSS_PATH: ClassVar = ["list.tcss", "model_screen.tcss"]
@@ -71,9 +136,7 @@ class ModelScreen(Screen[None]):
             yield Static(id="progress", markup=False)
             with Widget(id="charts"):
                 yield from self.charts()
-        with VerticalScroll(classes="pane", id="table-pane") as pane:
-            pane.border_title = "Comparison"
-            yield Static(id="model-table", markup=False)
+        yield ModelTable(id="table-pane")
         yield KeyBar(keys=actions.bar(actions.FURTHER[self.NAME], self.app.keys))
 
     @abstractmethod
@@ -112,7 +175,7 @@ class ModelScreen(Screen[None]):
     def on_mount(self) -> None:
         """Draw the initial state, and start the repaint timer."""
         self.query_one("#folder").display = False
-        self.query_one("#model").focus()
+        self.query_one(RowTable if self.report else "#model").focus()
         self._show()
         self.set_interval(self.app.REPAINT_S, self._show)
 
@@ -153,6 +216,7 @@ class ModelScreen(Screen[None]):
             self.app.tell(f"cannot run: {'; '.join(text.splitlines())}", "warning")
             return
         self.app.runs.start_model(self.NAME, plan, self.command(plan))
+        self.query_one(RowTable).focus()
         self._show()
 
     def check_available(self) -> None:
@@ -166,7 +230,35 @@ class ModelScreen(Screen[None]):
         box.display = True
         box.focus()
 
-    def on_input_submitted(self, event: Input.Submitted) -> None:
+    def action_other_pane(self) -> None:
+        """Go to the table, or from there to the setup."""
+        self.query_one("#model" if self.query_one(RowTable).has_focus else RowTable).focus()
+
+    @on(TablePane.ReferenceRequested)
+    def _take_reference(self, event: TablePane.ReferenceRequested) -> None:
+        """Show speedups over the row under the cursor, or as before."""
+        _, name = table_lines.split_key(event.key)
+        self.query_one(ModelTable).refer_to(name)
+        self._show()
+
+    @on(RowTable.Chosen)
+    def _open_row(self, event: RowTable.Chosen) -> None:
+        """Show the details of a row."""
+        report, pane = self._shown_report, self.query_one(ModelTable)
+        index, name = table_lines.split_key(event.key or "0:")
+        cases = model_lines.cases_of(report, pane.reference) if report is not None else []
+        case = cases[index] if index < len(cases) else None
+        row = next((row for row in case.rows if row.implementation == name), None) if case is not None else None
+        if report is None or case is None or row is None:
+            self.app.tell(f"{name} has no figures yet")
+            return
+        from fatui.tui.screens.dialogs import RowDetails
+
+        command = self.session.command if self.session is not None else report.run.command
+        self.app.push_screen(RowDetails(case, row, command))
+
+    @on(Input.Submitted, "#folder")
+    def _add_folder(self, event: Input.Submitted) -> None:
         """Add the folder to the models, and choose it."""
         choice = self.query_one("#model", Choice)
         try:
@@ -193,8 +285,10 @@ class ModelScreen(Screen[None]):
         self.app.runs.chosen[self.NAME] = {**values, "implementations": self.implementations}
 
     def action_back(self) -> None:
-        """Hide the folder input, or close the screen; a run continues."""
+        """Close the filter, hide the folder input, or close the screen; a run continues."""
         box = self.query_one("#folder", Input)
+        if self.query_one(ModelTable).clear_filter():
+            return
         if box.display:
             box.display = False
             self.query_one("#model").focus()
@@ -206,29 +300,34 @@ class ModelScreen(Screen[None]):
         self.call_after_refresh(self._show)
 
     def _show(self) -> None:
-        session, report = self.session, self.report
+        session, report = self.session, self._shown_report
         if session is not None:
             message = session.message if session.active else ""
             self.query_one("#progress", Static).update("\n".join(filter(None, (progress_line(session), message))))
             self.draw(session)
-            report = report or session.report()
             number = session.case_number
             label = session.plan.cases[number].label if number is not None else ""
             self.query_one("#live-pane").border_title = literal(f"Live · {label}" if label else "Live")
         else:
             run = self.app.keys[f"{self.NAME}_run"]
             self.query_one("#progress", Static).update(self.IDLE_TEXT.format(run=run))
-        over = session is None or (not session.active and self.app.size.height < ROOMY)
+        short = self.app.size.height < ROOMY
+        over = session is None or (not session.active and short)
         self.query_one("#live-pane").set_class(over, "-idle")
+        self.query_one("#live-pane").set_class(session is not None and over, "-away")
         self.query_one(StatusLine).show(self.TITLE_TEXT, _phase(session))
-        pane = self.query_one("#table-pane")
-        width = max(40, pane.content_size.width - 2)  # a scroll bar may come
-        shown = self.table(report, width) if report and report.all_cases else "Nothing measured yet."
-        self.query_one("#model-table", Static).update(shown)
+        if report is not None:
+            self.query_one(ModelTable).show_run(report, session, self.app.keys, curves=self.draws_curves)
 
-    def table(self, report: Report, width: int) -> "RenderableType":
-        """Return the table of a report."""
-        return report_table(report, width=width)
+    @property
+    def _shown_report(self) -> Report | None:
+        """The finished run, or the current one so far."""
+        return self.report or (self.session.report() if self.session is not None else None)
+
+    @property
+    def draws_curves(self) -> bool:
+        """Whether curves are drawn below the rows of a stream, as there is no room for its charts."""
+        return False
 
 
 def _phase(session: ModelSession | None) -> str:

@@ -6,7 +6,7 @@ from typing import ClassVar
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import BindingType
-from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.containers import Horizontal, VerticalScroll
 from textual.screen import Screen
 from textual.widgets import Input, Static
 
@@ -14,22 +14,24 @@ from attention.core.errors import UsageError
 from fatui.storage import presets
 from fatui.tui import actions
 from fatui.tui.lab import Lab
+from fatui.tui.screens.tables import HasTable
 from fatui.tui.view_models.table_lines import TableColumn, TableLine
 from fatui.tui.widgets.bars import KeyBar, StatusLine
 from fatui.tui.widgets.row_table import RowTable
+from fatui.tui.widgets.table_pane import TablePane
 from fatui.untrusted_text import escape_controls
 
 COLUMNS = (
     TableColumn(name="name", title="preset", right=False, widest=28),
     TableColumn(name="cases", title="cases", rank=1),
-    TableColumn(name="origin", title="", right=False, rank=2),
+    TableColumn(name="origin", title="from", right=False, rank=2),
     TableColumn(name="title", title="title", right=False, rank=3, widest=48),
 )
 MAX_PREVIEW = 20_000
 EMPTY = "There are no presets; 'Save as' on the main screen makes one."
 
 
-class Presets(Screen[str]):
+class Presets(HasTable, Screen[str]):
     """Screen of the presets; the result is the name of the one to load."""
 
     CSS_PATH: ClassVar = ["list.tcss"]
@@ -46,9 +48,9 @@ class Presets(Screen[str]):
         """Yield the list and the preview."""
         yield StatusLine()
         with Horizontal(id="split"):
-            with Vertical(classes="pane half") as pane:
-                pane.border_title = "Presets"
-                yield RowTable(COLUMNS, empty=EMPTY, id="preset-list")
+            pane = TablePane(COLUMNS, empty=EMPTY, table="preset-list", id="presets-pane")
+            pane.border_title = "Presets"
+            yield pane
             with VerticalScroll(classes="pane half", can_focus=False) as preview:
                 preview.border_title = "Preview"
                 yield Static(id="preview", markup=False)
@@ -64,7 +66,7 @@ class Presets(Screen[str]):
     def _read(self) -> None:
         self._listed = {listed.name: listed for listed in presets.list_presets()}
         own = sum(not listed.bundled for listed in self._listed.values())
-        self.query_one(RowTable).show([_line(listed) for listed in self._listed.values()])
+        self.query_one(TablePane).show_lines([_line(listed) for listed in self._listed.values()])
         self.query_one(StatusLine).show("Presets", f"{len(self._listed) - own} bundled, {own} of your own")
         self._preview()
 
@@ -87,12 +89,12 @@ class Presets(Screen[str]):
             self.dismiss(listed.name)
 
     def action_back(self) -> None:
-        """Close the rename field if it is open, else the screen."""
+        """Close the rename field or the filter if one is open, else the screen."""
         field = self.query("#rename")
         if field:
             field.remove()
             self.query_one(RowTable).focus()
-        else:
+        elif not self.query_one(TablePane).clear_filter():
             self.dismiss()
 
     def action_rename(self) -> None:
@@ -100,7 +102,7 @@ class Presets(Screen[str]):
         if self._chosen is None or self.query("#rename"):
             return
         field = Input(self._chosen, id="rename", placeholder="new name; escape cancels")
-        self.query_one("#preset-list").parent.mount(field)  # type: ignore[union-attr]
+        self.query_one(TablePane).mount(field)
         field.focus()
 
     @on(Input.Submitted, "#rename")
@@ -156,8 +158,12 @@ def _line(listed: presets.PresetEntry) -> TableLine:
     made = listed.preset
     cells = {"name": listed.name, "origin": "bundled" if listed.bundled else "own"}
     if made is None:
-        return TableLine(key=listed.name, cells={**cells, "title": "has mistakes"}, tone="bad")
-    return TableLine(key=listed.name, cells={**cells, "cases": str(len(made.cases)), "title": made.title})
+        figures: dict[str, float | str | None] = {**cells, "cases": None, "title": None}
+        return TableLine(key=listed.name, cells={**cells, "title": "has mistakes"}, tone="bad", figures=figures)
+    figures = {**cells, "cases": len(made.cases), "title": made.title}
+    return TableLine(
+        key=listed.name, cells={**cells, "cases": str(len(made.cases)), "title": made.title}, figures=figures
+    )
 
 
 def _preview_text(listed: presets.PresetEntry) -> str:

@@ -1,6 +1,6 @@
 """The Streaming screen: time, memory and loss of each token of a stream, beside full attention."""
 
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from rich.segment import Segment
 from rich.style import Style
@@ -9,7 +9,7 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 from attention.core.plan import ModelPlan, StreamPlan
-from attention.core.results import Report, StreamCase
+from attention.core.results import StreamCase
 from attention.core.stream import ATTENTION_ROWS, STREAM_ROWS, Stream
 from attention.mlx_lm.configuration import bundled_names, check_mlx_lm, find_model
 from fatui.report.stream_curves import (
@@ -23,16 +23,12 @@ from fatui.report.stream_curves import (
     memory_chart,
     time_chart,
 )
-from fatui.report.table import report_table
 from fatui.reproduce import stream_command
 from fatui.tui import actions
 from fatui.tui.screens.models import ROOMY, ModelScreen
 from fatui.tui.view_models import kv_format
 from fatui.tui.view_models.session import ModelSession
 from fatui.tui.widgets.choice import Choice
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 LABEL_WIDTH: Final = 10
 ROWS_AROUND: Final = 2
@@ -176,9 +172,10 @@ class Streaming(ModelScreen):
         """Draw the curves of a run."""
         self._draw_case(session.record.case(0))
 
-    def table(self, report: Report, width: int) -> "RenderableType":
-        """Return the table of a report; the curves stand in it where there is no room for the charts."""
-        return report_table(report, width=width, curves=self.app.size.height < ROOMY)
+    @property
+    def draws_curves(self) -> bool:
+        """Whether curves are drawn below the rows, as there is no room for the charts."""
+        return self.app.size.height < ROOMY and not (self.session and self.session.active)
 
     def _show(self) -> None:
         super()._show()

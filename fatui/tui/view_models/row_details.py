@@ -2,9 +2,18 @@
 
 from typing import Final
 
-from attention.core.results import Case, Row
+from attention.core.results import (
+    AnyCase,
+    Case,
+    FineTuningRow,
+    ModelCase,
+    ModelRow,
+    Row,
+    StreamRow,
+)
 from attention.core.workload import COUNTERPARTS
 from fatui import formatting
+from fatui.report.table import curve, growth_text, loss_text
 
 ENDED_BY: Final = {
     "precision": "enough for the precision",
@@ -16,9 +25,89 @@ ENDED_BY: Final = {
 """Why the rounds of a row ended, by its `stopped_by`."""
 
 
-def figure_lines(row: Row, case: Case) -> list[str]:
+def figure_lines(row: Row, case: AnyCase) -> list[str]:
     """Return one line per figure, with its name."""
+    pairs = _figures(row, case) if isinstance(case, Case) else _model_figures(row, case)
+    return [f"{name:<12}{text}" for name, text in pairs]
+
+
+def _samples(row: Row) -> tuple[str, str]:
+    ended = ENDED_BY.get(row.stopped_by or "", row.stopped_by or formatting.UNKNOWN)
+    return "samples", f"{len(row.samples)}, {ended}"
+
+
+def _model_figures(row: Row, case: AnyCase) -> list[tuple[str, str]]:
+    """Return the name and the text of each figure of a row of a model, a fine-tuning or a stream."""
     pairs = [
+        ("path", f"{row.path or formatting.UNKNOWN}{_fused(row)}"),
+        ("verdict", formatting.verdict(row, case)),
+    ]
+    if isinstance(row, StreamRow):
+        pairs += _stream_figures(row)
+    else:
+        what = "of an iteration" if isinstance(row, FineTuningRow) else "of a token"
+        if isinstance(case, ModelCase) and case.workload.phase == "prefill":
+            what = "to the first token"
+        floor = case.noise_floor.floor if case.noise_floor else None
+        pairs += [
+            ("tokens/s", formatting.tokens_per_second(row.tokens_per_second)),
+            ("time", f"{formatting.interval_text(row.call_s)} {what}, median with its 95 % interval"),
+            ("speedup", f"{formatting.speedup_text(row.speedup)} over {case.reference or formatting.UNKNOWN}"),
+            ("noise floor", formatting.percent(floor)),
+            ("memory", f"{formatting.size(row.peak_bytes)} at the peak, without the weights"),
+        ]
+    if isinstance(row, ModelRow):
+        pairs += _generation_figures(row)
+    if isinstance(row, FineTuningRow):
+        pairs += [
+            ("loss", f"{loss_text(row)}  {curve(row)}"),
+            ("off", f"{formatting.error(row.loss_difference)} at most, relative, from the losses of {case.reference}"),
+        ]
+    return [*pairs, *_calls(row), *_ranks(row), _samples(row)]
+
+
+def _generation_figures(row: ModelRow) -> list[tuple[str, str]]:
+    pairs = [
+        ("attention", f"{formatting.share_text(row.attention_share)} of the model's time"),
+        ("off", f"{formatting.error(row.logits_error)} rms of the last logits, relative to the reference's"),
+        *_counterparts(row),
+    ]
+    if row.kl_divergence is not None:
+        pairs.append(("KL", f"{formatting.divergence_text(row)} nats from the next token with an unquantized cache"))
+    if row.layer_s is not None:
+        layers = f"{formatting.seconds(row.layer_s)} each, {formatting.seconds(row.fixed_s)} for the rest"
+        pairs.append(("layers", layers))
+    return pairs
+
+
+def _stream_figures(row: StreamRow) -> list[tuple[str, str]]:
+    extrapolated, slowest = ", extrapolated" if row.extrapolated else "", formatting.seconds(row.slowest_s)
+    pairs = [
+        ("tokens", f"{row.tokens:,}"),
+        ("time", f"{formatting.interval_text(row.call_s)} of a token, median with its 95 % interval"),
+        ("99 %", f"of the tokens take at most {formatting.seconds(row.p99_s)}, the slowest {slowest}"),
+        ("at the end", f"{formatting.seconds(row.end_s)} for a token{extrapolated}"),
+        ("flat within", formatting.percent(row.spread)),
+        ("memory", f"{growth_text(row.start_bytes, row.end_bytes)} since the window was full"),
+        ("of bound", f"{formatting.percent(row.bound_share)}: reading what a token needs over its time"),
+    ]
+    if row.tenth_s:
+        pairs.append(("tenths", ", ".join(formatting.seconds(each) for each in row.tenth_s)))
+    losses = (("loss inside", row.loss_inside), ("beyond", row.loss_beyond))
+    return pairs + [(name, f"{loss:.3f} nats") for name, loss in losses if loss is not None]
+
+
+def _calls(row: Row) -> list[tuple[str, str]]:
+    """Return how many attention calls of a model the implementation computed."""
+    computed, passed = getattr(row, "replaced_calls", None), getattr(row, "passed_on_calls", None)
+    if computed is None:
+        return []
+    return [("calls", f"{computed:,} of attention reached it" + (f", {passed:,} went to MLX's own" if passed else ""))]
+
+
+def _figures(row: Row, case: Case) -> list[tuple[str, str]]:
+    """Return the name and the text of each figure of a row over an attention shape."""
+    return [
         ("path", f"{row.path or formatting.UNKNOWN}{_fused(row)}"),
         ("verdict", formatting.verdict(row, case)),
         ("tokens/s", formatting.tokens_per_second(row.tokens_per_second)),
@@ -36,9 +125,8 @@ def figure_lines(row: Row, case: Case) -> list[str]:
         ("error", f"{formatting.row_error(row)} at most, {formatting.error(row.rms_error)} rms, against float64"),
         *_quantization(row, case),
         *_ranks(row),
-        ("samples", f"{len(row.samples)}, {ENDED_BY.get(row.stopped_by or '', row.stopped_by or formatting.UNKNOWN)}"),
+        _samples(row),
     ]
-    return [f"{name:<12}{text}" for name, text in pairs]
 
 
 def _counterparts(row: Row) -> list[tuple[str, str]]:
@@ -82,7 +170,7 @@ def sample_lines(row: Row) -> list[str]:
     return [*bars, f"{left}{'a call':^{max(6, 56 - len(left) - len(right))}}{right}"]
 
 
-def sentences(row: Row, case: Case, command: str) -> list[str]:
+def sentences(row: Row, case: AnyCase, command: str) -> list[str]:
     """Return the reason for the path, what an autotuned row ran, throttling, and the command that measures it again."""
     lines = [row.reason] if row.reason else []
     lines += [note for note in formatting.same_paths(case) if note.startswith(f"{row.implementation} ")]

@@ -6,7 +6,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from attention.core.results import Case, Row, Summary
+from attention.core.results import AnyCase, Case, Row, Summary
 from fatui import formatting
 from fatui.report.document import counted
 
@@ -53,11 +53,13 @@ SYMBOLS: Final = {
     "●": "marked",
 }
 """The symbols in cells, for the legend."""
+NAMES: Final = ("implementation", "path", "finding")
+"""Columns whose texts are names or sentences, in which a symbol stands for itself."""
 
 
 def legend(lines: Sequence[TableLine]) -> str:
     """Explain the symbols in the cells of some lines."""
-    text = "".join(cell for line in lines for name, cell in line.cells.items() if name not in ("path", "finding"))
+    text = "".join(cell for line in lines for name, cell in line.cells.items() if name not in NAMES)
     used = [(symbol, words) for symbol, words in SYMBOLS.items() if symbol in text]
     return " · ".join(words if words.startswith(symbol) else f"{symbol} {words}" for symbol, words in used)
 
@@ -166,14 +168,15 @@ def case_lines(index: int, case: Case) -> list[TableLine]:
         TableLine(
             key=row_key(index, row.implementation),
             cells=_cells(row, case, row.implementation in fastest, row.implementation in leanest),
-            tone=_tone(row, row.implementation in fastest),
+            tone=tone_of(row, row.implementation in fastest),
             figures={name: figure(row) for name, figure in SORT_FIGURES.items()},
         )
         for row in case.rows
     ]
 
 
-def _tone(row: Row, fastest: bool) -> str:
+def tone_of(row: Row, fastest: bool) -> str:
+    """Return the tone of a row's line."""
     if row.status in ("failed", "inaccurate"):
         return "bad"
     return "dim" if row.status != "ok" else "good" if fastest else ""
@@ -221,12 +224,12 @@ def _cells(row: Row, case: Case, fastest: bool, leanest: bool) -> dict[str, str]
     }
 
 
-def block_head(index: int, case: Case) -> TableLine:
-    """Return the heading of one case in a run of several."""
-    return TableLine(span=f"{index + 1}. {case.workload.label}{notes(case)}", tone="head")
+def block_head(index: int, case: AnyCase, words: str = "") -> TableLine:
+    """Return the heading of one case in a run of several; `words` follow its name."""
+    return TableLine(span=f"{index + 1}. {case.workload.label}{words}{notes(case)}", tone="head")
 
 
-def notes(case: Case) -> str:
+def notes(case: AnyCase) -> str:
     """Format the reference, unless it is the baseline, and the noise floor, if known."""
     floor, change = case.noise_floor, formatting.reference_change(case)
     text = f" · {change}" if change else ""

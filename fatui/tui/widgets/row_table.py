@@ -152,7 +152,10 @@ class RowTable(ScrollView, can_focus=True):
         found = self._nearest(target, direction)
         if self.lines[found].key is None or found == self._cursor:
             found = self._nearest(target, -direction)
-        self._put_cursor(found)
+        if found == self._cursor:  # beyond the last row there may be notes, before the first a heading
+            self.scroll_relative(y=count, animate=False)
+        else:
+            self._put_cursor(found)
 
     def action_turn(self, count: int) -> None:
         """Turn to the next or previous page of columns."""

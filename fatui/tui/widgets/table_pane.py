@@ -1,6 +1,7 @@
 """A pane with a table: its order, a filter that opens above it, and a legend of the symbols in it."""
 
 from collections.abc import Sequence
+from typing import Final
 
 from textual import events, on
 from textual.app import ComposeResult
@@ -12,7 +13,11 @@ from fatui.tui.terminal import literal
 from fatui.tui.view_models.table_lines import TableColumn, TableLine, filtered, legend, ordered
 from fatui.tui.widgets.row_table import RowTable
 
-HINT = "only rows with this text; enter keeps it, escape shows all"
+FEW: Final = 8
+"""Lines of a table, with the heading, that a legend leaves it at least."""
+BESIDE: Final = 8
+"""Columns of the lower edge that its text does not use."""
+HINT: Final = "only rows with this text; enter keeps it, escape shows all"
 
 
 class TablePane(Vertical):
@@ -77,14 +82,18 @@ class TablePane(Vertical):
         words = legend(shown)
         below = self.query_one(".legend", Static)
         room = self.table.size.height + below.size.height * below.display
-        below.display = bool(words) and room > len(shown) + 1  # it takes no row's place
+        below.display = bool(words) and room > min(len(shown) + 1, FEW)  # it takes no place of a few rows
         if below.content != words:  # an update lays the whole screen out again
             below.update(words)
         self.call_after_refresh(self._show_hint)
 
     @on(RowTable.Turned)
     def _show_hint(self) -> None:
-        hint = literal(" · ".join(self._hints()))
+        text, below = " · ".join(self._hints()), self.query_one(".legend", Static)
+        words = str(below.content)
+        if words and not below.display and len(text) + len(words) + BESIDE < self.size.width:
+            text = f"{text} · {words}" if text else words
+        hint = literal(text)
         if self.border_subtitle != hint.markup:
             self.border_subtitle = hint
 
@@ -133,17 +142,17 @@ class TablePane(Vertical):
 
     def ask_filter(self) -> None:
         """Open the filter."""
-        if not self.query(Input):
+        if not self.query(".filter"):
             self.mount(Input(self.needle, placeholder=HINT, compact=True, classes="filter"), before=self.table)
-        self.query_one(Input).focus()
+        self.query_one(".filter").focus()
 
-    @on(Input.Changed)
+    @on(Input.Changed, ".filter")
     def _filter(self, event: Input.Changed) -> None:
         event.stop()
         self.needle = event.value.strip()
         self._draw_lines()
 
-    @on(Input.Submitted)
+    @on(Input.Submitted, ".filter")
     def _close_filter(self, event: Input.Submitted) -> None:
         event.stop()
         event.input.remove()
@@ -151,9 +160,9 @@ class TablePane(Vertical):
 
     def clear_filter(self) -> bool:
         """Close the filter and show all rows; return whether there was one."""
-        if not (self.needle or self.query(Input)):
+        if not (self.needle or self.query(".filter")):
             return False
-        self.query(Input).remove()
+        self.query(".filter").remove()
         self.needle = ""
         self._draw_lines()
         self.table.focus()

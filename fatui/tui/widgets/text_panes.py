@@ -1,18 +1,25 @@
-"""Panes of text: the first screen, in the place of the comparison until there is one, and the row under its cursor."""
+"""Panes of text: the first screen, the verdict below a finished table, and the row under its cursor."""
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
-from textual.containers import VerticalScroll
+from textual.containers import Vertical, VerticalScroll
 from textual.message import Message
 from textual.widgets import Static
 
-from attention.core.results import Case, Row
+from attention.core.results import Case, Report, Row
 from fatui.tui.terminal import literal
 from fatui.tui.view_models.home import Past, home_text
 from fatui.tui.view_models.row_details import figure_lines, sample_lines, sentences
 
+if TYPE_CHECKING:
+    from fatui.verdict import Verdict
+
+ROOMY: Final = 14
+"""Minimum lines of the pane at which each loss has a line of its own."""
+MAX_LOSSES: Final = 4
 EMPTY = "The figures of the row under the cursor of the comparison are shown here."
 
 
@@ -67,3 +74,92 @@ class RowPane(VerticalScroll):
             text = "\n".join([*figure_lines(row, case), *samples, "", *sentences(row, case, command)])
         self.border_title = literal(f"6 Row · {row.implementation}" if row else "6 Row")
         self.query_one("#row-text", Static).update(text)
+
+
+class VerdictCard(Vertical):
+    """Card of a run; hidden until it has ended."""
+
+    DEFAULT_CSS = """
+    VerdictCard { height: auto; max-height: 60%; padding: 0 1; display: none; }
+    VerdictCard Static { height: auto; }
+    VerdictCard.-brief Static { text-wrap: nowrap; text-overflow: ellipsis; }
+    VerdictCard.-brief #verdict-head, VerdictCard.-brief #verdict-sure { text-wrap: wrap; max-height: 2; }
+    """
+
+    def __init__(self, *, id: str = "verdict") -> None:
+        super().__init__(id=id)
+        self._shown: object = None
+
+    def compose(self) -> ComposeResult:
+        """Yield the lines."""
+        yield Static(id="verdict-head", markup=False)
+        yield Static(id="verdict-losses", markup=False)
+        yield Static(id="verdict-sure", markup=False)
+        yield Static(id="verdict-trust", markup=False)
+
+    def clear(self) -> None:
+        """Hide the card."""
+        self._shown = None
+        self.display = False
+
+    def say(self, text: str, *, bad: bool) -> None:
+        """Show one line instead of a verdict: why nothing was measured."""
+        if self._shown != (text, bad):
+            self._shown = text, bad
+            self._fill("bad" if bad else "none", head=text)
+
+    def show(self, report: Report, room: int, keys: dict[str, str]) -> None:
+        """Show the verdict of a report.
+
+        Args:
+            report: the run.
+            room: lines of the pane.
+            keys: the key of each action.
+        """
+        if self._shown == (report, room):
+            return
+        self._shown = report, room
+        from fatui.trust import trust, trust_line, worst
+        from fatui.verdict import confidence_text, finding, headline, loss_lines, verdicts
+
+        made, findings = verdicts(report), trust(report)
+        heads = [text for verdict in made for text in (headline(verdict), *verdict.notes)]
+        roomy = room >= ROOMY
+        losses = _by_phase([" · ".join(loss_lines(verdict, brief=True)) for verdict in made], made)
+        if len(made) == 1:
+            losses = loss_lines(made[0], brief=not roomy)
+        more = len(losses) - MAX_LOSSES
+        shown = [*losses[:MAX_LOSSES], *([f"and {more} more"] if more > 0 else [])]
+        sure = _by_phase([confidence_text(verdict) if verdict.winner else "" for verdict in made], made)
+        doubtful = any(verdict.too_noisy or verdict.confidence != "high" for verdict in made)
+        offers = [f"{keys['longer']} measures longer"] if doubtful and report.cases else []
+        offers += [f"{keys['explain_trust']} explains"]
+        won = all(verdict.winner for verdict in made)
+        kind = "noisy" if any(verdict.too_noisy for verdict in made) else "won" if made and won else "none"
+        self._fill(
+            kind,
+            head="\n".join(heads or [finding(report)]),
+            losses=("\n" if roomy else " · ").join(shown),
+            sure=" · ".join([*sure, *offers]),
+            trust=trust_line(findings),
+        )
+        self.set_class(not roomy, "-brief")
+        self.query_one("#verdict-sure").set_classes("-warning" if doubtful else "")
+        self.query_one("#verdict-trust").set_classes(f"-{worst(findings)}")
+
+    def _fill(self, kind: str, **texts: str) -> None:
+        for name in ("head", "losses", "sure", "trust"):
+            part = self.query_one(f"#verdict-{name}", Static)
+            part.display = bool(texts.get(name))
+            part.update(texts.get(name, ""))
+        self.query_one("#verdict-head").set_classes(f"-{kind}")
+        self.display = True
+
+
+def _by_phase(texts: Sequence[str], verdicts: Sequence["Verdict"]) -> list[str]:
+    """Return the text of each verdict, begun with its phase; one without, if all say the same."""
+    if len(set(texts)) <= 1:
+        return [text for text in texts[:1] if text]
+    return [
+        f"{verdict.title.rpartition(' ')[2]}: {text}" for text, verdict in zip(texts, verdicts, strict=True) if text
+    ]

@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from textual.widgets import Input
+from textual.widgets import Input, OptionList
 
 from attention.core import events as on
 from fatui.storage.history import RunHistory
+from fatui.tui.screens.dialogs import RowDetails
 from fatui.tui.screens.history import History as HistoryScreen
 from fatui.tui.screens.models import FineTunings, Models
 from fatui.tui.widgets.choice import Choice, Toggles
+from fatui.tui.widgets.row_table import RowTable
 from tests.support.stage import on_stage
 
 SPEED = {"baseline": 0.05, "mlx": 0.04, "practical": 0.04, "poc": 0.025, "demo": 0.025}
@@ -228,3 +230,41 @@ async def test_a_quantized_cache_is_chosen_in_groups_that_fit_the_model():
         play_generation(stage.engine)
         await finish(stage, "models")
         assert "K/V int4:32" in stage.seen()
+
+
+def texts(table, column):
+    return [line.cells[column] for line in table.lines if line.key]
+
+
+async def test_the_table_of_a_model_is_filtered_referred_to_and_opened(stage):
+    await stage.press("m", "r")
+    play_generation(stage.engine)
+    await finish(stage, "models")
+    table = stage.find("#model-rows", RowTable)
+    assert table.has_focus and "★ best" in stage.seen()
+    await stage.press("o")
+    titles = [str(option.prompt).rstrip(" ▼") for option in stage.find(OptionList).options]
+    assert {"as measured", "tokens/s", "time", "speedup", "attention", "memory", "verdict"} <= set(titles)
+    stage.find(OptionList).highlighted = titles.index("tokens/s")
+    await stage.press("enter")
+    assert texts(table, "implementation")[:2] == ["poc", "demo"]
+    table.go_to("1:mlx")
+    await stage.press("b")
+    assert "0.800" in texts(table, "speedup")[-1] and "over mlx" in str(stage.find("#table-pane").border_subtitle)
+    await stage.press("enter")
+    assert isinstance(stage.app.screen, RowDetails) and "1 over mlx" in stage.seen()
+    await stage.press("escape", "slash", *"decode", "enter")
+    assert {line.key[0] for line in table.lines if line.key} == {"1"}
+    await stage.press("escape")
+    assert len(texts(table, "speedup")) == 10
+    await stage.press("right_square_bracket")
+    assert stage.find("#model").has_focus
+
+
+async def test_a_row_of_a_fine_tuning_opens_with_its_losses(stage):
+    await stage.press("f", "r")
+    play_tuning(stage.engine)
+    await finish(stage, "finetuning")
+    await stage.press("down", "enter")
+    assert isinstance(stage.app.screen, RowDetails)
+    assert "5.750 → 3.000" in stage.seen() and "of an iteration" in stage.seen()

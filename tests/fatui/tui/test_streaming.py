@@ -6,6 +6,7 @@ from attention.core.stream import FULL, STREAM_ROWS, STREAMING
 from fatui.storage.history import RunHistory
 from fatui.tui.screens.streaming import StreamCurves, Streaming
 from fatui.tui.widgets.choice import Choice
+from fatui.tui.widgets.row_table import RowTable
 from tests.support.stage import on_stage
 from tests.support.streams import stream_events, stream_report
 
@@ -72,7 +73,22 @@ async def test_a_past_stream_opens_with_its_curves_at_any_size(private_folders, 
         await stage.settle(lambda: isinstance(stage.app.screen, Streaming))
         stage.app.screen._show()
         await stage.pilot.pause()
-        table = stage.find("#model-table").render()
         assert "streaming" in stage.seen()
         drawn = stage.find("#stream-times", StreamCurves).chart is not None
-        assert drawn == (size[1] > 24), table
+        assert drawn == (size[1] > 24)
+        below = any("┤" in (line.span or "") for line in stage.find("#model-rows", RowTable).lines)
+        assert below != drawn
+
+
+async def test_a_stream_is_compared_with_one_of_its_rows(stage):
+    stage.app.open_report(stream_report("tiny-llama"))
+    await stage.settle(lambda: isinstance(stage.app.screen, Streaming))
+    table = stage.find("#model-rows", RowTable)
+    await stage.settle(lambda: bool(table.lines))
+    assert table.has_focus
+    table.go_to("0:streaming")
+    await stage.press("b")
+    times = {line.cells["implementation"]: line.cells["times"] for line in table.lines if line.key}
+    assert times == {"full": "~ 0.0981x", "recomputed": "1.00x", "window": "1.00x", "streaming": "1"}
+    await stage.press("enter")
+    assert "99 %        of the tokens take at most" in stage.seen()

@@ -12,6 +12,7 @@ from fatui.tui.view_models.table_lines import TableLine, filtered, legend, order
 from fatui.tui.widgets.row_table import RowTable
 from tests.support.sample_runs import ENVIRONMENT, plan_of, report_of, run_of
 from tests.support.stage import on_stage
+from tests.support.streams import stream_report
 
 LINES = (
     TableLine(span="first", tone="head"),
@@ -120,3 +121,25 @@ async def test_the_history_is_ordered_and_filtered(stage):
     assert len(table.lines) == 3
     await stage.press("escape")
     assert stage.app.screen is stage.app.main
+
+
+async def test_presets_are_filtered_and_ordered(stage):
+    await stage.press("p")
+    table = stage.find("#preset-list", RowTable)
+    count = len(table.lines)
+    await stage.press("slash", *"llama", "enter")
+    assert 0 < len(table.lines) < count
+    await stage.press("escape")
+    stage.find("#presets-pane").order_by("cases", True)
+    cases = [int(line.cells["cases"]) for line in table.lines]
+    assert cases == sorted(cases, reverse=True)
+
+
+async def test_notes_below_the_last_row_are_scrolled_to():
+    async with on_stage(size=(80, 24)) as stage:
+        stage.app.open_report(stream_report("tiny-llama"))
+        await stage.settle(lambda: len(stage.app.screen_stack) > 1)
+        table = stage.find("#model-rows", RowTable)
+        await stage.settle(lambda: bool(table.lines))
+        await stage.press("end", *["down"] * len(table.lines))
+        assert table.scroll_offset.y == table.max_scroll_y > 0
