@@ -32,7 +32,7 @@ from attention.core.workload import Workload
 from attention.engine.bench_result import BenchResult
 from attention.engine.record import Record, record_of
 from attention.engine.resume import MAX_FRUITLESS, exit_reason, mark_file, marked_name, next_assignment, refusal
-from attention.implementations import check_name
+from attention.implementations import check_name, numbered
 
 if TYPE_CHECKING:
     from attention.implementations.protocol import Implementation
@@ -248,11 +248,13 @@ class _LibraryRun:
         problems: list[str] = []
         self._locations: dict[str, str] = {}
         """The rows' names by those of the plan."""
-        for each in self._named:
+        for number, each in enumerate(self._named, 1):
             try:
-                self._locations[self._plan_name(each)] = each.name
+                name = self._plan_name(each)
             except UsageError as error:
                 problems.extend(error.problems)
+                continue
+            self._locations[numbered(name, number) if name in self._locations else name] = each.name
         if problems:
             raise UsageError(*problems)
 
@@ -333,7 +335,8 @@ class _LibraryRun:
             if isinstance(event, on.RowEnded) and event.reason.startswith(KeyboardInterrupt.__name__):
                 raise KeyboardInterrupt
 
-        own = {each.name: _instance(each) for each in self._named if not isinstance(each.given, str)}
+        named = {each.name: each for each in self._named if not isinstance(each.given, str)}
+        own = {plan: _instance(named[name]) for plan, name in self._locations.items() if name in named}
         with given_implementations(own), suppress(DeviceStateUnknown):
             Bench(Assignment(plan=plan, peaks=peaks), plan, emit).run()
 

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -76,6 +77,8 @@ CATALOGUE: Final = (
     ),
 )
 NAMES: Final = tuple(entry.name for entry in CATALOGUE)
+NUMBERED: Final = re.compile(r" as \d+$")
+"""The end of the name of a further instance; a location ends with an identifier."""
 
 
 def check_name(name: str) -> None:
@@ -117,8 +120,14 @@ def load_implementation(name: str) -> Implementation:
     return _given.get(name) or _load(name)
 
 
+def numbered(name: str, number: int) -> str:
+    """Return the name of a further instance of an implementation, for plans that measure it several times."""
+    return f"{name} as {number}"
+
+
 @cache
 def _load(name: str) -> Implementation:
+    name = NUMBERED.sub("", name)
     check_name(name)
     location = next((entry.location for entry in CATALOGUE if entry.name == name), name)
     module_name, _, attribute = location.rpartition(":")

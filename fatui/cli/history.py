@@ -43,9 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.action not in ACTIONS:
         hint = suggestion(arguments.action, ACTIONS)
-        raise UsageError(f"history: got '{arguments.action}'; it takes list, show ID, rm ID or add FILE{hint}")
+        raise UsageError(
+            f"history: got '{arguments.action}'; it takes list, show ID, rm ID, or add FILE or FOLDER{hint}"
+        )
     if arguments.action != "list" and arguments.id is None:
-        wanted = "a file" if arguments.action == "add" else "a run's id, or 'last'"
+        wanted = "a file or a folder" if arguments.action == "add" else "a run's id, or 'last'"
         raise UsageError(f"history {arguments.action}: it takes {wanted}")
     if arguments.action == "list" and arguments.id is not None:
         raise UsageError(f"history list: it takes nothing further, got '{arguments.id}'; `show ID` shows a run")

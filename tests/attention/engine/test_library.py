@@ -19,6 +19,7 @@ import attention
 from attention import UsageError, Workload, abench, bench, benchmark
 from attention.core import events as on
 from attention.engine import library
+from attention.implementations import load_implementation, numbered
 from attention.implementations.baseline import Baseline
 from fatui.report import export
 from fatui.storage import result_files
@@ -122,6 +123,20 @@ def test_notebooks_show_a_table_with_escaped_texts():
 def test_without_a_baseline_the_first_is_the_reference():
     (case,) = here(SMALL, [fused, unmasked]).cases
     assert case.reference == "fused"
+
+
+@pytest.mark.parametrize(
+    "given", [{"old": "baseline", "new": "baseline"}, {"mine": "baseline", "baseline": fused}, {"a": fused, "b": fused}]
+)
+def test_one_implementation_under_several_names_has_a_row_for_each(given):
+    (case,) = here(SMALL, given).cases
+    assert {row.implementation: row.status for row in case.rows} == dict.fromkeys(given, "ok")
+    assert case.reference == next(iter(given))
+
+
+def test_one_implementation_twice_is_two_instances():
+    assert load_implementation(numbered("baseline", 2)) is not load_implementation("baseline")
+    assert type(load_implementation(numbered("baseline", 2))) is type(load_implementation("baseline"))
 
 
 def test_events_arrive_in_the_callers_thread():

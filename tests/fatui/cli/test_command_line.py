@@ -259,6 +259,8 @@ def test_a_closed_stdout_is_told():
 
 
 def test_the_history_takes_no_word_that_it_would_ignore(capsys):
+    assert main(["history", "remove"]) == 2
+    assert "it takes list, show ID, rm ID, or add FILE or FOLDER" in capsys.readouterr().err
     assert main(["history", "list", "extra"]) == 2
     assert told(capsys) == ["history list: it takes nothing further, got 'extra'; `show ID` shows a run"]
 
