@@ -7,7 +7,6 @@ from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
-from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Static
 
@@ -17,6 +16,7 @@ from fatui import formatting
 from fatui.telemetry import Reading
 from fatui.tui import actions
 from fatui.tui.lab import Lab, command_of
+from fatui.tui.painting import SparingScreen
 from fatui.tui.screens.tables import HasTable
 from fatui.tui.view_models import availability, estimate, table_lines
 from fatui.tui.view_models.session import AnySession
@@ -62,7 +62,7 @@ FOCUS = {
 """The widget to focus in each pane."""
 
 
-class MainScreen(HasTable, Screen[None]):
+class MainScreen(HasTable, SparingScreen[None]):
     """Main screen of the app's state; the only state of its own is the open tab."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -72,6 +72,7 @@ class MainScreen(HasTable, Screen[None]):
     app: Lab
 
     _ticks = 0
+    _full: Widget | None = None
     _model_ran = False
     """Whether a model run was active at the last tick, so that its end is shown too."""
 
@@ -369,7 +370,7 @@ class MainScreen(HasTable, Screen[None]):
     @property
     def _maximised(self) -> Widget | None:
         """The pane that fills the screen, or None."""
-        return next(iter(self.query(".-maximised")), None)
+        return self._full
 
     def action_maximise(self) -> None:
         """Let the focused pane fill the screen; if one does, show all again."""
@@ -382,6 +383,7 @@ class MainScreen(HasTable, Screen[None]):
     def _maximise(self, pane: Widget | None) -> None:
         if pane is not None and pane.id == "comparison" and self._is_home:
             pane = self.query_one("#home")
+        self._full = pane
         for each in self.query(".pane"):
             each.set_class(each is pane, "-maximised")
         for name in ("left", "right"):

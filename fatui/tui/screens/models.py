@@ -8,7 +8,6 @@ from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Vertical
 from textual.events import Mount
-from textual.screen import Screen
 from textual.widget import Widget
 from textual.widgets import Input, Static
 
@@ -21,8 +20,8 @@ from fatui import formatting
 from fatui.reproduce import finetune_command, model_command
 from fatui.tui import actions
 from fatui.tui.lab import Lab
+from fatui.tui.painting import SparingScreen, set_text, set_title
 from fatui.tui.screens.tables import HasTable
-from fatui.tui.terminal import literal
 from fatui.tui.view_models import kv_format, model_lines, table_lines
 from fatui.tui.view_models.session import ModelSession
 from fatui.tui.view_models.table_lines import TableColumn
@@ -91,7 +90,7 @@ class ModelTable(TablePane):
             lines += table_lines.waiting_lines(number, waiting)
         self.show_lines(lines, model_lines.columns_of(cases) if cases else None)
         only = f" · {cases[0].workload.label}{table_lines.notes(cases[0])}" if len(cases) == 1 else ""
-        self.border_title = literal(f"Comparison{only}")
+        set_title(self, f"Comparison{only}")
         card = self.query_one(VerdictCard)
         if session is not None and session.active:
             card.clear()
@@ -105,7 +104,7 @@ class ModelTable(TablePane):
         return [*super()._hints(), *([*over, "o sort", "enter a row"] if self.table.lines else [])]
 
 
-class ModelScreen(HasTable, Screen[None]):
+class ModelScreen(HasTable, SparingScreen[None]):
     """Screen that sets up, runs and shows a model; the choices and the last run survive when it is closed."""
 
     CSS_PATH: ClassVar = ["list.tcss", "model_screen.tcss"]
@@ -303,14 +302,14 @@ class ModelScreen(HasTable, Screen[None]):
         session, report = self.session, self._shown_report
         if session is not None:
             message = session.message if session.active else ""
-            self.query_one("#progress", Static).update("\n".join(filter(None, (progress_line(session), message))))
+            set_text(self.query_one("#progress", Static), "\n".join(filter(None, (progress_line(session), message))))
             self.draw(session)
             number = session.case_number
             label = session.plan.cases[number].label if number is not None else ""
-            self.query_one("#live-pane").border_title = literal(f"Live · {label}" if label else "Live")
+            set_title(self.query_one("#live-pane"), f"Live · {label}" if label else "Live")
         else:
             run = self.app.keys[f"{self.NAME}_run"]
-            self.query_one("#progress", Static).update(self.IDLE_TEXT.format(run=run))
+            set_text(self.query_one("#progress", Static), self.IDLE_TEXT.format(run=run))
         short = self.app.size.height < ROOMY
         over = session is None or (not session.active and short)
         self.query_one("#live-pane").set_class(over, "-idle")

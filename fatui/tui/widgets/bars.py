@@ -10,6 +10,7 @@ from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
 
+from fatui.tui.painting import KeepsStyles
 from fatui.tui.widgets.row_table import clip
 
 SPINNER: Final = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
@@ -18,7 +19,7 @@ SPINNER: Final = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 GAP = 2
 
 
-class StatusLine(Widget):
+class StatusLine(KeepsStyles):
     """Row of two texts; the left one is cut if both do not fit."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"status--name", "status--left", "status--right", "status--alarm"}
@@ -36,9 +37,7 @@ class StatusLine(Widget):
 
     def render_line(self, y: int) -> Strip:
         """Draw the row."""
-        name, left, right, alarm = (
-            self.get_component_rich_style(f"status--{part}") for part in ("name", "left", "right", "alarm")
-        )
+        name, left, right, alarm = (self.part_style(f"status--{part}") for part in ("name", "left", "right", "alarm"))
         end = clip(self.right, max(0, self.size.width - 12))
         room = self.size.width - len(" fatui  ") - len(end) - GAP - 1
         middle = f"{clip(self.left, room):<{max(0, room)}}" + " " * GAP

@@ -5,8 +5,8 @@ from typing import ClassVar, Final
 from rich.segment import Segment
 from rich.style import Style
 from textual.strip import Strip
-from textual.widget import Widget
 
+from fatui.tui.painting import KeepsStyles
 from fatui.tui.view_models.braille import ACROSS, DOWN, NOBODY, Canvas, Cells, area, stretched
 from fatui.tui.view_models.plot import CURSOR, NOTED, Axis, Plot, drawn
 from fatui.tui.view_models.trends import Scale, Trend
@@ -24,7 +24,7 @@ COLOURS = 6
 PARTS = {NOBODY: "axis", CURSOR: "cursor", NOTED: "note"}
 
 
-class TrendChart(Widget):
+class TrendChart(KeepsStyles):
     """Chart of trends over the time since the case began."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
@@ -57,14 +57,14 @@ class TrendChart(Widget):
             return self._strip(self._head())
         index, row = divmod(y - 1, self._rows_each)
         if index >= len(self.trends):
-            return Strip.blank(self.size.width, self.rich_style)
+            return Strip.blank(self.size.width, self.part_style())
         return self._strip(self._trend(index, row))
 
     def _strip(self, segments: list[Segment]) -> Strip:
-        return Strip(segments).adjust_cell_length(self.size.width, self.rich_style)
+        return Strip(segments).adjust_cell_length(self.size.width, self.part_style())
 
     def _head(self) -> list[Segment]:
-        style = self.get_component_rich_style("trend--head")
+        style = self.part_style("trend--head")
         scale = self.scale
         words = " · ".join(filter(None, (scale.title, scale.words)))
         if not scale.words:
@@ -77,7 +77,7 @@ class TrendChart(Widget):
         """Draw one row of a trend, counted from its top; the last one has the label and the figures."""
         trend, rows = self.trends[index], self._rows_each
         label, line, band, figure, note = (
-            self.get_component_rich_style(f"trend--{part}") for part in ("label", "line", "band", "figure", "note")
+            self.part_style(f"trend--{part}") for part in ("label", "line", "band", "figure", "note")
         )
         words = row == rows - 1
         head = Segment(f"{trend.label if words else '':<{LABEL_WIDTH}.{LABEL_WIDTH}} ", label)
@@ -137,7 +137,7 @@ def _draw_line(trend: Trend, columns: int, rows: int) -> Drawn:
     return [[("".join(glyph for glyph, _ in row), number in shaded)] for number, row in enumerate(canvas.cells())]
 
 
-class PlotView(Widget):
+class PlotView(KeepsStyles):
     """Widget that draws a plot, or words in its place."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
@@ -161,15 +161,15 @@ class PlotView(Widget):
         """Draw one row."""
         if self.plot is None:
             text = self.empty if y == 0 else ""
-            return Strip([Segment(text, self.style_of(NOBODY))]).adjust_cell_length(self.size.width, self.rich_style)
+            return Strip([Segment(text, self.style_of(NOBODY))]).adjust_cell_length(self.size.width, self.part_style())
         key = (self.plot, self.size)
         if self._drawn[0] != key:
             self._drawn = key, drawn(self.plot, *self.size)
         cells = self._drawn[1]
         parts = [Segment(glyph, self.style_of(number)) for glyph, number in cells[y]] if y < len(cells) else []
-        return Strip(parts).simplify().adjust_cell_length(self.size.width, self.rich_style)
+        return Strip(parts).simplify().adjust_cell_length(self.size.width, self.part_style())
 
     def style_of(self, number: int) -> Style:
         """Return the style of a series, or of what is not one."""
         part = f"line-{number % COLOURS}" if number >= 0 else PARTS.get(number, "roof")
-        return self.get_component_rich_style(f"plot--{part}")
+        return self.part_style(f"plot--{part}")

@@ -4,7 +4,7 @@ from textual.app import ComposeResult
 
 from attention.core.results import Case, Report, Summary
 from attention.engine.record import summarise
-from fatui.tui.terminal import literal
+from fatui.tui.painting import set_title
 from fatui.tui.view_models import table_lines as lines_of
 from fatui.tui.view_models.session import Session
 from fatui.tui.view_models.table_lines import TableLine
@@ -67,7 +67,7 @@ class ComparisonPane(TablePane):
         case = session.case(session.case_number) if session.case_number is not None else None
         label = f"{len(session.plan.cases)} cases" if several else session.plan.cases[0].label
         floor = lines_of.notes(case) if case and not several else ""
-        self.border_title = literal(f"4 Comparison · {label}{floor}")
+        set_title(self, f"4 Comparison · {label}{floor}")
 
     def _session_case(self, session: Session, index: int, several: bool) -> list[TableLine]:
         if session.is_final(index) and index in self._lines:
@@ -101,7 +101,7 @@ class ComparisonPane(TablePane):
             f"{len(report.cases)} cases" if several else report.cases[0].workload.label if report.cases else "no rows"
         )
         floor = lines_of.notes(report.cases[0]) if len(report.cases) == 1 else ""
-        self.border_title = literal(f"4 Comparison · {label}{floor}")
+        set_title(self, f"4 Comparison · {label}{floor}")
 
     def _begin(self, owner: object) -> None:
         if owner is not self._owner:

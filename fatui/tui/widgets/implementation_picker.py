@@ -9,8 +9,8 @@ from textual import events
 from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.strip import Strip
-from textual.widget import Widget
 
+from fatui.tui.painting import KeepsStyles
 from fatui.tui.view_models.availability import PickerRow
 from fatui.tui.widgets.row_table import clip
 
@@ -22,7 +22,7 @@ HEAD: Final = 1
 """Rows above the list."""
 
 
-class ImplementationPicker(Widget, can_focus=True):
+class ImplementationPicker(KeepsStyles, can_focus=True):
     """List from which space or a click selects implementations; the lines below give the reason for the path."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
@@ -104,14 +104,14 @@ class ImplementationPicker(Widget, can_focus=True):
         if y < HEAD:
             titles = "".join(f"{TITLES[each]:>{FIGURE_WIDTH}}" for each in self._figures)
             head = f"{'':<{NAME_WIDTH + 3}}{titles}  path"
-            return self._strip([Segment(head, self.get_component_rich_style("picker--reason"))])
+            return self._strip([Segment(head, self.part_style("picker--reason"))])
         index = y - HEAD + self._top
         if index < len(self.rows):
             return self._row_strip(self.rows[index], index == self._cursor and self.has_focus)
         lines = self._reason_lines()
         at = index - len(self.rows)
         text = lines[at] if at < len(lines) else ""
-        return self._strip([Segment(text, self.get_component_rich_style("picker--reason"))])
+        return self._strip([Segment(text, self.part_style("picker--reason"))])
 
     def _row_strip(self, row: PickerRow, at_cursor: bool) -> Strip:
         name = f"{'✓' if row.chosen else '·'} {clip(row.name, NAME_WIDTH):<{NAME_WIDTH}} "
@@ -120,10 +120,10 @@ class ImplementationPicker(Widget, can_focus=True):
             name += f"{figures}  "
         path = clip(row.path, self.size.width - len(name))
         if at_cursor:
-            style = self.get_component_rich_style("picker--cursor")
+            style = self.part_style("picker--cursor")
             return Strip([Segment(name + path, style)]).adjust_cell_length(self.size.width, style)
-        main = self.get_component_rich_style("picker--on" if row.chosen else "picker--off")
-        other = self.get_component_rich_style("picker--path" if row.able else "picker--unable")
+        main = self.part_style("picker--on" if row.chosen else "picker--off")
+        other = self.part_style("picker--path" if row.able else "picker--unable")
         return self._strip([Segment(name, main), Segment(path, other)])
 
     @property
@@ -142,4 +142,4 @@ class ImplementationPicker(Widget, can_focus=True):
         return ("memory", "time") if any(row.time for row in self.rows) else ("memory",)
 
     def _strip(self, segments: list[Segment]) -> Strip:
-        return Strip(segments).adjust_cell_length(self.size.width, self.rich_style)
+        return Strip(segments).adjust_cell_length(self.size.width, self.part_style())

@@ -12,6 +12,7 @@ from textual.widgets import Static
 from attention.core.results import Case, Peaks, Report
 from attention.core.workload import Workload
 from fatui.telemetry import Reading
+from fatui.tui.painting import set_text, set_title
 from fatui.tui.terminal import literal
 from fatui.tui.view_models.plot import mark_of
 from fatui.tui.view_models.session import Session
@@ -93,17 +94,17 @@ class LivePane(Vertical, can_focus=True):
         """Draw the run; without one, say which past run is open, or that none is."""
         idle = IDLE.format(run=keys["run"])
         line = progress_line(session) if session else opened_line(opened) if opened else idle
-        self.query_one("#progress", Static).update(line, layout=False)
+        set_text(self.query_one("#progress", Static), line)
         self.set_class(session is None, "-idle")
         self.set_class(self.opened == "roofline", "-roofline")
         self._say_tabs(keys)
         if session is None:
             self._watts = None
             self._fit(None)
-            self.query_one("#telemetry", Static).update("", layout=False)
+            set_text(self.query_one("#telemetry", Static), "")
             self._say_energy("")
             self._show_devices([])
-            self.border_title = "3 Live"
+            set_title(self, "3 Live")
             return
         if self.opened == "trends":
             self._show_trends(session)
@@ -111,7 +112,7 @@ class LivePane(Vertical, can_focus=True):
         self._show_devices(devices)
         self._say_energy(energy_text(session, self._watts))
         label = session.plan.cases[session.case_number].label if session.case_number is not None else ""
-        self.border_title = literal(f"3 Live · {label}" if label else "3 Live")
+        set_title(self, f"3 Live · {label}" if label else "3 Live")
 
     def _show_trends(self, session: Session) -> None:
         rates, memory = self.query_one("#rates", TrendChart), self.query_one("#memory", TrendChart)
@@ -155,13 +156,13 @@ class LivePane(Vertical, can_focus=True):
     def _say_energy(self, text: str) -> None:
         line = self.query_one("#energy", Static)
         line.display = bool(text)
-        line.update(text, layout=False)
+        set_text(line, text)
 
     def _show_devices(self, lines: list[str]) -> None:
         """Draw a line for each rank's device; none in a run on one."""
         shown = self.query_one("#devices", Static)
         shown.display = bool(lines)
-        shown.update("\n".join(lines), layout=len(lines) != self._devices)
+        set_text(shown, "\n".join(lines))
         self._devices = len(lines)
 
     def _fit(self, rows: int | None) -> None:
@@ -177,4 +178,4 @@ class LivePane(Vertical, can_focus=True):
     def show_reading(self, reading: Reading) -> None:
         """Draw the telemetry line."""
         self._watts = reading.gpu.power_w if reading.gpu else reading.power_w
-        self.query_one("#telemetry", Static).update(reading_text(reading), layout=False)
+        set_text(self.query_one("#telemetry", Static), reading_text(reading))

@@ -15,6 +15,7 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 from textual.widgets import Input
 
+from fatui.tui.painting import set_scroll_size
 from fatui.tui.terminal import literal
 from fatui.tui.view_models.journal import Log, LogLine
 from fatui.tui.widgets.row_table import clip
@@ -127,7 +128,7 @@ class LogView(ScrollView, can_focus=True):
             self._lay_out(0)
 
     def _lay_out(self, removed: int) -> None:
-        self.virtual_size = Size(self._width, len(self._rows))
+        set_scroll_size(self, Size(self._width, len(self._rows)))
         if self._following:
             # The maximum offset is known only after layout with the new size.
             self.call_after_refresh(self.scroll_end, animate=False, immediate=True)

@@ -1,7 +1,7 @@
 """A table that draws only its visible rows, and pages through its columns when they do not all fit."""
 
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import ClassVar, Final
 
@@ -13,6 +13,7 @@ from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
 
+from fatui.tui.painting import KeepsStyles, set_scroll_size
 from fatui.tui.view_models.table_lines import TableColumn, TableLine
 from fatui.untrusted_text import one_line
 
@@ -25,7 +26,7 @@ def clip(text: str, width: int) -> str:
     return text if len(text) <= width else text[: max(0, width - 1)] + "…" if width > 0 else ""
 
 
-class RowTable(ScrollView, can_focus=True):
+class RowTable(ScrollView, KeepsStyles, can_focus=True):
     """Table of lines; up and down move the cursor, left and right page through the columns."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {
@@ -91,14 +92,25 @@ class RowTable(ScrollView, can_focus=True):
         shown = tuple(lines)
         if (shown, sorted_by, descending) == (self.lines, self.sorted_by, self.descending):
             return
-        key = self.key
+        key, before, widths, cursor = self.key, self.lines, dict(self._widths), self._cursor
+        same_head = (sorted_by, descending) == (self.sorted_by, self.descending)
         self.lines, self.sorted_by, self.descending = shown, sorted_by, descending
         self._measure()
         self._cursor = next((index for index, line in enumerate(shown) if line.key == key), 0) if key else 0
         if self._cursor == 0 and self.lines and self.lines[0].key is None:
             self._cursor = self._nearest(0, 1)
-        self.virtual_size = Size(self._width, len(self.lines) + 1)
-        self.refresh()
+        set_scroll_size(self, Size(self._width, len(self.lines) + 1))
+        if len(before) == len(shown) and same_head and widths == self._widths and cursor == self._cursor:
+            self._refresh_lines(index for index, line in enumerate(shown) if line != before[index])
+        else:
+            self.refresh()
+
+    def _refresh_lines(self, indices: Iterable[int]) -> None:
+        """Repaint single lines, which have to be as wide as before."""
+        places = (index + 1 - self.scroll_offset.y for index in indices)
+        regions = [Region(0, y, self.size.width, 1) for y in places if 0 < y < self.size.height]
+        if regions:
+            self.refresh(*regions)
 
     def _measure(self) -> None:
         for column in self.columns:
@@ -220,7 +232,7 @@ class RowTable(ScrollView, can_focus=True):
     def on_resize(self) -> None:
         """Keep the page number in range."""
         self.page = min(self.page, len(self.pages) - 1)
-        self.virtual_size = Size(self._width, len(self.lines) + 1)
+        set_scroll_size(self, Size(self._width, len(self.lines) + 1))
 
     def on_click(self, event: events.Click) -> None:
         """Move the cursor, or post that a heading was clicked."""
@@ -267,7 +279,7 @@ class RowTable(ScrollView, can_focus=True):
             message = textwrap.wrap(self.empty, max(10, width - 2))
             return self._strip(f" {message[y]}" if y < len(message) else "", "dim")
         if index >= len(self.lines):
-            return Strip.blank(width, self.rich_style)
+            return Strip.blank(width, self.part_style())
         line = self.lines[index]
         text = clip(line.span, width) if line.span is not None else self._text(self.shown_columns, line.cells)
         if index == self._cursor and line.key is not None:
@@ -275,5 +287,5 @@ class RowTable(ScrollView, can_focus=True):
         return self._strip(text, {"": "row", "head": "block"}.get(line.tone, line.tone))
 
     def _strip(self, text: str, part: str) -> Strip:
-        style = self.get_component_rich_style(f"table--{part}")
+        style = self.part_style(f"table--{part}")
         return Strip([Segment(text, style)]).adjust_cell_length(self._width, style)

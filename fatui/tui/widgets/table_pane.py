@@ -9,6 +9,7 @@ from textual.containers import Vertical
 from textual.message import Message
 from textual.widgets import Input, Static
 
+from fatui.tui.painting import set_text
 from fatui.tui.terminal import literal
 from fatui.tui.view_models.table_lines import TableColumn, TableLine, filtered, legend, ordered
 from fatui.tui.widgets.row_table import RowTable
@@ -83,8 +84,7 @@ class TablePane(Vertical):
         below = self.query_one(".legend", Static)
         room = self.table.size.height + below.size.height * below.display
         below.display = bool(words) and room > min(len(shown) + 1, FEW)  # it takes no place of a few rows
-        if below.content != words:  # an update lays the whole screen out again
-            below.update(words)
+        set_text(below, words)
         self.call_after_refresh(self._show_hint)
 
     @on(RowTable.Turned)

@@ -10,7 +10,7 @@ from textual.message import Message
 from textual.widgets import Static
 
 from attention.core.results import Case, Report, Row
-from fatui.tui.terminal import literal
+from fatui.tui.painting import set_text, set_title
 from fatui.tui.view_models.home import Past, home_text
 from fatui.tui.view_models.row_details import figure_lines, sample_lines, sentences
 
@@ -72,8 +72,8 @@ class RowPane(VerticalScroll):
         if case is not None and row is not None:
             samples = ["", *sample_lines(row)] if row.samples else []
             text = "\n".join([*figure_lines(row, case), *samples, "", *sentences(row, case, command)])
-        self.border_title = literal(f"6 Row · {row.implementation}" if row else "6 Row")
-        self.query_one("#row-text", Static).update(text)
+        set_title(self, f"6 Row · {row.implementation}" if row else "6 Row")
+        set_text(self.query_one("#row-text", Static), text)
 
 
 class VerdictCard(Vertical):

@@ -7,8 +7,8 @@ import sys
 import time
 
 from attention.core import events as on
+from benchmarks.pty_app import PtyApp
 from fatui import storage
-from tests.support.pty_app import PtyApp
 
 
 async def test_a_silent_engine_is_told_once_and_in_the_status(stage):

@@ -1,0 +1,139 @@
+"""Repaints that cost little: of what changed, and of what an update shows.
+
+Textual's own compositor renders every line of every widget of the screen for each update, containers behind other
+widgets included: three quarters of what the app took during a run.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Final, TypeVar
+
+from rich.style import Style
+from textual._compositor import ChopsUpdate, Compositor
+from textual.geometry import Region, Size
+from textual.screen import Screen
+from textual.scroll_view import ScrollView
+from textual.strip import Strip
+from textual.widget import Widget
+from textual.widgets import Static
+
+from fatui.tui.terminal import literal
+
+R = TypeVar("R")
+Span = tuple[int, int, int]
+"""A line, its first column, and the column after its last."""
+USED: Final = (
+    "_dirty_regions",
+    "_regions_to_spans",
+    "_render_chops",
+    "cuts",
+    "visible_widgets",
+)
+"""What it takes from Textual's compositor beyond the documented interface; without any of it Textual's own is used."""
+
+
+class SparingCompositor(Compositor):
+    """Compositor that skips widgets without a part in the update, and those that are covered by others."""
+
+    def render_partial_update(self) -> ChopsUpdate | None:
+        """Render the parts of the screen that changed; None if nothing did."""
+        screen = self.size.region
+        regions = [region.intersection(screen) for region in self._dirty_regions]
+        self._dirty_regions.clear()
+        spans = list(self._regions_to_spans(region for region in regions if region))
+        if not spans:
+            return None
+        return ChopsUpdate(self._render_spans(spans), spans, [cuts[1:] for cuts in self.cuts])
+
+    def _render_chops(self, crop: Region, is_rendered_line: Callable[[int], bool]) -> Sequence[Mapping[int, Strip]]:
+        width = self.size.width
+        lines = (y for y in crop.line_range if y < len(self.cuts) and is_rendered_line(y))
+        return self._render_spans((y, 0, width) for y in lines)  # type: ignore[return-value]  # the screen covers all
+
+    def _render_spans(self, spans: Iterable[Span]) -> list[dict[int, Strip | None]]:
+        """Render the pieces of the lines that are in the spans, the foremost widget first; others are None."""
+        cuts = self.cuts
+        chops: list[dict[int, Strip | None]] = [dict.fromkeys(each[:-1]) for each in cuts]
+        missing: dict[int, set[int]] = {}
+        for y, begin, end in spans:
+            places = cuts[y]
+            found = {cut for cut, after in pairwise(places) if cut < end and after > begin}
+            missing.setdefault(y, set()).update(found)
+        for widget, (region, clip) in self.visible_widgets.items():
+            if not missing:
+                break
+            shown = region.intersection(clip)
+            left, right = shown.column_span
+            lines = [y for y in shown.line_range if y in missing and any(left <= cut < right for cut in missing[y])]
+            if not lines:
+                continue
+            first = lines[0]
+            strips = widget.render_lines(Region(left - region.x, first - region.y, shown.width, lines[-1] - first + 1))
+            for y in lines:
+                places = [cut for cut in cuts[y] if left <= cut <= right]
+                pieces = strips[y - first].divide([cut - left for cut in places[1:]])
+                wanted, line = missing[y], chops[y]
+                for cut, piece in zip(places, pieces, strict=False):
+                    if cut in wanted:
+                        line[cut] = piece
+                        wanted.discard(cut)
+                if not wanted:
+                    del missing[y]
+        return chops
+
+
+class SparingScreen(Screen[R]):
+    """Screen that repaints while a run goes on, at little cost."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if all(hasattr(self._compositor, name) for name in USED):
+            self._compositor = SparingCompositor()
+
+
+class KeepsStyles(Widget):
+    """Widget that keeps the styles of its parts until they change; Textual computes them anew for each repaint."""
+
+    _kept: dict[str, Style] | None = None
+
+    def part_style(self, part: str = "") -> Style:
+        """Return the style of a component class, or the widget's own."""
+        if self._kept is None:
+            self._kept = {}
+        if part not in self._kept:
+            self._kept[part] = self.get_component_rich_style(part) if part else self.rich_style
+        return self._kept[part]
+
+    def notify_style_update(self) -> None:
+        """Drop the styles: a class, the focus or the theme has changed."""
+        self._kept = None
+        super().notify_style_update()
+
+
+def set_title(widget: Widget, title: str) -> None:
+    """Set a pane's title; the same again does not repaint the whole pane."""
+    text = literal(title)
+    if widget.border_title != text.markup:
+        widget.border_title = text
+
+
+def set_text(static: Static, text: str) -> None:
+    """Set a text; the same again repaints nothing, and one of as many lines does not lay the screen out again."""
+    if static.content == text:
+        return
+    height = static.styles.height
+    if height is None or not height.is_auto:
+        static.update(text, layout=False)
+        return
+    size = static.content_size
+    before = static.get_content_height(size, static.app.size, size.width)
+    static.update(text, layout=False)
+    if static.get_content_height(size, static.app.size, size.width) != before:
+        static.refresh(layout=True)
+
+
+def set_scroll_size(view: ScrollView, size: Size) -> None:
+    """Set what a view scrolls over; only a scroll bar that comes or goes lays the screen out again."""
+    if size != view.virtual_size:
+        view.set_reactive(ScrollView.virtual_size, size)
+        view._scroll_update(size)

@@ -1,0 +1,74 @@
+"""Repaints of the app: as Textual would draw them, and of what changed only."""
+
+import io
+
+import pytest
+from rich.console import Console
+from textual._compositor import Compositor
+from textual.geometry import Region
+from textual.strip import Strip
+
+from attention.core import events as on
+from fatui.tui.painting import SparingCompositor
+from tests.support.stage import on_stage
+
+
+def drawn(chops):
+    return [list(Strip.join(each for each in line.values() if each is not None)) for line in chops]
+
+
+def written(update):
+    out = io.StringIO()
+    Console(file=out, width=200, color_system="truecolor", force_terminal=True, legacy_windows=False).print(
+        update, end=""
+    )
+    return out.getvalue()
+
+
+async def running(stage):
+    await stage.press("r")
+    stage.engine.begin()
+    stage.engine.begin_case()
+    stage.engine.rounds(30)
+    stage.app.main.show_run()
+    await stage.pilot.pause()
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 55)])
+async def test_a_repaint_is_what_textual_draws(size):
+    async with on_stage(size=size) as stage:
+        await running(stage)
+        ours = stage.app.main._compositor
+        assert isinstance(ours, SparingCompositor)
+        whole = ours.size.region
+        assert drawn(ours._render_chops(whole, lambda y: True)) == drawn(
+            Compositor._render_chops(ours, whole, lambda y: True)
+        )
+        for regions in ({Region(3, 5, 60, 4)}, {Region(0, 0, 1, 1), Region(size[0] - 9, size[1] - 3, 9, 3)}):
+            ours._dirty_regions = set(regions)
+            sparing = ours.render_partial_update()
+            ours._dirty_regions = set(regions)
+            assert written(sparing) == written(Compositor.render_partial_update(ours))
+
+
+async def test_a_tick_without_news_repaints_no_pane():
+    async with on_stage() as stage:
+        await running(stage)
+        stage.app.main._compositor._dirty_regions.clear()
+        stage.app.main._dirty_widgets.clear()
+        stage.app.main.show_run()
+        assert not {widget.id for widget in stage.app.main._dirty_widgets} & {"live", "comparison", "progress", "row"}
+
+
+async def test_new_figures_repaint_their_rows_only():
+    async with on_stage() as stage:
+        await running(stage)
+        table = stage.find("#comparison-table")
+        before = table.lines
+        table._repaint_regions.clear()
+        ended = on.RowEnded(case=0, implementation="demo", status="failed", reason="killed")
+        stage.engine.tell(ended)
+        stage.app.main.show_run()
+        changed = [index for index, line in enumerate(table.lines) if line != before[index]]
+        assert changed
+        assert {region.y for region in table._repaint_regions} == {index + 1 for index in changed}
