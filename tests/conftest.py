@@ -1,4 +1,5 @@
-"""Settings of a session: one cache folder, so that the kernel is compiled once; little garbage collection; no compiler.
+"""Settings of a session: no folder of the user's; one cache folder, so that the kernel is compiled once; little garbage
+collection; no compiler.
 
 Compiled objects outlive the session, in pytest's own cache folder; their names are hashes of what they depend on.
 """
@@ -16,7 +17,18 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # two workers' BLAS threads 
 FOLDER = "FATUI_CACHE_DIR"
 COMPILING = ("compiles", "slow", "gpu")
 """Markers of tests in which `mx.compile` compiles."""
-_made = pytest.StashKey[str]()
+USER_FOLDERS = {
+    "HOME": "",
+    "XDG_CONFIG_HOME": "config",
+    "XDG_DATA_HOME": "data",
+    "XDG_CACHE_HOME": "cache",
+    "XDG_STATE_HOME": "state",
+}
+"""Variables by which programs find the user's folders, and where they point in the session's own home."""
+KEPT_FOLDERS = ("MPLCONFIGDIR",)
+"""Variables of folders that outlive the session: without its list, matplotlib looks for fonts for a second."""
+HOME_OF_SESSION = "FATUI_TESTS_HOME"
+_made = pytest.StashKey[list[str]]()
 
 
 def _copy_objects(source: Path, to: Path) -> None:
@@ -27,9 +39,9 @@ def _copy_objects(source: Path, to: Path) -> None:
             shutil.copy2(path, to / path.name)
 
 
-def _kept(config: pytest.Config) -> Path | None:
+def _kept(config: pytest.Config, name: str) -> Path | None:
     cache = getattr(config, "cache", None)
-    return cache.mkdir("kernels") if cache else None
+    return cache.mkdir(name) if cache else None
 
 
 @pytest.fixture(scope="session")
@@ -39,12 +51,21 @@ def anyio_backend() -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the folder, unless one is given; workers find it in the environment that they inherit."""
+    """Make the session's folders; workers, and processes that tests start, find them in their environment."""
+    made = config.stash.setdefault(_made, [])
+    if HOME_OF_SESSION not in os.environ:
+        home = os.environ[HOME_OF_SESSION] = tempfile.mkdtemp(prefix="fatui-tests-home-")
+        made.append(HOME_OF_SESSION)
+        for variable, folder in USER_FOLDERS.items():
+            os.environ[variable] = str(Path(home, folder))
+        if kept := _kept(config, "others"):
+            for variable in KEPT_FOLDERS:
+                os.environ.setdefault(variable, str(kept))
     if FOLDER not in os.environ:
-        os.environ[FOLDER] = config.stash[_made] = tempfile.mkdtemp(prefix="fatui-tests-")
-        kept = _kept(config)
-        if kept:
-            _copy_objects(kept, Path(config.stash[_made]) / "kernels")
+        os.environ[FOLDER] = tempfile.mkdtemp(prefix="fatui-tests-")
+        made.append(FOLDER)
+        if kept := _kept(config, "kernels"):
+            _copy_objects(kept, Path(os.environ[FOLDER]) / "kernels")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -80,11 +101,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Keep the objects for the next run, and remove the folder that this process made."""
-    if _made in config.stash:
-        kept, used = _kept(config), Path(config.stash[_made]) / "kernels"
+    """Keep the objects for the next run, and remove the folders that this process made."""
+    made = config.stash.get(_made, [])
+    if FOLDER in made:
+        kept, used = _kept(config, "kernels"), Path(os.environ[FOLDER]) / "kernels"
         if kept and used.is_dir():
             shutil.rmtree(kept)
             _copy_objects(used, kept)
-        shutil.rmtree(config.stash[_made], ignore_errors=True)
-        del os.environ[FOLDER]
+    for variable in made:
+        shutil.rmtree(os.environ.pop(variable), ignore_errors=True)
