@@ -20,6 +20,7 @@ from attention.engine.record import record_of
 from fatui import engine_process as engine_module
 from fatui.engine_process import Engine, Silence
 from tests.support.marks import slow
+from tests.support.patience import patient
 
 PLANTED = Path(__file__).parents[1] / "support" / "planted.py"
 PEAKS = Peaks(matmul_flops_per_s=1e10, copy_bytes_per_s=1e10)
@@ -281,7 +282,7 @@ def test_every_row_carries_what_the_table_needs(one_run: Engine) -> None:
 def test_stopping_ends_the_worker_in_a_second_and_keeps_rows() -> None:
     engine = Engine(plan("Planted", seconds=60, precision=0), peaks=PEAKS)
     took = asyncio.run(_stop_when(engine, on.RoundsDone))
-    assert took < 1
+    assert took < patient(1)
     assert row(engine.record.case(0), "baseline").samples
     assert row(engine.record.case(0), "baseline").stopped_by == "interrupted"
 
@@ -290,7 +291,7 @@ def test_stopping_ends_the_worker_in_a_second_and_keeps_rows() -> None:
 def test_stopping_ends_a_worker_that_is_stuck_in_a_call(planted: str) -> None:
     engine = Engine(plan(planted), peaks=PEAKS)
     took = asyncio.run(_stop_when(engine, on.StepStarted))
-    assert took < 2
+    assert took < patient(2)
     assert engine.process_id is None
 
 
@@ -312,8 +313,14 @@ def test_a_worker_killed_in_mid_run_is_reported_and_replaced() -> None:
 
 
 def test_a_hung_worker_is_ended_and_costs_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "HUNG_S", 2.0)
-    case = run(plan("IgnoresSignals")).record.case(0)
+    def hurry(event: on.AnyEvent) -> None:
+        if isinstance(event, on.StepStarted):
+            planted = event.implementation.endswith("IgnoresSignals")
+            monkeypatch.setattr(engine_module, "HUNG_S", 1.0 if planted else 600.0)
+
+    engine = Engine(plan("IgnoresSignals"), hurry, peaks=PEAKS)
+    asyncio.run(asyncio.wait_for(engine.run(), 60))
+    case = engine.record.case(0)
     assert row(case, "baseline").status == "ok"
     assert row(case, "IgnoresSignals").status == "failed"
     assert row(case, "IgnoresSignals").reason.startswith("was silent for ")

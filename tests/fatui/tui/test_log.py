@@ -25,11 +25,11 @@ async def test_a_long_log_keeps_its_place_when_scrolled_up(stage):
     view.update_lines()
     await stage.pilot.pause()
     assert "line 100 " in stage.seen()
-    began = time.perf_counter()
+    began = time.process_time()
     for number in range(100_000):
         stage.app.journal.write(f"more {number}")
     view.update_lines()
-    assert time.perf_counter() - began < 3
+    assert time.process_time() - began < 3
     assert len(view._lines) <= 10_000
     view.action_follow()
     await stage.settle(lambda: "more 99999" in stage.seen())

@@ -16,6 +16,7 @@ import pytest
 from fatui import storage
 from fatui.report.export import to_json
 from fatui.storage.history import RunHistory
+from tests.support.patience import patient
 
 ROOT = Path(__file__).parents[3]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")]
@@ -146,8 +147,8 @@ def test_stop_ends_the_engine_within_a_second(open_terminal):
     worker = terminal.worker()
     began = time.monotonic()
     terminal.press("x")
-    psutil.wait_procs([worker], timeout=3)
-    assert time.monotonic() - began < 1.2  # with what tmux takes to pass the key on
+    psutil.wait_procs([worker], timeout=20)
+    assert time.monotonic() - began < patient(1.2)  # with what tmux takes to pass the key on
     terminal.wait_for("stopped", 5)
 
 
