@@ -22,6 +22,10 @@ class Action(Struct, frozen=True):
 
 PANE_TITLES: Final = ("Implementations", "Workload", "Live", "Comparison", "Log", "Row")
 """The panes of the main screen, by the number that goes to each."""
+OPTION_LETTERS: Final = (
+    *("inverted_exclamation_mark", "trade_mark_sign", "pound_sign", "cent_sign", "infinity", "section_sign"),
+)
+"""What alt with 1 to 6 is in tmux, screen and xterm, which send escape and the digit, and option on a US keyboard."""
 EXPORT: Final = "Write the run as md, csv, json, html, svg and its log"
 MAIN: Final = (
     Action("run", "r", "Run", "Run what is set up", "app.start_run"),
@@ -71,12 +75,12 @@ MAIN: Final = (
     *(
         Action(
             f"pane_{number}",
-            f"{number},alt+{number}",
+            f"{number},alt+{number},{letter}",
             title,
             f"Go to {title}; on a slider, which takes digits, with alt",
             f"screen.go_to_pane({number})",
         )
-        for number, title in enumerate(PANE_TITLES, 1)
+        for number, (title, letter) in enumerate(zip(PANE_TITLES, OPTION_LETTERS, strict=True), 1)
     ),
 )
 ANYWHERE: Final = (

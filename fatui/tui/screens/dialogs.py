@@ -20,6 +20,7 @@ from fatui.report.comparison import RowChange
 from fatui.storage import own_presets, presets
 from fatui.storage.presets import Preset
 from fatui.trust import trust
+from fatui.tui.screens.closing import ClosesOnce
 from fatui.tui.terminal import literal
 from fatui.tui.view_models.journal import LogLine
 from fatui.tui.view_models.row_details import figure_lines, sample_lines, sentences
@@ -29,7 +30,7 @@ from fatui.verdict import confidence_text, headline, verdicts
 ANSWERS = "[@click=screen.answer(True)][b]y[/b] {yes}[/]     [@click=screen.answer(False)][b]n, enter[/b] {no}[/]"
 
 
-class Question(ModalScreen[bool]):
+class Question(ClosesOnce, ModalScreen[bool]):
     """Yes-or-no dialog: y or the key that opened it is yes; enter, escape or n is no, which changes nothing."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
@@ -58,7 +59,7 @@ class Question(ModalScreen[bool]):
 ABOUT = "Letter keys work outside inputs; tab moves to the next control. [keys] in {config} remaps them."
 
 
-class Closable(ModalScreen[None]):
+class Closable(ClosesOnce, ModalScreen[None]):
     """Dialog of text only, closed by escape, enter or the key that quits."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
@@ -187,7 +188,7 @@ class ChangeDetails(Closable):
             yield Static("\n".join(lines), markup=False)
 
 
-class SortMenu(ModalScreen[str]):
+class SortMenu(ClosesOnce, ModalScreen[str]):
     """Menu of the columns of a table; the result is the one to sort by, empty for the order of the measurement."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
@@ -224,7 +225,7 @@ class SortMenu(ModalScreen[str]):
         self.dismiss()
 
 
-class SaveAs(ModalScreen[Preset]):
+class SaveAs(ClosesOnce, ModalScreen[Preset]):
     """Dialog for a name, a title and a summary; the result is the saved preset."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
@@ -305,7 +306,7 @@ FORMATS: Final = ("md", "csv", "json", "html", "svg", "log")
 Writers = dict[str, Callable[[], str]]
 
 
-class Export(ModalScreen[tuple[Path, tuple[str, ...]]]):
+class Export(ClosesOnce, ModalScreen[tuple[Path, tuple[str, ...]]]):
     """Dialog for a folder and a name; the result is the path without suffix, and the chosen suffixes."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]

@@ -16,6 +16,7 @@ from textual.widgets import Static
 from fatui.diagnosis import DiagnosisItem
 from fatui.tui import actions
 from fatui.tui.lab import Lab
+from fatui.tui.screens.closing import ClosesOnce
 from fatui.tui.widgets.bars import KeyBar, StatusLine
 from fatui.untrusted_text import MAX_SHOWN, escape_all
 
@@ -27,7 +28,7 @@ LINE_LIMIT: Final = 2**20
 LOOKING: Final = "Checking; the last lines take a second or two, because they are measured."
 
 
-class Doctor(Screen[None]):
+class Doctor(ClosesOnce, Screen[None]):
     """Screen of the doctor's findings, shown as they come in."""
 
     CSS_PATH: ClassVar = ["list.tcss"]

@@ -10,6 +10,8 @@ from textual.screen import ModalScreen, Screen
 from textual.widget import Widget
 from textual.widgets import Static
 
+from fatui.tui.screens.closing import ClosesOnce
+
 LETTERS: Final = "asdfghjklqwertyuiopzxcvbnm123456789"
 
 
@@ -52,7 +54,7 @@ def spots_of(screen: Screen[Any]) -> list[Spot]:
     return [Spot(letter, *place) for letter, place in zip(LETTERS, found, strict=False)]
 
 
-class Jump(ModalScreen[Spot]):
+class Jump(ClosesOnce, ModalScreen[Spot]):
     """Overlay with the letters; any other key closes it."""
 
     CSS_PATH: ClassVar = ["jump.tcss"]

@@ -21,6 +21,7 @@ from fatui.reproduce import finetune_command, model_command
 from fatui.tui import actions
 from fatui.tui.lab import Lab
 from fatui.tui.painting import SparingScreen, set_text, set_title
+from fatui.tui.screens.closing import ClosesOnce
 from fatui.tui.screens.tables import HasTable
 from fatui.tui.view_models import kv_format, model_lines, table_lines
 from fatui.tui.view_models.session import ModelSession
@@ -104,7 +105,7 @@ class ModelTable(TablePane):
         return [*super()._hints(), *([*over, "o sort", "enter a row"] if self.table.lines else [])]
 
 
-class ModelScreen(HasTable, SparingScreen[None]):
+class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
     """Screen that sets up, runs and shows a model; the choices and the last run survive when it is closed."""
 
     CSS_PATH: ClassVar = ["list.tcss", "model_screen.tcss"]

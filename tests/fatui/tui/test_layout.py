@@ -80,6 +80,10 @@ async def test_numbers_go_to_panes_and_on_a_slider_with_alt(stage):
     await stage.press("escape", "alt+5")
     await stage.pilot.pause()
     assert stage.app.focused.id == "log-view"
+    stage.find("#axis-batch").focus()
+    await stage.press("pound_sign")  # alt+3 of terminals that send escape and the digit
+    await stage.pilot.pause()
+    assert stage.app.focused.id == "live"
 
 
 async def test_a_number_brings_a_hidden_pane_back(stage):

@@ -2,9 +2,11 @@
 
 import csv
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from textual.screen import Screen
 from textual.widgets import Input, Static
 
 from attention.core.workload import Workload
@@ -12,7 +14,9 @@ from fatui import storage
 from fatui.storage import presets
 from fatui.storage.history import RunHistory
 from fatui.tui import actions, terminal
+from fatui.tui.screens.closing import ClosesOnce
 from fatui.tui.screens.dialogs import RowDetails
+from fatui.tui.screens.main import MainScreen
 from fatui.tui.widgets.row_table import RowTable
 from fatui.tui.widgets.slider import Slider
 from tests.support.sample_runs import plan_of, report_of
@@ -273,3 +277,29 @@ async def test_the_palette_has_every_action(stage):
     await stage.pilot.pause(0.3)
     await stage.press("enter")
     await stage.settle(lambda: stage.app.draft.sweeping)
+
+
+def subclasses(kind):
+    return [each for found in kind.__subclasses__() for each in (found, *subclasses(found))]
+
+
+def test_every_screen_that_closes_does_so_once():
+    modules = {name: name for name in ("dialogs", "jump", *actions.FURTHER)}
+    for module in {**modules, "finetuning": "models", "compare": "history"}.values():
+        import_module(f"fatui.tui.screens.{module}")
+    ours = [each for each in subclasses(Screen) if each.__module__.startswith("fatui.tui.screens")]
+    assert [each for each in ours if not issubclass(each, ClosesOnce)] == [MainScreen]
+
+
+@pytest.mark.parametrize("name", [None, "models"])
+async def test_keys_pressed_before_a_dialog_is_gone_do_nothing(stage, name):
+    if name:
+        stage.app.action_open(name)
+        await stage.pilot.pause()
+    below = stage.app.screen
+    await stage.press("o")
+    dialog = stage.app.screen
+    for _ in range(3):  # as keys do that were sent to it before it closed
+        dialog.action_close()
+    await stage.pilot.pause()
+    assert stage.app.screen is below
