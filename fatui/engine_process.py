@@ -236,7 +236,7 @@ class Engine:
         if going_on is None:
             self._dispatch(on.RunDone())
         else:
-            self._assignment = Assignment(plan=plan, first_case=going_on, peaks=self._assignment.peaks)
+            self._assignment = structs.replace(self._assignment, first_case=going_on, skip={})
 
     @property
     def _grouped(self) -> bool:
@@ -399,7 +399,8 @@ class Engine:
         if assignment is None:
             self._dispatch(on.RunDone())
         else:
-            self._assignment = assignment
+            kept = self._assignment
+            self._assignment = structs.replace(assignment, known=kept.known, cost_only=kept.cost_only)
 
 
 def _model_flops(work: Generation | FineTuning, weights_bytes: int) -> float:

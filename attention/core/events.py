@@ -116,6 +116,16 @@ class LatencyMeasured(Event, tag="latency_measured"):
     seconds: float
 
 
+class CallTimed(Event, tag="call_timed"):
+    """One call was timed, for an estimate of what a plan costs."""
+
+    case: int
+    implementation: str
+    flops: int
+    """Of the call: those of the case, or of a smaller one like it."""
+    seconds: float
+
+
 class RanksMeasured(Event, tag="ranks_measured"):
     """Time, waiting and bytes of each rank in an implementation's calls, up to now."""
 
@@ -250,6 +260,23 @@ class Progress(Event, tag="progress"):
     remaining_s: float
     now: str
     """What runs now, in words."""
+    case_s: float | None = None
+    """Seconds left of the current case."""
+    least_s: float = 0.0
+    """Seconds of what follows the current step, which remain however long it takes."""
+    sure: bool = True
+    """Whether a call of everything that is left has been timed, or something of its kind; else it is a guess."""
+
+    def left_s(self, since_s: float) -> float:
+        """Return the seconds left some time after the event; below zero if it takes longer than estimated."""
+        left = self.remaining_s - since_s
+        return max(left, self.least_s) if self.least_s > 0 else left
+
+    def case_left_s(self, since_s: float) -> float | None:
+        """Return the seconds left of the case, at least what follows its current step."""
+        if self.case_s is None:
+            return None
+        return max(self.case_s - since_s, self.least_s - (self.remaining_s - self.case_s), 0.0)
 
 
 class CaseDone(Event, tag="case_done"):
@@ -382,6 +409,7 @@ CaseEvent = (
     | CacheMeasured
     | PassesShared
     | CaseTimeEstimated
+    | CallTimed
     | IterationDone
     | CaseDone
     | RowEvent

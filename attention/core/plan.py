@@ -135,6 +135,15 @@ class RankSetting(Struct, frozen=True, kw_only=True):
     """Seconds without a line on stdin after which the process ends, on a host that may lose its link; None: never."""
 
 
+class KnownTimes(Struct, frozen=True, kw_only=True):
+    """Times on this device that are known before a run, from earlier runs and from single timed calls."""
+
+    calls: dict[str, list[tuple[float, float]]] = {}
+    """(FLOPs, seconds) of calls by implementation, dtype and pass: "poc float16 forward"."""
+    set_up_s: float | None = None
+    """Seconds per case and implementation outside the rounds."""
+
+
 class Assignment(Struct, frozen=True, kw_only=True):
     """The assignment of one worker: a plan, and how far an earlier worker got."""
 
@@ -145,6 +154,10 @@ class Assignment(Struct, frozen=True, kw_only=True):
     """Implementations to skip per case, because they crashed an earlier worker."""
     peaks: Peaks | None = None
     """The machine's peak rates, if an earlier worker measured them."""
+    known: KnownTimes = KnownTimes()
+    """Times from which the time left is estimated before calls are timed."""
+    cost_only: bool = False
+    """Time one call of each implementation, for an estimate of what the plan costs, instead of running it."""
 
     def remaining(self, case: int) -> tuple[str, ...]:
         """Return the implementations to run on one case, the reference first."""

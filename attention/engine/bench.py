@@ -12,8 +12,8 @@ from attention.core.route import validated_route
 from attention.core.workload import Counterpart, Workload
 from attention.engine.case_runner import CaseRunner
 from attention.engine.peaks import measure_peaks
-from attention.engine.progress import MAX_COUNTERPART_SHARE
-from attention.measure.device import Device, probe
+from attention.engine.progress import MAX_COUNTERPART_SHARE, costliest_cases
+from attention.measure.device import Device, environment, probe
 from attention.measure.rounds import Arm, shared_calls
 
 if TYPE_CHECKING:
@@ -31,6 +31,25 @@ SHARE_OF_SLOWEST: Final = 0.05
 
 class Bench(CaseRunner[Plan]):
     """The part of a run over attention shapes that one worker executes."""
+
+    def measure_cost(self) -> None:
+        """Time a call of each implementation on the costliest case of each kind, or on a smaller one if that is long.
+
+        What would be refused is reported as in a run; what has to be compiled first is not timed.
+        """
+        from attention.engine.cost import time_calls
+
+        self._backend = (device := probe()).backend
+        self._load_implementations()
+        self._progress.emit(on.RunStarted(environment=environment(device)))
+        for case in costliest_cases(self._plan.cases):
+            self._progress.begin_case(case)
+            workload = self._plan.cases[case]
+            names = [name for name in self._plan.ordered if self._admit(name, workload, device)]
+            ready = [name for name in names if not self._needs_building(name, workload, device)]
+            time_calls(ready, workload, self._plan.seed, self._progress)
+            self._progress.end_case("cost")
+        self._progress.emit(on.RunDone())
 
     def _prepare_all(self, device: Device) -> None:
         if self._member:
@@ -91,7 +110,7 @@ class Bench(CaseRunner[Plan]):
         arms = self._arms(ready, setting)
         if arms:
             self._set_calls(arms, setting)
-            self._run_rounds(arms, PREVIEW_S, min_rounds=1)
+            self._run_rounds(arms, PREVIEW_S, min_rounds=1, then_s=self._progress.case_s)
         seen = {arm.name: setting.workload.tokens / median(arm.valid_samples) for arm in arms if arm.valid_samples}
         if seen:
             rates = ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in seen.items())

@@ -1,6 +1,7 @@
 """The loop shared by all kinds of runs: cases in order, failed rows, kernel builds, timing rounds."""
 
 import math
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -55,7 +56,7 @@ class CaseRunner(ABC, Generic[P]):
         self._assignment = assignment
         self._plan = plan
         self._member = member
-        self._progress = Progress(plan, assignment.first_case, emit, mark)
+        self._progress = Progress(plan, assignment.first_case, emit, mark, assignment.known)
 
     def run(self) -> None:
         """Measure all remaining cases, up to the first one for another number of ranks.
@@ -78,6 +79,19 @@ class CaseRunner(ABC, Generic[P]):
                 self._progress.emit(on.ConditionsMeasured(conditions=conditions.read()))
                 self._progress.end_case(stopped_by)
         self._progress.emit(on.RunDone(state=machine_state(device)))
+
+    def measure_cost(self) -> None:
+        """Run until the time of the first case is estimated from a timed call; the worker ends then."""
+        emit = self._progress.emit
+
+        def until_estimated(event: on.AnyEvent) -> None:
+            emit(event)
+            if isinstance(event, on.CaseTimeEstimated):
+                emit(on.RunDone())
+                os._exit(0)
+
+        self._progress.emit = until_estimated
+        self.run()
 
     def _load_implementations(self) -> None:
         """Load all implementations, so that an unknown or a broken one ends the run before it has begun."""
@@ -157,9 +171,17 @@ class CaseRunner(ABC, Generic[P]):
         self._progress.mark_idle()
 
     def _run_rounds(
-        self, arms: Sequence[Arm], seconds: float, beside: Sequence[Arm] = (), min_rounds: int = MIN_ROUNDS
+        self,
+        arms: Sequence[Arm],
+        seconds: float,
+        beside: Sequence[Arm] = (),
+        min_rounds: int = MIN_ROUNDS,
+        then_s: float = 0.0,
     ) -> str:
-        """Sample the implementations in rounds, the first of them twice, together with the `beside` arms."""
+        """Sample the implementations in rounds, the first of them twice, together with the `beside` arms.
+
+        `then_s`: estimated seconds of the case after these rounds.
+        """
         reference = arms[0]
         again = structs.replace(reference, name=on.REPEATED_REFERENCE, samples=[])
         rows = {id(arm) for arm in arms}
@@ -176,7 +198,7 @@ class CaseRunner(ABC, Generic[P]):
                 f"{min_rounds} rounds of these take about {estimated_s:.0f} s, longer than the {seconds:g} s of a case"
                 "; fewer would support no verdict"
             )
-        stream = SampleStream(self._progress, seconds, estimated_s, min_rounds)
+        stream = SampleStream(self._progress, seconds, estimated_s, min_rounds, then_s)
         try:
             return run_rounds(
                 running,
@@ -228,7 +250,14 @@ class CaseRunner(ABC, Generic[P]):
 class SampleStream:
     """Collect the rounds' samples and emit them a few times a second, so that emitting does not disturb the timing."""
 
-    def __init__(self, progress: Progress, seconds: float, estimated_s: float, min_rounds: int = MIN_ROUNDS) -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        seconds: float,
+        estimated_s: float,
+        min_rounds: int = MIN_ROUNDS,
+        then_s: float = 0.0,
+    ) -> None:
         """Create it at the start of the rounds; resets MLX's peak memory.
 
         Args:
@@ -236,10 +265,11 @@ class SampleStream:
             seconds: time limit of the rounds.
             estimated_s: estimated seconds of the rounds, used until all implementations have a sample.
             min_rounds: samples that every implementation takes, however long that lasts.
+            then_s: estimated seconds of the case after the rounds.
         """
         import mlx.core as mx
 
-        self._progress = progress
+        self._progress, self._then_s = progress, then_s
         self._seconds, self._estimated_s, self._min_rounds = seconds, estimated_s, min_rounds
         self._began = time.perf_counter()
         self._emitted: dict[tuple[str, Counterpart | None], int] = {}
@@ -293,7 +323,7 @@ class SampleStream:
         taken = min(len(arm.valid_samples) for arm in self._arms)
         missing = max(0, self._min_rounds - taken)
         rounds_s = missing * elapsed / taken if taken else self._estimated_s - elapsed
-        return max(0.0, self._seconds - elapsed, rounds_s)
+        return max(0.0, self._seconds - elapsed, rounds_s) + self._then_s
 
 
 def _json_samples(samples: Sequence[float]) -> list[float | None]:

@@ -204,7 +204,7 @@ class RunRecord(ABC, Generic[P, C]):
                 self._take_iteration(event, case)
             case on.CaseDone():
                 case.stopped_by = event.stopped_by
-            case on.CaseTimeEstimated():
+            case on.CaseTimeEstimated() | on.CallTimed():
                 pass
             case _:
                 self._apply_to_row(event, case.rows[event.implementation])

@@ -81,7 +81,11 @@ def _load_blas(blas: Blas, emit: Emit, places: int = 1) -> None:
 
 def _run(assignment: Assignment, emit: Emit, mark: Mark, member: "Member | None" = None) -> int:
     try:
-        _runner(assignment, emit, mark, member).run()
+        runner = _runner(assignment, emit, mark, member)
+        if assignment.cost_only:
+            runner.measure_cost()
+        else:
+            runner.run()
     except UsageError as error:
         emit(on.RunRefused(kind="usage", reason=str(error)))
     except NoBackendError as error:

@@ -118,6 +118,15 @@ class NeedsBuildingPerCall(Protocol):
 
 
 @runtime_checkable
+class TunesItself(Protocol):
+    """An implementation that tries candidates at the first call of a kind, which takes seconds."""
+
+    def is_tuned(self, workload: Workload, device: Device) -> bool:
+        """Return whether a call would not have to try candidates first."""
+        ...
+
+
+@runtime_checkable
 class ProvidesRunner(Protocol):
     """An implementation outside MLX with its own runner."""
 

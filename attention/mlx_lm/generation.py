@@ -19,7 +19,7 @@ from attention.core.results import MIN_ROUNDS
 from attention.core.workload import MIN_SIZES, Generation, Workload
 from attention.engine.case_runner import MAX_EXTENSION, CaseRunner
 from attention.engine.prepare import SLOW_CALL_S
-from attention.measure.device import Device, probe
+from attention.measure.device import Device, environment, probe
 from attention.measure.rounds import Arm, take_sample
 from attention.mlx_lm import configuration
 from attention.mlx_lm.arms import Layers, ModelArm, Observer, SharedArm, SharedPass
@@ -256,6 +256,8 @@ TOLERANCE: Final = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.15}
 """Maximum RMS difference from the reference's logits, relative to their RMS, that rounding alone may cause."""
 LEAD_IN_S: Final = 0.25
 """Calls longer than this need no untimed call before them: clocks and power settle within the call."""
+COST_TOKENS: Final = 128
+"""Tokens of the timed pass from which the cost of a plan is estimated."""
 LONG_CASE_S: Final = 120.0
 """If a case takes longer than this, a way to shorten it is logged."""
 ADVISED_LAYERS: Final = 4
@@ -296,6 +298,47 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         self._paths: dict[str, str] = {}
         self._network = Network(self._configuration, first.dtype, first.measured_layers, self._plan.seed)
         self._limit = self._plan.memory_limit_bytes or device.available_bytes
+
+    def measure_cost(self) -> None:
+        """Report what would be refused, and estimate each case from a pass over few tokens through two layers."""
+        self._backend = (device := probe()).backend
+        self._load_implementations()
+        self._progress.emit(on.RunStarted(environment=environment(device)))
+        self._prepare_all(device)
+        first = self._plan.cases[0]
+        small = Network(self._configuration, first.dtype, min(2, first.running_layers), self._plan.seed)
+        fits = small.own_bytes <= self._limit / 4
+        for case, work in enumerate(self._plan.cases):
+            self._progress.begin_case(case)
+            self._progress.emit(on.WeightsLoaded(case=case, weights_bytes=self._network.weights_bytes))
+            count = sum(self._admit(name, work, device) for name in self._plan.ordered)
+            if count and fits:
+                if not small.made:
+                    small.make()
+                whole_s = self._whole_s(small, work)
+                a_round = whole_s * (1.5 if work.estimated else 1.0) * self._passes(whole_s, count)
+                seconds = 2 * whole_s * count + max(self._plan.seconds, MIN_ROUNDS * a_round)
+                self._progress.emit(on.CaseTimeEstimated(case=case, seconds=seconds, implementations=count))
+            self._progress.end_case("cost")
+        self._progress.emit(on.RunDone())
+
+    def _whole_s(self, network: Network, work: Generation) -> float:
+        """Estimate the seconds of a case's timed call from COST_TOKENS through one and through two layers.
+
+        A decode's call takes all its tokens, each as long as a short prompt.
+        """
+        decodes = work.phase == "decode"
+        prompt = 2 if decodes else min(work.prompt, COST_TOKENS)
+        passes = work.generate if decodes else work.prompt / prompt
+        few = structs.replace(work, phase="prefill", prompt=prompt, kv_format=DENSE)
+        vocabulary = int(self._configuration.fields.get("vocab_size", 256))
+        times = []
+        for layers in (1, 2):
+            run = PrefillRun(network, Prompts(few, vocabulary, self._plan.seed), layers=layers)
+            take_sample(run, 1)  # compiles
+            times.append(take_sample(run, 1))
+        one, two = times
+        return (one + max(two - one, 0.0) * (work.running_layers - 1)) * passes
 
     def _run_case(self, case: int) -> str:
         work = self._plan.cases[case]

@@ -113,7 +113,7 @@ class ProgressPrinter:
         if self._bar is None or self._task is None or event is None or now - self._drawn < REDRAW_S:
             return
         self._drawn = now
-        left = formatting.time_left(event.remaining_s - (now - self._progress_at))
+        left = formatting.time_left(event.left_s(now - self._progress_at)) if event.sure else "timing calls"
         self._bar.update(self._task, completed=event.done, description=event.now, left=left)
         self._bar.refresh()
 

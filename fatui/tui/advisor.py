@@ -8,6 +8,7 @@ as `python -m fatui.tui.advisor diagnose`: one JSON line per finding of the doct
 import asyncio
 import contextlib
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
@@ -48,6 +49,8 @@ class AdviceReply(msgspec.Struct, kw_only=True):
     """Error message of each implementation that has no route."""
     needs: dict[str, tuple[int, ...]] = {}
     """Bytes that each case would need, inputs included; only cases that the implementation supports and predicts."""
+    unsupported: dict[str, dict[str, int]] = {}
+    """Why an implementation does not support cases, and how many of them."""
     largest: dict[str, int] = {}
     """The largest number of bytes above the inputs that each implementation is predicted to need in any case."""
 
@@ -70,11 +73,15 @@ def answer(question: AdviceRequest, device: Device) -> AdviceReply:
         except Exception as error:
             made.problems[name] = str(error) or type(error).__name__
             continue
+        routes = [(question.workload, made.routes[name]), *cases]
         known = [
             (case.held_bytes, route.predicted_bytes)
-            for case, route in [(question.workload, made.routes[name]), *cases]
+            for case, route in routes
             if route.supported and route.predicted_bytes is not None
         ]
+        reasons = Counter(route.reason for _, route in routes if not route.supported)
+        if reasons:
+            made.unsupported[name] = dict(reasons)
         if known:
             made.largest[name] = max(predicted for _, predicted in known)
             made.needs[name] = tuple(inputs + predicted for inputs, predicted in known)

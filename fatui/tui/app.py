@@ -155,6 +155,7 @@ class FatuiApp(Lab):
     def _begin(self) -> None:
         for problem in self.settings.problems:
             self.notify(escape_controls(problem, MAX_NOTICE), severity="warning", timeout=10, markup=False)
+        self.costs.enabled = self._advise
         if self._advise:
             self.run_worker(self.advice.run(), name="advice", exit_on_error=False)
             self.set_interval(self.TELEMETRY_S, self._look_at_machine)
@@ -181,6 +182,7 @@ class FatuiApp(Lab):
 
     async def leave(self, code: int = 0, *, gone: bool = False) -> None:
         """End an active run, store it, and exit; if the terminal is gone, without restoring it."""
+        self.costs.cancel()
         await self.runs.end()
         self._save_state()
         if gone:

@@ -4,24 +4,24 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from datetime import datetime
-from functools import partial
 from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from msgspec import structs
 from textual.app import App
 
 from attention.core.errors import UsageError
-from attention.core.plan import ModelPlan, Plan
+from attention.core.plan import AnyPlan, Assignment, KnownTimes, ModelPlan, Plan
 from attention.core.results import Environment, Peaks, Report
 from attention.measure.device import computes_on_cpu
 from fatui.draft import Draft, draft_of
-from fatui.engine_process import Engine
+from fatui.engine_process import Engine, Listener
 from fatui.storage import settings
 from fatui.telemetry import Reading
 from fatui.tui import actions
 from fatui.tui.advisor import Advice
 from fatui.tui.view_models import estimate
 from fatui.tui.view_models.availability import names_for
+from fatui.tui.view_models.cost import Timing, is_known
 from fatui.tui.view_models.journal import Level, Log
 from fatui.tui.view_models.session import AnySession, MakeEngine, ModelSession, Session
 from fatui.untrusted_text import escape_controls
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 Severity = Literal["information", "warning", "error"]
 SEVERITY: Final[dict[Level, Severity]] = {"info": "information", "warning": "warning", "error": "error"}
 
+SETTLED_S: Final = 0.8
+"""Seconds without a change after which calls of a set-up are timed."""
+MAX_TIMING_S: Final = 30.0
+"""Maximum seconds of timing calls of a set-up."""
 LONGER_S: Final = 10.0
 """Seconds that each case is measured longer."""
 MAX_NOTICE: Final = 400
@@ -97,6 +101,7 @@ class Lab(App[int]):
         keys: the key of every action, for display.
         advice: the routes of the draft's workload.
         past: the last run on this machine, once it was read.
+        costs: what single calls of the set-up take.
         remote: the machine that the engine runs on; None for this one.
     """
 
@@ -118,11 +123,20 @@ class Lab(App[int]):
         self.remembered, self.state_problem = settings.read_state()
         self.draft: Draft = self.remembered.draft
         self.preset: Preset | None = None
-        self.runs = RunController(self, make_engine or partial(Engine, remote=remote), clock, now)
+        self.runs = RunController(self, make_engine or self.new_engine, clock, now)
+        self.costs = CostMeter(self)
         self.keys = actions.shown_keys(self.settings.keys)
         self.advice = Advice(self._advised, remote)
         self.past: Past | None = None
         self._sought = ""
+
+    def new_engine(self, plan: AnyPlan, listener: Listener, *, cost_only: bool = False) -> Engine:
+        """Make an engine that knows the times of earlier runs; `cost_only`: it times single calls only."""
+        known = KnownTimes()
+        if isinstance(plan, Plan):
+            known = estimate.known_times(self.remembered.pace, self.device_name)
+        assignment = Assignment(plan=plan, known=known, cost_only=cost_only)
+        return Engine(plan, listener, remote=self.remote, assignment=assignment)
 
     @property
     def main(self) -> MainView:
@@ -217,6 +231,17 @@ class Lab(App[int]):
             first, *others = self.draft.workloads()
             elsewhere = bool(self.draft.hosts or self.draft.hostfile)
             self.advice.ask(first, names_for(self.draft), tuple(others), elsewhere=elsewhere)
+        self._ask_cost()
+
+    def _ask_cost(self) -> None:
+        """Time calls of the draft once it has settled, unless they are known or it runs on other hosts."""
+        if self.device_name and not (self.draft.hosts or self.draft.hostfile):
+            with contextlib.suppress(UsageError):
+                self.costs.ask(self.draft.plan(), self._show_draft)
+
+    def _show_draft(self) -> None:
+        if self.is_running and self.main.is_mounted:
+            self.main.show_draft()
 
     def open_report(self, report: Report) -> None:
         """Show a past run instead of the latest, on the screen of its kind."""
@@ -248,8 +273,65 @@ class Lab(App[int]):
         if self.device_name and self.device_name != self._sought:
             self._sought = self.device_name
             self.run_worker(self.find_past(self.device_name), name="past", exit_on_error=False)
-        if self.is_running and self.main.is_mounted:
-            self.main.show_draft()
+            self._ask_cost()
+        self._show_draft()
+
+
+class CostMeter:
+    """Times single calls of what is set up, once it has settled; one plan at a time, never beside a run.
+
+    Attributes:
+        timing: what is known of the latest plan.
+        enabled: whether anything is timed.
+    """
+
+    def __init__(self, app: Lab) -> None:
+        self.timing = Timing()
+        self.enabled = False
+        self._app = app
+        self._plan: Plan | ModelPlan | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def of(self, plan: Plan | ModelPlan) -> Timing:
+        """Return what is known of a plan."""
+        return self.timing if plan == self._plan else Timing()
+
+    def ask(self, plan: Plan | ModelPlan, changed: Callable[[], None]) -> None:
+        """Time calls of a plan after a while, instead of those of an earlier one; `changed` is called at news."""
+        if plan == self._plan or not self.enabled or self._app.runs.active:
+            return
+        self.cancel()
+        self._plan, self.timing = plan, Timing()
+        app = self._app
+        if isinstance(plan, Plan) and is_known(plan, estimate.known_times(app.remembered.pace, app.device_name)):
+            return
+        self._task = asyncio.create_task(self._measure(plan, self.timing, changed))
+
+    def cancel(self) -> None:
+        """End what is being timed."""
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+        self._plan = None
+
+    async def _measure(self, plan: Plan | ModelPlan, timing: Timing, changed: Callable[[], None]) -> None:
+        await asyncio.sleep(SETTLED_S)
+        timing.running = True
+        changed()
+        engine = self._app.new_engine(plan, lambda event: timing.take(event, plan), cost_only=True)
+        try:
+            async with asyncio.timeout(MAX_TIMING_S):
+                await engine.run()
+        except TimeoutError:
+            timing.problem = f"a call takes longer than {MAX_TIMING_S:.0f} s"
+        finally:
+            engine.kill()
+            timing.running = False
+        if timing.calls and timing.device:
+            remembered = self._app.remembered
+            remembered.pace = estimate.learn_calls(remembered.pace, timing.device, timing.calls)
+        if self._app.is_running:
+            changed()
 
 
 class RunController:
@@ -359,6 +441,7 @@ class RunController:
         return self.active
 
     def _go(self, session: AnySession, screen: str | None = None) -> None:
+        self._app.costs.cancel()
         self._silence_reported = False
         self._current, self._ended = session, asyncio.Event()
         self._app.run_worker(self._run(session, self._ended, screen), name="run", exit_on_error=False)

@@ -54,6 +54,10 @@ TRY_S: Final = 0.0003
 """Approximate length of a group of calls of a challenger: long against a wait for the device, short beside a sample."""
 
 
+NOT_TRIED: Final = "not tried yet"
+"""The path of a class of workloads before its trial."""
+
+
 class DemoRunner(MlxRunner):
     """Repeat the tuned choice; monitor it with the samples of the run, so that nothing extra is evaluated."""
 
@@ -179,7 +183,7 @@ class Demo:
         if active is None:
             route = self.candidates[self._default_candidate(workload, device, needs)].route(workload, device, needs)
             names = ", ".join(self._fitting(workload, device, needs))
-            return structs.replace(route, path="not tried yet", reason=f"takes the fastest on first use: tries {names}")
+            return structs.replace(route, path=NOT_TRIED, reason=f"takes the fastest on first use: tries {names}")
         route = self.candidates[active.name].route(workload, device, needs)
         return structs.replace(route, path=_path(active.name), reason=f"fastest in a trial; {route.reason}")
 
@@ -275,6 +279,10 @@ class Demo:
     ) -> tuple[mx.array, mx.array]:
         """Compute attention and the logsumexp of its rows, as in `ReturnsLogsumexp`."""
         return self._untried.with_logsumexp(q, k, v, scale=scale, mask=mask, softcap=softcap)
+
+    def is_tuned(self, workload: Workload, device: Device) -> bool:
+        """Whether a call would not have to try candidates first."""
+        return self.route(workload, device).path != NOT_TRIED
 
     def needs_building(self, workload: Workload, device: Device) -> bool:
         """Return whether a candidate has to be compiled before a trial is fair."""

@@ -18,7 +18,7 @@ from fatui.tui import actions
 from fatui.tui.lab import Lab, command_of
 from fatui.tui.painting import SparingScreen
 from fatui.tui.screens.tables import HasTable
-from fatui.tui.view_models import availability, estimate, table_lines
+from fatui.tui.view_models import availability, cost, estimate, table_lines
 from fatui.tui.view_models.session import AnySession
 from fatui.tui.widgets.bars import SPINNER, TABS, KeyBar, PaneTabs, StatusLine
 from fatui.tui.widgets.comparison_pane import ComparisonPane
@@ -179,8 +179,7 @@ class MainScreen(HasTable, SparingScreen[None]):
             pane.devices = devices
             pane.show(app.draft)
         self.show_roofline()
-        needs = availability.needs_text(app.draft, app.advice) if workload else ""
-        pane.show_words(needs, self._estimate_text() if workload else "", app.keys)
+        pane.show_cost(self._cost_lines() if workload else [], app.keys)
         self._show_bars()
 
     def _call_times(self, workload: Workload | None) -> dict[str, float]:
@@ -196,11 +195,15 @@ class MainScreen(HasTable, SparingScreen[None]):
         rows = [row for case in cases if case.workload == workload for row in case.rows]
         return {row.implementation: row.path for row in rows if row.path and row.status == "ok"}
 
-    def _estimate_text(self) -> str:
-        draft = self.app.draft
+    def _cost_lines(self) -> list[str]:
+        """Return what a run would take: its time, the memory of the largest case, and what would be refused."""
+        app, draft = self.app, self.app.draft
         if not draft.implementations:
-            return "no implementation is selected; space selects one"
-        return estimate.estimate_text(draft.plan(), self.app.remembered.pace, self.app.device_name)
+            return ["no implementation is selected; space selects one"]
+        plan = draft.plan()
+        needs = availability.needs_text(draft, app.advice)
+        time = cost.time_line(plan, app.remembered.pace, app.device_name, app.costs.of(plan))
+        return [*([needs] if needs else []), *cost.refusal_lines(draft, app.advice), time]
 
     def show_run(self) -> None:
         """Draw the current run, or the report that was opened."""
@@ -501,7 +504,7 @@ class MainScreen(HasTable, SparingScreen[None]):
 def _phase(session: AnySession) -> str:
     left = estimate.remaining(session)
     if session.phase != "running" or left is None:
-        return f"{session.phase}, {formatting.duration(session.elapsed_s)}"
+        return f"{session.phase} · {formatting.duration(session.elapsed_s)}"
     if session.building:
         return f"compiling {session.building} · {formatting.duration(session.elapsed_s)}"
     many = len(session.plan.cases)

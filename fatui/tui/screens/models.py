@@ -12,7 +12,7 @@ from textual.widget import Widget
 from textual.widgets import Input, Static
 
 from attention.core.errors import NoBackendError, UsageError
-from attention.core.plan import MODEL_IMPLEMENTATIONS, FineTuningPlan, GenerationPlan, ModelPlan
+from attention.core.plan import MODEL_IMPLEMENTATIONS, FineTuningPlan, GenerationPlan, ModelPlan, StreamPlan
 from attention.core.results import Report
 from attention.core.workload import FineTuning, generations
 from attention.mlx_lm.configuration import bundled_names, check_mlx_lm, find_model
@@ -23,7 +23,7 @@ from fatui.tui.lab import Lab
 from fatui.tui.painting import SparingScreen, set_text, set_title
 from fatui.tui.screens.closing import ClosesOnce
 from fatui.tui.screens.tables import HasTable
-from fatui.tui.view_models import kv_format, model_lines, table_lines
+from fatui.tui.view_models import cost, kv_format, model_lines, table_lines
 from fatui.tui.view_models.session import ModelSession
 from fatui.tui.view_models.table_lines import TableColumn
 from fatui.tui.view_models.trends import Scale, Trend, ceiling, from_zero, progress_line, rate_chart, rate_trends
@@ -32,7 +32,7 @@ from fatui.tui.widgets.charts import TrendChart
 from fatui.tui.widgets.choice import Choice, Toggles
 from fatui.tui.widgets.row_table import RowTable
 from fatui.tui.widgets.table_pane import TablePane
-from fatui.tui.widgets.text_panes import VerdictCard
+from fatui.tui.widgets.text_panes import CostBlock, VerdictCard
 
 IDLE: Final = "{run} runs the setup above; a timed call then estimates the total, before the rounds start."
 ROOMY: Final = 34
@@ -120,6 +120,7 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
 
     def __init__(self) -> None:
         super().__init__(classes="list-screen")
+        self._cost_of: ModelPlan | None = None
 
     def compose(self) -> ComposeResult:
         """Yield the choices, the run and the table."""
@@ -131,6 +132,7 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
                 yield from (self._restored(choice, chosen) for choice in (self._model_choice(chosen), *self.choices()))
             yield Toggles(self.ROWS, chosen.get("implementations", self.ROWS), id="implementations")
             yield Input(placeholder=FOLDER, id="folder")
+            yield CostBlock()
         with Vertical(classes="pane", id="live-pane") as pane:
             pane.border_title = "Live"
             yield Static(id="progress", markup=False)
@@ -176,6 +178,7 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
         """Draw the initial state, and start the repaint timer."""
         self.query_one("#folder").display = False
         self.query_one(RowTable if self.report else "#model").focus()
+        self._ask_cost()
         self._show()
         self.set_interval(self.app.REPAINT_S, self._show)
 
@@ -283,6 +286,27 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
     def _keep(self) -> None:
         values = {choice.id or "": choice.values for choice in self.query(Choice)}
         self.app.runs.chosen[self.NAME] = {**values, "implementations": self.implementations}
+        self._ask_cost()
+
+    def _ask_cost(self) -> None:
+        """Estimate what the choices would take, once they have settled."""
+        try:
+            self.check_available()
+            self._cost_of = self.plan()
+        except (UsageError, NoBackendError, ValueError):  # reported when it is run
+            self._cost_of = None
+            self.query_one(CostBlock).show([])
+            return
+        if not isinstance(self._cost_of, StreamPlan):
+            self.app.costs.ask(self._cost_of, self._show_cost)
+        self._show_cost()
+
+    def _show_cost(self) -> None:
+        """Draw what a run would take, before it."""
+        if self.is_mounted and self._cost_of is not None:
+            shown = not (self.session is not None and self.session.active)
+            lines = cost.model_lines(self._cost_of, self.app.costs.of(self._cost_of)) if shown else []
+            self.query_one(CostBlock).show(lines)
 
     def action_back(self) -> None:
         """Close the filter, hide the folder input, or close the screen; a run continues."""
@@ -301,6 +325,7 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
 
     def _show(self) -> None:
         session, report = self.session, self._shown_report
+        self._show_cost()
         if session is not None:
             message = session.message if session.active else ""
             set_text(self.query_one("#progress", Static), "\n".join(filter(None, (progress_line(session), message))))

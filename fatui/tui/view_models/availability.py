@@ -92,7 +92,7 @@ def availability(route: Route, workload: Workload, device: Device | None, draft:
     """Return the path or the obstacle as text, and whether it would run at all."""
     if not route.supported:
         return f"cannot: {route.reason}", False
-    most = _memory(draft, device)
+    most = memory_limit(draft, device)
     if route.predicted_bytes is not None and most is not None:
         needed = route.predicted_bytes + workload.held_bytes
         if needed > most:
@@ -117,8 +117,7 @@ def needs_text(draft: Draft, advice: Advice) -> str:
     """Format the predicted memory of the selected ones above the inputs: "needs up to baseline 41 MiB, poc 7 MiB".
 
     It includes the output and all scratch memory, also per thread, of which a call may touch less.
-    It is the largest of several cases, followed by the number of those that exceed the memory here; that of a single
-    case stands beside the implementation.
+    It is the largest of several cases; that of a single case stands beside the implementation.
     """
     answer = advice.answer
     sizes = {name: answer.largest[name] for name in draft.implementations if name in answer.largest}
@@ -128,13 +127,9 @@ def needs_text(draft: Draft, advice: Advice) -> str:
     if not several:
         return ""
     text = ", ".join(f"{name} {formatting.size(size)}" for name, size in sizes.items())
-    most = _memory(draft, advice.device)
-    beyond = {name: sum(size > most for size in answer.needs[name]) for name in sizes} if most else {}
-    misfits = [f"{name} {count} of {len(answer.needs[name])}" for name, count in beyond.items() if count]
-    fit = f"; cases that will not fit: {', '.join(misfits)}" if misfits else ""
-    return f"needs up to {text}{fit}"
+    return f"needs up to {text}"
 
 
-def _memory(draft: Draft, device: Device | None) -> int | None:
+def memory_limit(draft: Draft, device: Device | None) -> int | None:
     """Return the bytes available to a case."""
     return draft.memory_limit_bytes or (device.available_bytes if device else None)

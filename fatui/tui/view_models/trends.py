@@ -19,6 +19,9 @@ View = Literal["common", "own", "ratio"]
 VIEWS: Final[tuple[View, ...]] = get_args(View)
 MEMORY: Final = ("MLX active", "MLX peak", "process", "device")
 BAR: Final = 24
+UNTIMED: Final = "time left: known once a call of each is timed"
+STEPS: Final = ("first call", "accuracy", "memory", "warm up", "latency", "rounds")
+"""The steps of an implementation on a case, in their order."""
 MAX_RATIOS: Final = 1024
 """The latest rounds whose ratios are drawn."""
 MIN_SPAN: Final = 0.01
@@ -236,7 +239,7 @@ def opened_line(report: Report) -> str:
 
 
 def progress_line(session: AnySession) -> str:
-    """Format the progress of the run and its current step."""
+    """Format the progress of the run; below it, that of its case: the step, and the rounds."""
     progress = session.record.progress
     if not session.active:
         return f"{session.phase} after {formatting.duration(session.elapsed_s)}"
@@ -252,9 +255,19 @@ def progress_line(session: AnySession) -> str:
     done = left.done if left else 0.0
     filled = round(done * BAR)
     many = len(session.plan.cases)
-    case = f"case {(session.case_number or 0) + 1} of {many} · " if many > 1 else ""
+    case = f" · case {(session.case_number or 0) + 1} of {many}" if many > 1 else ""
     bar = "█" * filled + "░" * (BAR - filled)
-    return f"{bar} {done:>4.0%}  {f'{left.words} · ' if left else ''}{case}{progress.now}"
+    within = f"{formatting.time_left(left.case_s)} in this case · " if many > 1 and left and left.case_s else ""
+    return f"{bar} {done:>4.0%}  {left.words if left else UNTIMED}{case}\n{within}{_step(session, progress.now)}"
+
+
+def _step(session: AnySession, now: str) -> str:
+    """Return what runs now, and before the rounds, how far the implementation and the case are."""
+    name, _, step = now.partition(": ")
+    names = session.plan.ordered
+    if name not in names or step not in STEPS:
+        return now
+    return f"{name}, {names.index(name) + 1} of {len(names)}: {step}, step {STEPS.index(step) + 1} of {len(STEPS)}"
 
 
 def device_lines(session: AnySession) -> list[str]:

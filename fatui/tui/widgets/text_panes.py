@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical, VerticalScroll
+from textual.content import Content
 from textual.message import Message
 from textual.widgets import Static
 
 from attention.core.results import Case, Report, Row
 from fatui.tui.painting import set_text, set_title
+from fatui.tui.view_models.cost import REFUSED
 from fatui.tui.view_models.home import Past, home_text
 from fatui.tui.view_models.row_details import figure_lines, sample_lines, sentences
+from fatui.untrusted_text import one_line
 
 if TYPE_CHECKING:
     from fatui.verdict import Verdict
@@ -74,6 +77,26 @@ class RowPane(VerticalScroll):
             text = "\n".join([*figure_lines(row, case), *samples, "", *sentences(row, case, command)])
         set_title(self, f"6 Row · {row.implementation}" if row else "6 Row")
         set_text(self.query_one("#row-text", Static), text)
+
+
+class CostBlock(Static):
+    """What a run would take: its time, its memory, and what would be refused; the last is in the colour of warnings."""
+
+    DEFAULT_CSS = "CostBlock { height: auto; color: $text-muted; }"
+
+    def __init__(self, *, id: str = "cost") -> None:
+        super().__init__(id=id, markup=False)
+        self._lines: tuple[str, ...] = ()
+
+    def show(self, lines: Sequence[str]) -> None:
+        """Set the lines."""
+        if tuple(lines) == self._lines:
+            return
+        self._lines = tuple(lines)
+        self.display = bool(lines)
+        styles = ("$text-warning" if line.startswith(REFUSED) else "" for line in lines)
+        parts = [Content.styled(one_line(line), style) for line, style in zip(lines, styles, strict=True)]
+        self.update(Content("\n").join(parts))
 
 
 class VerdictCard(Vertical):

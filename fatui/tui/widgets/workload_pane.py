@@ -1,5 +1,6 @@
 """The workload: sliders and choices, and below them the resulting cases, FLOPs, memory and time."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Final
 
@@ -20,6 +21,7 @@ from fatui.tui.terminal import literal
 from fatui.tui.view_models import kv_format, mask_editor
 from fatui.tui.widgets.choice import Choice
 from fatui.tui.widgets.slider import Slider
+from fatui.tui.widgets.text_panes import CostBlock
 
 LABELS: Final = {
     "batch": "batch",
@@ -80,8 +82,10 @@ class WorkloadPane(Vertical):
             for index in range(mask_editor.MAX_PARAMETERS):
                 yield Slider("", (1,), parse=lambda text: (), id=f"mask-{index}")
             yield Static(id="mask-picture", markup=False)
-        for name in ("folded", "cases", "counts", "needs", "takes", "buttons"):
-            yield Static(id=f"workload-{name}", markup=name == "buttons")
+        for name in ("folded", "cases", "counts"):
+            yield Static(id=f"workload-{name}", markup=False)
+        yield CostBlock()
+        yield Static(id="workload-buttons")
 
     def on_mount(self) -> None:
         """Draw the initial draft."""
@@ -163,10 +167,9 @@ class WorkloadPane(Vertical):
         texts = text.split(",") if self.draft.sweeping else [text]
         return tuple(sorted({parameter.parse(each.strip()) for each in texts}))
 
-    def show_words(self, needs: str, takes: str, keys: dict[str, str]) -> None:
-        """Draw the memory and time estimates and the buttons."""
-        self._line("needs", needs)
-        self._line("takes", takes)
+    def show_cost(self, lines: Sequence[str], keys: dict[str, str]) -> None:
+        """Draw what a run would take, and the buttons."""
+        self.query_one(CostBlock).show(lines)
         sweep = "End sweep" if self.draft.sweeping else "Sweep"
         run, sweep_key = (escape(keys.get(name, "")) for name in ("run", "sweep"))
         text = BUTTONS.format(run=run, sweep=sweep, sweep_key=sweep_key)

@@ -15,6 +15,7 @@ from fatui.tui import actions
 from fatui.tui.advisor import AdviceRequest, answer
 from fatui.tui.screens.dialogs import FORMATS
 from fatui.tui.view_models.availability import needs_text
+from fatui.tui.view_models.cost import refusal_lines
 from fatui.tui.view_models.estimate import expected_width
 from fatui.tui.widgets.choice import Choice
 from fatui.tui.widgets.slider import Slider
@@ -31,7 +32,7 @@ async def test_seconds_have_a_slider_and_earlier_runs_say_how_sure_they_make(sta
     stage.find("#seconds", Slider).focus()
     await stage.press("1", "6", "enter")
     assert stage.app.draft.seconds == 16
-    assert "speedups to about ±2.0 %" in " ".join(str(stage.find("#workload-takes").content).split())
+    assert "speedups to about ±2.0 %" in " ".join(str(stage.find("#cost").content).split())
     await stage.press("end")
     assert stage.app.draft.plan().seconds == 300
     assert expected_width(stage.app.draft.plan(), stage.app.remembered.pace, "Test CPU") == 0.01, "the precision"
@@ -334,7 +335,7 @@ async def test_needs_of_a_sweep_are_those_of_its_largest_case(stage):
     stage.app.advice.answer = made
     assert needs_text(stage.app.draft, stage.app.advice) == f"needs up to baseline {formatting.size(largest)}"
     limited = structs.replace(stage.app.draft, memory_limit_bytes=made.needs["baseline"][2] - 1)
-    assert "cases that will not fit: baseline 1 of 3" in needs_text(limited, stage.app.advice)
+    assert "baseline, 1 of 3 cases: needs " in refusal_lines(limited, stage.app.advice)[0]
 
 
 @pytest.mark.slow

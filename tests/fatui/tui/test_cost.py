@@ -1,0 +1,97 @@
+"""The block that says what a run would take."""
+
+from attention.core import events as on
+from attention.core.plan import GenerationPlan, KnownTimes, Plan
+from attention.core.results import Environment
+from attention.core.workload import Workload, generations
+from attention.engine.progress import kind_of_call
+from fatui.storage.settings import RunSpeed
+from fatui.tui.advisor import AdviceReply
+from fatui.tui.view_models import cost
+from fatui.tui.view_models.cost import Timing
+from tests.support.stage import advise
+
+CASE = Workload(seq=512)
+PLAN = Plan(cases=(CASE,), implementations=("baseline", "poc"))
+
+
+def test_a_known_call_is_not_timed_again():
+    near = {kind_of_call(name, CASE): [(CASE.flops * 3.0, 0.1)] for name in PLAN.ordered}
+    assert cost.is_known(PLAN, KnownTimes(calls=near))
+    far = {**near, kind_of_call("poc", CASE): [(CASE.flops * 5.0, 0.1)]}
+    assert not cost.is_known(PLAN, KnownTimes(calls=far))
+
+
+def test_timed_calls_give_the_time_of_a_run():
+    timing = Timing(running=True)
+    assert cost.time_line(PLAN, RunSpeed(), "Test CPU", timing) == "time: timing a call of each"
+    timing.take(on.RunStarted(environment=Environment(device="Test CPU")), PLAN)
+    for name in PLAN.ordered:
+        timing.take(on.CallTimed(case=0, implementation=name, flops=CASE.flops, seconds=1.0), PLAN)
+    pace = cost.estimate.learn_calls(RunSpeed(), timing.device, timing.calls)
+    line = cost.time_line(PLAN, pace, "Test CPU", timing)
+    assert line.startswith("takes up to about 38 s, judging by a timed call of each")
+
+
+async def test_what_will_be_refused_is_said_before_the_run(stage):
+    advise(stage.app)
+    number = stage.app.advice._number
+    reply = AdviceReply(
+        number=number, unsupported={"practical": {"needs a mask of bounds": 1}}, needs={"poc": (2**50,)}
+    )
+    stage.app.advice._take(reply)
+    await stage.pilot.pause()
+    text = " ".join(str(stage.find("#cost").content).split())
+    assert "refused: poc: needs 1,024 TiB of 8 GiB; practical: needs a mask of bounds" in text
+
+
+def test_a_model_says_its_memory_and_time():
+    cases = generations(4, model="tiny-llama", prompts=(64,), batches=(1,), generate=8, dtype="float32")
+    plan, timing = GenerationPlan(cases=cases), Timing()
+    timing.take(on.WeightsLoaded(case=0, weights_bytes=2**30), plan)
+    for case in range(2):
+        timing.take(on.CaseTimeEstimated(case=case, seconds=30.0, implementations=5), plan)
+    timing.take(on.RowEnded(case=0, implementation="mlx", status="refused", reason="needs 4 GiB of 2"), plan)
+    assert cost.model_lines(plan, timing) == [
+        "needs 1 GiB of weights",
+        "refused: mlx: needs 4 GiB of 2",
+        "takes up to about 1 min 00 s, judging by a timed call",
+    ]
+
+
+async def test_calls_are_timed_once_the_set_up_has_settled(stage, monkeypatch):
+    monkeypatch.setattr("fatui.tui.lab.SETTLED_S", 0.0)
+    asked = []
+
+    class Engine:
+        def __init__(self, plan, listener):
+            self.plan, self.listener = plan, listener
+            asked.append(plan)
+
+        async def run(self):
+            self.listener(on.RunStarted(environment=Environment(device="Test CPU")))
+            for name in self.plan.ordered:
+                self.listener(on.CallTimed(case=0, implementation=name, flops=self.plan.cases[0].flops, seconds=0.5))
+
+        def kill(self):
+            pass
+
+    monkeypatch.setattr(stage.app, "new_engine", lambda plan, listener, cost_only: Engine(plan, listener))
+    stage.app.costs.enabled = True
+    stage.app.set_draft(stage.app.draft.set_axis("seq", (1024,)))
+    await stage.settle(lambda: stage.app.remembered.pace.calls)
+    assert [plan.cases[0].seq for plan in asked] == [1024]
+    await stage.pilot.pause()
+    assert "judging by a timed call of each" in " ".join(str(stage.find("#cost").content).split())
+    stage.app.set_draft(stage.app.draft.set_axis("seq", (768,)))  # near enough
+    await stage.pilot.pause(0.05)
+    assert len(asked) == 1
+
+
+async def test_a_run_ends_the_timing_of_calls(stage):
+    stage.app.costs.enabled = True
+    stage.app.set_draft(stage.app.draft.set_axis("seq", (1024,)))
+    task = stage.app.costs._task
+    await stage.press("r")
+    await stage.pilot.pause()
+    assert task.cancelled()
