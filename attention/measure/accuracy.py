@@ -9,7 +9,7 @@ That rule takes the largest error over all rows, so that one ill-conditioned row
 output's rows are therefore judged one by one (`row_tolerances`): a row is allowed no more than its own condition gives.
 
 Results in fp8 arithmetic cannot pass that rule. They pass if RMS(o - ref) <= 3 RMS(o_8 - ref), where o_8 is the output
-of a published recipe for 8 bits on the same inputs (`eight_bit`).
+of a published recipe for 8 bits on the same inputs (`recipe_output`).
 """
 
 import math
@@ -23,8 +23,7 @@ from msgspec import Struct
 from numpy.typing import NDArray
 
 from attention.core.workload import Workload
-from attention.measure.eight_bit import recipe_output
-from attention.measure.reference import Result, Rules, forward, gradients, sensitivity, visible
+from attention.measure.reference import Result, Rules, forward, gradients, recipe_output, sensitivity, visible
 from attention.quantized_kv import KeyOrValue, QuantizedArray
 
 FORWARD_FACTOR: Final = 2.0

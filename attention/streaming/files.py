@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from attention.core.errors import UsageError, error_line
-from attention.streaming.layout import HeadKind
+from attention.streaming.slots import HeadKind
 
 SCHEMA: Final = 1
 KEY: Final = "streaming_kv"

@@ -16,12 +16,11 @@ from attention.implementations import load_implementation
 from attention.implementations.protocol import Implementation
 from attention.masks import Mask, dtype_name
 from attention.quantized_kv import FLOATS
-from attention.streaming import files, fused
+from attention.streaming import attend, files
+from attention.streaming.attend import Part, Settings, attend_parts
 from attention.streaming.files import Description
-from attention.streaming.layout import HeadKind, Layout, Row
-from attention.streaming.parts import Part, Settings, attend_parts
 from attention.streaming.rope import Rope
-from attention.streaming.storage import Slots, cut
+from attention.streaming.slots import HeadKind, Layout, Row, Slots, cut
 
 MAX_PIECE: Final = 1024
 """Tokens of a chunk that are attended to together while the ring has others: their mask has a bit for each pair."""
@@ -101,7 +100,7 @@ class StreamingKV:
         self.heads = _checked_heads(heads)
         self._rows: list[Row] = []
         self._kept: dict[HeadKind, Kept] = {}
-        self._fused = fused.Step(self.layout, self.formats, rope)
+        self._fused = attend.Step(self.layout, self.formats, rope)
         self._pending: tuple[mx.array, mx.array, Sequence[int] | None, bool] | None = None
 
     # What it holds
@@ -272,7 +271,7 @@ class StreamingKV:
             return None
         keys, values = held.keys.arrays, held.values.arrays
         slots = [*keys, *values]
-        token = fused.Token(q, k, v, scale, softcap, rotated)
+        token = attend.Token(q, k, v, scale, softcap, rotated)
         out: mx.array | None = None
         try:
             if backend == "cpu":
@@ -577,7 +576,7 @@ class StreamingKV:
         self._fused.settle()
         made = StreamingKV.__new__(StreamingKV)
         vars(made).update(vars(self))
-        made._fused = fused.Step(self.layout, self.formats, self.rope)
+        made._fused = attend.Step(self.layout, self.formats, self.rope)
         made._rows = [structs.replace(row) for row in self._rows]
         made._kept = {kind: Kept(held.heads, held.keys.twin(), held.values.twin()) for kind, held in self._kept.items()}
         return made

@@ -18,8 +18,7 @@ from attention.kernels.cuda.runtime.call import CallShape, normalize
 from attention.kernels.cuda.runtime.launch import INPUTS, OUTPUTS, make_plan
 from attention.kernels.cuda.sm90 import fp8_launch
 from attention.masks import Mask
-from attention.measure.eight_bit import recipe_output
-from attention.measure.reference import Rules, forward
+from attention.measure.reference import Rules, forward, recipe_output
 from benchmarks.cuda.harness import check_target, random_arrays, report, selected_parts, write_rows
 from benchmarks.rounds import MlxCalls, medians
 

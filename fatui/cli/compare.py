@@ -93,7 +93,7 @@ def _side_by_side(arguments: argparse.Namespace) -> int:
     """Print the rows of several machines."""
     from fatui.cli.output import requested_exports
     from fatui.report.machines import by_machine, to_markdown
-    from fatui.storage.sources import read_runs
+    from fatui.storage.history import read_runs
 
     if arguments.by != "device":
         raise UsageError(f"--by: got '{arguments.by[:40]}'; it takes device")
@@ -170,7 +170,7 @@ def _thresholds_of_file(name: str) -> "Thresholds":
 
 
 def _pairs(arguments: argparse.Namespace, history: "RunHistory") -> "list[tuple[Report, Report]]":
-    from fatui.storage.sources import read_runs
+    from fatui.storage.history import read_runs
 
     before, after = (read_runs(name, history) for name in (arguments.before, arguments.after))
     if len(before) != len(after):

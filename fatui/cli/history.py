@@ -90,8 +90,8 @@ def _list(history: "RunHistory") -> int:
 
 
 def _add(name: str, history: "RunHistory") -> int:
+    from fatui.storage.history import files_of, is_folder
     from fatui.storage.result_files import read
-    from fatui.storage.sources import files_of, is_folder
 
     path = expand_home(name)
     if not is_folder(path):

@@ -14,8 +14,7 @@ from rich.text import Text
 
 from attention.core.errors import UsageError
 from attention.core.results import Report
-from fatui.report.export import to_csv, to_json, to_markdown
-from fatui.report.records import check_parquet, to_json_lines, to_parquet, to_sql
+from fatui.report.export import check_parquet, to_csv, to_json, to_json_lines, to_markdown, to_parquet, to_sql
 from fatui.report.study import beside
 from fatui.report.table import report_table
 from fatui.storage import write_bytes_atomically

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         HistoryError: the history is unusable, or has no such run.
     """
     from fatui.cli.output import STDOUT, Export, requested_exports
-    from fatui.storage.sources import read_run
+    from fatui.storage.history import read_run
 
     exports = requested_exports(arguments, FORMATS) or [Export("markdown", STDOUT)]
     with cli.opened_history() as history:

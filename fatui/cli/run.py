@@ -17,7 +17,7 @@ from attention.engine.record import AnyRecord, StreamRecord
 from fatui import cli, formatting
 from fatui.cli.output import STDOUT, Export, console, print_results, write_files
 from fatui.engine_process import Engine, Silence
-from fatui.report.records import case_lines
+from fatui.report.export import case_lines
 from fatui.report.stream_curves import text_chart, time_chart
 from fatui.report.table import CHART_HEIGHT, CHART_WIDTH
 from fatui.reproduce import RunIdentity

@@ -1,14 +1,16 @@
-"""A report as JSON, CSV and Markdown, made from its rows only."""
+"""A report as JSON, CSV, Markdown, JSON lines, SQL and Parquet, made from its rows only."""
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import msgspec
 
 from attention.core.digest import sealed
-from attention.core.flat import ORIGIN, flat_rows
+from attention.core.errors import UsageError
+from attention.core.flat import ORIGIN, flat_row, flat_rows, origin
 from attention.core.results import AnyCase, Case, Report, Row
 from attention.core.stream import Stream
 from attention.core.workload import FineTuning, Generation
@@ -77,6 +79,9 @@ HEADS: Final = (
     *("implementation", "path", "tokens/s", "per call", "speedup", "TFLOP/s", "efficiency"),
     *("peak memory", "max error", "verdict"),
 )
+SQL_TABLES: Final = ("attention", "models", "fine_tunings", "streams")
+"""Names of the SQL tables, by kind of run."""
+LARGEST_INTEGER: Final = 2**63 - 1
 
 
 def to_json(report: Report, study: Mapping[str, Any] | None = None) -> str:
@@ -226,3 +231,106 @@ def _table(heads: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
     }
     rule = ("---:" if head in right else "---" for head in heads)
     return "\n".join(f"| {' | '.join(markdown_cell(cell) for cell in line)} |" for line in (heads, rule, *lines))
+
+
+def to_json_lines(report: Report) -> str:
+    """Write a line of JSON for each row, flat, with the run's origin."""
+    return "".join(map(_json_line, flat_rows(escape_all(report))))
+
+
+def case_lines(report: Report, number: int, case: AnyCase) -> str:
+    """Write the lines of one case, the number of which in its run is given, from 1.
+
+    Args:
+        report: the run, of which only the origin is used.
+        number: the number.
+        case: the case.
+    """
+    shared, case = origin(report), escape_all(case)
+    return "".join(_json_line({**shared, **flat_row(number, case, row)}) for row in case.rows)
+
+
+def _json_line(record: Mapping[str, object]) -> str:
+    return msgspec.json.encode(record).decode() + "\n"
+
+
+def to_sql(report: Report) -> str:
+    """Write SQL statements that create a table, unless it exists, and insert the rows; for sqlite3.
+
+    The table is named after the kind of run; its columns are those of the CSV. Unknown values are NULL.
+    """
+    report = escape_all(report)
+    columns, records = columns_of(report), flat_rows(report)
+    table = _sql_table(report)
+    declared = ",\n".join(f"  {_sql_name(column)}{_sql_type(column, records)}" for column in columns)
+    lines = [f"CREATE TABLE IF NOT EXISTS {table} (\n{declared}\n);"]
+    names = ", ".join(map(_sql_name, columns))
+    for record in records:
+        values = ", ".join(_sql_literal(record.get(column)) for column in columns)
+        lines.append(f"INSERT INTO {table} ({names}) VALUES ({values});")
+    return "\n".join(lines) + "\n"
+
+
+def _sql_table(report: Report) -> str:
+    kinds = (report.cases, report.models, report.fine_tunings, report.streams)
+    return next((name for name, cases in zip(SQL_TABLES, kinds, strict=True) if cases), SQL_TABLES[0])
+
+
+def _sql_name(column: str) -> str:
+    return f'"{column}"'
+
+
+def _sql_type(column: str, records: Iterable[Mapping[str, object]]) -> str:
+    """Return the type of a column, with a blank before it; none if all its values are unknown."""
+    kinds = {type(record[column]) for record in records if record.get(column) is not None}
+    if not kinds:
+        return ""
+    if kinds <= {bool, int}:
+        return " INTEGER"
+    return " REAL" if kinds <= {bool, int, float} else " TEXT"
+
+
+def _sql_literal(value: object) -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "NULL"
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, int | float):
+        return repr(value) if abs(value) <= LARGEST_INTEGER or isinstance(value, float) else repr(float(value))
+    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    quoted = text.replace("'", "''")
+    return f"'{quoted}'"
+
+
+def check_parquet() -> None:
+    """Raise UsageError unless pyarrow is installed."""
+    _pyarrow()
+
+
+def to_parquet(report: Report) -> bytes:
+    """Write the rows as a Parquet file, with the columns of the CSV.
+
+    Raises:
+        UsageError: pyarrow is not installed.
+    """
+    pyarrow, parquet = _pyarrow()
+    report = escape_all(report)
+    records = flat_rows(report)
+    columns = {name: [_plain(record.get(name)) for record in records] for name in columns_of(report)}
+    out = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), out)
+    return out.getvalue()
+
+
+def _plain(value: object) -> object:
+    """Return a value whose column has one type: lists as JSON."""
+    return msgspec.json.encode(value).decode() if isinstance(value, list | tuple | dict) else value
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        import pyarrow.parquet  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError as error:
+        raise UsageError("--parquet: pyarrow is not installed; `pip install pyarrow`, or use --csv") from error
+    return pyarrow, pyarrow.parquet

@@ -9,7 +9,7 @@ import pytest
 from attention import StreamingKV
 from attention.kernels.cuda.runtime.launch import NOTHING, NUMBER, PASSED, POINTER
 from attention.kernels.cuda.streaming import launch
-from attention.streaming import fused
+from attention.streaming import attend
 from tests.attention.streaming.test_streaming import ROPES, close, expected, made, rope_of
 from tests.support.cuda_planted import signature
 from tests.support.streaming_oracle import Sequence
@@ -49,7 +49,7 @@ def test_slots_positions_and_runs(monkeypatch, rope, rotated):
         plans.append(Computed(kind, rope_of(rope)))
         return plans[-1]
 
-    monkeypatch.setattr(fused, "current_backend", lambda: "cuda")
+    monkeypatch.setattr(attend, "current_backend", lambda: "cuda")
     monkeypatch.setattr(launch, "plan", plan)
     state, oracle = StreamingKV(3, 9, rope=rope_of(rope)), Sequence(3, 9, rope=rope)
     for seed, length in enumerate([20, *[1] * 25, 4, *[1] * 12]):

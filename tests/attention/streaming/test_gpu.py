@@ -6,7 +6,7 @@ import pytest
 
 from attention import StreamingKV, quantized
 from attention.core.kv_format import parse_kv_format
-from attention.streaming import fused
+from attention.streaming import attend
 from tests.attention.streaming.test_streaming import ROPES, close, expected, made, rope_of
 from tests.support.streaming_oracle import Sequence
 
@@ -50,14 +50,14 @@ def test_quantized_storage(kv_format):
 def test_quantized_storage_with_rope(monkeypatch, kv_format, rope, rotated):
     """Steps of the kernels over a quantized ring with rotary positions equal attention in parts over the same ring."""
     taken = []
-    on_cuda = fused.Step.on_cuda
+    on_cuda = attend.Step.on_cuda
 
     def watched(*given):
         made = on_cuda(*given)
         taken.append(made is not None)
         return made
 
-    monkeypatch.setattr(fused.Step, "on_cuda", watched)
+    monkeypatch.setattr(attend.Step, "on_cuda", watched)
     steps, parts = (StreamingKV(4, 300, kv_format, rope=rope_of(rope)) for _ in range(2))
     for seed, length in enumerate((400, *[1] * 40, 700, *[1] * 40)):
         q, k, v = (rounded(x, mx.bfloat16)[0] for x in made(length, seed=seed, width=64))

@@ -16,7 +16,7 @@ from attention.core.workload import Workload
 from fatui.cli import output
 from fatui.cli import run as cli_run
 from fatui.cli.main import main
-from fatui.report import export, machines, records
+from fatui.report import export, machines
 from fatui.storage.history import RunHistory
 from tests.support import hostile
 from tests.support.fake_engine import FakeEngine
@@ -34,7 +34,7 @@ def loaded(text: str) -> sqlite3.Connection:
 
 def test_sql_gives_sqlite_the_rows_of_the_csv():
     report = report_of(plan_of(CASES))
-    database = loaded(records.to_sql(report))
+    database = loaded(export.to_sql(report))
     columns = [line[1] for line in database.execute("PRAGMA table_info(attention)")]
     lines = list(csv.DictReader(io.StringIO(export.to_csv(report))))
     assert columns == list(export.COLUMNS)
@@ -45,7 +45,7 @@ def test_sql_gives_sqlite_the_rows_of_the_csv():
 
 
 def test_sql_of_several_runs_goes_into_one_table():
-    database = loaded(records.to_sql(report_of()) + records.to_sql(report_of(run=run_of(identity="other"))))
+    database = loaded(export.to_sql(report_of()) + export.to_sql(report_of(run=run_of(identity="other"))))
     assert database.execute("SELECT count(DISTINCT run_id) FROM attention").fetchone() == (2,)
 
 
@@ -54,12 +54,12 @@ def test_hostile_texts_stay_texts(kind):
     report = hostile.report(kind, "a'; DROP TABLE attention; --")
     reports = [report, structs.replace(report, run=structs.replace(report.run, started="'\x00'"))]
     for made in reports:
-        text = records.to_sql(made)
+        text = export.to_sql(made)
         assert not hostile.unsafe_in(text)
         (table,) = (name for (name,) in loaded(text).execute("SELECT name FROM sqlite_master"))
         ids = loaded(text).execute(f"SELECT DISTINCT run_id FROM {table}").fetchall()
         assert ids == [("a'; DROP TABLE attention; --",)]
-        lines = records.to_json_lines(made)
+        lines = export.to_json_lines(made)
         assert not hostile.unsafe_in(lines)
         assert len(list(map(json.loads, lines.splitlines()))) == sum(len(case.rows) for case in made.all_cases)
 
@@ -92,7 +92,7 @@ def test_parquet_has_the_rows(kind, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     report = hostile.report(kind, "a") if kind else report_of(plan_of(CASES))
     path = tmp_path / "rows.parquet"
-    path.write_bytes(records.to_parquet(report))
+    path.write_bytes(export.to_parquet(report))
     table = parquet.read_table(path)
     assert table.num_rows == sum(len(case.rows) for case in report.all_cases)
     assert {"implementation", "call_s_median"} <= set(table.column_names)

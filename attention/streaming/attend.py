@@ -1,36 +1,97 @@
-"""A step of a stream as one operation of the kernels of `poc`: written in place, and attended to as the slots lie.
+"""Attention of a stream's step over the slots: part by part through an implementation, or as one kernel of `poc`.
 
-On a CPU it runs at once, on the calling thread, and writes in place what nothing else refers to. On CUDA it is lazy: a
-step takes the output of the step before as an argument, so that they are computed in order, and the slots are arrays
-that nothing but the steps of one state refers to.
+The kernel writes the step's keys and values in place, and attends to the slots as they lie. On a CPU it runs at once,
+on the calling thread, and writes in place what nothing else refers to. On CUDA it is lazy: a step takes the output of
+the step before as an argument, so that they are computed in order, and the slots are arrays that nothing but the steps
+of one state refers to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 import mlx.core as mx
 from msgspec import Struct
 
 from attention.core.bounded_dict import BoundedDict
-from attention.core.errors import KernelUnavailable
+from attention.core.errors import KernelUnavailable, UnsupportedError
 from attention.core.kv_format import KVFormat
-from attention.implementations.calls import call_hooks, current_backend, record_path
+from attention.implementations.calls import call_hooks, call_through_hooks, current_backend, record_path, with_logsumexp
 from attention.implementations.fused import Poc
-from attention.implementations.protocol import Implementation
+from attention.implementations.protocol import Implementation, ReturnsLogsumexp
 from attention.kernels import cpu
+from attention.masks import Mask
 from attention.measure.device import Backend, check_not_forked
-from attention.quantized_kv import arrays_of, quantized
-from attention.streaming.layout import Layout, Row
+from attention.quantized_kv import KeyOrValue, arrays_of, quantized
 from attention.streaming.rope import Rope
+from attention.streaming.slots import Layout, Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from attention.kernels.cuda.streaming.launch import StepPlan
 
+ALL_SEEN: Final = Mask()
+LEAST_SUM: Final = 1e-37
+"""Divides the zeros of rows that see nothing; the sum of other rows is at least 1."""
 HALVES = (mx.bfloat16, mx.float16)
+
+
+class Part(Struct, frozen=True, eq=False):
+    """Keys and values (B, Hkv, n, ·) in one place, the query (B, H, Lq, D) rotated for them, and what it sees."""
+
+    q: mx.array
+    k: KeyOrValue
+    v: KeyOrValue
+    mask: Mask = ALL_SEEN
+
+
+class Settings(Struct, frozen=True, eq=False):
+    """What all parts of a call have in common."""
+
+    implementation: Implementation
+    scale: float
+    softcap: float | None = None
+    sinks: mx.array | None = None
+    """(H,): one more logit of each head's softmax, without a value."""
+
+
+def attend_parts(parts: Sequence[Part], settings: Settings) -> mx.array:
+    """Return attention (B, H, Lq, Dv) over the keys of all parts together.
+
+    Raises:
+        UnsupportedError: there is more than one softmax to join, and the implementation returns no logsumexp.
+    """
+    named: dict[str, Any] = {"scale": settings.scale, "softcap": settings.softcap}
+    chosen: Any = settings.implementation
+    if len(parts) == 1 and settings.sinks is None:
+        (part,) = parts
+        alone: mx.array = call_through_hooks(chosen, part.q, part.k, part.v, mask=part.mask, **named)
+        return alone
+    if not isinstance(chosen, ReturnsLogsumexp):
+        raise UnsupportedError(f"{chosen.name}: it does not return the logsumexp; practical does")
+    called = with_logsumexp(chosen)
+    found = [call_through_hooks(called, part.q, part.k, part.v, mask=part.mask, **named) for part in parts]
+    return _joined([out for out, _ in found], [lse for _, lse in found], settings.sinks)
+
+
+def _joined(outputs: Sequence[mx.array], logsumexps: Sequence[mx.array], sinks: mx.array | None) -> mx.array:
+    """Return the outputs (B, H, Lq, Dv) weighted by the sums of their exponentials; rows that see nothing are 0."""
+    if sinks is not None:
+        logsumexps = [*logsumexps, mx.broadcast_to(sinks.astype(mx.float32)[:, None], logsumexps[0].shape)]
+    top = logsumexps[0]
+    for lse in logsumexps[1:]:
+        top = mx.maximum(top, lse)
+    base = mx.where(mx.isfinite(top), top, 0)
+    weights = [mx.exp(lse - base) for lse in logsumexps]
+    total = mx.maximum(sum(weights[1:], weights[0]), LEAST_SUM)
+    made = sum(
+        (out.astype(mx.float32) * (weight / total)[..., None] for out, weight in zip(outputs, weights, strict=False)),
+        mx.zeros(1),
+    )
+    return made.astype(outputs[0].dtype)
 
 
 class Token(Struct, frozen=True, eq=False):

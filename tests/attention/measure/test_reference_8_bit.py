@@ -6,8 +6,7 @@ import pytest
 
 from attention.core.workload import Workload
 from attention.measure.accuracy import AccuracyChecker
-from attention.measure.eight_bit import e4m3, recipe_output
-from attention.measure.reference import Rules
+from attention.measure.reference import Rules, e4m3, recipe_output
 from tests.support import fp8_model
 
 WORKLOAD = Workload(seq=300, heads=1, head_dim=64, dtype="float16", mask="causal")
