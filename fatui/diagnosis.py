@@ -18,6 +18,7 @@ from attention.core.files import home
 from attention.core.workload import Workload
 from attention.engine.peaks import measure_peaks
 from attention.measure.device import Device, blas, installed_version, probe
+from attention.measure.energy import POWERCAP, energy_counter
 from fatui import REINSTALL_ENGINE, __version__, formatting, storage
 from fatui.storage import presets, settings
 from fatui.storage.history import HistoryError, RunHistory
@@ -96,6 +97,20 @@ def _machine(device: Device) -> Iterator[DiagnosisItem]:
     )
     free = formatting.size(device.available_bytes)
     yield DiagnosisItem(topic="memory", text=f"{formatting.size(device.memory_bytes)}, of which {free} free")
+    yield _energy(device)
+
+
+def _energy(device: Device) -> DiagnosisItem:
+    """Report whether rows have the energy of a token."""
+    if energy_counter(device) is not None:
+        return DiagnosisItem(topic="energy", text="counted by the device: rows have the energy of a token")
+    advice = None
+    if sys.platform == "darwin":
+        advice = "pip install 'fatui[energy]'"
+    elif device.backend == "cuda":
+        advice = "pip install nvidia-ml-py"
+    where = f"; {POWERCAP} is missing, or for root alone" if device.backend == "cpu" and advice is None else ""
+    return DiagnosisItem(topic="energy", text=f"no counter can be read{where}: rows have no energy", advice=advice)
 
 
 def _implementations(device: Device) -> Iterator[DiagnosisItem]:

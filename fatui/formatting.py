@@ -125,6 +125,11 @@ def energy(value: float) -> str:
     return f"{three(value / factor)} {unit}"
 
 
+def energy_text(row: Row) -> str:
+    """Format the energy of a token."""
+    return UNKNOWN if row.joules_per_token is None else energy(row.joules_per_token)
+
+
 def duration(value: float) -> str:
     """Format a time to wait, rounded up so that it changes at most once a second: "9 s", "2 min 05 s", "1 h 02 min"."""
     whole = math.ceil(max(value, 0.0))

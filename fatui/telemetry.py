@@ -2,16 +2,14 @@
 
 import contextlib
 import time
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import psutil
 from msgspec import Struct
 
+from attention.measure.energy import RaplCounter
 from attention.measure.fingerprint import cpu_clock_hz, cpu_temperature_c
-
-RAPL: Final = Path("/sys/class/powercap/intel-rapl:0/energy_uj")
-WRAP: Final = Path("/sys/class/powercap/intel-rapl:0/max_energy_range_uj")
+from attention.measure.nvml import open_device
 
 
 class Reading(Struct, frozen=True, kw_only=True):
@@ -42,7 +40,8 @@ class Telemetry:
 
     def __init__(self) -> None:
         self._process: psutil.Process | None = None
-        self._energy: tuple[float, int] | None = None
+        self._counter: RaplCounter | None = None
+        self._energy: tuple[float, float] | None = None
         self._sensors = hasattr(psutil, "sensors_temperatures")
         self._nvml: Any = None
         self._nvml_tried = False
@@ -79,27 +78,19 @@ class Telemetry:
         return temperature
 
     def _power(self) -> float | None:
-        """Return the mean power since the last reading, from the package's energy counter if readable."""
+        """Return the mean power since the last reading, from the packages' energy counters if readable."""
         try:
-            now = time.monotonic(), int(RAPL.read_text())
+            self._counter = self._counter or RaplCounter()
+            now = time.monotonic(), self._counter()
             before, self._energy = self._energy, now
-            if before is None:
-                return None
-            used = now[1] - before[1]
-            if used < 0:
-                used += int(WRAP.read_text())
-            return used / 1e6 / (now[0] - before[0])
+            return (now[1] - before[1]) / (now[0] - before[0]) if before else None
         except (OSError, ValueError, ZeroDivisionError):
             return None
 
     def _gpu(self) -> GpuReading | None:
         if not self._nvml_tried:
             self._nvml_tried = True
-            with contextlib.suppress(Exception):  # no pynvml, no driver, no device
-                import pynvml  # type: ignore[import-not-found, unused-ignore]
-
-                pynvml.nvmlInit()
-                self._nvml = pynvml, pynvml.nvmlDeviceGetHandleByIndex(0)
+            self._nvml = open_device()
         if self._nvml is None:
             return None
         nvml, handle = self._nvml

@@ -13,7 +13,9 @@ from attention.core.route import Route
 from attention.core.stream import StreamBlock
 from attention.core.workload import Counterpart
 
-Step = Literal["build", "first call", "accuracy", "memory", "warm up", "latency", "rounds", "training", "stream"]
+Step = Literal[
+    "build", "first call", "accuracy", "memory", "warm up", "latency", "rounds", "energy", "training", "stream"
+]
 Ending = Literal["failed", "refused", "unsupported"]
 REPEATED_REFERENCE = "(again)"
 """Name of the reference's second arm among the samples; it gives the noise floor."""
@@ -124,6 +126,14 @@ class CallTimed(Event, tag="call_timed"):
     flops: int
     """Of the call: those of the case, or of a smaller one like it."""
     seconds: float
+
+
+class EnergyMeasured(Event, tag="energy_measured"):
+    """Energy of the device in one call, measured after the rounds."""
+
+    case: int
+    implementation: str
+    joules: float
 
 
 class RanksMeasured(Event, tag="ranks_measured"):
@@ -398,7 +408,15 @@ class RunRefused(Event, tag="run_refused"):
 
 StreamRowEvent = StreamAdvanced | BoundMeasured | BareLoopMeasured
 RowEvent = (
-    RouteFound | StepStarted | RowEnded | FirstCall | AccuracyChecked | MemoryMeasured | LatencyMeasured | RanksMeasured
+    RouteFound
+    | StepStarted
+    | RowEnded
+    | FirstCall
+    | AccuracyChecked
+    | MemoryMeasured
+    | LatencyMeasured
+    | EnergyMeasured
+    | RanksMeasured
 )
 ModelRowEvent = CallsCounted | LayersTimed
 CaseEvent = (

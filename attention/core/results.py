@@ -117,6 +117,8 @@ class Row(Struct, frozen=True, kw_only=True):
     rms_error: float | None = None
     kv_error: float | None = None
     """RMS difference from float64 attention over keys and values before quantization, relative to the RMS of that."""
+    joules_per_token: float | None = None
+    """Energy of the device for one token, calls back to back, after the rounds; None without a counter."""
     approximate: str | None = None
     """Arithmetic coarser than the inputs' dtype, such as "fp8", by whose own tolerance the row was judged."""
     samples: tuple[float, ...] = ()

@@ -57,6 +57,8 @@ class CaseRunner(ABC, Generic[P]):
         self._plan = plan
         self._member = member
         self._progress = Progress(plan, assignment.first_case, emit, mark, assignment.known)
+        self._sampled: list[Arm] = []
+        """The rows' arms that were sampled to the end of the latest rounds."""
 
     def run(self) -> None:
         """Measure all remaining cases, up to the first one for another number of ranks.
@@ -211,6 +213,7 @@ class CaseRunner(ABC, Generic[P]):
             )
         finally:
             stream.flush()
+            self._sampled = [arm for arm in running if id(arm) in rows]
             for arm in arms:
                 self._emit_arm_results(arm)
 

@@ -56,6 +56,8 @@ class RowState(Struct):
     latency_s: float | None = None
     accuracy: on.AccuracyChecked | None = None
     peak_bytes: int | None = None
+    joules: float | None = None
+    """Energy of one call."""
     samples: list[float] = field(default_factory=list)
     """Seconds per call, one for each round; NaN for a round without a sample."""
     counterparts: dict[Counterpart, list[float]] = field(default_factory=dict)
@@ -74,6 +76,7 @@ class RowState(Struct):
         """Drop what a repeated case will measure again; a row that has ended is unchanged."""
         if self.ended is None:
             self.step, self.samples, self.counterparts, self.losses, self.blocks = None, [], {}, [], []
+            self.joules = None
 
 
 class RankState(Struct):
@@ -246,6 +249,8 @@ class RunRecord(ABC, Generic[P, C]):
                 row.bound_s = event.seconds
             case on.BareLoopMeasured():
                 row.bare_bins = event.bins
+            case on.EnergyMeasured():
+                row.joules = event.joules
             case on.RanksMeasured():
                 row.per_rank = event.per_rank
 
@@ -415,6 +420,7 @@ def timed_row(
         max_error=check.max_error if check else None,
         rms_error=check.rms_error if check else None,
         kv_error=check.kv_error if check else None,
+        joules_per_token=None if measured.joules is None else measured.joules / tokens,
         approximate=route.approximate if route else None,
         per_rank=measured.per_rank,
         samples=taken,

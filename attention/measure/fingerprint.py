@@ -3,11 +3,12 @@
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import psutil
 
 from attention.core.results import Fingerprint, MachineState
+from attention.measure import nvml
 from attention.measure.device import Device, installed_version
 
 PACKAGES: Final = ("mlx", "mlx-lm", "numpy", "torch", "nanobind")
@@ -68,15 +69,13 @@ def _load() -> float | None:
 
 
 def _gpu() -> tuple[float | None, float | None]:
-    """Return the clock and the temperature of the first GPU, if pynvml is installed."""
-    with suppress(Exception):  # no pynvml, no driver, no device
-        import pynvml  # type: ignore[import-not-found, unused-ignore]
-
-        nvml: Any = pynvml
-        nvml.nvmlInit()
-        handle = nvml.nvmlDeviceGetHandleByIndex(0)
-        clock = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
-        return clock * 1e6, float(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU))
+    """Return the clock and the temperature of the GPU that computes, if pynvml is installed."""
+    with suppress(Exception):  # a driver that fails
+        if found := nvml.open_device():
+            library, handle = found
+            clock = library.nvmlDeviceGetClockInfo(handle, library.NVML_CLOCK_SM)
+            temperature = library.nvmlDeviceGetTemperature(handle, library.NVML_TEMPERATURE_GPU)
+            return clock * 1e6, float(temperature)
     return None, None
 
 

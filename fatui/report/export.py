@@ -16,6 +16,7 @@ from attention.core.stream import Stream
 from attention.core.workload import FineTuning, Generation
 from fatui import formatting
 from fatui.report.table import (
+    ENERGY,
     EXPOSED,
     KV_ERROR,
     SENT,
@@ -42,7 +43,7 @@ FIGURES: Final = (
     *("over_one_device_value", "over_one_device_low", "over_one_device_high", "over_one_device_significant"),
     *("one_device_s_median", "one_device_s_low", "one_device_s_high", "sent_bytes", "exposed_s"),
     *("rank_call_s", "rank_waiting_s", "rank_sent_bytes", "flops_per_s", "efficiency"),
-    *("peak_bytes", "predicted_bytes", "max_error", "rms_error", "kv_error", "approximate"),
+    *("peak_bytes", "predicted_bytes", "max_error", "rms_error", "kv_error", "joules_per_token", "approximate"),
     *("sample_count", "stopped_by", "throttled"),
 )
 COLUMNS: Final = (*ORIGIN, "case", *FIELDS, "kv_token_bytes", "reference", "noise_floor", *FIGURES)
@@ -218,6 +219,8 @@ def _table(heads: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
         "per call",
         "speedup",
         *formatting.OVER.values(),
+        ENERGY,
+        ENERGY,
         KV_ERROR,
         SENT,
         EXPOSED,

@@ -66,6 +66,7 @@ def _add(table: Table, row: StudyRow, case: Case) -> None:
 
 
 KV_ERROR: Final = "K/V error"
+ENERGY: Final = "J/token"
 DIVERGENCE: Final = "KL"
 SENT: Final = "sent"
 EXPOSED: Final = "exposed"
@@ -133,6 +134,8 @@ def further_columns(cases: Sequence[AnyCase]) -> FurtherColumns:
         columns[KV_ERROR] = formatting.kv_error_text
     if diverge:
         columns[DIVERGENCE] = formatting.divergence_text
+    if any(row.joules_per_token is not None for case in cases for row in case.rows):
+        columns[ENERGY] = formatting.energy_text
     return columns
 
 
@@ -354,7 +357,7 @@ MAX_PATH_LINES: Final = 2
 SMALL_RATE: Final = 1e12
 """Rates below this many FLOP/s are shown in GFLOP/s, since they would be mostly zeros in TFLOP/s."""
 DROPPED_FIRST: Final = (
-    *(("TFLOP/s", "GFLOP/s"), ("error", "off"), ("eff.", "loss"), ("path",)),
+    *(("TFLOP/s", "GFLOP/s"), (ENERGY,), ("error", "off"), ("eff.", "loss"), ("path",)),
     *(("of bound",), ("per call", "to 1st token", "per token", "per iteration"), ("99 %",), ("memory",)),
 )
 TEXTS: Final = (IMPLEMENTATION, "path", "verdict")

@@ -119,6 +119,7 @@ def _figures(row: Row, case: Case) -> list[tuple[str, str]]:
             "rate",
             f"{formatting.flops(row.flops_per_s)}/s, {formatting.percent(row.efficiency)} of the best rate measured",
         ),
+        *([("energy", f"{formatting.energy_text(row)} per token")] if row.joules_per_token is not None else []),
         ("latency", f"{formatting.seconds(row.latency_s)} for one synchronised call"),
         ("first call", f"{formatting.seconds(row.first_call_s)}, including compilation"),
         ("memory", f"{formatting.size(row.peak_bytes)} at the peak, {formatting.size(row.predicted_bytes)} predicted"),

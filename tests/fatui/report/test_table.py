@@ -8,6 +8,7 @@ from attention.core import events as on
 from attention.core.route import FALLS_BACK, Route
 from attention.core.workload import Workload
 from fatui import formatting
+from fatui.report.export import to_csv, to_markdown
 from fatui.report.study import beside, study
 from fatui.report.table import report_table
 from fatui.storage import presets
@@ -95,6 +96,19 @@ def test_quantized_cases_have_speedup_error_and_bytes(width):
     assert "K/V in int4:" not in plain
     gain = formatting.speedup_text(max_gain(report))
     assert f"with K/V in int4 is {gain} as fast as unquantized" in " ".join(plain.split())
+
+
+def test_the_energy_of_a_token_is_a_column_where_it_is_known():
+    record = record_of(plan_of(names=["baseline", "poc"]))
+    without = printed(record.report(run_of()), 140)
+    record.apply(on.EnergyMeasured(case=0, implementation="poc", joules=0.5))
+    report = record.report(run_of())
+    table = "\n".join(printed(report, 140))
+    assert "J/token" not in "\n".join(without)
+    assert "J/token" in table and "3.91 mJ" in table  # of 128 tokens
+    assert "3.91 mJ" not in "\n".join(printed(report, 60))
+    assert "| J/token |" in to_markdown(report)
+    assert ",0.00390625," in to_csv(report)
 
 
 def test_the_title_names_the_reference_and_the_noise_floor():
