@@ -14,6 +14,7 @@ from attention.core.errors import NoBackendError, Remedy, UsageError, suggestion
 from attention.core.files import expand_home
 from attention.core.kv_format import DENSE, parse_kv_format
 from attention.core.workload import ITEM_BYTES, DType, Pass, Workload
+from attention.mlx_lm.hub import CONFIGURATION, cached_folder, is_hub_name
 
 FILE: Final = Path(__file__).with_name("configurations.toml")
 SHAPES: Final = ("hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -115,18 +116,22 @@ def bundled_names() -> tuple[str, ...]:
 
 
 def find_model(model: str) -> Configuration:
-    """Return the configuration of a bundled name or of an mlx-lm model folder.
+    """Return the configuration of a bundled name, of an mlx-lm model folder, or of a name in the hub's cache.
 
     Raises:
         UsageError: it does not exist, or its config.json lacks a shape.
     """
     if model in _bundled():
         return Configuration(model, _bundled()[model])
-    folder = expand_home(model)
+    named = is_hub_name(model)
+    folder = cached_folder(model, CONFIGURATION) if named else expand_home(model)
+    if folder is None:
+        raise UsageError(f"model: '{model}' is neither a folder nor in the hub's cache on this machine")
     if not folder.is_dir():
         known = ", ".join(bundled_names())
         raise UsageError(
-            f"model: got '{model}'; it takes {known}, or an mlx-lm folder{suggestion(model, bundled_names())}"
+            f"model: got '{model}'; it takes {known}, ORG/NAME of Hugging Face's hub, or an mlx-lm folder"
+            f"{suggestion(model, bundled_names())}"
         )
     path = folder / "config.json"
     try:

@@ -74,8 +74,9 @@ def _case(arguments: argparse.Namespace) -> "FineTuning":
     from attention.core.workload import FineTuning
     from attention.mlx_lm.configuration import find_model
     from attention.mlx_lm.text import read
-    from fatui.cli.options import model_dtype, whole_numbers
+    from fatui.cli.options import fetch_model, model_dtype, whole_numbers
 
+    fetch_model(arguments, arguments.model)
     layers = find_model(arguments.model).layers
     read(arguments.data, "data")
     sizes = {name: whole_numbers(getattr(arguments, name), f"--{name}", single=True)[0] for name in SIZES}

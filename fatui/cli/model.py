@@ -18,10 +18,12 @@ EXAMPLE: Final = """examples:
   fatui model tinyllama-1.1b --prompt 512,2048
   fatui model llama-7b-like --layers 4 --impl baseline,practical
   fatui model ~/models/Qwen2.5-1.5B --json qwen.json
+  fatui model mlx-community/Qwen2.5-1.5B-Instruct-bf16
   fatui model tinyllama-1.1b --layers 4 --prompt 2048 --kv-format none,int8,int4
   fatui model tinyllama-1.1b --prompt 8192 --ranks 2
 
-Models without a folder have random weights and need no download: {models}.
+These models have random weights and need no download: {models}.
+ORG/NAME is downloaded once from Hugging Face's hub, as mlx-lm does it, into the hub's cache.
 Prefill is the time from the prompt to the first token, in steps of 2048 tokens as mlx-lm takes them; decode makes
 tokens one after another. `mlx` is mlx-lm as it is; the others are patched in, and pay for that. The attention share
 is the part of the time that the same model is spared, in the same rounds, when attention returns its query at once.
@@ -93,8 +95,9 @@ def _ranks(arguments: argparse.Namespace) -> int:
 def _cases(arguments: argparse.Namespace) -> tuple[Any, ...]:
     from attention.core.workload import generations
     from attention.mlx_lm.configuration import find_model
-    from fatui.cli.options import MAX_SHOWN, model_dtype, whole_numbers
+    from fatui.cli.options import MAX_SHOWN, fetch_model, model_dtype, whole_numbers
 
+    fetch_model(arguments, arguments.model)
     configuration = find_model(arguments.model)
     formats = [part.strip()[:MAX_SHOWN] for part in arguments.kv_format.split(",")]
     cases = generations(

@@ -253,8 +253,30 @@ def add_model_options(parser: argparse.ArgumentParser, example: str) -> None:
     from attention.mlx_lm.configuration import bundled_names
 
     parser.epilog = example.format(models=", ".join(bundled_names()))
-    parser.add_argument("model", metavar="NAME|PATH", help="one of the models named below, or an mlx-lm folder")
+    what = "one of the models named below, ORG/NAME of Hugging Face's hub, or an mlx-lm folder"
+    parser.add_argument("model", metavar="NAME|ORG/NAME|PATH", help=what)
     parser.add_argument("--impl", metavar="A,B", help=f"implementations ({','.join(MODEL_IMPLEMENTATIONS)})")
+
+
+def fetch_model(arguments: argparse.Namespace, model: str) -> None:
+    """Download a model named as on the hub, unless it is in its cache; for a run on another machine its shapes alone.
+
+    Raises:
+        UsageError: there is none, or the hub cannot be reached.
+        NoBackendError: mlx-lm is not installed.
+    """
+    from attention.mlx_lm import hub
+    from attention.mlx_lm.configuration import check_mlx_lm
+    from fatui import cli
+
+    if not hub.is_hub_name(model):
+        return
+    there = given_remote(arguments) is not None
+    if hub.cached_folder(model, hub.CONFIGURATION if there else hub.NEEDED) is None:
+        if not there:
+            check_mlx_lm()
+        cli.print_line(f"looking for '{model}' on the hub")
+        hub.download(model, only_configuration=there)
 
 
 def model_plan(

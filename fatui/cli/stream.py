@@ -18,8 +18,8 @@ EXAMPLE: Final = """examples:
   fatui stream ~/models/tiny --text book.txt --rows full,recomputed,window,streaming
 
 Without a model: one attention call per token, on random inputs, of the shape that the options give, or of a preset's
-first case. With one of the models named below (random weights), or an mlx-lm folder: the model's time per token and
-its loss on a text, token after token.
+first case. With one of the models named below (random weights), ORG/NAME of Hugging Face's hub, or an mlx-lm folder:
+the model's time per token and its loss on a text, token after token.
 {rows}
 Full attention is measured as far as time and memory allow, and extrapolated beyond; the results say from where.
 A stream ends at --tokens or --seconds; ctrl+c keeps what was measured. Models need mlx-lm: pip install 'fatui[models]'.
@@ -89,7 +89,7 @@ def request(arguments: argparse.Namespace) -> "tuple[StreamPlan, list[Export], s
 
     mistakes = Problems()
     arguments.impl = None
-    source = mistakes.catch(lambda: _source(arguments.name)) or {}
+    source = mistakes.catch(lambda: _source(arguments)) or {}
     preset = source.pop("preset", None)
     case = mistakes.catch(lambda: _case(arguments, source))
     rows = mistakes.catch(lambda: _rows(arguments.rows, source.get("model")))
@@ -100,26 +100,32 @@ def request(arguments: argparse.Namespace) -> "tuple[StreamPlan, list[Export], s
     return plan, exports or [], preset
 
 
-def _source(name: str | None) -> dict[str, Any]:
+def _source(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the fields that a model, or the first case of a preset, gives to a stream.
 
     Raises:
         UsageError: it is neither.
     """
+    name: str | None = arguments.name
     if name is None:
         return {}
     from attention.core.errors import UsageError
     from attention.core.files import expand_home
     from attention.mlx_lm.configuration import bundled_names, find_model
+    from attention.mlx_lm.hub import is_hub_name
+    from fatui.cli.options import fetch_model
     from fatui.storage.presets import load
 
-    if name in bundled_names() or expand_home(name).is_dir():
+    named = is_hub_name(name) and not name.endswith(".toml")
+    if named:
+        fetch_model(arguments, name)
+    if named or name in bundled_names() or expand_home(name).is_dir():
         found = find_model(name)
         return {"model": name, "heads": found.heads, "kv_heads": found.kv_heads, "head_dim": found.head_dim}
     try:
         loaded = load(name)
     except UsageError as error:
-        text = f"neither a model ({', '.join(bundled_names())}, or an mlx-lm folder) nor a preset"
+        text = f"neither a model ({', '.join(bundled_names())}, ORG/NAME of the hub, or an mlx-lm folder) nor a preset"
         raise UsageError(f"'{name[:80]}': {text}: {error.problems[0]}") from error
     first = loaded.cases[0]
     fields: dict[str, Any] = {name: getattr(first, name) for name in (*SHAPE, "dtype", "kv_format")}
