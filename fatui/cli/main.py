@@ -185,8 +185,9 @@ def app_request(arguments: Sequence[str]) -> argparse.Namespace:
     given = _app_parser().parse_all(arguments)
     if given.preset is not None:
         _check_preset(given.preset)
-    # Textual reads keys from stdin and draws on stderr.
-    if not all(map(_is_terminal, (sys.stdin, sys.stdout, sys.stderr))) or os.environ.get("TERM") == "dumb":
+    # Textual reads keys from stdin and draws on stderr; served to a browser, it needs no terminal.
+    on_terminal = all(map(_is_terminal, (sys.stdin, sys.stdout, sys.stderr))) and os.environ.get("TERM") != "dumb"
+    if not on_terminal and not os.environ.get("TEXTUAL_DRIVER", "").endswith(":WebDriver"):
         from attention.core.errors import UsageError
 
         raise UsageError("the app needs a terminal; try `fatui bench`, which needs none")

@@ -58,6 +58,12 @@ def unavailable():
     return f"needs {', '.join(missing)} (apt install openssh-server)" if missing else ""
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def server_program():
     return shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
@@ -103,9 +109,7 @@ class Sshd:
             command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / name]
             subprocess.run(command, check=True, capture_output=True)
         shutil.copy(self.folder / "key.pub", self.folder / "authorized_keys")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         values = {"port": self.port, "folder": self.folder, "host": HOST}
         (self.folder / "sshd_config").write_text(SERVER.format(**values))
         (self.folder / "config").write_text(CLIENT.format(**values))
