@@ -227,6 +227,17 @@ def test_recomputed_weights_are_no_fault(case):
     assert failures(family, "gradient", number, seed) == []
 
 
+@pytest.mark.parametrize("number", [56, 219])
+def test_tf32_counts_where_plain_attention_overflows(number, monkeypatch):
+    """Scores beyond what float16 has; in TF32, as on CUDA, a row has another largest one."""
+    monkeypatch.setattr(reference, "multiplies_in_tf32", lambda problem: True)
+    judge = Judge(cases.problem(1401, number, "forward"))
+    assert np.isnan(judge.plain[0]).any()
+    assert np.abs(judge.in_tf32[0] - judge.expected[0]).max() > 2
+    assert judge._judged("baseline", judge.in_tf32).verdict == "ok"
+    assert judge._judged("baseline", [4 * judge.in_tf32[0]]).verdict == "inaccurate"
+
+
 def test_a_small_fault_in_a_float32_gradient_is_still_found():
     problem = cases.problem(603, 93, "gradient")
     spoil = lambda output, v: output + 1e-4 * (v - mx.stop_gradient(v)).sum()  # noqa: E731
