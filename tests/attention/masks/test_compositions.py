@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from attention import attention, masks
@@ -12,6 +12,8 @@ from attention.implementations.calls import take_path
 from tests.support import kernel_oracle, mask_values
 
 EXAMPLES = 400
+PARTS = 8
+"""Tests that the examples on the GPU are divided among, for as many processes."""
 IN_BLOCKS = Practical(1 << 18)
 SUM_ROUNDING = 2e-6
 """Error that float32 sums in another order may have, of results up to 1."""
@@ -93,7 +95,12 @@ def test_compositions_are_right_on_the_cpu(call):
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@random_calls
-@given(calls(["bfloat16", "float16"], [64, 128], (250, 400)))
-def test_compositions_are_right_on_the_gpu(call):
-    check(call, ["poc"], "CUDA")
+@pytest.mark.parametrize("part", range(PARTS))
+def test_compositions_are_right_on_the_gpu(part):
+    @seed(part)
+    @settings(random_calls, max_examples=EXAMPLES // PARTS)
+    @given(calls(["bfloat16", "float16"], [64, 128], (250, 400)))
+    def compare(call):
+        check(call, ["poc"], "CUDA")
+
+    compare()
