@@ -63,10 +63,12 @@ def attention(q, k, v, options: Options, rounded=lambda x: x):
     return rounded(p @ v), logsumexp, (p, slope, k, v)
 
 
-def gradients(q, k, v, do, options: Options, rounded=lambda x: x):
-    _, _, (p, slope, wide_k, wide_v) = attention(q, k, v, options, rounded)
+def gradients(q, k, v, do, options: Options, rounded=lambda x: x, stored=None):
+    """Return dq, dk and dv; by rowsum(dO * O) of the output rounded by `stored`, if given, else by rowsum(dP * P)."""
+    output, _, (p, slope, wide_k, wide_v) = attention(q, k, v, options, rounded)
     dp = rounded(do @ wide_v.swapaxes(-1, -2))
-    ds = rounded(p * (dp - (dp * p).sum(-1, keepdims=True)) * slope)
+    delta = dp * p if stored is None else do * stored(output)
+    ds = rounded(p * (dp - delta.sum(-1, keepdims=True)) * slope)
     dq = rounded(ds @ wide_k * options.scale)
     dk = ds.swapaxes(-1, -2) @ q * options.scale
     dv = p.swapaxes(-1, -2) @ do

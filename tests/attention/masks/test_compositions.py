@@ -44,10 +44,14 @@ def check(call, implementations, backend):
     options = kernel_oracle.Options(dim**-0.5, softcap=softcap, mask=added)
     exact, logsumexp, _ = kernel_oracle.attention(*numbers[:3], options)
     expected = [exact, *kernel_oracle.gradients(*numbers, options)]
-    plain = [
-        kernel_oracle.plain_attention(*numbers[:3], options, dtype),
-        *kernel_oracle.plain_gradients(*numbers, options, dtype),
-    ]
+    plain = [kernel_oracle.plain_attention(*numbers[:3], options, dtype)]
+    # of few rows plain attention can be nearly exact; the stored output, of which fused gradients are made, is not
+    ways = (
+        kernel_oracle.plain_gradients(*numbers, options, dtype),
+        kernel_oracle.gradients(*numbers, options, stored=kernel_oracle.rounding(dtype)),
+    )
+    for right, *made in zip(expected[1:], *ways, strict=True):
+        plain.append(max(made, key=lambda one, right=right: np.abs(one - right).max(initial=0)))
     for implementation in implementations:
 
         def attend(*given, implementation=implementation):
