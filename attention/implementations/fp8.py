@@ -38,11 +38,11 @@ class PocFp8:
 
     def needs_building(self, workload: Workload, device: Device) -> bool:
         """Return whether the launcher has to be compiled first."""
-        return _route(workload, device.backend, NO_NEEDS).supported and not cuda.is_built()
+        return _route(workload, device.backend, NO_NEEDS).supported and not cuda.is_built(workload)
 
-    def build(self, on_message: Callable[[str], None]) -> None:
+    def build_for(self, workload: Workload, on_message: Callable[[str], None]) -> None:
         """Compile the launcher; if that fails, routes report the reason."""
-        cuda.build(on_message)
+        cuda.build(workload, on_message)
 
     def __call__(
         self,

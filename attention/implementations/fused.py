@@ -46,12 +46,12 @@ class Kernel(Protocol):
         """Return the kernel's route, or an unsupported route with the reason."""
         ...
 
-    def is_built(self) -> bool:
-        """Return whether a call can run without compiling first."""
+    def is_built(self, workload: Workload) -> bool:
+        """Return whether the workload's calls can run without compiling first."""
         ...
 
-    def build(self, on_message: Callable[[str], None]) -> None:
-        """Compile the kernel; raises KernelUnavailable."""
+    def build(self, workload: Workload, on_message: Callable[[str], None]) -> None:
+        """Compile what the workload's calls need of the kernel; raises KernelUnavailable."""
         ...
 
     def attend(
@@ -159,14 +159,14 @@ class Poc:
         return structs.replace(fallback, path=path, reason=reason, fallback=True)
 
     def needs_building(self, workload: Workload, device: Device) -> bool:
-        """Return whether the kernel supports the workload and has not been compiled on this machine yet."""
+        """Return whether the kernel supports the workload and has not been compiled for it on this machine yet."""
         kernel = _kernel(device.backend)
-        return not kernel.is_built() and kernel.route(workload, NO_NEEDS).supported
+        return not kernel.is_built(workload) and kernel.route(workload, NO_NEEDS).supported
 
-    def build(self, on_message: Callable[[str], None]) -> None:
-        """Compile the kernel; if that fails, calls fall back and the route has the reason."""
+    def build_for(self, workload: Workload, on_message: Callable[[str], None]) -> None:
+        """Compile what the workload's calls need; if that fails, they fall back and the route has the reason."""
         with suppress(KernelUnavailable):
-            _kernel(current_backend()).build(on_message)
+            _kernel(current_backend()).build(workload, on_message)
 
     def __call__(
         self, q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None = None

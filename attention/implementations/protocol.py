@@ -106,7 +106,7 @@ class NeedsBuilding(Protocol):
 
 @runtime_checkable
 class NeedsBuildingPerCall(Protocol):
-    """An implementation that must be built for each kind of call, in each process."""
+    """An implementation that must be built for each kind of call: in each process, or once per machine."""
 
     def needs_building(self, workload: Workload, device: Device) -> bool:
         """Return whether a first call of the workload would have to build; quick."""

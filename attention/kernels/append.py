@@ -64,7 +64,7 @@ def quantize(x: mx.array, form: Format) -> Parts:
 def _is_fused(
     kv_format: KVFormat, keys: mx.array, values: mx.array, buffers: tuple[Sequence[mx.array], Sequence[mx.array]]
 ) -> bool:
-    if not (cpu.is_loaded() or _loads()):
+    if not (cpu.is_loaded(("quantized",)) or _loads()):
         return False
     pairs = (kv_format.key, keys, buffers[0]), (kv_format.value, values, buffers[1])
     return all(
@@ -76,10 +76,10 @@ def _is_fused(
 @functools.cache
 def _loads() -> bool:
     """Return whether the CPU kernel has been compiled before, and loads; a cache does not wait for a compilation."""
-    if not cpu.is_compiled():
+    if not cpu.is_compiled(("quantized",)):
         return False
     try:
-        cpu.load()
+        cpu.load(parts=("quantized",))
     except KernelUnavailable:
         return False
     return True

@@ -37,6 +37,8 @@ ALL_SEEN: Final = Mask()
 LEAST_SUM: Final = 1e-37
 """Divides the zeros of rows that see nothing; the sum of other rows is at least 1."""
 HALVES = (mx.bfloat16, mx.float16)
+_PARTS: Final = ("streams", "few")
+"""What a step needs of the CPU kernel, besides its dtype."""
 
 
 class Part(Struct, frozen=True, eq=False):
@@ -126,7 +128,7 @@ class Step:
             return None
         backend = current_backend()
         if backend == "cpu":
-            return backend if cpu.is_loaded() or _loads() else None
+            return backend if cpu.is_loaded(_PARTS) or _loads() else None
         return backend if backend == "cuda" else None
 
     def settle(self) -> None:
@@ -219,7 +221,7 @@ class Step:
 @cache
 def _loads() -> bool:
     try:
-        cpu.load()
+        cpu.load(parts=_PARTS)
     except KernelUnavailable:
         return False
     return True

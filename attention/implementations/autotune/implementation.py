@@ -42,7 +42,13 @@ from attention.implementations.calls import MlxRunner, call_signature, current_b
 from attention.implementations.error_budget import BudgetExceededError, ErrorBudget, ErrorUnknownError
 from attention.implementations.fp8 import PocFp8
 from attention.implementations.fused import Poc
-from attention.implementations.protocol import Implementation, NeedsBuilding
+from attention.implementations.protocol import (
+    Implementation,
+    NeedsBuilding,
+    NeedsBuildingPerCall,
+    build,
+    needs_building,
+)
 from attention.masks import Mask, of_workload
 from attention.measure.device import Device, probe
 from attention.measure.rounds import Clock
@@ -286,12 +292,12 @@ class Demo:
 
     def needs_building(self, workload: Workload, device: Device) -> bool:
         """Return whether a candidate has to be compiled before a trial is fair."""
-        return any(one.needs_building(workload, device) for one in self._compiled_candidates())
+        return any(needs_building(one, workload, device) for one in self._compiled_candidates())
 
-    def build(self, on_message: Callable[[str], None]) -> None:
-        """Compile what a trial would call."""
+    def build_for(self, workload: Workload, on_message: Callable[[str], None]) -> None:
+        """Compile what a trial of the workload would call."""
         for one in self._compiled_candidates():
-            one.build(on_message)
+            build(one, workload, on_message)
 
     def for_training(self) -> "Demo":
         """Return a tuner for training calls that shares the store and the choices of this one."""
@@ -319,8 +325,8 @@ class Demo:
         device = probe()
         task = task.with_informative_inputs(device.available_bytes // 2)
         for one in self._compiled_candidates():
-            if one.needs_building(task.workload, device):
-                one.build(lambda text: on.emit_tuning(on.Message(level="info", text=text)))
+            if needs_building(one, task.workload, device):
+                build(one, task.workload, lambda text: on.emit_tuning(on.Message(level="info", text=text)))
         names = self._fitting(task.workload, device, task.needs)
         workload = self._class(task.workload, device, task.needs)
         trial = Trial(workload, task, budget_s=self._budget_s, device=device, clock=self.clock, now=self.store.now)
@@ -348,8 +354,8 @@ class Demo:
         if challenger is not None:
             active.timed_pair(challenger, run, AccuracyCheck(task).error, self.candidates, self.clock, queued=queued)
 
-    def _compiled_candidates(self) -> list[NeedsBuilding]:
-        return [one for one in self.candidates.values() if isinstance(one, NeedsBuilding)]
+    def _compiled_candidates(self) -> list[Implementation]:
+        return [one for one in self.candidates.values() if isinstance(one, NeedsBuilding | NeedsBuildingPerCall)]
 
     def _class(self, workload: Workload, device: Device, needs: Needs) -> WorkloadClass:
         return class_of(workload, device, needs, self._max_error)

@@ -5,14 +5,14 @@ Importing this package imports neither MLX nor nanobind; the first call does.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
 
 from attention.core.errors import KernelUnavailable
 from attention.kernels.common import check_bounds
 from attention.measure.device import check_not_forked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import mlx.core as mx
 
@@ -37,6 +37,8 @@ __all__ = [
 
 LIST_TILE: Final = (64, 128)
 """Queries and keys of a tile of the block lists that the kernel walks."""
+
+T = TypeVar("T")
 
 _module: Any = None
 _quantized_call: Any = None
@@ -70,23 +72,43 @@ class Lists(Protocol):
         ...
 
 
-def availability() -> tuple[bool, str]:
-    """Return whether the kernel can be used on this machine, and the reason in one line; fast, compiles nothing."""
+def parts(dtype: str, queries: int, *, training: bool = False, quantized: bool = False) -> frozenset[str]:
+    """Return the parts of the kernel that a call needs, each of which is compiled when one does first.
+
+    Args:
+        dtype: of the queries, by MLX's name.
+        queries: number of queries, Lq.
+        training: with gradients.
+        quantized: over quantized keys and values.
+    """
+    few = 0 < queries % 64 <= 8  # rows of the last tile, as `has_few_rows` in schedule.hpp
+    further = (("few", few), ("gradients", training), ("quantized", quantized))
+    return frozenset({dtype, *(part for part, needed in further if needed)})
+
+
+def availability(parts: Iterable[str] | None = None) -> tuple[bool, str]:
+    """Return whether the kernel can be used on this machine, and the reason in one line; fast, compiles nothing.
+
+    Args:
+        parts: those that a call would need; by default those that calls have needed on this machine so far.
+    """
     from attention.kernels.cpu import library
 
-    return library.availability()
+    return library.availability(parts)
 
 
-def is_compiled() -> bool:
-    """Return whether a library compiled for this machine and MLX is cached, so that `load` takes milliseconds."""
+def is_compiled(parts: Iterable[str] = ()) -> bool:
+    """Return whether a library with these parts is cached for this machine and MLX, so that it loads at once."""
     from attention.kernels.cpu import library
 
-    return library.is_compiled()
+    return library.is_compiled(parts)
 
 
-def is_loaded() -> bool:
-    """Return whether the kernel is loaded in this process."""
-    return _module is not None
+def is_loaded(parts: Iterable[str] = ()) -> bool:
+    """Return whether the kernel is loaded in this process, with these parts."""
+    from attention.kernels.cpu import library
+
+    return _module is not None and library.has(parts)
 
 
 def fma_peak() -> float:
@@ -95,9 +117,7 @@ def fma_peak() -> float:
     Raises:
         KernelUnavailable: the kernel cannot run on this machine.
     """
-    if _module is None:
-        load()
-    return float(_module.fma_peak())
+    return float(_with_parts(lambda module: module.fma_peak()))
 
 
 def variant() -> str:
@@ -107,23 +127,47 @@ def variant() -> str:
     return build.variant()
 
 
-def load(on_message: Callable[[str], None] | None = None) -> None:
+def load(on_message: Callable[[str], None] | None = None, parts: Iterable[str] | None = None) -> None:
     """Load the kernel: compile it if necessary, verify its recorded hash, import it, run its self-check.
 
     Args:
         on_message: called with a line before a compilation and one after it.
+        parts: those that calls will need; all by default. Others are compiled by the first call that needs them.
 
     Raises:
         KernelUnavailable: the kernel cannot be compiled, loaded or trusted; the message is the reason.
     """
-    from attention.kernels.cpu import library
+    from attention.kernels.cpu import build, library
 
     global _module, _quantized_call  # noqa: PLW0603  one library a process
-    if _module is None:
+    if _quantized_call is None:
         from attention.kernels.cpu import quantized_call
 
         _quantized_call = quantized_call
-        _module = library.load(on_message)
+    _module = library.load(on_message, build.ALL if parts is None else parts)
+
+
+def _load_for(q: mx.array, k: mx.array | QuantizedArray, v: mx.array | QuantizedArray) -> None:
+    """Load what a call needs, so that it is compiled in parallel; arguments are not checked yet."""
+    from attention.kernels.cpu import build, quantized_call
+
+    queries = q.shape[2] if q.ndim == 4 else 0
+    needed = parts(str(q.dtype).rpartition(".")[2], queries, quantized=quantized_call.is_quantized(k, v))
+    load(parts=needed & build.ALL)
+
+
+def _with_parts(call: Callable[[Any], T]) -> T:
+    """Return what a function makes of the module; parts that it lacks are compiled, and loaded with the others."""
+    if _module is None:
+        load(parts=())
+    while True:
+        module = _module
+        try:
+            return call(module)
+        except module.MissingPart as missing:
+            load(parts=(str(missing),))
+            if _module is module:
+                raise KernelUnavailable(f"the compiled kernel lacks its part {missing}") from missing
 
 
 def _bounds(window: int | None, softcap: float | None) -> tuple[int, float]:
@@ -173,15 +217,20 @@ def flash_attention(
     """
     check_not_forked()
     if _module is None:
-        load()
+        _load_for(q, k, v)
     if window is not None or softcap is not None:
         window, softcap = _bounds(window, softcap)
     listed = () if lists is None and alibi is None else (alibi, *_list_arguments(lists))
+    options = (scale, causal, window or 0, softcap or 0.0, mask, items)
     if _quantized_call.is_quantized(k, v):
-        options = (scale, causal, window or 0, softcap or 0.0, mask, items)
-        attended: mx.array = _quantized_call.attend(_module, q, k, v, options, *([listed] if listed else []))[0]
+        more = [listed] if listed else []
+        attended: mx.array = _with_parts(lambda module: _quantized_call.attend(module, q, k, v, options, *more)[0])
         return attended
-    out: mx.array = _module.flash_attention(q, k, v, scale, causal, window or 0, softcap or 0.0, mask, items, *listed)
+    module = _module
+    try:
+        out: mx.array = module.flash_attention(q, k, v, *options, *listed)
+    except module.MissingPart:
+        out = _with_parts(lambda module: module.flash_attention(q, k, v, *options, *listed))
     return out
 
 
@@ -212,17 +261,19 @@ def flash_attention_with_logsumexp(
     """
     check_not_forked()
     if _module is None:
-        load()
+        _load_for(q, k, v)
     window, softcap = _bounds(window, softcap)
-    if _quantized_call.is_quantized(k, v):
-        listed = (alibi, *_list_arguments(lists))
-        options = (scale, causal, window, softcap, mask, items)
-        found: tuple[mx.array, mx.array] = _quantized_call.attend(_module, q, k, v, options, listed, logsumexp=True)
+    listed = (alibi, *_list_arguments(lists))
+    options = (scale, causal, window, softcap, mask, items)
+
+    def call(module: Any) -> tuple[mx.array, mx.array]:
+        if _quantized_call.is_quantized(k, v):
+            found: tuple[mx.array, mx.array] = _quantized_call.attend(module, q, k, v, options, listed, logsumexp=True)
+        else:
+            found = module.flash_attention_with_logsumexp(q, k, v, *options, *listed)
         return found
-    both: tuple[mx.array, mx.array] = _module.flash_attention_with_logsumexp(
-        q, k, v, scale, causal, window, softcap, mask, items, alibi, *_list_arguments(lists)
-    )
-    return both
+
+    return _with_parts(call)
 
 
 def append_quantized(
@@ -240,9 +291,9 @@ def append_quantized(
     """
     check_not_forked()
     if _module is None:
-        load()
+        load(parts=("quantized",))
     codes = _quantized_call.code(kv_format.key), _quantized_call.code(kv_format.value)
-    made: list[mx.array] = _module.append_quantized(buffers, keys, values, *codes, row, used)
+    made: list[mx.array] = _with_parts(lambda module: module.append_quantized(buffers, keys, values, *codes, row, used))
     return made
 
 
@@ -300,16 +351,19 @@ def stream_step(
         ValueError: shapes or dtypes do not fit.
         KernelUnavailable: the kernel cannot run on this machine.
     """
-    if _module is None:
-        load()
     rest = (*options, rows, scale, softcap or 0.0, radians, adjacent, rotated)
-    out: mx.array | None = _module.stream_step(q, k, v, slots, *rest)
+
+    def step(module: Any) -> mx.array | None:
+        made: mx.array | None = module.stream_step(q, k, v, slots, *rest)
+        return made
+
+    out = _with_parts(step)
     if out is None:
         import mlx.core
 
         mlx.core.eval(q, k, v, slots)
         slots[:] = map(_module.own_copy, slots)
-        out = _module.stream_step(q, k, v, slots, *rest)
+        out = _with_parts(step)
         assert out is not None
     return out
 
@@ -338,9 +392,7 @@ def workspace_bytes(
     """
     import mlx.core
 
-    if _module is None:
-        load()
     element = [mlx.core.float32, mlx.core.float16, mlx.core.bfloat16].index(dtype)
     batch, heads, queries, head_dim = q_shape
     sizes = (batch, heads, k_shape[1], queries, k_shape[2], head_dim, v_shape[3])
-    return int(_module.workspace_bytes(*sizes, element, training, quantized))
+    return int(_with_parts(lambda module: module.workspace_bytes(*sizes, element, training, quantized)))

@@ -16,6 +16,6 @@ struct NewRows {
   int64_t batch = 0, heads = 0, count = 0, width = 0, first = 0;
 };
 
-void quantize_into(const NewRows& keys, const NewRows& values);
+FATUI_PART void quantize_into(const NewRows& keys, const NewRows& values);
 
 }  // namespace fatui

@@ -5,17 +5,12 @@
 //     P2 = P' in rows of bfloat16        dV += P2 dO2                 [key][query / 2]
 //     dS2 = dS' in rows of bfloat16      dK += dS2 Q2
 //     dSP = dS' in pairs of keys         dQ' += KT dSP                KT[d][key / 2], dSP[key / 2][query]
+#if defined(__AVX512BF16__)
 #include "backward_walk.hpp"
 #include "pair_product.hpp"
 
 namespace fatui {
 
-#if !defined(__AVX512BF16__)
-
-void backward_bfloat16(const BackwardCall&) {}
-int64_t backward_bfloat16_workspace(const Problem&) { return 0; }
-
-#else
 namespace {
 
 // Subtracts the reference first if it is large, as in the forward pass; returns whether it did.
@@ -158,6 +153,6 @@ void backward_bfloat16(const BackwardCall& call) { walk<bfloat16_t, PairTiles>(c
 int64_t backward_bfloat16_workspace(const Problem& p) {
   return BackwardPlan<PairTiles>(p).workspace(p, threads_for(p));
 }
-#endif
 
 }  // namespace fatui
+#endif

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -33,6 +34,8 @@ class Toolchain:
     compiler: tuple[str, ...]
     python_include: Path
     nanobind: Path
+    backend: Path | None
+    """nanobind's compiled part, if it is installed and fits MLX's; otherwise it is compiled."""
     mlx: Path
 
     @property
@@ -82,13 +85,40 @@ def find() -> Toolchain:
     include = Path(sysconfig.get_paths()["include"])
     if not (include / "Python.h").exists():
         raise KernelUnavailable(f"no Python.h in {include} (install the Python development headers)")
-    return Toolchain(compiler(), include, nanobind, mlx)
+    return Toolchain(compiler(), include, nanobind, _backend(nanobind, mlx), mlx)
+
+
+@functools.lru_cache(maxsize=8)
+def _can_call(header: Path) -> bool:
+    """Return whether the installed backend serves a header of nanobind: it has at least that version of the ABI."""
+    wanted = [int(n) for n in re.findall(r"define NB_BACKEND_ABI_(?:MAJOR|MINOR) (\d+)", header.read_text())]
+    installed = [int(n) for n in importlib.metadata.version("nanobind-backend").split(".")[:2]]
+    return len(wanted) == len(installed) and wanted[0] == installed[0] and wanted <= installed
+
+
+def _backend(nanobind: Path, mlx: Path) -> Path | None:
+    """Return nanobind's compiled backend if these headers can call it and it shares types with MLX: by its ABI tag."""
+    folder = package_folder("nanobind_backend")
+    if folder is None or sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return None
+    if not _can_call(nanobind / "include" / "nanobind" / "nb_backend.h"):
+        return None
+    theirs = _abi_tag(next(mlx.glob("core.*.so")))
+    return next((path for path in sorted(folder.glob("*.so")) if _abi_tag(path) == theirs != _UNKNOWN), None)
+
+
+_UNKNOWN = "unknown"
 
 
 def _abi_tag(module: Path) -> str:
     """Return nanobind's ABI tag of a compiled module: platform, C++ library and the version of its internals."""
-    found = re.search(rb"nanobind_[a-z0-9_]+_v[0-9]+[a-z0-9_]*", module.read_bytes())
-    return found[0].decode() if found else "unknown"
+    return _read_tag(str(module), module.stat().st_size, module.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _read_tag(module: str, size: int, time: int) -> str:
+    found = re.search(rb"nanobind_[a-z0-9_]+_v[0-9]+[a-z0-9_]*", Path(module).read_bytes())
+    return found[0].decode() if found else _UNKNOWN
 
 
 def check_abi(tools: Toolchain, module: Path | None = None) -> None:
@@ -102,6 +132,8 @@ def check_abi(tools: Toolchain, module: Path | None = None) -> None:
         KernelUnavailable: they differ; the message has both.
     """
     theirs = _abi_tag(tools.mlx_module)
+    if module is not None and tools.backend is not None:
+        return  # the backend's tag is MLX's; importing the module compares the platform with the backend's
     if module is not None:
         ours, same = _abi_tag(module), _abi_tag(module) == theirs
     else:
@@ -161,10 +193,22 @@ def variant() -> str:
 
 SOURCES = Path(__file__).parent
 MODULE = "fatui_cpu_kernel"
-KERNEL = (
-    *("forward", "forward_bfloat16", "backward", "backward_bfloat16"),
-    *("quantized", "integer_products", "streaming", "append", "scores", "lists", "pool", "measure"),
-)
+SHARED = ("product", "scores", "lists", "measure", "pool", "forward")
+"""Sources of the kernel that every library has, those that take longest first; and those that a part adds."""
+PARTS = {
+    "float32": ("forward_float32",),
+    "float16": ("forward_float16",),
+    "bfloat16": ("forward_bfloat16", "forward_widened"),
+    "few": ("few",),
+    "gradients": ("backward_bfloat16", "backward"),
+    "quantized": ("quantized", "integer_products", "append"),
+    "streams": ("streaming",),
+}
+"""What a library is linked without until a call needs it (`require_forward` in module.cpp)."""
+ALL = frozenset(PARTS)
+SEPARABLE = sys.platform != "darwin"
+"""Whether a library can be linked without a part: its functions are weak symbols of ELF."""
+KERNEL = (*SHARED, *(name for names in PARTS.values() for name in names))
 BINDING = ("module",)
 ROOM_BYTES = 16 << 20
 """Maximum bytes written by a compilation: assembly of two sources at a time, objects and the library."""
@@ -173,6 +217,7 @@ _HASH_LENGTH = 24
 
 _KERNEL_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized", "-Wno-psabi")
 _BINDING_FLAGS = ("-O1", "-DNB_DOMAIN=mlx")
+_BACKEND_FLAGS = ("-DNB_BACKEND_MODULE=nanobind_backend", "-DPy_LIMITED_API=0x030A0000")
 _SHARED_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden")
 
 
@@ -209,7 +254,8 @@ def include_flags(tools: Toolchain) -> list[str]:
 
 
 def _binding_command(tools: Toolchain) -> tuple[str, ...]:
-    return (*tools.compiler, *_SHARED_FLAGS, *_BINDING_FLAGS, *include_flags(tools), *extra_flags())
+    backend = _BACKEND_FLAGS if tools.backend else ()
+    return (*tools.compiler, *_SHARED_FLAGS, *_BINDING_FLAGS, *backend, *include_flags(tools), *extra_flags())
 
 
 def _link_command(tools: Toolchain) -> tuple[str, ...]:
@@ -231,12 +277,13 @@ def file_state(path: Path) -> str:
 def _common_dependencies(tools: Toolchain) -> bytes:
     """Return what all objects depend on besides source and command: compiler, MLX, nanobind, Python, processor."""
     files = [Path(tools.compiler[0]).resolve(), tools.mlx_module, tools.nanobind / "src" / "nb_internals.h"]
+    files += [tools.backend] if tools.backend else []
     marks = [*map(file_state, files), str(sys.implementation.cache_tag), cpu_fingerprint()]
     return "\0".join(marks).encode()
 
 
 def key(tools: Toolchain) -> str:
-    """Return the key of a library: a digest of source, compiler, flags, MLX, nanobind, Python and processor."""
+    """Return the key of the whole library: a digest of source, compiler, flags, MLX, nanobind, Python and processor."""
     sha = hashlib.sha256()
     for path in _texts():
         sha.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -244,6 +291,11 @@ def key(tools: Toolchain) -> str:
         sha.update("\0".join(command).encode())
     sha.update(_common_dependencies(tools))
     return sha.hexdigest()[:32]
+
+
+def key_with(key: str, parts: frozenset[str]) -> str:
+    """Return the key of the library with some parts, made of the whole library's."""
+    return key if parts == ALL else hashlib.sha256(" ".join((key, *sorted(parts))).encode()).hexdigest()[:32]
 
 
 def run(command: tuple[str, ...]) -> None:
@@ -297,14 +349,16 @@ def _compile(command: tuple[str, ...], text: Path, tools: Toolchain) -> Path:
     return finished
 
 
-def _jobs(tools: Toolchain) -> list[tuple[tuple[str, ...], Path]]:
+def _jobs(tools: Toolchain, parts: frozenset[str] = ALL) -> list[tuple[tuple[str, ...], Path]]:
     binding, kernel = _binding_command(tools), _kernel_command(tools)
-    jobs = [((*binding, "-w"), tools.nanobind / "src" / "nb_combined.cpp")]
-    jobs += [(binding, SOURCES / f"{name}.cpp") for name in BINDING]
-    return jobs + [(kernel, SOURCES / f"{name}.cpp") for name in KERNEL]
+    jobs = [(binding, SOURCES / f"{name}.cpp") for name in BINDING]
+    if tools.backend is None:
+        jobs.append(((*binding, "-w"), tools.nanobind / "src" / "nb_combined.cpp"))
+    names = [name for part, some in PARTS.items() if part in parts for name in some]
+    return jobs + [(kernel, SOURCES / f"{name}.cpp") for name in (*names, *SHARED)]
 
 
-def compile_library(tools: Toolchain, key: str) -> Path:
+def compile_library(tools: Toolchain, key: str, parts: frozenset[str] = ALL) -> Path:
     """Compile and link into the cache folder; return the path of the library of that key.
 
     Raises:
@@ -314,7 +368,7 @@ def compile_library(tools: Toolchain, key: str) -> Path:
     check_abi(tools)
     cache.require_room(ROOM_BYTES)
     with ThreadPoolExecutor(max(1, os.cpu_count() or 1)) as threads:
-        objects = list(threads.map(lambda job: _compile(job[0], job[1], tools), _jobs(tools)))
+        objects = list(threads.map(lambda job: _compile(job[0], job[1], tools), _jobs(tools, parts)))
     return link((*_link_command(tools), *map(str, objects), "-lmlx"), key, functools.partial(check_abi, tools))
 
 

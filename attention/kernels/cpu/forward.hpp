@@ -7,18 +7,6 @@
 
 namespace fatui {
 
-// Bfloat16 forward pass with the CPU's dot-product instructions (AMX or AVX-512 BF16), if available.
-#if defined(__AVX512BF16__)
-constexpr bool bfloat16_pairs = true;
-#else
-constexpr bool bfloat16_pairs = false;
-#endif
-void forward_bfloat16(const ForwardCall& call);
-int64_t bfloat16_workspace(const Problem& p);
-class Partials;
-void attend_bfloat16(const ForwardCall& call, const Item& item, Partials& partials);  // one item of work
-void attend_widened(const ForwardCall& call, const Item& item, Partials& partials);   // the same in float32 and double
-
 // Estimated time of a call on one thread: the maximum of compute and reading K and V.
 inline double microseconds_alone(const Problem& p) {
   const double share = has_lists(p) ? listed_share(p) : 1;
@@ -149,6 +137,34 @@ template <class T>
 void finish(const ForwardCall& call, const Item& item, const float* transposed, const Softmax& state, Partials& partials) {
   if (partials.wanted()) partials.keep(item, transposed, state);
   else write_rows<T>(call, item, transposed, tile_line, state);
+}
+
+// Scratch of one thread.
+struct Buffers {
+  float *query, *scores, *output, *key, *value;
+  int64_t d, dv;  // padded; row lengths of the copies of K and V
+
+  static size_t floats(const Problem& p) {
+    const int64_t d = round_up(p.head_dim, lanes), dv = round_up(p.value_dim, lanes);
+    return tile_line * (max_panels * (d + dv) + key_tile) + key_tile * (d + dv);
+  }
+  Buffers() = default;
+  Buffers(const Problem& p, int64_t panel) : d(round_up(p.head_dim, lanes)), dv(round_up(p.value_dim, lanes)) {
+    scores = scratch(floats(p) * sizeof(float));
+    key = scores + tile_line * key_tile;
+    value = key + key_tile * d;
+    query = value + key_tile * dv + panel * tile_line * (d + dv);
+    output = query + tile_line * d;
+  }
+};
+
+// With 16 registers a CPU has an L2 of 512 KiB or less: Q' and O' of 256 rows would leave no room there for a wide tile of K and V.
+inline Schedule schedule_of(const Problem& p) {
+  return Schedule(p, 64, registers == 16 && p.head_dim + p.value_dim > 128 ? 2 : max_panels);
+}
+
+inline int64_t workspace(const Problem& p) {
+  return int64_t(threads_for(p) * Buffers::floats(p) * sizeof(float)) + Partials::bytes(p, schedule_of(p));
 }
 
 }  // namespace fatui

@@ -1,4 +1,4 @@
-// Forward pass in bfloat16 with the CPU's dot-product instructions: the loops of forward.cpp, on pairs.
+// Forward pass in bfloat16 with the CPU's dot-product instructions: the loops of forward_walk.hpp, on pairs.
 //
 //   for each tile of 128 keys:   VT = V transposed, once for up to four panels of 64 queries; then for each panel
 //     S = K QP          bfloat16 pairs, float32 sums
@@ -7,19 +7,13 @@
 //     O' += VT PP       rescaled before, in the few steps where a maximum exceeds its reference
 //
 // If a maximum is in the range of Coarse, beside a mask or a slope that float32 sums lose scores to, the item is computed anew
-// by forward.cpp.
+// by forward_widened.cpp.
+#if defined(__AVX512BF16__)
 #include "forward.hpp"
 #include "pair_product.hpp"
 
 namespace fatui {
 
-#if !defined(__AVX512BF16__)
-
-void forward_bfloat16(const ForwardCall&) {}
-int64_t bfloat16_workspace(const Problem&) { return 0; }
-void attend_bfloat16(const ForwardCall&, const Item&, Partials&) {}
-
-#else
 namespace {
 
 // Transposing V is amortised over more rows than in float32.
@@ -137,6 +131,6 @@ void forward_bfloat16(const ForwardCall& call) {
 int64_t bfloat16_workspace(const Problem& p) {
   return int64_t(threads_for(p) * PairBuffers::floats(p) * sizeof(float)) + Partials::bytes(p, Schedule(p, items_wanted));
 }
-#endif
 
 }  // namespace fatui
+#endif

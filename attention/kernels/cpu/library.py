@@ -3,7 +3,7 @@
 import importlib.machinery
 import importlib.util
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,15 +13,23 @@ from attention.kernels.cpu import build
 from attention.measure.device import cpu_quota
 
 _loaded: ModuleType | None = None
+_parts: frozenset[str] = frozenset()
+"""Parts of the loaded library."""
 _loading = threading.Lock()
 
 
-def availability() -> tuple[bool, str]:
-    """Return whether the kernel can be used, and the reason in one line; compiles nothing, imports nothing heavy."""
-    if _loaded is not None:
+def availability(parts: Iterable[str] | None = None) -> tuple[bool, str]:
+    """Return whether the kernel can be used, and the reason in one line; compiles nothing, imports nothing heavy.
+
+    Args:
+        parts: those that a call would need (`build.PARTS`); by default those that calls have needed so far, or all.
+    """
+    if _loaded is not None and _parts.issuperset(parts or ()):
         return True, f"loaded ({build.variant()})"
     try:
-        key = build.key(build.find())
+        whole = build.key(build.find())
+        used = _used(whole)
+        key = build.key_with(whole, _wanted(used, (used or build.ALL) if parts is None else parts))
         cache.ensure_folder()
     except KernelUnavailable as unavailable:
         return False, str(unavailable)
@@ -32,18 +40,41 @@ def availability() -> tuple[bool, str]:
     return True, f"{state} ({build.variant()})"
 
 
-def is_compiled() -> bool:
-    """Return whether the cache folder has a library for this machine and MLX."""
-    if _loaded is not None:
+def has(parts: Iterable[str]) -> bool:
+    """Return whether the loaded library has these parts."""
+    return _parts.issuperset(parts)
+
+
+def is_compiled(parts: Iterable[str]) -> bool:
+    """Return whether the cache folder has a library with these parts for this machine and MLX."""
+    if _loaded is not None and _parts.issuperset(parts):
         return True
     try:
-        return _is_cached(build.key(build.find()))
+        whole = build.key(build.find())
+        return _is_cached(build.key_with(whole, _wanted(_used(whole), parts)))
     except KernelUnavailable:
         return False
 
 
 def _is_cached(key: str) -> bool:
     return "sha256" in cache.read_record(key) and cache.library_path(key).exists()
+
+
+def _used(whole: str) -> frozenset[str]:
+    """Return the parts that calls on this machine have needed so far, given the whole library's key."""
+    if _is_cached(whole):
+        return build.ALL
+    return build.ALL.intersection(cache.read_record(_latest(whole)).get("parts", ()))
+
+
+def _latest(whole: str) -> str:
+    """Return the key of the record that names the parts of the latest library."""
+    return f"{whole}-parts"
+
+
+def _wanted(used: frozenset[str], parts: Iterable[str]) -> frozenset[str]:
+    """Return the parts of the library that has some parts: whatever was needed before stays."""
+    return used | _parts | frozenset(parts) if build.SEPARABLE else build.ALL
 
 
 def _import(path: Path) -> ModuleType:
@@ -72,13 +103,16 @@ def _load_cached(key: str) -> ModuleType | None:
         return None
 
 
-def _compile_and_try(tools: build.Toolchain, key: str, on_message: Callable[[str], None]) -> ModuleType:
+def _compile_and_try(
+    tools: build.Toolchain, whole: str, parts: frozenset[str], on_message: Callable[[str], None]
+) -> ModuleType:
     from attention.kernels.cpu import selfcheck
 
+    key = build.key_with(whole, parts)
     try:
-        path = build.compile_library(tools, key)
+        path = build.compile_library(tools, key, parts)
         module = _import(path)
-        selfcheck.run(module)
+        selfcheck.run(module, parts)
     except (KernelUnavailable, OSError) as error:
         reason = str(error) if isinstance(error, KernelUnavailable) else f"making the kernel failed: {error}"
         cache.write_failure(key, reason)
@@ -87,6 +121,8 @@ def _compile_and_try(tools: build.Toolchain, key: str, on_message: Callable[[str
     ready = "The CPU attention kernel is ready"
     try:
         cache.write_record(key, {"sha256": cache.digest(path)})
+        if parts != build.ALL:
+            cache.write_record(_latest(whole), {"parts": sorted(parts)})
     except (KernelUnavailable, OSError) as error:
         on_message(f"{ready}, and not kept for the next time: {error}")
     else:
@@ -94,42 +130,49 @@ def _compile_and_try(tools: build.Toolchain, key: str, on_message: Callable[[str
     return module
 
 
-def _load(on_message: Callable[[str], None]) -> ModuleType:
+def _load(parts: frozenset[str], on_message: Callable[[str], None]) -> tuple[ModuleType, frozenset[str]]:
+    """Return the library with these parts, and all parts that it has."""
     tools = build.find()
     cache.ensure_folder()
-    key = build.key(tools)
+    whole = build.key(tools)
+    used = _used(whole)
+    wanted = _wanted(used, parts)
+    key = build.key_with(whole, wanted)
     module = _load_cached(key)
     if module is not None:
-        return module
-    failure = cache.failure(key)
-    if failure is not None:
+        return module, wanted
+    if (failure := cache.failure(key)) is not None:
         raise KernelUnavailable(failure)
-    on_message("Compiling the CPU attention kernel for this machine (once, up to a minute) ...")
-    with cache.lock(key):
-        failure = cache.failure(key)
-        if failure is not None:
+    what = "more of the CPU attention kernel" if used else "the CPU attention kernel for this machine"
+    on_message(f"Compiling {what} (once, up to a minute) ...")
+    with cache.lock(whole):
+        wanted = _wanted(_used(whole), parts)  # another process may have added some
+        key = build.key_with(whole, wanted)
+        if (failure := cache.failure(key)) is not None:
             raise KernelUnavailable(failure)
-        return _load_cached(key) or _compile_and_try(tools, key, on_message)
+        return _load_cached(key) or _compile_and_try(tools, whole, wanted, on_message), wanted
 
 
-def load(on_message: Callable[[str], None] | None = None) -> ModuleType:
-    """Return the kernel's module, compiling it if there is none for this machine.
+def load(on_message: Callable[[str], None] | None = None, parts: Iterable[str] = build.ALL) -> ModuleType:
+    """Return the kernel's module with some of its parts, compiling what there is not for this machine.
+
+    A module that lacks parts stays usable beside one that is loaded later and has them.
 
     Args:
-        on_message: called with a line before a compilation and one after it: how long it took, and whether the
-            library was cached.
+        on_message: called with a line before a compilation and one after it: whether the library was cached.
+        parts: as in `build.PARTS`.
 
     Raises:
         KernelUnavailable: the message is the reason; a failed compilation or self-check is remembered for a day.
     """
-    global _loaded  # noqa: PLW0603  one library a process
-    if _loaded is None:
+    global _loaded, _parts
+    if _loaded is None or not _parts.issuperset(parts):
         with _loading:
-            if _loaded is None:
+            if _loaded is None or not _parts.issuperset(parts):
                 try:
-                    module = _load(on_message or (lambda _: None))
+                    module, found = _load(frozenset(parts), on_message or (lambda _: None))
                     module.limit_threads(cpu_quota() or 0)
-                    _loaded = module
+                    _loaded, _parts = module, found
                 except OSError as error:
                     raise KernelUnavailable(f"making the kernel failed: {error}") from error
     return _loaded

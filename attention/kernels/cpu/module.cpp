@@ -34,6 +34,25 @@ namespace fatui {
 
 namespace mx = mlx::core;
 
+// This library was linked without a part that a call needs. Python links one with it, and calls again.
+struct MissingPart : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+template <class Function>
+void require(Function* one_of_the_part, const char* part) {
+  if (one_of_the_part == nullptr) throw MissingPart(part);
+}
+
+void require_forward(Element element, int64_t queries, bool quantized) {
+  switch (element) {
+    case Element::float16: require(forward_float16, "float16"); break;
+    case Element::bfloat16: require(forward_widened, "bfloat16"); break;
+    default: require(forward_float32, "float32");
+  }
+  if (has_few_rows(queries)) require(attend_few_float32, "few");
+  if (quantized) require(quantize_into, "quantized");
+}
+
 // How keys or values are quantized; none, if they are not.
 struct Format {
   Mode mode = Mode::none;
@@ -583,8 +602,10 @@ std::vector<mx::array> flash_attention(const mx::array& q, const mx::array& k, c
       refuse("slopes are float32 (" + std::to_string(q.shape(1)) + "); got " + text(extras.slopes->shape()) + ".");
     inputs.push_back(mx::reshape(*extras.slopes, {1, q.shape(1)}, s));
   }
-  auto primitive = std::make_shared<FlashForward>(s, options);
   const bool traced = q.is_tracer() || k.is_tracer() || v.is_tracer();
+  require_forward(element_of(q), q.shape(2), options.parts() > 0);
+  if (traced && options.parts() == 0) require(backward, "gradients");
+  auto primitive = std::make_shared<FlashForward>(s, options);
   if (logsumexp || (traced && options.parts() == 0))  // a gradient may be requested
     return mx::array::make_arrays(primitive->output_shapes(inputs), {q.dtype(), mx::float32, mx::float32}, primitive,
                                   inputs);
@@ -594,6 +615,7 @@ std::vector<mx::array> flash_attention(const mx::array& q, const mx::array& k, c
 
 std::vector<mx::array> append_quantized(const Arrays& buffers, const mx::array& keys, const mx::array& values,
                                         const Format& key, const Format& value, int row, int used) {
+  require(quantize_into, "quantized");
   const auto stop = [](const std::string& reason) { throw std::invalid_argument("[append_quantized] " + reason); };
   if (int(buffers.size()) != 2 + key.parts() + value.parts()) stop("numbers, scales and biases of keys and values are needed.");
   const int capacity = buffers[0].ndim() == 4 ? buffers[0].shape(2) : 0;
@@ -640,6 +662,8 @@ MaybeArray stream_step(const mx::array& q, const mx::array& k, const mx::array& 
   if (slots.size() != count) stop("slots of keys and values are needed, with all their parts.");
   const size_t first_value = 1 + key.parts();
   check(q, slots[0], slots[first_value], key, value);
+  require_forward(element_of(q), 1, count > 2);
+  require<void(const StreamStep&)>(stream_step, "streams");
   mx::Shape key_shape = slots[0].shape(), value_shape = slots[first_value].shape();
   key_shape[2] = value_shape[2] = 1;
   key_shape[3] = int(key.width(slots[0])), value_shape[3] = int(value.width(slots[first_value]));
@@ -764,6 +788,8 @@ int64_t workspace(int64_t batch, int64_t heads, int64_t kv_heads, int64_t querie
   fatui::Problem p;
   p.batch = batch, p.heads = heads, p.kv_heads = kv_heads, p.queries = queries, p.keys = keys;
   p.head_dim = head_dim, p.value_dim = value_dim, p.query.element = fatui::Element(element);
+  fatui::require_forward(p.query.element, queries, quantized);
+  if (training) fatui::require(fatui::backward, "gradients");
   if (quantized) p.key_packing.mode = fatui::Mode::affine, p.key_packing.bits = 8;  // of any format: most bytes, most threads
   const int64_t forward = fatui::forward_workspace(p);
   return training ? std::max(forward, fatui::backward_workspace(p)) : forward;
@@ -771,6 +797,7 @@ int64_t workspace(int64_t batch, int64_t heads, int64_t kv_heads, int64_t querie
 }  // namespace
 
 NB_MODULE(fatui_cpu_kernel, m) {
+  nb::exception<fatui::MissingPart>(m, "MissingPart", PyExc_RuntimeError);
   m.def("flash_attention", &attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg().none(), nb::arg() = 0, nb::arg().none() = nb::none(), nb::arg().none() = nb::none(),
         nb::arg().none() = nb::none(), nb::arg().none() = nb::none(), nb::arg() = 0, nb::arg() = 0);

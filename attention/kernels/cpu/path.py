@@ -42,7 +42,8 @@ def route(workload: Workload, needs: Needs) -> Route:
     quantized = workload.kv_format != DENSE
     if quantized and workload.pass_ == "training":
         return unsupported("the CPU kernel has no gradients for quantized keys and values")
-    usable, state = cpu.availability()
+    parts = _parts(workload)
+    usable, state = cpu.availability(parts)
     if not usable:
         return unsupported(f"no CPU kernel: {state}")
     variant = cpu.variant()
@@ -50,7 +51,7 @@ def route(workload: Workload, needs: Needs) -> Route:
     kinds = ["lists"] if workload.structured else [workload.kv_format, "quant"] if quantized else []
     names = [f"{start} {variant}, {kind}" for kind in kinds for start in ("CPU kernel", "CPU")]
     path = next((name for name in names if len(name) <= MAX_PATH_LENGTH), path)
-    when = "" if cpu.is_compiled() else "; it is compiled at first use, which takes about half a minute"
+    when = "" if cpu.is_compiled(parts) else "; it is compiled at first use, which takes some seconds"
     lists = ", visiting the tiles of the mask's block lists" if workload.structured else ""
     packed = f", reading {workload.kv_format} packed, tile by tile" if quantized else ""
     reason = f"flash attention in C++, for this processor's {variant}{packed}{lists}{when}"
@@ -63,18 +64,24 @@ def route(workload: Workload, needs: Needs) -> Route:
     )
 
 
-def is_built() -> bool:
-    """Return whether a call can run without compiling first."""
-    return cpu.is_compiled()
+def _parts(workload: Workload) -> frozenset[str]:
+    """Return the parts of the kernel that the workload's calls need."""
+    training, quantized = workload.pass_ == "training", workload.kv_format != DENSE
+    return cpu.parts(workload.dtype, workload.seq, training=training, quantized=quantized)
 
 
-def build(on_message: Callable[[str], None]) -> None:
-    """Compile and self-check the kernel if there is none for this machine.
+def is_built(workload: Workload) -> bool:
+    """Return whether the workload's calls can run without compiling first."""
+    return cpu.is_compiled(_parts(workload))
+
+
+def build(workload: Workload, on_message: Callable[[str], None]) -> None:
+    """Compile and self-check what the workload's calls need of the kernel, if it is missing on this machine.
 
     Raises:
         KernelUnavailable: the reason, which routes report from then on.
     """
-    cpu.load(on_message)
+    cpu.load(on_message, _parts(workload))
 
 
 def attend(q: mx.array, k: KV, v: KV, *, scale: float, mask: Mask, softcap: float | None) -> mx.array:
@@ -131,7 +138,7 @@ def _predicted(workload: Workload) -> int:
 
 
 def _tiles(workload: Workload, training: bool) -> int:
-    if not cpu.is_loaded():
+    if not cpu.is_loaded(_parts(workload)):
         return THREAD_BYTES * usable_cores()
     import mlx.core as mx
 

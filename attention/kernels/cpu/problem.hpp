@@ -6,6 +6,14 @@
 #pragma once
 #include <cstdint>
 
+// Marks the functions of a part of the kernel that a library may be linked without, because no call has needed it yet; they are
+// null there. `build.py` names the files of each part.
+#if defined(__ELF__)
+#define FATUI_PART __attribute__((weak))
+#else
+#define FATUI_PART  // libraries have all parts
+#endif
+
 namespace fatui {
 
 enum class Element : int32_t { float32, float16, bfloat16, boolean };
@@ -84,10 +92,27 @@ struct BackwardCall {
 };
 
 void forward(const ForwardCall& call);
-void backward(const BackwardCall& call);
+FATUI_PART void backward(const BackwardCall& call);
 
 // Bytes that a call allocates above its inputs and outputs.
 int64_t forward_workspace(const Problem& problem);
-int64_t backward_workspace(const Problem& problem);
+FATUI_PART int64_t backward_workspace(const Problem& problem);
+
+// The kinds of forward pass, of which `forward` takes one: bfloat16 widened to float32, and in pairs.
+FATUI_PART void forward_float32(const ForwardCall& call);
+FATUI_PART void forward_float16(const ForwardCall& call);
+FATUI_PART void forward_widened(const ForwardCall& call);
+FATUI_PART void forward_bfloat16(const ForwardCall& call);
+FATUI_PART int64_t float32_workspace(const Problem& problem);
+FATUI_PART int64_t float16_workspace(const Problem& problem);
+FATUI_PART int64_t widened_workspace(const Problem& problem);
+FATUI_PART int64_t bfloat16_workspace(const Problem& problem);
+
+// Whether the CPU has products of bfloat16 pairs (AMX or AVX-512 BF16).
+#if defined(__AVX512BF16__)
+constexpr bool bfloat16_pairs = true;
+#else
+constexpr bool bfloat16_pairs = false;
+#endif
 
 }  // namespace fatui

@@ -104,6 +104,14 @@ void multiply(const Operands& o, int64_t rows, int64_t columns) {
   if (column < columns) panel<12, 1, layout, update, numbers>(o, 0, rows, column);
 }
 
+// Those of the forward pass are compiled once, in product.cpp.
+#define FATUI_FORWARD_PRODUCTS(declare)                                                                     \
+  declare template void multiply<Layout::depth_contiguous, Update::overwrite>(const Operands&, int64_t, int64_t); \
+  declare template void multiply<Layout::depth_contiguous, Update::add>(const Operands&, int64_t, int64_t);       \
+  declare template void multiply<Layout::rows_contiguous, Update::overwrite>(const Operands&, int64_t, int64_t);  \
+  declare template void multiply<Layout::rows_contiguous, Update::rescale>(const Operands&, int64_t, int64_t);
+FATUI_FORWARD_PRODUCTS(extern)
+
 constexpr int64_t depth_at_once = 64;
 
 // Dot products of queries and keys, in blocks of dims, which bounds the rounding error of long sums.

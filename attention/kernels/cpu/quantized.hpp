@@ -24,7 +24,7 @@ struct QuantizedRows {
 };
 
 // Writes rows as float32 to out, `line` floats apart. A value is scale * number + bias, rounded once (twice in mxfp8).
-void dequantize(const QuantizedRows& rows, float* out, int64_t line);
+FATUI_PART void dequantize(const QuantizedRows& rows, float* out, int64_t line);
 
 // Rows as float32, as `floats_of` gives them, of keys or values of either kind.
 template <class T>
@@ -41,11 +41,11 @@ constexpr int64_t rows_together = 4;         // query rows of the products with 
 constexpr int64_t max_quantized_rows = 64;  // keys or values of a tile
 
 // S[row][key] of `count` rows, padded as below; entries after the last key, up to a multiple of 16, are undefined.
-void score_quantized(const QuantizedRows& keys, const float* query, int64_t query_line, int64_t count, float* s, int64_t line,
+FATUI_PART void score_quantized(const QuantizedRows& keys, const float* query, int64_t query_line, int64_t count, float* s, int64_t line,
                      Ahead& next);
 
 // O[row][d] += P[row][key] V[key][d] of `count` rows, their lines padded to a multiple of rows_together (1 stays 1).
-void add_quantized(const QuantizedRows& values, const float* p, int64_t p_line, int64_t count, float* output,
+FATUI_PART void add_quantized(const QuantizedRows& values, const float* p, int64_t p_line, int64_t count, float* output,
                    int64_t output_line, Ahead& next);
 
 // Query rows as integers, q = unit * (256 high + low), with high and low bytes in the order of the packed numbers:
@@ -54,15 +54,15 @@ void add_quantized(const QuantizedRows& values, const float* p, int64_t p_line, 
 class IntegerQueries {
  public:
   // Whether scores over such keys can be computed in integers.
-  static bool take(const Packing& packing, int64_t columns);
+  FATUI_PART static bool take(const Packing& packing, int64_t columns);
 
   // Reads rows, `line` floats apart, into `buffer`, 64-byte aligned. False if a number is so large beside the others of its row
   // that integers would lose those.
-  bool read(const float* query, int64_t line, int64_t rows, int64_t columns, const Packing& packing, float largest_share,
+  FATUI_PART bool read(const float* query, int64_t line, int64_t rows, int64_t columns, const Packing& packing, float largest_share,
             float* buffer);
 
   // S[row][key], `line` floats apart. Rows are padded to a multiple of rows_together, keys to one of 4.
-  void scores(const QuantizedRows& keys, float* s, int64_t line, Ahead& next) const;
+  FATUI_PART void scores(const QuantizedRows& keys, float* s, int64_t line, Ahead& next) const;
 
  private:
   int64_t row_groups_ = 0;
@@ -74,14 +74,14 @@ class IntegerQueries {
 // O[row][d] += P[row][key] V[key][d], with the products p * scale as integers of 16 bits, whose unit is 2^-15 of the tile's
 // largest. The dims of the output are in another order until the end.
 struct IntegerSums {
-  static bool take(const Packing& packing, int64_t columns);
+  FATUI_PART static bool take(const Packing& packing, int64_t columns);
 
   // Rows are padded to a multiple of rows_together.
-  static void add(const QuantizedRows& values, const float* p, int64_t p_line, int64_t count, float* output,
+  FATUI_PART static void add(const QuantizedRows& values, const float* p, int64_t p_line, int64_t count, float* output,
                   int64_t output_line, Ahead& next);
 
   // Puts the dims of a row in order.
-  static void order(const Packing& packing, int64_t columns, float* output);
+  FATUI_PART static void order(const Packing& packing, int64_t columns, float* output);
 };
 
 }  // namespace fatui

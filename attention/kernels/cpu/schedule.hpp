@@ -94,4 +94,21 @@ inline Visible visible(const Problem& p, int64_t query) {
   return {p.window > 0 ? std::max<int64_t>(0, own - p.window + 1) : 0, bounded ? own : p.keys - 1};
 }
 
+// The forward pass of an item: of many rows, in tiles, and of few.
+class Partials;
+
+FATUI_PART void attend_float32(const ForwardCall& call, const Item& item, Partials& partials);
+FATUI_PART void attend_float16(const ForwardCall& call, const Item& item, Partials& partials);
+FATUI_PART void attend_widened(const ForwardCall& call, const Item& item, Partials& partials);   // in float32 and double
+FATUI_PART void attend_bfloat16(const ForwardCall& call, const Item& item, Partials& partials);  // in pairs
+FATUI_PART void attend_few_float32(const ForwardCall& call, const Item& item, Partials& partials);
+FATUI_PART void attend_few_float16(const ForwardCall& call, const Item& item, Partials& partials);
+FATUI_PART void attend_few_bfloat16(const ForwardCall& call, const Item& item, Partials& partials);
+
+// Whether an item of a call may have few rows: all of its queries, or those after the last whole tile.
+inline bool has_few_rows(int64_t queries) {
+  const int64_t last = queries % query_tile;
+  return last > 0 && last <= few_rows;
+}
+
 }  // namespace fatui

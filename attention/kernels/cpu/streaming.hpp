@@ -29,6 +29,6 @@ struct StreamStep {
 };
 
 // Writes the token into its slots, and attends.
-void stream_step(const StreamStep& step);
+FATUI_PART void stream_step(const StreamStep& step);
 
 }  // namespace fatui

@@ -91,12 +91,12 @@ def backward_refusal(workload: Workload, needs: Needs) -> str | None:
     return gradients.refusal(*shape_and_call(workload, needs))
 
 
-def is_built() -> bool:
+def is_built(workload: Workload) -> bool:
     """Return whether the launcher is already compiled; kernels (about a second each) are not considered."""
     return launcher.is_settled()
 
 
-def build(on_message: Callable[[str], None]) -> None:
+def build(workload: Workload, on_message: Callable[[str], None]) -> None:
     """Compile the launcher and check that kernels can be compiled; `on_message` is called with progress messages.
 
     Raises:

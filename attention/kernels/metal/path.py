@@ -80,12 +80,12 @@ def _path(how: str, kv_format: str) -> str:
     return next(name for name in names if len(name) <= MAX_PATH_LENGTH)
 
 
-def is_built() -> bool:
+def is_built(workload: Workload) -> bool:
     """Return whether no long compilation precedes a call: Metal compiles each kernel on first use, quickly."""
     return True
 
 
-def build(on_message: Callable[[str], None]) -> None:
+def build(workload: Workload, on_message: Callable[[str], None]) -> None:
     """Check that there is a Metal GPU to compile for.
 
     Raises:

@@ -1,0 +1,186 @@
+// The loops of the forward pass: a query tile against all its keys, tile by tile, without the score matrix.
+//
+//                 64 queries (lanes)                     for each tile of 128 keys:
+//               +--------------------+                     S = K Q'            S[key][query]
+//        Q'     | D x 64, transposed |                     finish_scores       softcap, masks, bounds
+//               +--------------------+                     softmax_step        P, maximum, sum, correction
+//   +-------+   +--------------------+                     O' = O' * correction + V' P
+//   | K     | . |  S, then P         |                   and at the end O = (O' / sum), transposed
+//   | 128xD |   |  128 keys x 64     |
+//   +-------+   +--------------------+                   K and V are read in place; Q' S O' stay in the
+//   +-------+   +--------------------+                   caches of the core: 64 (D + Dv + 128) floats
+//   | V'    | . |  O'   Dv x 64      |
+//   +-------+   +--------------------+
+#pragma once
+#include "decode_products.hpp"
+#include "forward.hpp"
+#include "product.hpp"
+#include "quantized.hpp"
+
+namespace fatui {
+namespace {
+
+// With 16 registers a part of a panel, 16 queries, is two vectors, one register tile: each is computed from scores to output by
+// itself, all in the same columns of S, which so stay in the L1.
+constexpr bool by_parts = registers == 16;
+
+// The tile of K and V after the present one, in whatever type, asked for in equal shares while the parts of the present one
+// are computed: from beyond the L2 it would come too late.
+struct NextTile {
+  Ahead key, value;
+  int64_t share = 0;
+
+  // None if `keys` is 0.
+  template <class T>
+  static NextTile of(const Problem& p, const Item& item, int64_t first, int64_t keys, int64_t shares) {
+    const auto rows = [&](const Tensor& t, int64_t dims) {
+      return Ahead(Lines<T>{row_of<const T>(t, item.batch, item.kv_head, first), t.stride[2], dims, keys});
+    };
+    NextTile next{rows(p.key, p.head_dim), rows(p.value, p.value_dim)};
+    next.share = ceil_div(std::max(next.key.pieces(), next.value.pieces()), shares);
+    return next;
+  }
+  void ask_for_share() { key.ask_one_by_one<2>(share), value.ask_one_by_one<2>(share); }
+};
+
+// State of a panel of 64 queries across key tiles.
+struct Panel {
+  Item item;
+  Bounds bounds;
+  Softmax state;
+  Buffers buffer;
+  int64_t width, begin, end;
+  bool started[parts] = {};  // whether the output of each part is initialised
+
+  template <class T>
+  void open(const Problem& p, const Item& whole, int64_t index) {
+    item = Schedule::panel(whole, index);
+    buffer = Buffers(p, index);
+    bounds = bounds_of(p, item);
+    state.reset();
+    width = round_up(item.rows(), lanes);
+    begin = std::max(item.key_begin, bounds.whole.any_first / key_tile * key_tile);
+    end = std::min(item.key_end, bounds.whole.any_last + 1);
+    if (begin < end) transpose_rows(rows_of<T>(p.query, item), p.head_dim, width, buffer.query, p.scale);
+  }
+
+  void step(const Problem& p, const Floats& k, const Floats& v, int64_t key, const uint64_t* bits, NextTile& next_tile) {
+    if (key < begin || key >= end) return;
+    const int64_t keys = std::min(key_tile, end - key);
+    if constexpr (!by_parts) {
+      const Scores whole{buffer.scores, key, keys, 0, width, bounds.whole};
+      const bool alike = std::all_of(started, started + ceil_div(width, part_rows), [&](bool s) { return s == started[0]; });
+      if (bits == nullptr && alike && whole.all_seen()) return attend(p, k, v, whole);
+    }
+    // At the mask's edge each part skips the keys that none of its queries sees; parts that see the same keys stay together.
+    for (int64_t i = 0, next; i * part_rows < width; i = next) {
+      if constexpr (by_parts) next_tile.ask_for_share();
+      const KeyRange seen = range(i, key, keys, bits);
+      for (next = i + 1; !by_parts && bits != nullptr && next * part_rows < width && started[next] == started[i]; next++) {
+        const KeyRange other = range(next, key, keys, bits);
+        if (other.first != seen.first || other.last != seen.last) break;
+      }
+      if (seen.first > seen.last) continue;
+      attend(p, {k.data + seen.first * k.stride, k.stride}, {v.data + seen.first * v.stride, v.stride},
+             {buffer.scores + (by_parts ? 0 : i * part_rows), key + seen.first, seen.last - seen.first + 1, i * part_rows, std::min(width, next * part_rows),
+              bounds.part[i], bits == nullptr ? nullptr : bits + seen.first});
+    }
+  }
+
+  // Outputs that no step reached are 0.
+  void close(int64_t dims) {
+    for (int64_t i = 0; i < parts; i++)
+      for (int64_t d = 0; d < dims && !started[i]; d++)
+        std::fill_n(buffer.output + d * tile_line + i * part_rows, part_rows, 0.0f);
+  }
+
+ private:
+  // The keys of a tile that any query of a part sees, from its first one.
+  KeyRange range(int64_t i, int64_t key, int64_t keys, const uint64_t* bits) const {
+    if (bits != nullptr) return keys_seen(bits, keys, row_bits(part_rows) << i * part_rows);
+    return {std::max<int64_t>(0, bounds.part[i].any_first - key), std::min(keys - 1, bounds.part[i].any_last - key)};
+  }
+
+  void attend(const Problem& p, const Floats& k, const Floats& v, const Scores& tile) {
+    const int64_t i = tile.begin;
+    multiply_scores({k.data, k.stride, buffer.query + i, tile_line, p.head_dim, tile.s, tile_line, nullptr}, tile.keys,
+                    tile.width());
+    finish_scores(tile, p, item, bounds);
+    softmax_step(tile, state, Coarse(p), [&](int64_t column, int64_t columns) {
+      finish_in_double({tile.at(0, column), tile.key, tile.keys, column, column + columns, tile.seen, tile.bits}, p, item, k,
+                       {state.maximum, state.fine}, state.correction);
+    });
+    const Operands to_output{v.data,          v.stride,  tile.s,     tile_line, tile.keys,
+                             buffer.output + i, tile_line, state.correction + i};
+    if (started[i / part_rows])
+      multiply<Layout::rows_contiguous, Update::rescale>(to_output, p.value_dim, tile.width());
+    else
+      multiply<Layout::rows_contiguous, Update::overwrite>(to_output, p.value_dim, tile.width());
+    for (int64_t row = tile.begin; row < tile.end; row += part_rows) started[row / part_rows] = true;
+  }
+};
+
+// All panels of an item against one tile of keys; the tile is the walk's current one, if there are lists.
+template <class T>
+void share_tile(const Problem& p, const Item& item, Panel* panel, int64_t panels, int64_t key, int64_t keys,
+                ListWalk* walk = nullptr) {
+  const Buffers& buffer = panel[0].buffer;
+  const bool in_order = by_parts && walk == nullptr && !is_quantized(p);
+  const int64_t after = in_order ? std::clamp<int64_t>(item.key_end - key - key_tile, 0, key_tile) : 0;
+  NextTile next = NextTile::of<T>(p, item, key + key_tile, after, panels * parts);
+  const Floats k =
+      floats_of<T>(p.key, p.key_packing, item.batch, item.kv_head, key, keys, p.head_dim, buffer.key, buffer.d);
+  const Floats v =
+      floats_of<T>(p.value, p.value_packing, item.batch, item.kv_head, key, keys, p.value_dim, buffer.value, buffer.dv);
+  uint64_t bits[key_tile];
+  for (int64_t i = 0; i < panels; i++) {
+    const Sight sight = walk == nullptr ? Sight::all : walk->sight(i, bits);
+    if (sight != Sight::none) panel[i].step(p, k, v, key, sight == Sight::some ? bits : nullptr, next);
+  }
+}
+
+template <class T>
+void attend_panels(const ForwardCall& call, const Item& item, Partials& partials) {
+  const Problem& p = call.problem;
+  const int64_t panels = item.heads > 1 ? 1 : ceil_div(item.queries, query_tile);
+  Panel panel[max_panels];
+  int64_t begin = p.keys, end = 0;
+  for (int64_t i = 0; i < panels; i++) {
+    panel[i].open<T>(p, item, i);
+    if (panel[i].begin < panel[i].end) begin = std::min(begin, panel[i].begin), end = std::max(end, panel[i].end);
+  }
+  if (has_lists(p)) {
+    ListWalk walk(p, item);
+    for (int64_t tile; (tile = walk.next()) >= 0;)
+      share_tile<T>(p, item, panel, panels, tile * key_tile, std::min(key_tile, p.keys - tile * key_tile), &walk);
+  } else {
+    for (int64_t key = begin; key < end; key += key_tile)
+      share_tile<T>(p, item, panel, panels, key, std::min(key_tile, end - key));
+  }
+  for (int64_t i = 0; i < panels; i++) {
+    panel[i].close(p.value_dim);
+    finish<T>(call, panel[i].item, panel[i].buffer.output, panel[i].state, partials);
+  }
+}
+
+template <class T>
+void attend(const ForwardCall& call, const Item& item, Partials& partials) {
+  if (item.rows() > few_rows) return attend_panels<T>(call, item, partials);
+  if constexpr (std::is_same_v<T, float>) attend_few_float32(call, item, partials);
+  else if constexpr (std::is_same_v<T, float16_t>) attend_few_float16(call, item, partials);
+  else attend_few_bfloat16(call, item, partials);
+}
+
+template <class T>
+void walk(const ForwardCall& call) {
+  const Problem& p = call.problem;
+  const Schedule schedule = schedule_of(p);
+  const ListedItems items(p, schedule);
+  Partials partials(p, schedule);
+  parallel_for(schedule.items(), threads_for(p),
+               [&](int64_t index) { attend<T>(call, items.item(index), partials); }, brief(p));
+  if (partials.wanted()) partials.combine<T>(call, schedule);
+}
+}  // namespace
+
+}  // namespace fatui
