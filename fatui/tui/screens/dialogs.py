@@ -23,7 +23,7 @@ from fatui.trust import trust
 from fatui.tui.screens.closing import ClosesOnce
 from fatui.tui.terminal import literal
 from fatui.tui.view_models.journal import LogLine
-from fatui.tui.view_models.row_details import figure_lines, sample_lines, sentences
+from fatui.tui.view_models.row_details import figure_lines, hanging, sample_lines, sentences
 from fatui.tui.widgets.choice import Choice
 from fatui.verdict import confidence_text, headline, verdicts
 
@@ -90,7 +90,7 @@ class Help(Closable):
             dialog.border_subtitle = "escape closes"
             for title, keys in self._groups:
                 yield Static(f"[b]{title}[/b]")
-                yield Static("\n".join(f"  {key:<14}{words}" for key, words in keys) + "\n", markup=False)
+                yield Static("\n".join(hanging(f"  {key}", words, 16) for key, words in keys) + "\n", markup=False)
             yield Static(ABOUT.format(config=self._config), markup=False, classes="hint")
 
 
@@ -208,7 +208,7 @@ class SortMenu(ClosesOnce, ModalScreen[str]):
             dialog.border_subtitle = "enter sorts, again reverses · escape does not"
             arrow = "▼" if self._descending else "▲"
             yield OptionList(
-                *(literal(f"{title} {arrow if name == self._by else ''}") for name, title in self._choices)
+                *(literal(f"{title} {arrow if name and name == self._by else ''}") for name, title in self._choices)
             )
 
     def on_mount(self) -> None:

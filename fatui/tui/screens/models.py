@@ -235,7 +235,9 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
 
     def action_other_pane(self) -> None:
         """Go to the table, or from there to the setup."""
+        self.query_one("#setup-pane").remove_class("-away")  # so that it can take the focus
         self.query_one("#model" if self.query_one(RowTable).has_focus else RowTable).focus()
+        self.call_after_refresh(self._show)
 
     @on(TablePane.ReferenceRequested)
     def _take_reference(self, event: TablePane.ReferenceRequested) -> None:
@@ -340,7 +342,10 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
         over = session is None or (not session.active and short)
         self.query_one("#live-pane").set_class(over, "-idle")
         self.query_one("#live-pane").set_class(session is not None and over, "-away")
-        self.query_one(StatusLine).show(self.TITLE_TEXT, _phase(session))
+        folded = short and report is not None and self.query_one(ModelTable).has_pseudo_class("focus-within")
+        self.query_one("#setup-pane").set_class(folded, "-away")
+        hint = f" · {self.app.keys[f'{self.NAME}_pane']} shows what is set up" if folded else ""
+        self.query_one(StatusLine).show(f"{self.TITLE_TEXT}{hint}", _phase(session))
         if report is not None:
             self.query_one(ModelTable).show_run(report, session, self.app.keys, curves=self.draws_curves)
 

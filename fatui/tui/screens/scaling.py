@@ -309,8 +309,10 @@ class Scaling(ClosesOnce, Screen[None]):
         index = report.cases.index(case)
         pane.display = True
         pane.border_title = literal(f"{axis.rstrip('_')} {sweep.format_value(at)} · {case.workload.label}")
-        pane.border_subtitle = "← → the value · ↑ ↓ the row · enter opens it"
-        self.query_one("#point", RowTable).show(table_lines.case_lines(index, case))
+        lines = table_lines.case_lines(index, case)
+        words = [table_lines.legend(lines), "← → the value", "↑ ↓ the row", "enter opens it"]
+        pane.border_subtitle = literal(" · ".join(filter(None, words)))
+        self.query_one("#point", RowTable).show(lines)
         pane.styles.height = len(case.rows) + 3
 
     def _say(self, words: list[str]) -> None:

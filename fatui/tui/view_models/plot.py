@@ -86,11 +86,17 @@ class Plot(Struct, frozen=True):
     """Where a vertical line stands on the horizontal axis."""
 
 
+UNITS: Final = tuple(float(factor) for factor, _ in reversed(formatting.BINARY))
+"""Bytes of the units of sizes, from the smallest."""
+
+
 def decades(low: float, high: float, say: Callable[[float], str] = formatting.rate) -> Axis:
     """Return a logarithmic axis with a tick at each power of ten, or at 1, 2 and 5 times it if there is but one."""
     low, high = low / 1.15, high * 1.15
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     shown = [tick for power in powers if low <= (tick := 10.0**power) <= high]
+    if say is formatting.size:
+        shown = [tick for unit in UNITS for step in (1, 10, 100) if low <= (tick := step * unit) <= high]
     if len(shown) < 2:
         shown = [tick for power in powers for step in (1, 2, 5) if low <= (tick := step * 10.0**power) <= high]
     shown = shown[:: -(-len(shown) // MAX_TICKS) or 1]
@@ -98,9 +104,10 @@ def decades(low: float, high: float, say: Callable[[float], str] = formatting.ra
 
 
 def from_zero(high: float, say: Callable[[float], str] = formatting.rate) -> Axis:
-    """Return a linear axis from zero with round ticks."""
+    """Return a linear axis from zero with ticks that are round in the unit in which they are written."""
     high = high * 1.05 or 1.0
-    step = 10.0 ** math.floor(math.log10(high))
+    unit = max((unit for unit in UNITS if unit <= high), default=1.0) if say is formatting.size else 1.0
+    step = unit * 10.0 ** math.floor(math.log10(high / unit))
     step = next(part * step for part in (0.2, 0.5, 1, 2, 5) if high / (part * step) <= MAX_TICKS - 1)
     count = int(high / step)
     return Axis(0.0, high, False, tuple((at * step, tick_text(at * step, say)) for at in range(count + 1)))

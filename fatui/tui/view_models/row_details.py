@@ -1,5 +1,6 @@
 """The details of a row as lines of text, for its dialog and its pane."""
 
+import textwrap
 from typing import Final
 
 from attention.core.results import (
@@ -25,10 +26,20 @@ ENDED_BY: Final = {
 """Why the rounds of a row ended, by its `stopped_by`."""
 
 
-def figure_lines(row: Row, case: AnyCase) -> list[str]:
-    """Return one line per figure, with its name."""
+WIDTH: Final = 66
+"""Columns of text in a dialog."""
+
+
+def figure_lines(row: Row, case: AnyCase, width: int = WIDTH) -> list[str]:
+    """Return one line per figure, with its name; one longer than the width goes on below its beginning."""
     pairs = _figures(row, case) if isinstance(case, Case) else _model_figures(row, case)
-    return [f"{name:<12}{text}" for name, text in pairs]
+    return [hanging(name, text, 12, width) for name, text in pairs]
+
+
+def hanging(name: str, text: str, indent: int, width: int = WIDTH) -> str:
+    """Return a text after its name, whose further lines begin where it does."""
+    lines = textwrap.wrap(text, max(width - indent, 20)) or [""]
+    return f"\n{'':<{indent}}".join([f"{name:<{indent}}{lines[0]}", *lines[1:]])
 
 
 def _samples(row: Row) -> tuple[str, str]:

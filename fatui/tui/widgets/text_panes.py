@@ -14,7 +14,7 @@ from attention.core.results import Case, Report, Row
 from fatui.tui.painting import set_text, set_title
 from fatui.tui.view_models.cost import REFUSED
 from fatui.tui.view_models.home import Past, home_text
-from fatui.tui.view_models.row_details import figure_lines, sample_lines, sentences
+from fatui.tui.view_models.row_details import WIDTH, figure_lines, sample_lines, sentences
 from fatui.untrusted_text import one_line
 
 if TYPE_CHECKING:
@@ -68,13 +68,14 @@ class RowPane(VerticalScroll):
 
     def show(self, case: Case | None, row: Row | None, command: str) -> None:
         """Draw a row of a case; without one, say what will be here."""
-        if self._shown == (case, row, command):
+        width = self.content_size.width - 2 if self.content_size else WIDTH  # a scroll bar may come
+        if self._shown == (case, row, command, width):
             return
-        self._shown = case, row, command
+        self._shown = case, row, command, width
         text = EMPTY
         if case is not None and row is not None:
             samples = ["", *sample_lines(row)] if row.samples else []
-            text = "\n".join([*figure_lines(row, case), *samples, "", *sentences(row, case, command)])
+            text = "\n".join([*figure_lines(row, case, width), *samples, "", *sentences(row, case, command)])
         set_title(self, f"6 Row · {row.implementation}" if row else "6 Row")
         set_text(self.query_one("#row-text", Static), text)
 

@@ -268,3 +268,14 @@ async def test_a_row_of_a_fine_tuning_opens_with_its_losses(stage):
     await stage.press("down", "enter")
     assert isinstance(stage.app.screen, RowDetails)
     assert "5.750 → 3.000" in stage.seen() and "of an iteration" in stage.seen()
+
+
+async def test_on_a_short_terminal_the_table_takes_the_place_of_the_setup():
+    async with on_stage(size=(80, 24)) as stage:
+        await stage.press("m", "r")
+        play_generation(stage.engine)
+        await finish(stage, "models")
+        assert not stage.find("#setup-pane").display and "] shows what is set up" in stage.seen()
+        assert all(name in stage.seen() for name in ("1. tinyllama", "2. tinyllama", "★ best"))
+        await stage.press("right_square_bracket")
+        assert stage.find("#model").has_focus and stage.find("#setup-pane").display

@@ -4,11 +4,12 @@ import pytest
 
 from attention.core.results import Interval, Peaks, Ratio, Row
 from attention.core.workload import Workload
+from fatui import formatting
 from fatui.report.scaling import RatePoint, curves_of, sorted_cases
 from fatui.tui.screens.dialogs import RowDetails
 from fatui.tui.screens.scaling import CurveChart
 from fatui.tui.view_models import roofline, sweep
-from fatui.tui.view_models.plot import CROSSING
+from fatui.tui.view_models.plot import CROSSING, decades, from_zero
 from fatui.tui.widgets.bars import KeyBar
 from tests.support.sample_runs import plan_of, report_of
 from tests.support.stage import on_stage
@@ -141,3 +142,15 @@ async def test_a_short_terminal_turns_from_the_rows_of_a_point_to_the_map():
         await stage.press("i")
         assert stage.find("#map-pane").display and not stage.find("#point-pane").display
         assert "P 50" in stage.seen()
+
+
+def test_ticks_of_sizes_are_round_in_their_units():
+    assert [words for _, words in from_zero(4 * 2**20, formatting.size).ticks] == [
+        "0",
+        "1 MiB",
+        "2 MiB",
+        "3 MiB",
+        "4 MiB",
+    ]
+    words = [words for _, words in decades(3e5, 2e9, formatting.size).ticks]
+    assert words == ["1 MiB", "10 MiB", "100 MiB", "1 GiB"]
