@@ -3,6 +3,8 @@
 import random
 from collections.abc import Iterator, Sequence
 
+from msgspec import structs
+
 from attention.core import events as on
 from attention.core.plan import Plan
 from attention.core.results import Environment, Peaks, Report, Run
@@ -105,3 +107,10 @@ def record_of(plan: Plan, seed: int = 0) -> Record:
 def report_of(plan: Plan | None = None, run: Run | None = None, seed: int = 0) -> Report:
     """A report of a whole run."""
     return record_of(plan or plan_of(), seed).report(run or run_of())
+
+
+def compared(**environment):
+    """Two runs of the same code; the second in an environment that differs in some fields."""
+    before = report_of(run=run_of(identity="aaaa1111"))
+    after = report_of(run=run_of(identity="bbbb2222"), seed=1)
+    return before, structs.replace(after, environment=structs.replace(ENVIRONMENT, **environment))

@@ -341,7 +341,7 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
         short = self.app.size.height < ROOMY
         over = session is None or (not session.active and short)
         self.query_one("#live-pane").set_class(over, "-idle")
-        self.query_one("#live-pane").set_class(session is not None and over, "-away")
+        self.query_one("#live-pane").set_class(report is not None and over and short, "-away")
         folded = short and report is not None and self.query_one(ModelTable).has_pseudo_class("focus-within")
         self.query_one("#setup-pane").set_class(folded, "-away")
         hint = f" · {self.app.keys[f'{self.NAME}_pane']} shows what is set up" if folded else ""

@@ -13,49 +13,7 @@ from fatui.tui.screens.history import History as HistoryScreen
 from fatui.tui.screens.models import FineTunings, Models
 from fatui.tui.widgets.choice import Choice, Toggles
 from fatui.tui.widgets.row_table import RowTable
-from tests.support.stage import on_stage
-
-SPEED = {"baseline": 0.05, "mlx": 0.04, "practical": 0.04, "poc": 0.025, "demo": 0.025}
-WAVE = [1 + 0.002 * (index % 5) for index in range(15)]
-
-
-def play_generation(engine):
-    engine.begin()
-    for case in range(len(engine.record.cases)):
-        engine.tell(on.CaseStarted(case=case), on.WeightsLoaded(case=case, weights_bytes=2 * 2**30))
-        engine.tell(on.ReferenceChosen(case=case, implementation="baseline"))
-        arms = {
-            **{name: SPEED[name] for name in engine.record.plan.ordered},
-            on.REPEATED_REFERENCE: 0.05,
-            on.WITHOUT_ATTENTION: 0.02,
-        }
-        times = {name: [seconds * each for each in WAVE] for name, seconds in arms.items()}
-        engine.tell(on.RoundsDone(case=case, samples=times, active_bytes=2**20, peak_bytes=2**21))
-        engine.tell(on.CaseDone(case=case, stopped_by="time"))
-    engine.tell(on.RunDone())
-
-
-def play_iterations(engine, names, count):
-    for name in names:
-        for number in range(1, count + 1):
-            engine.tell(
-                on.IterationDone(
-                    case=0,
-                    implementation=name,
-                    number=number,
-                    loss=6.0 - 0.25 * number,
-                    seconds=SPEED.get(name, 0.05) * WAVE[number],
-                    active_bytes=2**20,
-                    peak_bytes=2**21,
-                )
-            )
-
-
-def play_tuning(engine):
-    engine.begin()
-    engine.tell(on.CaseStarted(case=0), on.ReferenceChosen(case=0, implementation="baseline"))
-    play_iterations(engine, [*engine.record.plan.ordered, on.REPEATED_REFERENCE], 12)
-    engine.tell(on.CaseDone(case=0, stopped_by="iterations"), on.RunDone())
+from tests.support.stage import on_stage, play_generation, play_iterations, play_tuning
 
 
 async def finish(stage, screen):

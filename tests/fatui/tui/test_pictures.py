@@ -1,15 +1,29 @@
 """Snapshots of the app."""
 
+from contextlib import nullcontext
 from itertools import product
 
 import pytest
 
-from tests.support.stage import Clock, advise, cheap_styles, impatient, make_app, unpainted
+from tests.support.sample_runs import compared
+from tests.support.stage import (
+    Clock,
+    advise,
+    cheap_styles,
+    impatient,
+    make_app,
+    play_generation,
+    play_tuning,
+    unpainted,
+)
+from tests.support.streams import stream_report
 
 SIZES = ((80, 24), (120, 40))
+WIDE = (200, 55)
 
 
-def picture(snap_compare, size, steps, press=()):
+def picture(snap_compare, size, steps, press=(), paints=False):
+    """Compare the app after some steps; `paints`: as in a terminal, which overlays need."""
     clock, engines = Clock(), []
     app = make_app(clock, engines)
 
@@ -21,7 +35,7 @@ def picture(snap_compare, size, steps, press=()):
         app.main.show_run()
         await pilot.pause()
 
-    with impatient(app), cheap_styles(), unpainted():
+    with impatient(app), cheap_styles(), nullcontext() if paints else unpainted():
         assert snap_compare(app, terminal_size=size, run_before=before, press=press)
 
 
@@ -77,6 +91,76 @@ async def scaled(app, pilot, engines, clock):
     await pilot.press("g", "a")
 
 
+async def scaled_latency(app, pilot, engines, clock):
+    await scaled(app, pilot, engines, clock)
+    await pilot.press("tab")
+
+
+async def scaled_flops(app, pilot, engines, clock):
+    await scaled(app, pilot, engines, clock)
+    await pilot.press("tab", "tab")
+
+
+async def scaled_memory(app, pilot, engines, clock):
+    await scaled(app, pilot, engines, clock)
+    await pilot.press("tab", "tab", "tab")
+
+
+async def sweep(app, pilot, engines, clock):
+    app.set_draft(app.draft.toggle_sweep().set_axis("seq", (64, 128, 256)).set_axis("batch", (1, 2)))
+
+
+async def roofline(app, pilot, engines, clock):
+    await done(app, pilot, engines, clock)
+    await pilot.press("i")
+
+
+async def maximised(app, pilot, engines, clock):
+    await done(app, pilot, engines, clock)
+    await pilot.press("4")
+    await pilot.pause()
+    await pilot.press("z")
+
+
+async def jump(app, pilot, engines, clock):
+    await done(app, pilot, engines, clock)
+    app.clear_notifications()
+    await pilot.press("semicolon")
+
+
+async def compare(app, pilot, engines, clock):
+    from fatui.tui.screens.history import Compare
+
+    app.push_screen(Compare(*compared(mlx="0.33.0", blas="MKL", device="Apple M4")))
+
+
+async def ended(app, pilot, engines, screen):
+    engines[-1].end()
+    for _ in range(100):
+        await pilot.pause(0.02)
+        if screen in app.runs.model_reports:
+            break
+    app.screen._show()
+
+
+async def models(app, pilot, engines, clock):
+    await pilot.press("m", "r")
+    play_generation(engines[-1])
+    await ended(app, pilot, engines, "models")
+
+
+async def fine_tuning(app, pilot, engines, clock):
+    await pilot.press("f", "r")
+    play_tuning(engines[-1])
+    await ended(app, pilot, engines, "finetuning")
+
+
+async def streaming(app, pilot, engines, clock):
+    app.open_report(stream_report("tiny-llama"))
+    await pilot.pause()
+    app.screen._show()
+
+
 @pytest.mark.parametrize(
     ("steps", "size"),
     [
@@ -89,6 +173,43 @@ async def scaled(app, pilot, engines, clock):
 )
 def test_main_screen(snap_compare, size, steps):
     picture(snap_compare, size, steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [idle, running, done], ids=lambda steps: steps.__name__)
+def test_main_screen_of_a_wide_terminal(snap_compare, steps):
+    picture(snap_compare, WIDE, steps)
+
+
+OTHERS = (
+    *(sweep, swept, scaled, scaled_latency, scaled_flops, scaled_memory, roofline, maximised),
+    *(compare, models, fine_tuning, streaming),
+)
+QUICK = ((models, SIZES[1]), (roofline, SIZES[1]), (compare, SIZES[0]))
+EARLIER = ((swept, SIZES[1]), (scaled, SIZES[1]))
+"""Those with a test of their own below."""
+
+
+@pytest.mark.parametrize(
+    ("steps", "size"),
+    [
+        pytest.param(
+            steps,
+            size,
+            marks=() if (steps, size) in QUICK else pytest.mark.slow,
+            id=f"{steps.__name__}-{size[0]}x{size[1]}",
+        )
+        for steps, size in (*product(OTHERS, SIZES), (models, WIDE), (swept, WIDE))
+        if (steps, size) not in EARLIER
+    ],
+)
+def test_other_screens(snap_compare, size, steps):
+    picture(snap_compare, size, steps)
+
+
+@pytest.mark.slow
+def test_jump_mode(snap_compare):
+    picture(snap_compare, (120, 40), jump, paints=True)
 
 
 def test_a_sweep_at_120_x_40(snap_compare):

@@ -10,7 +10,7 @@ from fatui.tui.screens.dialogs import ChangeDetails
 from fatui.tui.screens.history import Compare
 from fatui.tui.view_models.table_lines import TableLine, filtered, legend, ordered
 from fatui.tui.widgets.row_table import RowTable
-from tests.support.sample_runs import ENVIRONMENT, plan_of, report_of, run_of
+from tests.support.sample_runs import compared, plan_of, report_of, run_of
 from tests.support.stage import on_stage
 from tests.support.streams import stream_report
 
@@ -77,13 +77,6 @@ async def test_the_comparison_is_filtered_and_shown_over_another_row(stage):
     assert table.lines[1].cells["speedup"] == "1" and "over poc" in str(stage.find("#comparison").border_subtitle)
     await stage.press("b")
     assert table.lines[0].cells["speedup"] == "1"
-
-
-def compared(**environment):
-    """Two runs; the second on another machine that is twice as fast, with poc gaining nothing."""
-    before = report_of(run=run_of(identity="aaaa1111"))
-    after = report_of(run=run_of(identity="bbbb2222"), seed=1)
-    return before, structs.replace(after, environment=structs.replace(ENVIRONMENT, **environment))
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 55)])
