@@ -82,6 +82,8 @@ class Remote(Struct, frozen=True, kw_only=True):
     """Further options of ssh."""
     computes_on_cpu: bool = False
     """Whether MLX's default device there is the CPU."""
+    notes: tuple[str, ...] = ()
+    """What differs there without harm."""
 
     @property
     def name(self) -> str:
@@ -290,6 +292,9 @@ class RemoteWorker(Worker):
 
     def failure(self) -> str:
         """Return why the service ended early, after it has ended, in one line."""
+        return escape_all(self._failure(), MAX_SHOWN)
+
+    def _failure(self) -> str:
         name, code = self.remote.name, self.process.returncode
         last = truncated(next((line for line in reversed(self._tail.lines) if line.strip()), ""))
         if self._silent:
@@ -329,5 +334,5 @@ async def greeting_of(remote: Remote) -> Greeting:
     finally:
         await worker.end()
     if worker.greeting is None:
-        raise RemoteError(escape_all(worker.failure(), MAX_SHOWN))
+        raise RemoteError(worker.failure())
     return worker.greeting

@@ -27,7 +27,7 @@ EXAMPLE: Final = """examples:
   fatui remote gpu-box                            the app: sliders here, kernels there
   fatui remote gpu-box bench quick --seconds 3    rows, files and history here
   fatui remote gpu-box doctor
-  fatui remote --python ~/venv me@10.0.0.7 llama-7b --run
+  fatui remote --python '~/venv' me@10.0.0.7 llama-7b --run
   fatui remote -p 2222 gpu-box bench --seq 8192 --mask causal
 
 HOST is what ssh takes: a name of its config, USER@HOST, or ssh://USER@HOST:PORT. ssh must log in without asking.
@@ -109,9 +109,10 @@ def _greeted(remote: "Remote") -> "Remote":
     from fatui.remote import check, greeting_of
 
     greeting = asyncio.run(greeting_of(remote))
-    for note in check(greeting, remote):
+    notes = check(greeting, remote)
+    for note in notes:
         cli.print_line(note)
-    return structs.replace(remote, computes_on_cpu=greeting.computes_on_cpu)
+    return structs.replace(remote, computes_on_cpu=greeting.computes_on_cpu, notes=tuple(notes))
 
 
 def _run_there(remote: "Remote", words: Sequence[str]) -> int:

@@ -124,7 +124,8 @@ class FatuiApp(Lab):
 
     def _take_settings(self, ascii: bool) -> None:
         """Apply the config file, the command line and the remembered state, and log their problems."""
-        for problem in [*self.settings.problems, *([self.state_problem] if self.state_problem else [])]:
+        notes = self.remote.notes if self.remote else ()
+        for problem in [*self.settings.problems, *([self.state_problem] if self.state_problem else []), *notes]:
             self.journal.write(problem, "warning")
         if ascii or self.settings.ascii:
             self._line_filters.append(terminal.AsciiFilter())

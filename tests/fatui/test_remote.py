@@ -27,6 +27,7 @@ from fatui.storage.history import RunHistory, summary_of
 from fatui.tui import advisor
 from fatui.tui.app import FatuiApp
 from tests.support import sshd
+from tests.support.marks import slow
 
 PLANTED = Path(__file__).parents[1] / "support" / "planted.py"
 PEAKS = Peaks(matmul_flops_per_s=1e10, copy_bytes_per_s=1e10)
@@ -137,12 +138,6 @@ async def test_what_keeps_a_machine_from_use_is_one_line(script, words, tmp_path
     assert "\n" not in str(caught.value)
 
 
-async def test_a_shell_there_may_print_before_the_greeting(there, tmp_path):
-    noisy = sshd.WITHOUT_SSH.replace("shift\ncd", "shift\necho Welcome\necho\ncd")
-    with sshd.instead_of_ssh(tmp_path, noisy):
-        assert await greeting_of(there) == own_greeting()
-
-
 async def test_a_run_there_has_its_host_in_rows_and_history(there):
     engine = Engine(plan(), peaks=PEAKS, remote=there)
     await engine.run()
@@ -193,6 +188,25 @@ def test_a_machine_that_cannot_be_reached_is_code_1(tmp_path, capsys):
     with sshd.instead_of_ssh(tmp_path, "#!/bin/sh\necho 'Connection refused' >&2\nexit 255\n"):
         assert main(["remote", "gpu-box", "bench"]) == 1
     assert capsys.readouterr().err == "fatui: gpu-box cannot be reached: Connection refused\n"
+
+
+@pytest.mark.parametrize(
+    "given", ["an environment", slow("an environment/bin/python"), slow("~/an environment"), slow(None)]
+)
+async def test_fatui_is_found_by_interpreter_environment_or_path(given, tmp_path, monkeypatch):
+    """In folders whose names have a space; without --python by the path of the shell there."""
+    environment = tmp_path / "an environment"
+    (environment / "bin").mkdir(parents=True)
+    sshd.remote_python(tmp_path)
+    (tmp_path / "remote-python").rename(environment / "bin" / "python")
+    (environment / "bin" / "fatui").write_text(f'#!/bin/sh\nexec "{environment}/bin/python" -m fatui "$@"\n')
+    (environment / "bin" / "fatui").chmod(0o755)
+    with sshd.instead_of_ssh(tmp_path):
+        if given is None:
+            monkeypatch.setenv("PATH", f"{os.environ['PATH'].partition(':')[0]}:{environment}/bin:/usr/bin:/bin")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        named = given if given is None or given.startswith("~") else str(tmp_path / given)
+        assert await greeting_of(Remote(host="gpu-box", python=named)) == own_greeting()
 
 
 async def test_routes_and_device_are_those_of_the_machine(there, monkeypatch):

@@ -38,10 +38,11 @@ CLIENT = """Host {host}
     StrictHostKeyChecking accept-new
 """
 WITHOUT_SSH = """#!/bin/sh
-# ssh [OPTION...] [--] HOST COMMAND, for a host that is this machine; as with ssh, COMMAND ends with its own connection
+# ssh [OPTION...] [--] HOST COMMAND, for a host that is this machine, whose shell prints something first
 while true; do case $1 in --) shift; break;; -o|-p|-i|-F|-J) shift 2;; -*) shift;; *) break;; esac; done
 shift
 cd "$HOME"
+echo Welcome
 exec setsid -w sh -c "$*"
 """
 PYTHON = """#!/bin/sh

@@ -6,8 +6,11 @@ import types
 
 import pytest
 
-from attention import bench
+from attention.core.plan import Assignment, Plan
+from attention.core.results import Peaks
+from attention.core.workload import Workload
 from attention.engine import bench as engine_bench
+from attention.engine.record import record_of
 from attention.measure import energy, nvml
 from attention.measure.device import Device
 from attention.measure.energy import RaplCounter, energy_counter, joules_per_call
@@ -85,8 +88,15 @@ def test_the_gpu_is_the_first_that_cuda_sees(visible, taken, monkeypatch):
 
 def test_rows_have_the_energy_of_a_token(monkeypatch):
     """With a counter of 50 W whose steps are 1 ms, and the real calls."""
-    monkeypatch.setattr(engine_bench, "energy_counter", lambda device: lambda: 50 * round(time.monotonic(), 3))
-    case = {"seq": 16, "heads": 2, "head_dim": 16, "dtype": "float32"}
-    made = bench(case, ["baseline", "mlx"], seconds=0.05, in_process=True)
-    for _, row in made:
+    counter = lambda: 50 * round(time.monotonic(), 3)  # noqa: E731
+    monkeypatch.setattr(engine_bench, "energy_counter", lambda device: counter)
+    plan = Plan(
+        cases=(Workload(seq=16, heads=2, head_dim=16, dtype="float32"),),
+        implementations=("baseline", "mlx"),
+        seconds=0.05,
+    )
+    record = record_of(plan)
+    peaks = Peaks(matmul_flops_per_s=1e10, copy_bytes_per_s=1e10)
+    engine_bench.Bench(Assignment(plan=plan, peaks=peaks), plan, record.apply).run()
+    for row in record.case(0).rows:
         assert 0.05 < row.joules_per_token * 16 / (50 * row.call_s.median) < 20  # of another load than the rounds'

@@ -13,6 +13,7 @@ from attention import UsageError
 from attention.mlx_lm import hub
 from attention.mlx_lm.configuration import find_model
 from fatui.cli.main import main
+from tests.support.marks import slow
 from tests.support.model_hub import hub_of
 from tests.support.tiny_models import SIZES, tiny
 
@@ -58,6 +59,7 @@ def test_a_model_of_the_hub_is_found_in_its_cache_afterwards(folder, monkeypatch
     assert hub.cached_folder(NAME, hub.CONFIGURATION) == find_model(NAME).folder
 
 
+@pytest.mark.slow
 def test_a_model_that_the_hub_has_not_is_one_line(folder, monkeypatch):
     with hub_of(NAME, folder) as (address, _):
         monkeypatch.setenv("HF_ENDPOINT", address)
@@ -73,7 +75,7 @@ def test_a_hub_that_does_not_answer_is_given_up():
             hub.download(NAME, look_up_s=0.2)
 
 
-@pytest.mark.parametrize("command", ["model", "finetune", "stream"])
+@pytest.mark.parametrize("command", ["model", slow("finetune"), slow("stream")])
 def test_without_a_network_a_name_is_one_line_and_code_2(command, capsys, monkeypatch):
     monkeypatch.setattr(hub, "LOOK_UP_S", 5.0)
     assert main([command, NAME]) == 2
