@@ -170,7 +170,8 @@ def _case(case: AnyCase) -> str:
 def _rows(case: AnyCase) -> str:
     if isinstance(case, Case):
         further = further_columns([case])
-        heads = (*HEADS[:5], *further, *HEADS[5:])
+        after = HEADS.index("speedup") + 1
+        heads = (*HEADS[:after], *further, *HEADS[after:])
         lines = [_cells(row, case, further) for row in case.rows]
         return _noted(_table(heads, lines), [*kv_notes(case), *rank_notes(case), *formatting.same_paths(case)])
     columns = model_columns(case)
