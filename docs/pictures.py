@@ -2,6 +2,8 @@
 
 `app.svg`, `live.svg`, `roofline.svg` and `scaling.svg`, and `recording.svg`, which shows a run from its start to its
 verdict. The history, the settings and the remembered state are those of an empty folder.
+
+The first chart of a written report, as a picture of its own: python docs/pictures.py --chart REPORT.html CHART.svg
 """
 
 import asyncio
@@ -91,8 +93,24 @@ async def take(folder: Path) -> None:
         write("scaling")
 
 
+def first_chart(page: str) -> str:
+    """Return the first chart of a report's page as an SVG with the page's colours, light and dark."""
+    chart = page[page.index("<svg ") : page.index("</svg>") + len("</svg>")]
+    colours = re.findall(r"(--(?:ink|series-\d+): #[0-9a-f]+;)", page[: page.index("</style>")])
+    light, dark = colours[: len(colours) // 2], colours[len(colours) // 2 :]
+    head, _, rest = chart.partition(">")
+    style = (
+        f"<style>svg {{ {' '.join(light)} color: var(--ink); font-family: system-ui, sans-serif; }} "
+        f"@media (prefers-color-scheme: dark) {{ svg {{ {' '.join(dark)} }} }}</style>"
+    )
+    return f"{head}>{style}{rest}\n"
+
+
 def main() -> None:
     """Make the pictures."""
+    if sys.argv[1:2] == ["--chart"]:
+        Path(sys.argv[3]).write_text(first_chart(Path(sys.argv[2]).read_text()))
+        return
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent)
     with tempfile.TemporaryDirectory() as private:
         for name in ("CONFIG", "DATA"):

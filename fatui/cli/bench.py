@@ -4,7 +4,10 @@ import argparse
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from attention.core.plan import Plan
+    from attention.core.results import Report
     from fatui.cli.output import Export
     from fatui.storage.presets import Preset
 
@@ -13,6 +16,7 @@ EXAMPLE: Final = """examples:
   fatui bench quick
   fatui bench llama-7b --impl baseline,mlx --json llama.json
   fatui bench --batch 1,2 --seq 512,2048 --head-dim 128 --mask causal
+  fatui bench llama-7b --beside h200,m4-max
   fatui bench --ranks 1,2 --seq 32k --mask causal
   fatui bench --ranks 2 --hosts mac-a,mac-b
 
@@ -30,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload_options(parser)
     add_limit_options(parser, "time for the rounds of one case")
     add_host_options(parser)
+    parser.add_argument(
+        "--beside", metavar="A,B", help="chips, by the keys of `fatui predict --chips`: the same cases predicted there"
+    )
     add_export_options(parser)
 
 
@@ -43,7 +50,26 @@ def run(arguments: argparse.Namespace) -> int:
     from fatui.cli.options import given_remote
     from fatui.cli.run import run_plan
 
-    return run_plan(plan, _command(arguments, preset), preset.name, exports, given_remote(arguments))
+    command, remote = _command(arguments, preset), given_remote(arguments)
+    return run_plan(plan, command, preset.name, exports, remote, _beside(arguments))
+
+
+def _beside(arguments: argparse.Namespace) -> "Callable[[Report], None] | None":
+    """Return what prints predictions for other chips below the measured table, or None."""
+    if arguments.beside is None:
+        return None
+    from fatui.cli.predict import chips_named
+
+    chips = chips_named(arguments.beside)
+
+    def show_predictions(report: "Report") -> None:
+        from fatui.cli.output import show
+        from fatui.report.predictions import basis_lines, beside_table, predictions_of
+
+        made = predictions_of(report, chips)
+        show("", beside_table(report, chips, made), *basis_lines(made, chips))
+
+    return show_predictions
 
 
 def request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Export]]":
@@ -60,6 +86,7 @@ def request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Export]]
     cases = mistakes.catch(lambda: cli_options.with_overrides(preset.cases, values))
     plan = cli_options.override_options(preset.plan(), arguments, mistakes)
     exports = mistakes.catch(lambda: requested_exports(arguments))
+    mistakes.catch(lambda: _beside(arguments))
     mistakes.raise_all()
     return structs.replace(plan, cases=cases), preset, exports or []
 

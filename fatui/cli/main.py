@@ -19,6 +19,7 @@ COMMANDS: Final = {
     "remote": "open the app, or run a command, with the engine on another machine over ssh",
     "doctor": "report what this machine has, what is missing, and how to fix it",
     "explain": "show which path each implementation would take, and why, without running it",
+    "predict": "predict a preset on chips that are not here, each time with an interval",
     "presets": "list presets, show one, or check a file",
     "history": "list past runs, show one, or remove one",
     "compare": "compare past runs, row by row: two, pairs of them with a gate, or those of several machines",

@@ -152,7 +152,12 @@ def _bar(above: Callable[[], str]) -> "Progress":
 
 
 def run_plan(
-    plan: AnyPlan, command: str, preset: str | None, exports: list[Export], remote: "Remote | None" = None
+    plan: AnyPlan,
+    command: str,
+    preset: str | None,
+    exports: list[Export],
+    remote: "Remote | None" = None,
+    after: Callable[[Report], None] | None = None,
 ) -> int:
     """Run a plan, export, store and print its results; return the exit code.
 
@@ -162,6 +167,7 @@ def run_plan(
         preset: the preset's name, if any.
         exports: the exports.
         remote: the machine that runs it; None for this one.
+        after: prints what follows the table, which it is called after; not with an export on stdout.
     """
     started = RunIdentity(remote.prefixed(command) if remote else command, preset)
     lines = [RowLines(export, started) for export in exports if export.format == "jsonl"]
@@ -174,6 +180,8 @@ def run_plan(
         _store_run(report)
     if not any(each.on_stdout for each in lines):
         print_results(report, exports)
+        if after is not None and all(export.target != STDOUT for export in exports):
+            after(report)
     for failure in failures:
         cli.print_line(failure)
     return _exit_code(record, report, interrupted, failed=bool(failures))

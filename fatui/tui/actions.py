@@ -50,6 +50,7 @@ MAIN: Final = (
     ),
     Action("history", "h", "History", "Open, compare and delete past runs", "app.open('history')"),
     Action("scaling", "g", "Scaling", "Heat map and line chart of a sweep", "app.open('scaling')"),
+    Action("chips", "C", "Chips", "The case on chips that are not here: roofs and predictions", "app.open('chips')"),
     Action("models", "m", "Models", "Measure whole models with each implementation", "app.open('models')"),
     Action("finetuning", "f", "Fine-tune", "Fine-tune a model with each implementation", "app.open('finetuning')"),
     Action("streaming", "a", "Streaming", "Follow a stream of tokens through a bounded cache", "app.open('streaming')"),
@@ -165,6 +166,10 @@ def _of_models(screen: str) -> tuple[Action, ...]:
 MODELS: Final = _of_models("models")
 FINETUNING: Final = _of_models("finetuning")
 STREAMING: Final = _of_models("streaming")
+CHIPS: Final = (
+    Action("chips_reset", "n", "Reset", "Set the chip's figures back to those of its sources", "screen.reset"),
+    BACK,
+)
 DOCTOR: Final = (Action("doctor_again", "r", "Look again", "Repeat the diagnosis", "screen.again"), BACK)
 ACTIONS: Final = MAIN + ANYWHERE
 FURTHER: Final = {
@@ -175,6 +180,7 @@ FURTHER: Final = {
     "models": MODELS,
     "finetuning": FINETUNING,
     "streaming": STREAMING,
+    "chips": CHIPS,
     "doctor": DOCTOR,
 }
 ALL: Final = (*ACTIONS, *dict.fromkeys(action for group in FURTHER.values() for action in group))

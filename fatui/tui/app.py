@@ -69,6 +69,10 @@ def make_screen(name: str) -> Screen[Any]:
             from fatui.tui.screens.scaling import Scaling
 
             return Scaling()
+        case "chips":
+            from fatui.tui.screens.chips import Chips
+
+            return Chips()
         case "models":
             from fatui.tui.screens.models import Models
 

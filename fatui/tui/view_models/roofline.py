@@ -111,13 +111,13 @@ def roofline(workload: Workload, peaks: Peaks, cases: Sequence[Case] = (), names
         return None
     top, slope = peaks.flops_per_s * workload.ranks, peaks.copy_bytes_per_s * workload.ranks
     ridge, at = top / slope, intensity(workload)
-    lines, everything = _measured(cases, names)
+    lines, everything = measured_points(cases, names)
     best = workload.flops / limits.seconds
     xs = [ridge, at, *(point.x for point in everything)]
     low, high = min(xs) / SPAN, max(xs) * SPAN
     ys = [best, top * 1.3, *(point.high for point in everything), *(point.low for point in everything)]
     x, y = decades(low, high, formatting.three), decades(min(*ys, best / 3), max(ys), formatting.rate)
-    roofs = [_roof([(x.low, x.low * slope), (ridge, top), (x.high, top)], y)]
+    roofs = [roof_line([(x.low, x.low * slope), (ridge, top), (x.high, top)], y)]
     notes = [
         Note(x.high, top, " ", f"compute {formatting.flops(peaks.flops_per_s)}/s", ROOF),
         Note(min(max(x.low, y.low / slope) * 3, ridge), min(max(x.low * 3 * slope, y.low * 3), top), " ", "copy", ROOF),
@@ -125,21 +125,22 @@ def roofline(workload: Workload, peaks: Peaks, cases: Sequence[Case] = (), names
     if limits.launch is not None:
         ceiling = workload.flops / limits.launch
         if y.low < ceiling < y.high:
-            roofs.append(_roof([(x.low, ceiling), (x.high, ceiling)], y, every=3))
+            roofs.append(roof_line([(x.low, ceiling), (x.high, ceiling)], y, every=3))
             notes.append(Note(x.low, ceiling, " ", "launch", ROOF))
     notes.append(Note(at, best, PREDICTED, "at best"))
     return Plot(x, y, (*roofs, *lines), tuple(notes), cursor=at)
 
 
-def _roof(places: list[tuple[float, float]], y: Axis, every: int = 1) -> Line:
+def roof_line(places: list[tuple[float, float]], y: Axis, number: int = ROOF, every: int = 1) -> Line:
     """Return a roof, from where it enters the plot."""
     x0, y0 = places[0]
     if y0 < y.low < places[1][1]:
         places = [(x0 * y.low / y0, y.low), *places[1:]]  # a slope of one: FLOP/s over FLOP/byte
-    return Line(ROOF, tuple(Point(a, b, b, b) for a, b in places), marked=False, every=every)
+    return Line(number, tuple(Point(a, b, b, b) for a, b in places), marked=False, every=every)
 
 
-def _measured(cases: Sequence[Case], names: Sequence[str]) -> tuple[list[Line], list[Point]]:
+def measured_points(cases: Sequence[Case], names: Sequence[str]) -> tuple[list[Line], list[Point]]:
+    """Return what was measured, a line of points for each implementation, and all of the points."""
     points: dict[str, list[Point]] = {}
     for case in cases:
         for row in sound_rows(case):

@@ -1,0 +1,245 @@
+"""Calibration: a few constants for each family of rows, fitted to measured times.
+
+A family is an implementation on a backend, by the kind of its path, pass and width of numbers. Its time is
+
+    T = (sum over terms of (a * x)^p)^(1/p)
+
+with x the costs at peak rates (`cost.py`) and a constant a for each: seconds of a launch, and the reciprocal of the
+share of each peak that the kernel reaches. p says how well the terms overlap: 1 not at all, large the longest alone.
+The fit minimises the logarithm of predicted over measured by Gauss-Newton steps with damping (Levenberg and Marquardt),
+with Huber's weights against outliers and a weak prior on each constant, so that one the rows do not determine stays
+where peak rates put it.
+
+Intervals are conformal: rows are left out a fold at a time, predicted by the others, and the 90 % quantile of the
+absolute log error, with the correction for a finite number of rows, is the half width (Lei et al., "Distribution-free
+predictive inference for regression", JASA 113, 2018).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Final
+
+import numpy as np
+from msgspec import Struct
+from numpy.typing import NDArray
+
+from attention.chips.cost import TERMS, Costs, Path, costs, path_kind
+from attention.chips.table import Chip
+from attention.core.results import Report
+from attention.core.workload import Workload
+
+Vector = NDArray[np.float64]
+COVERAGE: Final = 0.9
+FOLDS: Final = 8
+MIN_ROWS: Final = 5
+"""A family with fewer rows is not calibrated."""
+FLOOR: Final = 0.03
+"""Smallest half width, in logarithms: what runs of the same code differ by."""
+STARTS: Final = {
+    "launch": 1e-5,
+    "matrix": 1.5,
+    "vector": 0.03,
+    "memory": 1.2,
+    "cache": 0.02,
+    "scores": 4.0,
+    "mask": 1.0,
+}
+SPREADS: Final = {"launch": 2.0, "matrix": 0.7, "vector": 2.0, "memory": 0.7, "cache": 0.7, "scores": 1.0, "mask": 1.5}
+"""Standard deviations of the prior, in logarithms."""
+PRIOR: Final = 0.05
+"""What a standard deviation of the prior weighs, in logarithms of a time."""
+START_POWER: Final = 2.0
+HUBER: Final = 0.1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measured time, and what it is of."""
+
+    workload: Workload
+    implementation: str
+    path: Path
+    chip: Chip
+    seconds: float
+    file: str = ""
+
+    @property
+    def family(self) -> str:
+        """Key of the family."""
+        return family_of(self.implementation, self.path, self.workload, self.chip.backend)
+
+
+class Family(Struct, frozen=True):
+    """The constants of a family, and what they were calibrated on."""
+
+    constants: dict[str, float]
+    """By term; "power" is p."""
+    half_width: float
+    """Of the 90 % interval on the chip it was calibrated on, in logarithms."""
+    median_error: float
+    """Of rows predicted by others: |predicted / measured - 1|."""
+    rows: int
+    chip: str
+    """Name of the chip."""
+    vendor: str
+    architecture: str
+
+
+class Calibration(Struct, frozen=True):
+    """The families, and the files they were calibrated on."""
+
+    families: dict[str, Family]
+    files: dict[str, str] = {}
+    """Digests of the runs by file."""
+
+
+def family_of(implementation: str, path: Path, workload: Workload, backend: str) -> str:
+    """Return the key of the family of a row."""
+    width = "float32" if workload.dtype == "float32" else "16-bit"
+    if backend == "cpu":
+        width = workload.dtype
+    return f"{backend} {implementation}, {path}, {workload.pass_}, {width}"
+
+
+def rows_of(report: Report, chip: Chip, file: str = "") -> list[Measured]:
+    """Return the measured times of a run that can be predicted."""
+    backend = report.environment.backend or chip.backend
+    return [
+        Measured(case.workload, row.implementation, path_kind(row.path, backend), chip, row.call_s.median, file)
+        for case in report.cases
+        for row in case.rows
+        if row.status == "ok" and row.call_s and row.implementation != "demo" and not case.workload.structured
+    ]
+
+
+def calibrate(rows: Iterable[Measured], files: Mapping[str, str] | None = None) -> Calibration:
+    """Return the constants of each family with enough rows."""
+    by_family: dict[str, list[Measured]] = {}
+    for row in rows:
+        by_family.setdefault(row.family, []).append(row)
+    families = {key: _family(found) for key, found in sorted(by_family.items()) if len(found) >= MIN_ROWS}
+    return Calibration(families, dict(files or {}))
+
+
+def _family(rows: Sequence[Measured]) -> Family:
+    constants = _fit(rows)
+    errors = _left_out_errors(rows)
+    return Family(
+        constants=constants,
+        half_width=max(FLOOR, conformal(errors)),
+        median_error=math.expm1(median(map(abs, errors))),
+        rows=len(rows),
+        chip=rows[0].chip.name,
+        vendor=rows[0].chip.vendor,
+        architecture=rows[0].chip.architecture,
+    )
+
+
+def conformal(errors: Sequence[float], coverage: float = COVERAGE) -> float:
+    """Return the half width that a further absolute error stays within with that probability."""
+    ordered = sorted(map(abs, errors))
+    rank = math.ceil(coverage * (len(ordered) + 1))
+    if rank <= len(ordered):
+        return ordered[rank - 1]
+    return 1.5 * ordered[-1]  # too few rows for that probability: beyond the largest
+
+
+def _left_out_errors(rows: Sequence[Measured]) -> list[float]:
+    """Return the log errors of rows predicted by the other folds; equal cases stay together."""
+    folds = min(FOLDS, len(rows))
+    errors = [0.0] * len(rows)
+    for fold in range(folds):
+        kept = [row for index, row in enumerate(rows) if index % folds != fold]
+        constants = _fit(kept)
+        for index in range(fold, len(rows), folds):
+            row = rows[index]
+            errors[index] = math.log(seconds(costs(row.workload, row.chip, row.path), constants) / row.seconds)
+    return errors
+
+
+def parts(found: Costs, constants: Mapping[str, float]) -> dict[str, float]:
+    """Return the seconds of each term; those of terms that cannot be computed are left out."""
+    return {
+        name: constants[name] * value
+        for name in TERMS
+        if name in constants and (value := getattr(found, name)) is not None
+    }
+
+
+def seconds(found: Costs, constants: Mapping[str, float]) -> float:
+    """Return the predicted seconds of a call."""
+    power = constants["power"]
+    times = [value for value in parts(found, constants).values() if value > 0]
+    longest = max(times)
+    return longest * float(sum((value / longest) ** power for value in times) ** (1 / power))
+
+
+def _fit(rows: Sequence[Measured]) -> dict[str, float]:
+    """Return the constants that predict the rows best."""
+    found = [costs(row.workload, row.chip, row.path) for row in rows]
+    names = [name for name in TERMS if any(getattr(each, name) for each in found)]
+    table = np.array([[getattr(each, name) or 0.0 for name in names] for each in found])
+    measured = np.log([row.seconds for row in rows])
+    least = float(np.exp(measured.min()))
+    start = np.log(
+        [*(min(STARTS[name], 0.5 * least) if name == "launch" else STARTS[name] for name in names), START_POWER]
+    )
+    spreads = np.array([*(SPREADS[name] for name in names), 0.7])
+
+    def residuals(theta: Vector) -> Vector:
+        errors = _log_times(table, theta) - measured
+        size = np.abs(errors)
+        robust = np.where(size <= HUBER, errors, np.sign(errors) * np.sqrt(np.maximum(0.0, HUBER * (2 * size - HUBER))))
+        return np.concatenate([robust, PRIOR * (theta - start) / spreads])
+
+    theta = least_squares(residuals, start)
+    values = np.exp(theta)
+    return {**dict(zip(names, map(float, values[:-1]), strict=True)), "power": float(max(1.0, values[-1]))}
+
+
+def _log_times(table: Vector, theta: Vector) -> Vector:
+    """Return the logarithms of predicted times; the last parameter is the logarithm of the power, at least 0."""
+    power = float(np.exp(np.clip(theta[-1], 0.0, 3.0)))
+    with np.errstate(divide="ignore"):
+        logs = np.log(table) + theta[:-1]
+    highest = logs.max(axis=1, keepdims=True)
+    made: Vector = highest[:, 0] + np.log(np.exp(power * (logs - highest)).sum(axis=1)) / power
+    return made
+
+
+def least_squares(residuals: Callable[[Vector], Vector], start: Vector, steps: int = 100) -> Vector:
+    """Minimise a sum of squares by damped Gauss-Newton steps with a numerical Jacobian."""
+    theta, damping = start.copy(), 1e-2
+    current = residuals(theta)
+    for _ in range(steps):
+        jacobian = np.stack(
+            [(residuals(theta + shift) - current) / 1e-5 for shift in 1e-5 * np.eye(len(theta))], axis=1
+        )
+        normal, gradient = jacobian.T @ jacobian, jacobian.T @ current
+        while damping < 1e8:
+            step = np.linalg.solve(normal + damping * np.diag(np.diag(normal) + 1e-9), -gradient)
+            tried = residuals(theta + step)
+            if tried @ tried < current @ current:
+                break
+            damping *= 4
+        else:
+            return theta
+        gained = 1 - (tried @ tried) / (current @ current)
+        theta, current, damping = theta + step, tried, damping / 3
+        if gained < 1e-9:
+            return theta
+    return theta
+
+
+def check(rows: Iterable[Measured], calibration: Calibration) -> list[dict[str, Any]]:
+    """Return predicted against measured for rows whose family is calibrated."""
+    made = []
+    for row in rows:
+        family = calibration.families.get(row.family)
+        if family is None:
+            continue
+        predicted = seconds(costs(row.workload, row.chip, row.path), family.constants)
+        made.append({"row": row, "predicted": predicted, "error": predicted / row.seconds - 1, "family": family})
+    return made

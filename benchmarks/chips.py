@@ -1,0 +1,418 @@
+"""Rows that the predictions of other chips are calibrated with and checked against.
+
+    python -m benchmarks.chips measure cuda FOLDER --limit 240     # on a GPU: the grids of that backend, a file each
+    python -m benchmarks.chips measure cpu FOLDER
+    python -m benchmarks.chips calibrate                           # writes attention/chips/calibration.json
+    python -m benchmarks.chips check [--markdown docs/chips.md]    # predicted against measured
+
+Each file is a run, as `fatui bench --json` writes it. Samples are few: the model needs many shapes rather than
+narrow intervals. A grid that would begin after the limit is left out, and said so.
+
+`check` calibrates on the H200's rows in docs/results/chips and tests/data alone, and predicts the H100's rows; then it
+calibrates on every second shape of the CPU's rows, and predicts the others.
+"""
+
+import argparse
+import itertools
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import msgspec
+
+from attention import bench
+from attention.chips.calibration import Calibration, Measured, calibrate, rows_of
+from attention.chips.cost import Path as PathKind
+from attention.chips.prediction import Prediction, predict
+from attention.chips.table import Chip, chip_of_device, chips
+from attention.core.digest import digest_of
+from attention.core.results import Report
+from attention.core.workload import Workload
+from attention.implementations.fused import Poc
+
+Grid = tuple[list[Workload], list[str] | dict[str, str], float]
+"""Cases, implementations, and the seconds of the rounds of a case."""
+CUDA: Final = ["baseline", "mlx", "practical", "poc", "torch"]
+CPU: Final = ["baseline", "mlx", "practical", "poc", "torch"]
+
+
+class General(Poc):
+    """`poc` with the general CUDA kernels alone, which are what it has on GPUs other than Hopper's."""
+
+    name = "general"
+
+    def __init__(self) -> None:
+        """Leave the specialised kernels out of this process."""
+        super().__init__()
+        from attention.kernels.cuda.choice import set_portable_only
+
+        set_portable_only(True)
+
+
+def _cases(**fields: Any) -> list[Workload]:
+    """Return every combination of the fields' values."""
+    lists = {name: value if isinstance(value, list) else [value] for name, value in fields.items()}
+    return [Workload(**dict(zip(lists, values, strict=True))) for values in itertools.product(*lists.values())]
+
+
+def cuda_grids() -> Iterator[tuple[str, Grid]]:
+    """Yield the grids of a GPU by name, the most important first."""
+    both = ["causal", "none"]
+    yield (
+        "study",
+        (
+            [
+                *_cases(seq=[64, 128], head_dim=[32, 64]),
+                *_cases(batch=2, seq=128, head_dim=32),
+                *_cases(batch=4, seq=256, head_dim=[32, 64]),
+                *_cases(seq=512, head_dim=128, dtype="bfloat16"),
+                *_cases(seq=1024, heads=4, head_dim=[64, 256], dtype="bfloat16"),
+                *_cases(batch=4, seq=512, head_dim=64, mask="causal"),
+            ],
+            CUDA,
+            0.4,
+        ),
+    )
+    yield (
+        "prefill",
+        (
+            [
+                *_cases(seq=[2048, 8192], heads=16, head_dim=[64, 128, 256], dtype="bfloat16", mask=both),
+                *_cases(seq=[1024, 4096, 16384], heads=16, head_dim=[128, 256], dtype="bfloat16", mask="causal"),
+                *_cases(batch=4, seq=[1024, 4096], heads=16, head_dim=[64, 128], dtype="bfloat16", mask=both),
+                *_cases(seq=[512, 4096], heads=32, kv_heads=8, head_dim=128, mask="causal"),
+                *_cases(batch=8, seq=[512, 2048], heads=8, head_dim=[64, 128], mask="causal"),
+            ],
+            CUDA,
+            0.4,
+        ),
+    )
+    yield (
+        "training",
+        (
+            [
+                *_cases(
+                    seq=[1024, 4096],
+                    heads=16,
+                    head_dim=[64, 128, 256],
+                    dtype="bfloat16",
+                    mask="causal",
+                    pass_="training",
+                ),
+                *_cases(seq=[2048, 8192], heads=16, head_dim=128, dtype="bfloat16", mask=both, pass_="training"),
+                *_cases(
+                    batch=4, seq=[256, 1024], heads=8, head_dim=64, dtype="float16", mask="causal", pass_="training"
+                ),
+            ],
+            CUDA,
+            0.4,
+        ),
+    )
+    yield (
+        "decode",
+        (
+            [
+                *_cases(
+                    batch=[1, 16], kv_seq=[512, 2048, 8192, 32768], heads=32, kv_heads=8, head_dim=128, pass_="decode"
+                ),
+                *_cases(
+                    batch=[1, 8], kv_seq=[1024, 4096], heads=16, head_dim=[64, 256], dtype="bfloat16", pass_="decode"
+                ),
+            ],
+            CUDA,
+            0.3,
+        ),
+    )
+    yield (
+        "general",
+        (
+            [
+                *_cases(seq=[512, 2048, 8192], heads=16, head_dim=[64, 128], dtype="bfloat16", mask=both),
+                *_cases(seq=2048, heads=16, head_dim=256, dtype="bfloat16", mask="causal"),
+                *_cases(seq=[1024, 4096], heads=16, head_dim=128, dtype="bfloat16", mask="causal", pass_="training"),
+            ],
+            {"general": "benchmarks.chips:General"},
+            0.2,
+        ),
+    )
+    yield (
+        "float32",
+        (
+            _cases(seq=[512, 2048], heads=16, head_dim=[64, 128], dtype="float32", mask=both),
+            CUDA,
+            0.3,
+        ),
+    )
+    yield (
+        "long",
+        (
+            _cases(seq=32768, heads=8, head_dim=[64, 128], dtype="bfloat16", mask="causal"),
+            CUDA,
+            0.3,
+        ),
+    )
+
+
+def cpu_grids() -> Iterator[tuple[str, Grid]]:
+    """Yield the grids of a CPU by name: small shapes, which take MLX's products tens of milliseconds, and larger."""
+    both, types, fast = ["none", "causal"], ["float32", "bfloat16"], ["poc", "torch"]
+    yield (
+        "forward",
+        (_cases(seq=[192, 256, 384, 512, 768, 1024], head_dim=[64, 128], dtype=types, mask=both), fast, 0.3),
+    )
+    yield (
+        "small",
+        (
+            [
+                *_cases(seq=[64, 96, 128, 192], heads=4, head_dim=[32, 64], dtype="float32", mask=both),
+                *_cases(batch=2, seq=[80, 160], heads=4, head_dim=64, dtype="float32"),
+            ],
+            CPU,
+            0.2,
+        ),
+    )
+    yield (
+        "decode",
+        (
+            _cases(
+                batch=[1, 4],
+                kv_seq=[1024, 2048, 4096, 8192],
+                heads=16,
+                kv_heads=4,
+                head_dim=128,
+                dtype=types,
+                pass_="decode",
+            ),
+            fast,
+            0.2,
+        ),
+    )
+    yield (
+        "training",
+        (
+            _cases(batch=[1, 2], seq=[128, 192, 256, 384], heads=8, head_dim=64, dtype=types, pass_="training"),
+            fast,
+            0.3,
+        ),
+    )
+
+
+GRIDS: Final = {"cuda": cuda_grids, "cpu": cpu_grids}
+
+
+def measure(backend: str, folder: Path, limit_s: float, only: str | None) -> int:
+    """Measure the grids of a backend into a folder; return the number of those that were left out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    started, left_out = time.monotonic(), 0
+    for name, (cases, implementations, seconds) in GRIDS[backend]():
+        if only not in (None, name):
+            continue
+        spent = time.monotonic() - started
+        if spent > limit_s:
+            print(f"{name}: left out, {spent:.0f} s are over", flush=True)
+            left_out += 1
+            continue
+        result = bench(cases, implementations, seconds=seconds)
+        result.save(folder / f"{name}.json")
+        ok = sum(row.status == "ok" for _, row in result)
+        took = time.monotonic() - started - spent
+        print(f"{name}: {len(cases)} cases, {ok} of {len(result)} rows, {took:.0f} s", flush=True)
+    return left_out
+
+
+ROOT: Final = Path(__file__).parents[1]
+CALIBRATION: Final = ROOT / "attention/chips/calibration.json"
+CALIBRATED_ON: Final = ROOT / "docs/results/chips"
+CHECKED: Final = ROOT / "tests/data"
+CPU_CHIP: Final = chips()["xeon-8580"].scaled(cores=4 / 60)
+"""What the kept rows of a CPU were measured on: four cores of a virtual machine on such a processor."""
+UNCHANGED: Final = ("baseline", "mlx", "torch")
+"""Implementations whose rows on an H200 in tests/data are of today's code; poc and practical have changed since."""
+TARGET: Final = 0.08
+"""Of the median error."""
+MARK: Final = "<!-- python -m benchmarks.chips check --markdown docs/chips.md writes what follows -->"
+WORST: Final = 8
+"""Rows of each check that are named as the worst."""
+
+
+def read_rows(folder: Path, pattern: str, chip: Chip | None = None) -> list[Measured]:
+    """Return the measured rows of runs kept in a folder."""
+    rows = []
+    for path in sorted(folder.glob(pattern)):
+        report = msgspec.json.decode(path.read_bytes(), type=Report)
+        own = chip or chip_of_device(report.environment.device)
+        assert own is not None, f"{path}: {report.environment.device} is not in the table of chips"
+        rows += rows_of(report, own, path.name)
+    return rows
+
+
+def calibration_rows() -> list[Measured]:
+    """Return the rows that the shipped calibration is made of."""
+    kept = [row for row in read_rows(CHECKED, "h200-*.json") if row.implementation in UNCHANGED]
+    return [*read_rows(CALIBRATED_ON, "h200-*.json"), *kept, *read_rows(CALIBRATED_ON, "cpu-*.json", CPU_CHIP)]
+
+
+def write_calibration() -> None:
+    """Calibrate on all kept rows, and write the constants that the package ships."""
+    files = {
+        path.name: digest_of(msgspec.json.decode(path.read_bytes())) for path in sorted(CALIBRATED_ON.glob("*.json"))
+    }
+    made = calibrate(calibration_rows(), files)
+    CALIBRATION.write_bytes(msgspec.json.format(msgspec.json.encode(made), indent=1) + b"\n")
+    for key, family in made.families.items():
+        width = math.exp(family.half_width)
+        print(f"{key}: {family.rows} rows, {family.median_error:.1%} left out, interval x{width:.2f}")
+
+
+DECODE_RATES: Final = {
+    (1, 32768): {"poc": 2679e9, "mlx": 2688e9},
+    (1, 131072): {"poc": 2847e9, "mlx": 2901e9},
+    (16, 8192): {"poc": 2904e9, "mlx": 2877e9},
+}
+"""Bytes of keys and values a second in decoding on an H100, of which no run is kept: docs/experiments/cuda-hopper.md.
+
+Only those lengths whose keys and values do not stay in the cache, since the inputs there change from call to call.
+"""
+
+
+def decode_rows_of_docs() -> list[Measured]:
+    """Return the rows of the documentation's table of decoding on an H100: 32 and 8 heads of 128 in bfloat16."""
+    rows = []
+    for (batch, keys), rates in DECODE_RATES.items():
+        (workload,) = _cases(
+            batch=batch, kv_seq=keys, heads=32, kv_heads=8, head_dim=128, dtype="bfloat16", pass_="decode"
+        )
+        for name, rate in rates.items():
+            kind: PathKind = "split K" if name == "poc" else "fused"
+            seconds = workload.key_value_bytes / rate
+            rows.append(Measured(workload, name, kind, chips()["h100"], seconds, "docs/experiments/cuda-hopper.md"))
+    return rows
+
+
+Checked = tuple[Measured, Prediction]
+
+
+def check_other_gpu() -> list[Checked]:
+    """Predict the H100's rows from the H200's."""
+    made = calibrate(row for row in calibration_rows() if row.chip.backend == "cuda")
+    return _checked([*read_rows(CHECKED, "h100-*.json"), *decode_rows_of_docs()], made)
+
+
+def check_half_of_cpu() -> list[Checked]:
+    """Predict every second shape of the CPU's rows from the others."""
+    rows = read_rows(CALIBRATED_ON, "cpu-*.json", CPU_CHIP)
+    shapes = list(dict.fromkeys(row.workload for row in rows))
+    known = {shape for index, shape in enumerate(shapes) if index % 2 == 0}
+    made = calibrate(row for row in rows if row.workload in known)
+    return _checked([row for row in rows if row.workload not in known], made)
+
+
+def _checked(rows: Sequence[Measured], made: Calibration) -> list[Checked]:
+    predicted = [(row, predict(row.workload, row.implementation, row.chip, made)) for row in rows]
+    return [(row, each) for row, each in predicted if each.predicted_s is not None]
+
+
+def error_of(checked: Checked) -> float:
+    """Return predicted over measured, less 1."""
+    row, prediction = checked
+    return (prediction.predicted_s or math.nan) / row.seconds - 1
+
+
+def inside(checked: Checked) -> bool:
+    """Return whether the measured time is inside the stated interval."""
+    row, prediction = checked
+    return (prediction.low_s or 0.0) <= row.seconds <= (prediction.high_s or 0.0)
+
+
+def summary_lines(title: str, found: Sequence[Checked]) -> list[str]:
+    """Return the figures of a check, by implementation too, and its worst rows."""
+
+    def figures(name: str, rows: Sequence[Checked]) -> str:
+        errors = [abs(error_of(each)) for each in rows]
+        share = sum(map(inside, rows)) / len(rows)
+        return f"| {name} | {len(rows)} | {median(errors):.1%} | {share:.0%} |"
+
+    names = sorted({row.implementation for row, _ in found})
+    worst = sorted(found, key=lambda each: -abs(math.log(1 + error_of(each))))[:WORST]
+    met = median(abs(error_of(each)) for each in found) <= TARGET and sum(map(inside, found)) >= 0.9 * len(found)
+    return [
+        f"### {title}",
+        "",
+        f"Median error at most {TARGET:.0%} and 90 % of rows inside the interval: {'met' if met else 'not met'}.",
+        "",
+        "| rows of | rows | median error | inside the 90 % interval |",
+        "| --- | ---: | ---: | ---: |",
+        figures("all", found),
+        *(figures(name, [each for each in found if each[0].implementation == name]) for name in names),
+        "",
+        "Worst: " + "; ".join(_named(each) for each in worst) + ".",
+        "",
+    ]
+
+
+def _named(checked: Checked) -> str:
+    row, _ = checked
+    return f"{row.implementation} {row.workload.label} {error_of(checked):+.0%}"
+
+
+def table_lines(found: Sequence[Checked]) -> list[str]:
+    """Return the table of predicted against measured."""
+    lines = [
+        "| case | implementation | path | predicted µs | interval | measured µs | error | |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for checked in found:
+        row, prediction = checked
+        low, high = prediction.low_s or 0.0, prediction.high_s or 0.0
+        lines.append(
+            f"| {row.workload.label} | {row.implementation} | {row.path} "
+            f"| {(prediction.predicted_s or 0) * 1e6:,.1f} | "
+            f"{low * 1e6:,.1f} to {high * 1e6:,.1f} | {row.seconds * 1e6:,.1f} | {error_of(checked):+.1%} | "
+            f"{'' if inside(checked) else 'outside'} |"
+        )
+    return lines
+
+
+def check(markdown: Path | None) -> int:
+    """Print predicted against measured; return 1 if a target is not met."""
+    checks = {
+        "H100, calibrated on the H200's rows alone": check_other_gpu(),
+        "CPU, calibrated on half of the shapes": check_half_of_cpu(),
+    }
+    lines: list[str] = []
+    for title, found in checks.items():
+        lines += [*summary_lines(title, found), *table_lines(found), ""]
+    print("\n".join(lines))
+    if markdown:
+        before = markdown.read_text().partition(MARK)[0] if markdown.exists() else ""
+        markdown.write_text("\n".join([f"{before}{MARK}", "", *lines]))
+    return int(any(" not met." in line for line in lines))
+
+
+def main() -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chips", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    measuring = commands.add_parser("measure", help="measure the grids of a backend")
+    measuring.add_argument("backend", choices=GRIDS)
+    measuring.add_argument("folder", type=Path)
+    measuring.add_argument("--limit", type=float, default=600.0, help="seconds after which no grid begins")
+    measuring.add_argument("--only", help="the one grid to measure")
+    commands.add_parser("calibrate", help="write the constants that the package ships")
+    checking = commands.add_parser("check", help="print predicted against measured")
+    checking.add_argument("--markdown", type=Path, help="a file in which the tables replace those of an earlier check")
+    options = parser.parse_args()
+    if options.command == "calibrate":
+        write_calibration()
+        return 0
+    if options.command == "check":
+        return check(options.markdown)
+    return 1 if measure(options.backend, options.folder, options.limit, options.only) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

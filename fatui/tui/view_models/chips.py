@@ -1,0 +1,117 @@
+"""Chips beside this machine: their roofs, where a case is predicted on them, and what limits it there."""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from msgspec import Struct
+
+from attention.chips import prediction
+from attention.chips.prediction import Prediction, explained, predict, what_if
+from attention.chips.table import Chip, chips
+from attention.core.results import Case, Peaks
+from attention.core.workload import Workload
+from fatui import formatting
+from fatui.report.predictions import basis_texts, chip_line, range_text
+from fatui.tui.view_models import roofline
+from fatui.tui.view_models.plot import Line, Note, Plot, Point, decades
+
+FACTORS: Final = {
+    "bandwidth": "bandwidth",
+    "rate": "rate",
+    "cores": "cores",
+    "shared": "shared mem",
+    "cache": "cache",
+}
+"""The figures that sliders change, with their labels."""
+PERCENT: Final = (10, 25, 33, 50, 67, 75, 90, 100, 110, 125, 150, 200, 300, 400, 800)
+NONE: Final = "none"
+PREDICTED: Final = "◎"
+MAX_NAMES: Final = 4
+PREDICTABLE: Final = prediction.PREDICTED
+
+
+class Shown(Struct, frozen=True):
+    """What the screen shows of the chips: each with its predictions, the chosen one first."""
+
+    chips: tuple[Chip, ...]
+    predictions: tuple[Prediction, ...]
+
+
+def known_keys() -> tuple[str, ...]:
+    """Return the keys of all chips."""
+    return tuple(chips())
+
+
+def shown(workload: Workload, names: Sequence[str], keys: Sequence[str], percent: Mapping[str, int]) -> Shown:
+    """Predict a case on some chips; the figures of the first are changed by the sliders' percentages."""
+    factors = {name: value / 100 for name, value in percent.items() if value != 100}
+    found = [chips()[key] for key in keys if key != NONE]
+    if found and factors:
+        found[0] = what_if(found[0], factors)
+    made = [predict(workload, name, chip) for chip in found for name in names]
+    return Shown(tuple(found), tuple(made))
+
+
+def plot(
+    workload: Workload, made: Shown, peaks: Peaks, cases: Sequence[Case] = (), names: Sequence[str] = ()
+) -> Plot | None:
+    """Return FLOP/s over FLOP/byte: a roof for each chip with the case on it, this machine's with what was measured."""
+    at = roofline.intensity(workload)
+    roofs = [
+        (rate, chip.bytes_per_s, number)
+        for number, chip in enumerate(made.chips)
+        if (rate := chip.rate(workload.dtype)) and chip.bytes_per_s
+    ]
+    own = roofline.limits_of(workload, peaks)
+    if own is not None and peaks.flops_per_s and peaks.copy_bytes_per_s:
+        roofs.append((peaks.flops_per_s, peaks.copy_bytes_per_s, roofline.ROOF))
+    if not roofs:
+        return None
+    points = [
+        (made.chips.index(_chip_of(made, each)), workload.flops / each.predicted_s, each)
+        for each in made.predictions
+        if each.predicted_s
+    ]
+    measured, everything = roofline.measured_points(cases, names)
+    ridges = [rate / slope for rate, slope, _ in roofs]
+    xs = [at, *ridges, *(point.x for point in everything)]
+    ys = [rate for rate, _, _ in roofs] + [rate for _, rate, _ in points] + [point.y for point in everything]
+    x = decades(min(xs) / 4, max(xs) * 4, formatting.three)
+    y = decades(min(ys) / 3, max(ys) * 1.3)
+    lines = [
+        roofline.roof_line([(x.low, x.low * slope), (rate / slope, rate), (x.high, rate)], y, number)
+        for rate, slope, number in roofs
+    ]
+    lines += [
+        Line(number, (Point(at, rate, *_rates(workload, each)),), joined=False, marked=False)
+        for number, rate, each in points
+    ]
+    notes = [Note(at, rate, PREDICTED, each.implementation, number) for number, rate, each in points]
+    titles = {number: chip.key for number, chip in enumerate(made.chips)} | {roofline.ROOF: "this machine"}
+    notes += [Note(x.high, rate, " ", titles[number], number) for rate, _, number in roofs]
+    return Plot(x, y, (*lines, *measured), tuple(notes), cursor=at)
+
+
+def _chip_of(made: Shown, prediction: Prediction) -> Chip:
+    return next(chip for chip in made.chips if chip.key == prediction.chip)
+
+
+def _rates(workload: Workload, prediction: Prediction) -> tuple[float, float]:
+    return workload.flops / (prediction.high_s or 1.0), workload.flops / (prediction.low_s or 1.0)
+
+
+def words(workload: Workload, made: Shown, peaks: Peaks, cases: Sequence[Case] = ()) -> list[str]:
+    """Describe each chip and what limits the case on it; this machine's measured figures come first."""
+    lines = roofline.limit_words(workload, peaks, cases)
+    said = [f"this machine, measured. {lines[0]}", *lines[1:]] if lines else []
+    for chip in made.chips:
+        said.append(f"{chip_line(chip)}.")
+        for each in (each for each in made.predictions if each.chip == chip.key):
+            if each.predicted_s is None:
+                said.append(f"  {each.implementation} {explained(each)}")
+                continue
+            tokens = formatting.tokens_per_second(each.tokens_per_second)
+            time = f"{formatting.seconds(each.predicted_s)} ({range_text(each)}), {tokens} tokens/s"
+            said.append(f"  {each.implementation} predicted {time}; {explained(each)}")
+        said += [f"  {text}" for text in basis_texts([each for each in made.predictions if each.chip == chip.key])]
+    return said

@@ -1,0 +1,183 @@
+"""Predictions of calls on chips: what costs grow with, the fit, the intervals, and what is refused."""
+
+import math
+import random
+
+import pytest
+
+from attention.chips.calibration import Calibration, Family, Measured, calibrate, conformal, seconds
+from attention.chips.cost import costs, path_kind, predicted_path
+from attention.chips.prediction import WIDENING, calibration, explained, predict, what_if
+from attention.chips.table import chips
+from attention.core.workload import Workload
+
+H200 = chips()["h200"]
+PREFILL = Workload(seq=8192, heads=16, head_dim=128, dtype="bfloat16", mask="causal")
+DECODE = Workload(batch=16, kv_seq=32768, heads=32, kv_heads=8, head_dim=128, dtype="bfloat16", pass_="decode")
+TRUE = {"launch": 2e-5, "matrix": 1.4, "vector": 0.03, "memory": 1.1, "cache": 0.02, "power": 2.0}
+FAMILY = Family(
+    constants=TRUE,
+    half_width=0.1,
+    median_error=0.03,
+    rows=40,
+    chip=H200.name,
+    vendor=H200.vendor,
+    architecture=H200.architecture,
+)
+KEYS = ("poc, Hopper, forward", "poc, general, forward", "poc, split K, decode", "mlx, fused, forward")
+KNOWN = Calibration({f"cuda {key}, 16-bit": FAMILY for key in KEYS})
+
+
+def at(chip, workload=PREFILL, name="poc"):
+    return predict(workload, name, chip, KNOWN)
+
+
+def test_one_tile_more_than_cores_takes_a_wave_more():
+    full = costs(Workload(seq=128, heads=132, head_dim=128, dtype="bfloat16"), H200, "fused")
+    more = costs(Workload(seq=128, heads=133, head_dim=128, dtype="bfloat16"), H200, "fused")
+    assert more.matrix > 1.5 * full.matrix
+
+
+@pytest.mark.parametrize("path", ["Hopper", "general", "fused"])
+def test_tiles_compute_more_pairs_than_are_visible(path):
+    found = costs(PREFILL, H200, path)
+    assert found.matrix * H200.matrix16_flops > PREFILL.flops
+    dense = costs(Workload(seq=8192, heads=16, head_dim=128, dtype="bfloat16"), H200, path)
+    assert 1.7 < dense.matrix / found.matrix < 2.1
+
+
+def test_arrays_that_fit_in_the_cache_cost_no_memory_traffic():
+    small = Workload(kv_seq=2048, heads=8, head_dim=64, pass_="decode")
+    assert costs(small, H200, "split K").memory == 0
+    assert costs(DECODE, H200, "split K").cache < 0.1 * costs(DECODE, H200, "split K").memory * H200.bytes_per_s / 2e11
+
+
+@pytest.mark.parametrize(
+    ("implementation", "workload", "chip", "path"),
+    [
+        ("poc", PREFILL, "h100", "Hopper"),
+        ("poc", PREFILL, "b200", "general"),
+        ("poc", DECODE, "rtx-4090", "split K"),
+        ("mlx", PREFILL, "h200", "fused"),
+        ("mlx", Workload(seq=64, head_dim=256), "h200", "unfused"),
+        ("baseline", PREFILL, "m4-max", "unfused"),
+        ("poc", Workload(seq=64), "graviton4", "CPU kernel"),
+        ("poc", Workload(seq=64, mask="documents:16"), "h200", None),
+        ("flex", PREFILL, "h200", None),
+    ],
+)
+def test_the_path_follows_the_chip(implementation, workload, chip, path):
+    assert predicted_path(implementation, workload, chips()[chip]) == path
+
+
+@pytest.mark.parametrize(
+    ("text", "backend", "kind"),
+    [
+        ("CUDA kernel, Hopper", "cuda", "Hopper"),
+        ("CUDA kernel, split K", "cuda", "split K"),
+        ("manual, unfused", "cuda", "unfused"),
+        ("MLX SDPA, fused", "cuda", "fused"),
+        ("CPU kernel amx", "cpu", "CPU kernel"),
+    ],
+)
+def test_a_rows_path_has_a_kind(text, backend, kind):
+    assert path_kind(text, backend) == kind
+
+
+def test_a_fit_finds_the_constants_that_rows_were_made_with():
+    draw = random.Random(3)
+    shapes = [
+        Workload(batch=batch, seq=seq, heads=heads, head_dim=dim, dtype="bfloat16", mask=mask)
+        for batch in (1, 4)
+        for seq in (128, 1024, 4096, 16384)
+        for heads in (8, 16)
+        for dim in (64, 128)
+        for mask in ("none", "causal")
+    ]
+    rows = [
+        Measured(shape, "poc", "Hopper", H200, seconds(costs(shape, H200, "Hopper"), TRUE) * draw.uniform(0.98, 1.02))
+        for shape in shapes
+    ]
+    (family,) = calibrate(rows).families.values()
+    assert family.rows == len(shapes)
+    assert family.median_error < 0.02
+    other = Workload(batch=2, seq=6000, heads=12, head_dim=96, dtype="bfloat16")
+    expected = seconds(costs(other, H200, "Hopper"), TRUE)
+    assert seconds(costs(other, H200, "Hopper"), family.constants) == pytest.approx(expected, rel=0.05)
+
+
+def test_an_interval_leaves_a_tenth_of_the_errors_outside():
+    errors = [index / 100 for index in range(1, 100)]
+    assert conformal(errors) == 0.9
+    assert conformal([0.1, 0.2]) == pytest.approx(0.3)  # too few for nine in ten
+
+
+def test_the_interval_is_wider_the_less_a_chip_is_like_the_calibrations():
+    kept = [at(chips()[key]) for key in ("h200", "h100", "b200", "m4-max")]
+    assert [each.like for each in kept] == list(WIDENING)
+    widths = [math.log(each.high_s / each.low_s) for each in kept]
+    assert widths == sorted(widths) and widths[0] == pytest.approx(0.2, rel=0.02)
+    for each in kept:
+        assert each.low_s < each.predicted_s < each.high_s
+        assert (each.calibrated_on, each.calibrated_rows) == ("NVIDIA H200 SXM", 40)
+
+
+@pytest.mark.parametrize(
+    ("workload", "figure", "helps"),
+    [
+        (PREFILL, "rate", True),
+        (PREFILL, "bandwidth", False),
+        (DECODE, "bandwidth", True),
+        (DECODE, "rate", False),
+        (PREFILL, "cores", True),
+    ],
+)
+def test_a_figure_helps_the_cases_that_it_limits(workload, figure, helps):
+    before, after = at(H200, workload), at(what_if(H200, {figure: 2.0}), workload)
+    gain = before.predicted_s / after.predicted_s
+    assert gain > 1.5 if helps else 0.99 < gain < 1.1
+    assert after.like == "the same architecture"  # a chip with other figures is not the one that was measured
+
+
+def test_less_shared_memory_takes_the_hopper_kernel_away():
+    assert at(H200).path == "Hopper"
+    assert at(what_if(H200, {"shared": 0.45})).path == "general"
+    assert "shared memory" in at(what_if(H200, {"shared": 0.05})).reason
+
+
+def test_words_name_what_limits_a_call():
+    assert at(H200).limit == "matrix products"
+    assert at(H200, DECODE).limit == "memory traffic"
+    assert explained(at(H200, DECODE)).startswith("limited by memory traffic")
+
+
+@pytest.mark.parametrize(
+    ("workload", "name", "chip", "reason"),
+    [
+        (Workload(seq=64, mask="documents:16"), "poc", "h200", "masks other than causal"),
+        (Workload(kv_seq=512, head_dim=64, kv_format="int8", pass_="decode"), "poc", "h200", "quantized"),
+        (Workload(seq=64, ranks=2), "poc", "h200", "several ranks"),
+        (PREFILL, "flex", "h200", "flex is not predicted"),
+        (PREFILL, "mlx", "m5", "no source states the rate of m5"),
+        (Workload(seq=64, dtype="float32"), "mlx", "h200", "no rows of mlx"),
+        (Workload(batch=4096, seq=65536, heads=16, dtype="bfloat16"), "mlx", "h200", "do not fit in the memory"),
+    ],
+)
+def test_what_cannot_be_predicted_has_a_reason(workload, name, chip, reason):
+    found = at(chips()[chip], workload, name)
+    assert found.predicted_s is None and reason in found.reason
+
+
+def test_demo_is_predicted_as_the_fastest_that_it_tries():
+    made = {name: at(H200, name=name) for name in ("demo", "poc", "mlx")}
+    assert made["demo"].predicted_s == min(made["poc"].predicted_s, made["mlx"].predicted_s)
+
+
+def test_the_shipped_calibration_predicts_every_backend():
+    families = calibration().families
+    assert {key.split()[0] for key in families} == {"cuda", "cpu"}
+    for key in ("h100", "b200", "rtx-5090", "m4-max", "graviton4", "xeon-8580"):
+        on_cpu = chips()[key].backend == "cpu"
+        workload = Workload(seq=512, head_dim=64, dtype="float32" if on_cpu else "bfloat16", mask="causal")
+        found = predict(workload, "poc" if on_cpu else "mlx", chips()[key])
+        assert found.predicted_s and found.predicted_s > 0, found.reason

@@ -1,0 +1,54 @@
+"""The Chips screen: the case on chips that are not here."""
+
+from attention.core.workload import Workload
+from fatui.tui.screens.chips import Chips
+from fatui.tui.view_models import chips
+from fatui.tui.view_models.roofline import ROOF
+from tests.support.sample_runs import report_of
+
+PREFILL = Workload(seq=8192, heads=16, head_dim=128, dtype="bfloat16", mask="causal")
+
+
+def test_each_chip_has_a_roof_and_this_machine_one_of_measured_rates():
+    report = report_of()
+    made = chips.shown(PREFILL, ("mlx",), ("h200", "m4-max"), {})
+    plot = chips.plot(PREFILL, made, report.peaks)
+    assert plot is not None
+    roofs = {line.number for line in plot.lines if len(line.points) == 3 or line.number == ROOF}
+    assert ROOF in roofs and {0, 1} <= {line.number for line in plot.lines}
+    words = [note.words for note in plot.notes]
+    assert {"h200", "m4-max", "this machine"} <= set(words)
+    predicted = [note for note in plot.notes if note.sign == chips.PREDICTED]
+    assert predicted[0].y > predicted[1].y  # the faster chip's point is higher
+
+
+def test_only_the_first_chip_has_other_figures():
+    made = chips.shown(PREFILL, ("mlx",), ("h200", "h100"), {"bandwidth": 200, "rate": 100})
+    assert made.chips[0].changed == ("bytes_per_s",)
+    assert made.chips[1].changed == ()
+
+
+def test_words_say_what_is_measured_and_what_is_predicted():
+    report = report_of()
+    made = chips.shown(PREFILL, ("mlx",), ("h200", chips.NONE), {})
+    said = "\n".join(chips.words(PREFILL, made, report.peaks))
+    assert said.startswith("this machine, measured.")
+    assert "mlx predicted" in said and "Calibrated on" in said
+
+
+async def test_a_slider_moves_the_case_and_a_figure_of_the_chip(stage):
+    await stage.press("C")
+    screen = stage.app.screen
+    assert isinstance(screen, Chips)
+    assert "predicted, not measured" in stage.seen()
+    before = stage.app.draft.axes["seq"]
+    screen.query_one("#axis-seq").focus()
+    await stage.press("right")
+    assert stage.app.draft.axes["seq"] > before
+    screen.query_one("#factor-bandwidth").focus()
+    await stage.press("right", "right")
+    assert "* with changed figures" in stage.seen() and "125 %" in stage.seen()
+    await stage.press("n")
+    assert "changed figures" not in stage.seen()
+    await stage.press("escape")
+    assert not isinstance(stage.app.screen, Chips)
