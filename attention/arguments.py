@@ -155,7 +155,7 @@ def check_score_mod(score_mod: object, mask: Mask, heads: int) -> Mask:
     """Return the mask of a call with the bias of `score_mod`.
 
     Raises:
-        UsageError: it is no `alibi(slopes)`, or has not one slope for each head.
+        UsageError: it is no `alibi(slopes)`, or does not have one slope per head.
     """
     if score_mod is None:
         return mask

@@ -1,6 +1,6 @@
 """`python -m attention.patch SCRIPT ...`: run an unmodified program with attention in mlx-lm's models replaced.
 
-The program keeps its arguments, exit code and tracebacks. In a program of one's own use `attention.patch_mlx_lm`.
+The program keeps its arguments, exit code and tracebacks. In your own program, call `attention.patch_mlx_lm`.
 """
 
 import atexit

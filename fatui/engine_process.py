@@ -20,8 +20,8 @@ from attention.core.workload import FineTuning, Generation
 from attention.engine.record import record_of
 from attention.engine.resume import (
     CUT,
-    FORMED_ANEW,
     MAX_FRUITLESS,
+    REGROUPED,
     RESTARTED,
     mark_file,
     marked_name,
@@ -394,7 +394,7 @@ class Engine:
         """Fail the row that was running, and create the assignment of the next worker."""
         if self.record.current_case is None:
             return
-        consequence = FORMED_ANEW if self._grouped else CUT if self._remote else RESTARTED
+        consequence = REGROUPED if self._grouped else CUT if self._remote else RESTARTED
         assignment = next_assignment(self.record, self._culprit, reason, self._dispatch, consequence)
         if assignment is None:
             self._dispatch(on.RunDone())

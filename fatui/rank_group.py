@@ -1,6 +1,6 @@
 """The processes of a run over several ranks: which of them has failed, and why, from their events, ends and silences.
 
-MLX has no time-outs: when one rank dies, stops or loses its link, the others wait for ever. Each rank reports once a
+MLX has no time-outs: when one rank dies, stops or loses its link, the others wait forever. Each rank reports once a
 second that it runs; what several of them report of one failure is reduced to its cause.
 """
 

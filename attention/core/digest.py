@@ -1,6 +1,6 @@
 """Digests of result files, by which a file that was edited afterwards shows.
 
-A digest guards against accidents and quiet corrections, not against forgery: whoever edits a file can compute it anew.
+A digest guards against accidents and quiet corrections, not against forgery: anyone who edits a file can recompute it.
 """
 
 import hashlib

@@ -372,7 +372,7 @@ class RankAlive(Event, tag="rank_alive"):
 
 
 class RankFailed(Event, tag="rank_failed"):
-    """A rank cannot go on; the others wait for it, so that the whole group must be started anew."""
+    """A rank cannot go on; the others wait for it, so that the whole group must be restarted."""
 
     rank: int
     reason: str

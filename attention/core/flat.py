@@ -32,7 +32,7 @@ def flat_row(number: int, case: AnyCase, row: Row) -> dict[str, object]:
     samples = fields.pop("samples")
     if isinstance(row, StreamRow):
         del fields["blocks"], fields["bare_bins"]  # in the JSON
-        fields["seen_tokens"] = fields.pop("tokens")  # the workload's are those that were asked for
+        fields["seen_tokens"] = fields.pop("tokens")  # the workload's are those requested
     fields.update(_rank_fields(row))
     del fields["per_rank"]
     for name in INTERVALS:

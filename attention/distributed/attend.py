@@ -60,7 +60,7 @@ class Problem(Struct, frozen=True):
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -> tuple[mx.array, mx.array | None]:
-    """Compute the output of this rank's rows, and their logsumexp if it is asked for.
+    """Compute the output of this rank's rows, and their logsumexp if requested.
 
     Args:
         q: this rank's rows (B, H, rows, D).

@@ -86,7 +86,7 @@ class Bench(CaseRunner[Plan]):
                 self._preview([name for name in names if name not in slow], setting)
             self._build(slow, workload, device)
             self._measure_peaks(device)  # what was built may know a better one
-            self._progress.begin_case(case)  # all are measured together, anew
+            self._progress.begin_case(case)  # all are measured together again
         arms = self._arms(names, setting)
         if not arms:
             return "failed"

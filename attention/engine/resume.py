@@ -15,7 +15,7 @@ MAX_FRUITLESS: Final = 2
 """Workers in a row that end without any progress, after which a run is given up."""
 RESTARTED: Final = "crashed the engine; it is restarted"
 CUT: Final = "was running when the connection was cut; the engine is started again"
-FORMED_ANEW: Final = "ended the group of ranks; it is formed anew"
+REGROUPED: Final = "ended the group of ranks; it is formed again"
 
 
 def mark_file() -> int:

@@ -128,7 +128,7 @@ class StreamBench(CaseRunner[StreamPlan]):
             name: the row.
             work: the stream.
             step: gives the tokens from a position on, evaluates the result, and returns the mean loss if it has one.
-            may_continue: whether to go on from a position; asked between blocks.
+            may_continue: whether to continue from a position; called between blocks.
 
         Returns:
             Whether all tokens were given.

@@ -77,7 +77,7 @@ def float32_bytes(workload: Workload, needs: Needs = NO_NEEDS) -> int:
 def dequantizing_bytes(workload: Workload, backend: Backend, needs: Needs = NO_NEEDS) -> int:
     """Return the peak bytes above the inputs of `baseline` with quantized keys and values.
 
-    These are dequantized as a whole, by way of float32, in the dtype of the computation.
+    These are dequantized as a whole, through float32, in the dtype of the computation.
     """
     widened = workload.dtype == "float16"
     dense = structs.replace(workload, kv_format=DENSE, dtype="float32" if widened else workload.dtype)

@@ -155,7 +155,7 @@ class Compiled:
     def attend(self, primals: Sequence[Tensor], scale: float) -> Tensor:
         """Call it on q, k and v."""
         torch = import_torch()
-        with torch.set_grad_enabled(self._training):  # in one grad mode, as torch compiles a call anew in another
+        with torch.set_grad_enabled(self._training):  # in one grad mode, since torch recompiles a call in another
             try:
                 return self._attend(*primals)
             except torch._dynamo.exc.FailOnRecompileLimitHit:  # another layout; lifting the limit takes 100 us

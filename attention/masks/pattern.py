@@ -40,7 +40,7 @@ class Table:
     __slots__ = ("_hash", "_made", "array")
 
     def __init__(self, array: Array) -> None:
-        self.array = np.array(array, order="C")  # a copy, which nobody else writes to
+        self.array = np.array(array, order="C")  # a copy that nothing else writes to
         self.array.setflags(write=False)
         self._hash: int | None = None
         self._made: mx.array | None = None

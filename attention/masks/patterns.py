@@ -109,7 +109,7 @@ def _of_ids(ids: Array) -> Pattern:
     of_run, row = table.ravel()[starts], starts // table.shape[1]
     seen = of_run >= 0
     if len(np.unique(np.stack([row[seen], of_run[seen]]), axis=1).T) < seen.sum():
-        # numbered anew: ids may be larger than int32
+        # renumbered: ids may be larger than int32
         numbers = np.unique(table, return_inverse=True)[1].reshape(table.shape)
         return Groups(Table(np.where(table < 0, -1, numbers).astype(np.int32)))
     return Documents(Table(np.append(starts, table.size)), Table(~seen), len(table))

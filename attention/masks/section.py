@@ -1,4 +1,4 @@
-"""A part of a mask: some of its rows against some of its keys, as a rank of several sees them."""
+"""A part of a mask: some of its rows against some of its keys, such as one rank's share."""
 
 from itertools import accumulate
 from typing import TYPE_CHECKING

@@ -128,7 +128,7 @@ class StateChanged(Exception):
 def copy_caches(cache: Any) -> Any:
     """Return an evaluated copy of mlx-lm's caches that shares no memory with them, bit for bit.
 
-    MLX writes into a buffer that nobody else holds and copies one that is shared: with the arrays themselves
+    MLX writes into a buffer that nothing else refers to and copies one that is shared: with the arrays themselves
     copied here, a run pays for no copy inside its clock.
     """
     held = {id(value): value for _, value in _leaves(cache, "") if isinstance(value, mx.array)}

@@ -4,7 +4,7 @@
               first tokens | tokens of this lap -> | <- tokens of the lap before
                                         newest ----^^---- oldest
 
-A token's slot is its position in the rotary sense too, so positions are bounded for ever, and a lap later the distance
+A token's slot is its position in the rotary sense too, so positions stay bounded, and a lap later the distance
 of a query to the keys of the lap before is that of slots, plus the ring.
 """
 

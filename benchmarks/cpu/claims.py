@@ -36,7 +36,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Targets:
-    """Speed against torch, shares of the FMA peak and of a plain read loop; None where nothing is asked."""
+    """Speed against torch, shares of the FMA peak and of a plain read loop; None without a target."""
 
     forward: float = 1.45
     least_forward: float = 1.15

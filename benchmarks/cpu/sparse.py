@@ -195,7 +195,7 @@ def _line(row: SparseRow) -> str:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Measure all masks; each row is printed as it is measured, and all of them as JSON if that is asked for."""
+    """Measure all masks; each row is printed as it is measured, and all of them as JSON if requested."""
     rows = []
     for dtype in arguments.types:
         for backward in (False, True):

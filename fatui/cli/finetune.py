@@ -49,17 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
         NoBackendError: mlx-lm is not installed.
     """
     plan, exports = request(arguments)
-    from attention.mlx_lm.configuration import check_mlx_lm
-    from fatui.cli.options import given_remote, print_dtype_reason
-
-    remote = given_remote(arguments)
-    if remote is None:
-        check_mlx_lm()
-    from fatui.cli.run import run_plan
+    from fatui.cli.run import run_model_plan
     from fatui.reproduce import finetune_command
 
-    print_dtype_reason(arguments.dtype)
-    return run_plan(plan, finetune_command(plan), None, exports, remote)
+    return run_model_plan(arguments, plan, finetune_command(plan), exports)
 
 
 def request(arguments: argparse.Namespace) -> "tuple[FineTuningPlan, list[Export]]":

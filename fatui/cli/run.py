@@ -1,5 +1,6 @@
 """Run of a plan from start to exit code: progress on stderr, signals, exports, history, and the printed table."""
 
+import argparse
 import asyncio
 import contextlib
 import signal
@@ -11,10 +12,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TextIO
 
 from attention.core import events as on
-from attention.core.plan import AnyPlan
+from attention.core.plan import AnyPlan, FineTuningPlan, GenerationPlan
 from attention.core.results import Report
 from attention.engine.record import AnyRecord, StreamRecord
+from attention.mlx_lm.configuration import check_mlx_lm
 from fatui import cli, formatting
+from fatui.cli.options import given_remote, print_dtype_reason
 from fatui.cli.output import STDOUT, Export, console, print_results, write_files
 from fatui.engine_process import Engine, Silence
 from fatui.report.export import case_lines
@@ -129,7 +132,7 @@ class ProgressPrinter:
 
 
 def _bar(above: Callable[[], str]) -> "Progress":
-    """Return a progress bar with a text above it, which is asked for at each redraw."""
+    """Return a progress bar with a line of text above it, which a function returns at each redraw."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
     from rich.table import Column
     from rich.text import Text
@@ -149,6 +152,21 @@ def _bar(above: Callable[[], str]) -> "Progress":
         auto_refresh=False,
         transient=True,
     )
+
+
+def run_model_plan(
+    arguments: argparse.Namespace, plan: GenerationPlan | FineTuningPlan, command: str, exports: list[Export]
+) -> int:
+    """Run a plan of models as `run_plan` does, on this machine or the one that the command line names.
+
+    Raises:
+        NoBackendError: mlx-lm is not installed, and the models run here.
+    """
+    remote = given_remote(arguments)
+    if remote is None:
+        check_mlx_lm()
+    print_dtype_reason(arguments.dtype)
+    return run_plan(plan, command, None, exports, remote)
 
 
 def run_plan(

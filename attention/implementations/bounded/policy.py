@@ -179,7 +179,7 @@ def _own_bytes(
         workload = structs.replace(workload, kv_format=DENSE)
         rows_of_keys = blocks.batches * blocks.kv_heads * keys
         width = workload.head_dim + workload.value_dim
-        steps = 0 if workload.dtype == "float32" else 4  # by way of float32
+        steps = 0 if workload.dtype == "float32" else 4  # through float32
         dequantized = rows_of_keys * width * (ITEM_BYTES[workload.dtype] + steps)
     if workload.window is not None:
         keys = min(keys, -(-(rows + workload.window - 1) // KEY_MULTIPLE) * KEY_MULTIPLE)

@@ -25,7 +25,7 @@ INPUTS: Final = {
 }
 """Names of the arrays of each kernel. With those that MLX adds for shapes and strides, they are at most Metal's 31."""
 SOURCES: Final = {"forward_quantized": ("forward", "quantized")}
-"""Body, and source that its header ends in, of kernels that have not their name and common.metal alone."""
+"""Body and end of the header of kernels whose source is not just common.metal and a body of their own name."""
 OUTPUTS: Final = {
     "forward": ("o", "lse", "rest"),
     "forward_quantized": ("o", "lse", "rest"),
