@@ -103,7 +103,8 @@ def first_paint(root: Path = ROOT) -> tuple[float, float]:
 def import_s(root: Path = ROOT) -> float:
     """Return the CPU seconds that the imports of the app take."""
     code = "import time; began = time.process_time(); import fatui.tui.app; print(time.process_time() - began)"
-    environment = os.environ | {"PYTHONPATH": str(root)}
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     made = subprocess.run(
         [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, check=True, text=True
     )

@@ -42,7 +42,8 @@ class PtyApp:
         """Start a program with the packages of a checkout."""
         self.began = time.monotonic()
         environment = {name: text for name, text in os.environ.items() if name not in ("COLUMNS", "LINES")}
-        environment |= {"TERM": "xterm-256color", "PYTHONPATH": str(root)}
+        paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment |= {"TERM": "xterm-256color", "PYTHONPATH": os.pathsep.join(paths)}
         self.pid, self._file = pty.fork()
         if self.pid == 0:
             os.chdir(root)

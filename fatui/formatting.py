@@ -444,7 +444,7 @@ def word(row: Row, case: AnyCase) -> str:
     ratio = row.speedup
     fastest = row.implementation in best_of(case)
     if row.implementation == case.reference:
-        return "fastest" if fastest and _beats_another(row, case) else "base"
+        return "fastest" if fastest and _beats_another(row, case) else "reference"
     if ratio is None or not is_clear(ratio):
         return "unclear"
     if not ratio.significant:
@@ -486,8 +486,6 @@ def _standing(row: Row, case: AnyCase) -> str:
     short, ratio = word(row, case), row.speedup
     if row.collecting or isinstance(row, StreamRow):
         return short
-    if short == "base":
-        return "reference"
     if short == "same":
         return f"same as {case.reference}"
     if short == "unclear" or ratio is None:

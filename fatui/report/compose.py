@@ -21,6 +21,7 @@ from fatui.report.document import (
     section,
 )
 from fatui.report.evidence import Evidence, gather, sound_rows, unsound, unsound_rows
+from fatui.report.machines import machine_name
 from fatui.report.scaling import effects
 from fatui.report.sections import (
     RUN_BENCH,
@@ -50,8 +51,7 @@ def compose(reports: Sequence[Report]) -> Document:
     parts = gather([escape_all(report) for report in reports])
     sections: list[Section] = []
     for evidence in parts:
-        where = evidence.environment
-        prefix = f"{where.machine or 'unknown device'}, {where.backend}: " if len(parts) > 1 else ""
+        prefix = f"{machine_name(evidence.runs[0])}: " if len(parts) > 1 else ""
         edited = [run.run.id for run in evidence.runs if run.edited]
         if edited:
             are = "was" if len(edited) == 1 else "were"

@@ -366,7 +366,7 @@ STYLES: Final = {
     "faster": "green",
     "slower": "yellow",
     "same": "",
-    "base": "",
+    "reference": "",
     "ok": "",
     "flat": "green",
     "varies": "",

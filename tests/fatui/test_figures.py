@@ -165,7 +165,7 @@ def test_a_complete_run_of_too_few_rounds_collects_no_more():
 def test_six_rounds_give_a_verdict():
     report = interrupted_after(6)
     (case,) = report.cases
-    assert [formatting.word(row, case) for row in case.rows] == ["base", "fastest"]
+    assert [formatting.word(row, case) for row in case.rows] == ["reference", "fastest"]
 
 
 def test_a_saved_verdict_of_too_few_rounds_is_dropped_when_read():
@@ -244,7 +244,7 @@ def test_rows_of_the_same_implementation_share_a_star():
     faster = structs.replace(faster, call_s=structs.replace(faster.call_s, low=faster.call_s.median * 0.99))
     case = structs.replace(case, rows=(base, poc, structs.replace(faster, speedup=poc.speedup)))
     assert formatting.best_of(case) == ("poc", "demo")
-    assert [formatting.word(row, case) for row in case.rows] == ["base", "fastest", "fastest"]
+    assert [formatting.word(row, case) for row in case.rows] == ["reference", "fastest", "fastest"]
     note = "demo ran poc: the difference between their times is noise or dispatch"
     printed = io.StringIO()
     Console(file=printed, width=140).print(report_table(structs.replace(report, cases=(case,))))

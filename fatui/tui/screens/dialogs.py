@@ -205,7 +205,7 @@ class SortMenu(ClosesOnce, ModalScreen[str]):
         """Yield the columns, the present one marked with its direction."""
         with Vertical(classes="dialog") as dialog:
             dialog.border_title = "Sort by"
-            dialog.border_subtitle = "enter sorts, again reverses · escape does not"
+            dialog.border_subtitle = "enter sorts, again reverses · escape cancels"
             arrow = "▼" if self._descending else "▲"
             yield OptionList(
                 *(literal(f"{title} {arrow if name and name == self._by else ''}") for name, title in self._choices)
@@ -241,7 +241,7 @@ class SaveAs(ClosesOnce, ModalScreen[Preset]):
         origin = self._origin
         with Vertical(classes="dialog") as dialog:
             dialog.border_title = "Save as a preset"
-            dialog.border_subtitle = "enter saves · escape does not"
+            dialog.border_subtitle = "enter saves · escape cancels"
             yield Static("Name")
             yield Input(origin.name if origin and not origin.bundled else "", placeholder="my-model", id="name")
             yield Static("Title (optional)")
@@ -320,7 +320,7 @@ class Export(ClosesOnce, ModalScreen[tuple[Path, tuple[str, ...]]]):
         """Yield the fields, and the list of files to be written."""
         with Vertical(classes="dialog") as dialog:
             dialog.border_title = "Export the run"
-            dialog.border_subtitle = "enter writes · escape does not"
+            dialog.border_subtitle = "enter writes · escape cancels"
             yield Static("Folder")
             yield Input(self._folder, id="folder")
             yield Static("Name, without suffix")

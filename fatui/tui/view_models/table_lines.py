@@ -256,11 +256,13 @@ def waiting_lines(index: int, names: list[tuple[str, str]]) -> list[TableLine]:
     ]
 
 
-def summary_lines(summary: tuple[Summary, ...], total: int) -> list[TableLine]:
+def summary_lines(summary: tuple[Summary, ...], cases: Sequence[AnyCase]) -> list[TableLine]:
     """Return the geometric mean of each implementation over the complete cases."""
     if not summary:
         return []
-    head = TableLine(span=f"Geometric mean of the speedups, {counted(total, 'case')} complete", tone="head")
+    total, references = len(cases), {case.reference for case in cases}
+    over = f" over {references.pop()}" if len(references) == 1 and None not in references else ""
+    head = TableLine(span=f"Speedups{over}, geometric mean of {counted(total, 'complete case')}", tone="head")
     return [head, *(_summary_line(line, total) for line in summary)]
 
 

@@ -59,7 +59,7 @@ class ComparisonPane(TablePane):
         if several and final:
             if self._summary[0] != len(final):
                 self._summary = len(final), summarise(tuple(final), session.plan.ordered)
-            lines = lines_of.summary_lines(self._summary[1], len(final)) + lines
+            lines = lines_of.summary_lines(self._summary[1], final) + lines
         self.show_lines(lines)
         self._show_verdict(None if session.active else report, keys)
         if session.finding and report is None:
@@ -90,7 +90,7 @@ class ComparisonPane(TablePane):
         """Draw a past run."""
         self._begin(report)
         several = len(report.cases) > 1
-        lines = lines_of.summary_lines(report.summary, len(report.cases)) if several else []
+        lines = lines_of.summary_lines(report.summary, report.cases) if several else []
         for index, case in enumerate(map(self._rebased, report.cases)):
             if several:
                 lines.append(lines_of.block_head(index, case))

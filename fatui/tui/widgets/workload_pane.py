@@ -226,7 +226,8 @@ def cases_text(draft: Draft) -> str:
     except UsageError as error:
         return f"{CANNOT}: {'; '.join(error.problems)}"
     if draft.cases:
-        return f"{count} cases of the preset, the sliders show the first; moving one drops the others"
+        others = f"the other {count - 1} cases" if count > 2 else "the other case"
+        return f"{count} cases of the preset, the sliders show the first; moving a slider drops {others}"
     parts = [f"{LABELS[name]} {format_numbers(values)}" for name, values in draft.axes.items() if len(values) > 1]
     parts += [f"{CHOICES[name]} {', '.join(values)}" for name, values in draft.several.items()]
     if draft.sweeping:

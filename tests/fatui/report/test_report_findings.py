@@ -290,3 +290,11 @@ def test_the_verdict_and_the_first_chart_come_before_any_prose():
 def test_a_report_without_a_verdict_says_what_to_run():
     (block,) = compose([structs.replace(report_of(), cases=())]).sections[0].blocks
     assert isinstance(block, MissingData) and block.command
+
+
+def test_a_run_without_a_known_backend_is_titled_as_one():
+    elsewhere = structs.replace(ENVIRONMENT, device=None, backend=None)
+    document = compose([report_of(), structs.replace(report_of(), environment=elsewhere)])
+    titles = [section.title for section in document.sections]
+    assert any(title.startswith("unknown device, unknown backend: ") for title in titles)
+    assert not any("None" in title for title in titles)

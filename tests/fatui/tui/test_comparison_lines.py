@@ -12,5 +12,7 @@ def test_the_head_of_a_case_names_another_reference():
 
 
 def test_one_complete_case_is_one_case():
-    head, line = summary_lines((Summary(implementation="poc", cases=1),), 1)
-    assert (head.span, line.cells["path"]) == ("Geometric mean of the speedups, 1 case complete", "1 case")
+    case = Case(workload=Workload(), reference="mlx")
+    head, line = summary_lines((Summary(implementation="poc", cases=1),), [case])
+    assert head.span == "Speedups over mlx, geometric mean of 1 complete case"
+    assert line.cells["path"] == "1 case"

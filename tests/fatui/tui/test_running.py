@@ -81,7 +81,7 @@ async def test_a_sweep_has_a_block_a_case_and_a_mean(stage):
     stage.app.set_draft(stage.app.draft.toggle_sweep().set_axis("seq", (64, 128)))
     await stage.run_to_the_end()
     seen = stage.seen()
-    assert "Geometric mean of the speedups, 2 cases complete" in seen
+    assert "Speedups over baseline, geometric mean of 2 complete cases" in seen
     assert "1. B=1 L=64" in seen
     assert stage.find("#comparison-table", RowTable).lines[-1].key == "1:demo"
 
