@@ -193,8 +193,8 @@ def variant() -> str:
 
 SOURCES = Path(__file__).parent
 MODULE = "fatui_cpu_kernel"
-SHARED = ("product", "scores", "lists", "measure", "pool", "forward")
-"""Sources of the kernel that every library has, those that take longest first; and those that a part adds."""
+SHARED = ("shared",)
+"""Sources of the kernel that every library has."""
 PARTS = {
     "float32": ("forward_float32",),
     "float16": ("forward_float16",),
@@ -204,7 +204,7 @@ PARTS = {
     "quantized": ("quantized", "integer_products", "append"),
     "streams": ("streaming",),
 }
-"""What a library is linked without until a call needs it (`require_forward` in module.cpp)."""
+"""Sources of what a library is linked without until a call needs it (`require_forward` in module.cpp)."""
 ALL = frozenset(PARTS)
 SEPARABLE = sys.platform != "darwin"
 """Whether a library can be linked without a part: its functions are weak symbols of ELF."""
@@ -315,12 +315,17 @@ def run(command: tuple[str, ...]) -> None:
         raise KernelUnavailable(f"compiling failed: {what}") from error
 
 
+def _included(text: Path) -> list[Path]:
+    """Return the sources that a source includes besides headers."""
+    return [SOURCES / name for name in re.findall(r'^#include "(\w+\.cpp)"', text.read_text(), re.MULTILINE)]
+
+
 def _object_name(command: tuple[str, ...], text: Path, tools: Toolchain) -> str:
     """Return an object's cache name, made of its dependencies: a changed kernel does not recompile the binding."""
     own = text.parent == SOURCES
     sha = hashlib.sha256("\0".join((*command, text.name if own else str(text))).encode())  # the same in any checkout
     sha.update(_common_dependencies(tools))
-    for path in [*sorted(SOURCES.glob("*.hpp")), text] if own else [text]:
+    for path in [*sorted(SOURCES.glob("*.hpp")), *_included(text), text] if own else [text]:
         sha.update(path.read_bytes())
     return f"{text.stem}-{sha.hexdigest()[:24]}"
 
@@ -355,7 +360,7 @@ def _jobs(tools: Toolchain, parts: frozenset[str] = ALL) -> list[tuple[tuple[str
     if tools.backend is None:
         jobs.append(((*binding, "-w"), tools.nanobind / "src" / "nb_combined.cpp"))
     names = [name for part, some in PARTS.items() if part in parts for name in some]
-    return jobs + [(kernel, SOURCES / f"{name}.cpp") for name in (*names, *SHARED)]
+    return jobs + [(kernel, SOURCES / f"{name}.cpp") for name in (*SHARED, *names)]
 
 
 def compile_library(tools: Toolchain, key: str, parts: frozenset[str] = ALL) -> Path:

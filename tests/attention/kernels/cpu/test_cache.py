@@ -271,14 +271,14 @@ def test_a_damaged_object_is_compiled_anew(own_folder, objects, monkeypatch):
         if "-c" not in command:
             return run(command)
         compiled.append(Path(command[-3]).name)
-        return shutil.copy2(next(path for path in objects if path.stem.startswith("measure-")), command[-1])
+        return shutil.copy2(next(path for path in objects if path.stem.startswith("append-")), command[-1])
 
     monkeypatch.setattr(build, "run", copy_or_link)
-    for path in own_folder.glob("measure-*.o"):
+    for path in own_folder.glob("append-*.o"):
         path.write_bytes(path.read_bytes()[:-8] + b"damaged!")
     cpu.load()
-    assert compiled == ["measure.cpp"]
-    (path,) = [path for path in own_folder.glob("measure-*.o") if not path.read_bytes().endswith(b"damaged!")]
+    assert compiled == ["append.cpp"]
+    (path,) = [path for path in own_folder.glob("append-*.o") if not path.read_bytes().endswith(b"damaged!")]
     assert path.stem.endswith(cache.digest(path)[:24])
 
 

@@ -1,5 +1,6 @@
 """The cache key of a compiled CPU kernel: its source, flags and tools, and the exact processor."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,15 @@ def test_the_key_changes_with_the_flags(monkeypatch):
     before = build.key(tools)
     monkeypatch.setenv("FATUI_KERNEL_CXXFLAGS", "-DANYTHING")
     assert build.key(tools) != before
+
+
+def test_an_object_changes_with_the_sources_that_it_includes(monkeypatch, tmp_path):
+    shutil.copytree(build.SOURCES, tmp_path / "cpu")
+    monkeypatch.setattr(build, "SOURCES", tmp_path / "cpu")
+    tools, text = build.find(), build.SOURCES / "shared.cpp"
+    before = build._object_name((), text, tools)
+    (tmp_path / "cpu" / "pool.cpp").write_text("// another")
+    assert build._object_name((), text, tools) != before
 
 
 X86 = "model name\t: Some CPU\nstepping\t: 1\nflags\t\t: fpu avx2{}\n\nprocessor\t: 1\n"
