@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Final, Literal, cast
+from typing import Final, cast
 
 from msgspec import Struct, structs
 
@@ -12,7 +12,6 @@ from attention.core.errors import UsageError
 from attention.core.kv_format import DENSE, parse_kv_format
 from attention.core.workload import DType, Workload, short_name
 
-StreamRowName = Literal["full", "recomputed", "window", "streaming"]
 FULL: Final = "full"
 RECOMPUTED: Final = "recomputed"
 WINDOW: Final = "window"

@@ -87,7 +87,7 @@ def test_an_error_names_the_argument_its_value_and_the_valid(change: dict[str, A
     assert all("\n" not in problem for problem in error.value.problems)
 
 
-def test_two_mistakes_are_both_told() -> None:
+def test_two_mistakes_are_both_reported() -> None:
     with pytest.raises(UsageError) as error:
         attention(Q, mx.ones((3, 3, 7, 8)), V)
     assert len(error.value.problems) == 3

@@ -28,7 +28,7 @@ def report(variant: str = "avx512_bf16", **changes: float) -> BenchReport:
     return made
 
 
-def test_everything_holds_where_everything_is_as_asked():
+def test_everything_holds_where_all_targets_are_met():
     found = claims(report())
     assert len(found) == 16
     assert {claim.holds for claim in found} == {True}
@@ -52,7 +52,7 @@ def test_what_falls_short_is_said_not_to_hold(figure, worse, failing):
     assert sum(claim.holds is False for claim in claims(report(**{figure: worse}))) == failing
 
 
-def test_bfloat16_is_not_asked_of_avx512_without_it():
+def test_bfloat16_is_not_used_on_avx512_without_it():
     asked = [claim.what for claim in claims(report("avx512")) if claim.holds is None]
     assert asked == ["bfloat16 forward against torch, geometric mean"]
 

@@ -52,7 +52,7 @@ def test_backward_is_measured_at_the_named_dims_and_lengths(measured, monkeypatc
 
 
 @pytest.mark.parametrize("module", [measure, measure_portable, measure_backward])
-def test_a_part_that_there_is_not_is_told(measured, monkeypatch, capsys, module):
+def test_a_part_that_there_is_not_is_reported(measured, monkeypatch, capsys, module):
     with pytest.raises(SystemExit):
         run(monkeypatch, module, "third")
     assert "third" in capsys.readouterr().err

@@ -18,6 +18,6 @@ def test_the_last_launch_counts_as_those_before_it_warm_up():
     assert last_launch(PRINTED) == {"Duration": "11.25 us", "SM Busy": "78.1 %"}
 
 
-def test_a_call_that_launched_none_of_our_kernels_is_told():
+def test_a_call_that_launched_none_of_our_kernels_is_reported():
     with pytest.raises(RuntimeError, match="saw no launch"):
         last_launch("==WARNING== No kernels were profiled.")

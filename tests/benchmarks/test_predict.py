@@ -12,7 +12,7 @@ def test_more_ranks_take_less_time_at_a_lower_share():
     assert four["share_of_ideal"] < two["share_of_ideal"] < 1
 
 
-def test_a_rank_computes_at_least_its_part_and_waits_for_its_copies():
+def test_a_rank_computes_its_part_and_waits_for_copies():
     row = predict(WORKLOAD, 2, 1e-3)
     assert row["compute_s"] >= 0.5e-3
     # rank 0 has the last quarter of the rows, and needs the two quarters before, 2048 rows of 4 KiB

@@ -64,7 +64,7 @@ def test_a_masked_case_is_measured_beside_its_dense_shape(masked_run: Engine) ->
     assert 0.1 < second.over_dense.value < 10
 
 
-def test_quantized_keys_and_values_are_measured_beside_the_unquantized(masked_run: Engine) -> None:
+def test_quantized_and_unquantized_are_measured_together(masked_run: Engine) -> None:
     found = row(masked_run.record.case(3), "baseline")
     assert found.status == "ok"
     assert found.over_dense is not None
@@ -76,7 +76,7 @@ def test_quantized_keys_and_values_are_measured_beside_the_unquantized(masked_ru
     assert found.max_error < 0.01, "against float64 over what the format keeps"
 
 
-def test_an_implementation_that_knows_no_patterns_is_unsupported_with_one(masked_run: Engine) -> None:
+def test_without_patterns_a_mask_is_unsupported(masked_run: Engine) -> None:
     found = row(masked_run.record.case(2), "KnowsNoPatterns")
     assert (found.status, found.reason) == ("unsupported", "it takes no patterns of attention.masks")
 

@@ -69,7 +69,7 @@ def test_a_figure_has_three_digits_and_a_unit(text, expected):
         (None, "n/a"),
     ],
 )
-def test_a_speedup_is_told_with_its_interval_or_not_at_all(speedup, expected):
+def test_a_speedup_is_reported_with_its_interval_or_not_at_all(speedup, expected):
     assert formatting.speedup_text(speedup) == expected
 
 
@@ -280,7 +280,7 @@ def test_every_remedy_has_words() -> None:
     assert set(formatting.REMEDIES) == {None, *Remedy}
 
 
-def test_an_approximate_row_is_marked_wherever_its_accuracy_is_told() -> None:
+def test_an_approximate_row_is_marked_everywhere() -> None:
     report = report_of(plan_of(names=("baseline", "mlx")))
     (case,) = report.cases
     plain, coarse = (

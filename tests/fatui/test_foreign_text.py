@@ -127,7 +127,7 @@ def test_hostile_presets_are_listed(presets_of_others, capsys):
 
 
 @pytest.mark.parametrize("command", [["presets", "check"], ["bench"], ["explain"], []])
-def test_a_broken_hostile_preset_is_told_in_lines(command, presets_of_others, capsys):
+def test_a_broken_hostile_preset_is_reported_in_lines(command, presets_of_others, capsys):
     assert main([*command, str(presets_of_others / "broken.toml")]) == 2
     captured = capsys.readouterr()
     harmless(captured)

@@ -47,7 +47,7 @@ def test_a_foreign_package_called_attention_is_one_line(foreign_package):
     ]
 
 
-def test_importing_the_engine_by_fatuis_name_names_a_foreign_package(foreign_package):
+def test_fatui_attention_names_a_foreign_package(foreign_package):
     ran = run_python("-c", "import fatui.attention", path=(foreign_package, ROOT))
     assert "is another project's: pip uninstall attention" in ran.stderr.splitlines()[-1]
 

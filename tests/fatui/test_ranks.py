@@ -115,7 +115,7 @@ def test_the_others_go_on_after_failing_ranks(faulty_run: Ran) -> None:
 
 
 @pytest.mark.slow
-def test_each_failure_is_told_within_15_s(faulty_run: Ran) -> None:
+def test_each_failure_is_reported_within_15_s(faulty_run: Ran) -> None:
     """From the last step of the row, or the start of the case before its first, to its end."""
     steps: dict[str, float] = {}
     for at, event in faulty_run.events:

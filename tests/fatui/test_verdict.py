@@ -64,7 +64,7 @@ def test_a_tie_is_called_one():
     assert "demo: tied, it ran poc" in lines
 
 
-def test_the_same_kernel_under_another_name_is_not_slower_whatever_the_noise():
+def test_the_same_kernel_by_another_name_is_not_slower():
     rows = case_of().rows
     slow = times(
         case_of(rows=(*rows[:2], structs.replace(rows[1], implementation="demo", path="tuned: poc"))), "demo", 1.3
@@ -176,7 +176,7 @@ def test_what_disturbs_a_run_is_found(conditions: dict[str, object], severity: s
     assert first.detail.endswith((".", "power."))
 
 
-def test_a_slow_blas_is_told_with_its_cost():
+def test_a_slow_blas_is_reported_with_its_cost():
     report = report_of()
     peaks = structs.replace(report.peaks, matmul_flops_per_s=5e9, fma_flops_per_s=1e11)
     where = structs.replace(ENVIRONMENT, blas="reference BLAS")

@@ -28,7 +28,7 @@ def test_without_a_measured_merge_it_takes_two_collectives():
     assert decide(step(65536), 2, link=Link(latency_s=150e-6)).method == "alone"
 
 
-def test_sharded_keys_are_divided_and_the_reason_says_what_one_rank_would_take():
+def test_a_decision_says_what_one_rank_would_take():
     decision = decide(step(4096), 2, link=MERGE, sharded_by="sequence")
     assert decision.method == "split keys"
     assert "one rank alone would take" in decision.reason

@@ -128,7 +128,7 @@ def test_without_a_baseline_the_first_is_the_reference():
 @pytest.mark.parametrize(
     "given", [{"old": "baseline", "new": "baseline"}, {"mine": "baseline", "baseline": fused}, {"a": fused, "b": fused}]
 )
-def test_one_implementation_under_several_names_has_a_row_for_each(given):
+def test_one_implementation_has_a_row_for_each_name(given):
     (case,) = here(SMALL, given).cases
     assert {row.implementation: row.status for row in case.rows} == dict.fromkeys(given, "ok")
     assert case.reference == next(iter(given))
@@ -231,7 +231,7 @@ def test_a_decorated_function_stays_as_it_is():
     assert [row.implementation for _, row in kernel.bench(in_process=True)] == ["base", "kernel"]
 
 
-def test_the_engines_process_measures_importable_functions_and_survives_them():
+def test_the_process_measures_functions_and_survives_a_crash():
     named = {"baseline": "baseline", "mine": fused, "crash": ends_the_process}
     made = bench(SMALL, named, seconds=0.05)
     rows = {row.implementation: row for _, row in made}
@@ -239,7 +239,7 @@ def test_the_engines_process_measures_importable_functions_and_survives_them():
     assert rows["crash"].status == "failed" and "code 7" in rows["crash"].reason
 
 
-async def test_an_event_loop_goes_on_meanwhile_and_a_cancelled_task_ends_the_engine(monkeypatch):
+async def test_a_cancelled_task_ends_the_engine(monkeypatch):
     started = asyncio.Event()
     kills = []
     kill = library._LibraryRun.kill
@@ -259,7 +259,7 @@ def test_the_engines_process_starts_no_engine(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_script_without_a_guard_is_told(tmp_path):
+def test_a_script_without_a_guard_is_reported(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent("""

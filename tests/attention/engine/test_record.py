@@ -134,7 +134,7 @@ def test_the_summary_is_a_geometric_mean_over_the_cases() -> None:
     assert (poc.cases, poc.not_ok, poc.speedup) == (0, 2, None)
 
 
-def test_a_slowing_reference_is_told_on_the_rows() -> None:
+def test_a_slowing_reference_is_reported_on_the_rows() -> None:
     record = Record(PLAN)
     record.apply(on.CaseStarted(case=0))
     record.apply(on.ReferenceChosen(case=0, implementation="baseline"))
@@ -186,7 +186,7 @@ def test_axes_expand_to_every_combination_once() -> None:
     ]
 
 
-def test_mistakes_of_all_combinations_are_told_once_each() -> None:
+def test_mistakes_of_all_combinations_are_reported_once_each() -> None:
     with pytest.raises(UsageError) as raised:
         expand({"heads": 8, "kv_heads": 3}, {"seq": [0, 4], "head_dim": [8, -1]})
     assert len(raised.value.problems) == 3
@@ -220,7 +220,7 @@ def test_an_approximate_row_says_by_what_it_was_judged() -> None:
     assert (row.status, row.approximate, row.reason) == ("ok", "fp8", "8 bits; output")
 
 
-def test_rounds_of_a_second_run_of_a_case_count_with_those_of_the_first() -> None:
+def test_rounds_of_two_runs_of_a_case_count_together() -> None:
     plan = Plan(cases=(Workload(seq=64),), implementations=("baseline", "poc"))
     records = [Record(plan), Record(plan)]
     for record, rounds in zip(records, (6, 8), strict=True):

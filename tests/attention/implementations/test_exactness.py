@@ -123,7 +123,7 @@ def test_vmap_of_bool_masks_gives_each_call_its_own(implementation: str, shape: 
             assert np.allclose(np.array(mapped[index]), np.array(alone), atol=1e-4)
 
 
-def test_gradients_cancel_where_scores_depend_on_the_shape_of_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_cancel_in_tiles_of_any_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     """As cuBLAS's do: a row with one visible key has weight 1 and no gradient of its query, whatever the score."""
     plain = BlockwiseParams.scores
 

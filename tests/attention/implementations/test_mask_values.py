@@ -154,7 +154,7 @@ class Plugin:
         return load_implementation("baseline")(q, k, v, scale=scale, mask=mask, softcap=softcap)
 
 
-def test_an_implementation_that_declares_nothing_gets_no_pattern():
+def test_without_a_declaration_there_is_no_pattern():
     with pytest.raises(UnsupportedError, match=r"plugin: it takes no patterns of attention\.masks"):
         attention(Q, K, V, mask=MASK, implementation=Plugin())
     with pytest.raises(UnsupportedError, match="plugin: it takes no score_mod"):

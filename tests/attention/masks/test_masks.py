@@ -100,7 +100,7 @@ def test_a_blind_row_is_opened_and_the_others_are_left() -> None:
         ),
     ],
 )
-def test_an_array_that_does_not_fit_is_told(array: mx.array, words: str) -> None:
+def test_an_array_that_does_not_fit_is_reported(array: mx.array, words: str) -> None:
     with pytest.raises(UsageError) as error:
         masks.check_array(array, (1, 2, 4, 5))
     assert words in str(error.value)

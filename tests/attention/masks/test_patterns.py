@@ -79,7 +79,7 @@ def test_every_window_and_prefix_ends_in_its_tile(shape):
             np.testing.assert_array_equal(expanded(lists)[0, 0], seen[0, 0], f"{mask}")
 
 
-def test_rows_before_the_first_key_share_no_bits_with_those_of_a_document():
+def test_rows_before_the_first_key_share_no_bits():
     shape = (1, 1, 106, 64)
     seen = np.zeros((106, 64), bool)
     seen[42:82, :40] = seen[82:, 40:] = True
@@ -184,7 +184,7 @@ def test_kept_lists_are_limited_in_bytes():
     assert cache.get(0, lambda: made[1]) is made[1]
 
 
-def test_a_function_is_evaluated_where_another_part_leaves_it_open():
+def test_a_function_is_evaluated_only_where_needed():
     asked = []
 
     def f(b, h, q, k):

@@ -20,7 +20,7 @@ def no_family(monkeypatch):
     monkeypatch.setattr(conditions, "_family", set)
 
 
-def test_a_busy_process_that_is_not_the_runs_own_is_counted_and_named(no_family):
+def test_another_busy_process_is_counted_and_named(no_family):
     watch = ConditionsWatch(DEVICE)
     busy = subprocess.Popen([sys.executable, "-c", SPIN])
     try:
@@ -43,7 +43,7 @@ def test_what_the_run_itself_started_is_its_own():
         child.wait()
 
 
-def test_another_engine_is_counted_once_however_many_ranks_it_has(no_family):
+def test_another_engine_is_counted_once(no_family):
     idle = "import sys, time; sys.argv = ['-m', 'attention.engine.worker']; time.sleep(20)"
     engines = [subprocess.Popen([sys.executable, "-c", idle, conditions.ENGINE]) for _ in range(2)]
     try:

@@ -47,7 +47,7 @@ def test_the_recipe_has_the_error_of_the_published_one(outliers: bool) -> None:
 
 
 @pytest.mark.parametrize("outliers", [False, True])
-def test_the_kernels_recipe_passes_and_thrice_its_error_does_not(outliers: bool) -> None:
+def test_the_recipe_passes_and_three_times_its_error_fails(outliers: bool) -> None:
     assert judged(1, outliers)[0]
     accurate, detail = judged(3, outliers)
     assert not accurate

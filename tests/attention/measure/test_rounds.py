@@ -203,7 +203,7 @@ class Sleeping(Calls):
         time.sleep(self.seconds * len(outputs))
 
 
-def test_an_arm_and_its_dense_shape_have_enough_rounds_in_common() -> None:
+def test_an_arm_shares_rounds_with_its_dense_shape() -> None:
     masked, dense = arm("b", 0.03), arm("b", 0.02)
     dense.counterpart, masked.stride, dense.stride = "dense", 3, 2
     rounds([arm("a", 0.001), masked, dense], seconds=0.3, precision=0)

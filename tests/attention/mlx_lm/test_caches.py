@@ -459,7 +459,7 @@ def assert_small(model: Any, implementation: Any, length: int, step: int, share:
 
 
 @pytest.mark.slow
-def test_a_prompt_takes_no_more_memory_than_the_cache_and_a_chunk() -> None:
+def test_a_prompt_takes_the_memory_of_cache_and_chunk() -> None:
     model = tiny("llama", mx.bfloat16, hidden_size=64, intermediate_size=128, num_attention_heads=8, head_dim=32)
     assert_small(model, Practical(1 << 20), 1536, 512, 1 / 7)
 

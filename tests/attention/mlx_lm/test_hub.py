@@ -91,7 +91,7 @@ def test_an_engine_takes_no_model_that_is_not_in_the_cache():
 
 
 @pytest.mark.slow
-def test_a_model_of_the_hub_is_measured_and_then_needs_no_network(folder, monkeypatch, capsys):
+def test_a_measured_model_needs_no_network_again(folder, monkeypatch, capsys):
     import mlx.core as mx
     from mlx.utils import tree_flatten
 

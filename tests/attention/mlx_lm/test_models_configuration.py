@@ -18,7 +18,7 @@ def test_a_configuration_has_the_published_parameter_count(name):
     assert Network(find_model(name), "bfloat16").weights_bytes == 2 * PUBLISHED[name]
 
 
-def test_no_weight_is_made_before_it_is_asked_for():
+def test_no_weight_is_made_before_it_is_requested():
     import mlx.core as mx
 
     before = mx.get_active_memory()
@@ -35,7 +35,7 @@ def test_the_layers_are_whole_again_after_a_shortened_run():
     assert network.layers == len(network.model.layers) == 4
 
 
-def test_a_name_that_is_unknown_is_told_with_the_nearest():
+def test_a_name_that_is_unknown_is_reported_with_the_nearest():
     with pytest.raises(UsageError, match=r"did you mean 'tinyllama-1\.1b'"):
         find_model("tinyllama-1b")
     assert "tiny-llama" in bundled_names()
@@ -127,7 +127,7 @@ def test_as_many_layers_as_the_model_has_are_the_whole_model():
     assert "estimated from 4 of 22 layers" in case.label
 
 
-def test_all_mistakes_are_told_at_once():
+def test_all_mistakes_are_reported_at_once():
     with pytest.raises(UsageError) as caught:
         generations(22, model="m", prompts=[1, 0], batches=[1], measured_layers=1, dtype="int8")
     assert [problem.partition(":")[0] for problem in caught.value.problems] == ["prompt", "layers", "dtype", "prompt"]

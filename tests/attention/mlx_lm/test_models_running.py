@@ -72,7 +72,7 @@ def test_both_phases_are_measured_with_every_implementation():
 
 
 @pytest.mark.slow
-def test_a_quantized_cache_is_measured_beside_an_unquantized_one():
+def test_a_quantized_cache_is_compared_with_an_unquantized_one():
     work = {"generate": 2, "measured_layers": 2, "dtype": "float32", "kv_formats": ["int8:32"]}
     cases = generations(4, model="tiny-llama", prompts=[12], batches=[1], **work)
     record = run(GenerationBench, GenerationPlan(cases=cases, implementations=("baseline", "mlx"), seconds=0.1))

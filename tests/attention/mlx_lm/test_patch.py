@@ -296,6 +296,6 @@ def test_it_decorates_functions_generators_and_coroutines() -> None:
     gc.collect()
 
 
-def test_an_unknown_implementation_is_told_at_once() -> None:
+def test_an_unknown_implementation_is_reported_at_once() -> None:
     with pytest.raises(UsageError, match="did you mean 'practical'"):
         attention.patch_mlx_lm("practicle")

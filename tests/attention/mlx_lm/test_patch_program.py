@@ -61,7 +61,7 @@ def test_a_programs_traceback_is_its_own(tmp_path: Path) -> None:
         (["-m", "mlx_lm.missing"], "attention.patch: -m: there is no module mlx_lm.missing"),
     ],
 )
-def test_a_wrong_command_line_is_told_in_one_line(words: list[str], line: str) -> None:
+def test_a_wrong_command_line_is_reported_in_one_line(words: list[str], line: str) -> None:
     from attention.patch import main
 
     with pytest.MonkeyPatch.context() as patch:

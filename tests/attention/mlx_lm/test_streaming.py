@@ -61,7 +61,7 @@ def test_saved_with_the_functions_of_mlx_lm(model, tmp_path):
         assert mx.array_equal(model(PROMPT[:, :1], cache=caches), model(PROMPT[:, :1], cache=loaded))
 
 
-def test_unpatched_mlx_lm_is_told_what_is_missing(model):
+def test_unpatched_mlx_lm_is_reported_what_is_missing(model):
     """Without a patch the error names it."""
     with pytest.raises(UsageError, match="inside attention"):
         model(PROMPT, cache=make_prompt_cache(model))

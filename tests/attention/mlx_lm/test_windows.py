@@ -248,7 +248,7 @@ def test_gemma_2_without_attention_takes_a_quantized_cache():
     np.testing.assert_array_equal(logits([cache.QuantizedKVCache(32, 8) for _ in model.layers]), dense)
 
 
-def test_a_mask_that_cannot_be_read_leaves_direct_calls_intercepted(monkeypatch):
+def test_an_unreadable_mask_leaves_direct_calls_intercepted(monkeypatch):
     with attention.patch_mlx_lm("practical") as patch:
         monkeypatch.setattr(patch._masks, "by_position", lambda call: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -269,7 +269,7 @@ def test_gemma_2_has_its_gradients():
 
 
 @pytest.mark.parametrize("parts", [(70, 90, 1), (200, 80, 1, 100), (3, 66)], ids=str)
-def test_rotating_caches_of_a_padded_batch_are_windows_with_padding(parts):
+def test_padded_rotating_caches_are_windows_with_padding(parts):
     window, padding, recorder = 40, [7, 0, 30], Recorder(takes_patterns=True)
     given = [[mx.random.normal((3, 2, n, 16), key=mx.random.key(10 * n + part)) for part in range(3)] for n in parts]
 

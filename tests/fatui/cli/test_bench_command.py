@@ -64,7 +64,7 @@ def test_what_will_not_fit_is_refused_and_is_no_failure():
 
 
 @pytest.mark.slow
-def test_an_implementation_that_is_not_there_is_told():
+def test_an_implementation_that_is_not_there_is_reported():
     done = bench("quick", "--impl", "nowhere.py:Mine")
     assert done.returncode == 2
     assert "nowhere.py" in done.stderr and "Traceback" not in done.stderr

@@ -94,7 +94,7 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(arguments, expected, capsys
     assert list(tmp_path.iterdir()) == []
 
 
-def test_all_mistakes_are_told_at_once(capsys):
+def test_all_mistakes_are_reported_at_once(capsys):
     assert main(["bench", "--batch", "0", "--impl", "basline,pco", "--seconds", "x", "--csv", "/nowhere/x"]) == 2
     lines = told(capsys)
     assert [line.partition(":")[0] for line in lines] == [
@@ -106,7 +106,7 @@ def test_all_mistakes_are_told_at_once(capsys):
     ]
 
 
-def test_a_broken_preset_is_told_with_its_file(capsys, tmp_path):
+def test_a_broken_preset_is_reported_with_its_file(capsys, tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("schema = 1\nfoo = 1\nbar = 2\n[workload]\nhead_dim = 0\n")
     assert main(["bench", str(path)]) == 2
@@ -252,7 +252,7 @@ def test_the_app_without_a_terminal_is_one_line_and_exit_code_2(environment):
     assert err == b"fatui: the app needs a terminal; try `fatui bench`, which needs none\n"
 
 
-def test_a_closed_stdout_is_told():
+def test_a_closed_stdout_is_reported():
     command = f"exec {sys.executable} {FAKE} history >&-"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, env=environment, check=False)
@@ -275,7 +275,7 @@ def test_stdout_closed_early_is_no_error():
     assert b"Traceback" not in err and b"rror" not in err
 
 
-def test_stdout_on_a_full_device_is_told():
+def test_stdout_on_a_full_device_is_reported():
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     with Path("/dev/full").open("wb") as full:

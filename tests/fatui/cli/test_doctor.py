@@ -40,7 +40,7 @@ def test_a_distribution_that_shares_the_engines_folder_is_named(capsys, monkeypa
     assert "pip uninstall attention, then pip install --force-reinstall --no-deps fatui" in out
 
 
-def test_a_slow_blas_is_told_with_its_cost_and_the_way_out(monkeypatch):
+def test_a_slow_blas_is_reported_with_its_cost_and_the_way_out(monkeypatch):
     rates = iter([3e9, 60e9])
     monkeypatch.setattr(diagnosis, "_rate", lambda product: next(rates))
     monkeypatch.setattr(diagnosis.sys, "platform", "linux")
@@ -78,7 +78,7 @@ def test_what_practical_chose_and_why_is_explained(capsys):
     assert "what the mask rules out" in " ".join(chosen.split())
 
 
-def test_explaining_nothing_legal_is_told(capsys):
+def test_explaining_nothing_legal_is_reported(capsys):
     assert main(["explain", "--heads", "8", "--kv-heads", "3"]) == 2
     assert "must divide" in capsys.readouterr().err
 

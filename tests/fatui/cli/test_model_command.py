@@ -107,7 +107,7 @@ def tuning_report(off: float = 0.0) -> Report:
         (["model", "tiny-llama", "--prompt", "-1"], "prompt: got -1; it takes a whole number from 2"),
     ],
 )
-def test_a_mistake_is_told_in_one_line_and_exits_2(arguments, told, capsys):
+def test_a_mistake_is_reported_in_one_line_and_exits_2(arguments, told, capsys):
     assert main.main(arguments) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
@@ -193,7 +193,7 @@ def test_ten_seconds_without_a_line_are_the_most(now, monkeypatch, capsys):
     assert capsys.readouterr().err == f"fatui: {now or 'starting the engine'}\n"
 
 
-def test_the_estimate_is_told_in_words(capsys):
+def test_the_estimate_is_reported_in_words(capsys):
     narrator = ProgressPrinter(GenerationPlan(cases=GENERATIONS, implementations=("baseline",)))
     narrator.listen(on.CaseTimeEstimated(case=0, seconds=260, implementations=5))
     assert capsys.readouterr().err == "fatui: about 4 min 20 s for 5 implementations\n"

@@ -34,7 +34,7 @@ def test_the_last_runs_of_this_machine_come_as_markdown(capsys):
     assert "bbbb2222" in out
 
 
-def test_one_run_alone_is_told_when_it_is_named(capsys):
+def test_one_run_alone_is_reported_when_it_is_named(capsys):
     kept("aaaa1111")
     kept("bbbb2222", 256)
     assert main(["report", "aaaa"]) == 0
@@ -55,7 +55,7 @@ def test_a_page_is_written_from_a_json_file(tmp_path):
         (["--html", "missing/report.html"], "there is no folder"),
     ],
 )
-def test_what_cannot_be_read_or_written_is_told_in_one_line(arguments, told, capsys, tmp_path, monkeypatch):
+def test_what_cannot_be_read_or_written_is_reported_in_one_line(arguments, told, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["report", *arguments]) in (1, 2)
     err = capsys.readouterr().err

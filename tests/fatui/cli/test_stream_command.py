@@ -91,7 +91,7 @@ def test_a_narrow_table_fits_and_keeps_the_times(model: str | None) -> None:
     assert "time per token" in text
 
 
-def test_slow_steps_stand_beside_those_of_a_loop_that_does_nothing() -> None:
+def test_slow_steps_are_shown_with_those_of_an_empty_loop() -> None:
     text = shown(stream_report())
     assert "0 of 4,500 steps took over 5 times the median" in text
     assert "a loop that does nothing for as long: 10 of 1,000" in " ".join(text.split())

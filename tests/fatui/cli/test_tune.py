@@ -101,7 +101,7 @@ def test_choices_that_other_kernels_were_tried_for_are_marked(
         (["--show", "--check"], "not allowed with argument"),
     ],
 )
-def test_a_mistake_is_told_with_exit_code_2(
+def test_a_mistake_is_reported_with_exit_code_2(
     arguments: list[str], expected: str, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["tune", *arguments]) == 2
@@ -111,7 +111,7 @@ def test_a_mistake_is_told_with_exit_code_2(
     assert not file.exists()
 
 
-def test_a_case_that_fails_is_told_and_the_others_are_kept(
+def test_a_case_that_fails_is_reported_and_the_others_are_kept(
     preset: str, file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tune = Demo.tune
@@ -138,14 +138,14 @@ def test_a_case_that_does_not_fit_is_refused_and_not_begun(
     assert not file.exists()
 
 
-def test_a_damaged_file_is_told_and_kept(preset: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_file_is_reported_and_kept(preset: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file.write_text("nonsense")
     assert main(["tune", preset, "--seconds", "0.05"]) == 0
     assert "damaged; it is kept as tuning.damaged-" in capsys.readouterr().err
     assert [path.read_text() for path in file.parent.glob("*.damaged-*")] == ["nonsense"]
 
 
-def test_a_newer_file_is_told_and_not_forgotten(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_newer_file_is_reported_and_not_forgotten(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file.write_text("schema = 99\n")
     assert main(["tune", "--forget"]) == 0
     assert "written by a newer fatui" in capsys.readouterr().err

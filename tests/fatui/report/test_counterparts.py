@@ -98,7 +98,7 @@ def test_sparse_patterns_have_claims_and_a_table_by_density() -> None:
 
 
 @pytest.mark.skipif(not charts.available(), reason="matplotlib is not installed")
-def test_the_report_draws_the_time_by_density_and_names_the_break_even() -> None:
+def test_the_report_draws_time_by_density_with_break_even() -> None:
     [chart] = density_charts(DENSITIES, ["poc", "mlx"])
     assert chart.title == "Time of random blocks over dense time by density, B=1 L=1280 D=64 H=2 float16"
     for words in ("poc breaks even: 0.8", "pairs", "times dense"):
@@ -140,7 +140,7 @@ def test_points_go_by_bits_with_their_scales() -> None:
     assert FORMATS[2].workload.value_bits == 16
 
 
-def test_formats_are_told_by_gain_and_loss() -> None:
+def test_formats_are_reported_by_gain_and_loss() -> None:
     text = formats_text("poc", format_points(FORMATS, "poc"))
     assert text == (
         "poc gains most with int4, 2.00 ±0.02x as fast as with float16, 3.56x less memory, K/V error 11 %; "
@@ -166,7 +166,7 @@ def test_a_format_breaks_even_between_clear_lengths() -> None:
     assert length_break_even(format_points(at_one_length, "poc")) is None
 
 
-def test_a_forward_row_over_many_keys_is_not_grouped_with_squares() -> None:
+def test_a_row_over_many_keys_is_not_grouped_with_squares() -> None:
     workloads = [Workload(seq=seq, kv_seq=kv_seq, kv_format="int4") for seq, kv_seq in ((1, 1024), (512, 512))]
     cases = [Case(workload=workload, reference="poc", rows=()) for workload in workloads]
     assert len(by_length(cases)) == 2
@@ -222,13 +222,13 @@ def test_charts_show_speed_and_error_over_the_formats() -> None:
 
 
 @pytest.mark.skipif(not charts.available(), reason="matplotlib is not installed")
-def test_a_chart_shows_speed_over_the_length_with_a_line_of_unquantized_ones() -> None:
+def test_a_chart_shows_speed_over_length_by_format() -> None:
     (chart,) = format_charts(LENGTHS, ["poc"])
     assert chart.title.startswith("Speedup of poc over unquantized keys and values by length, B=1 D=64 H=8 float16")
     assert all(word in chart.svg for word in ("int4", "unquantized", "4096"))
 
 
-def test_a_quantized_case_on_several_ranks_is_not_beside_an_unquantized_one() -> None:
+def test_a_quantized_case_on_ranks_has_no_counterpart() -> None:
     divided = Case(workload=Workload(kv_format="int4", ranks=2), reference=None, rows=())
     assert quantized_blocks([divided], [], ["poc"]) == []
     assert format_charts([divided], ["poc"]) == []

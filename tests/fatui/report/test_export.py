@@ -72,7 +72,7 @@ def test_markdown_tables_have_as_many_cells_in_every_line():
     assert "fatui bench quick" in text and "Geometric mean" in text
 
 
-def test_the_speedup_over_dense_is_a_column_of_masked_cases_alone():
+def test_over_dense_is_a_column_of_masked_cases_only():
     masked = report_of(plan_of([Workload(seq=256, mask="window:32"), Workload(seq=256, mask="causal")]))
     poc = masked.cases[0].rows[1]
     assert poc.over_dense.value == pytest.approx(256 * 256 / masked.cases[0].workload.pairs * 8, rel=0.05)

@@ -131,7 +131,7 @@ def test_json_lines_on_stdout_replace_the_table(fake_engine, capsys):
     assert len(list(map(json.loads, capsys.readouterr().out.splitlines()))) == 2
 
 
-def test_json_lines_that_cannot_be_written_are_told(fake_engine, capsys):
+def test_json_lines_that_cannot_be_written_are_reported(fake_engine, capsys):
     assert main(["bench", "--seq", "64", "--jsonl", "/dev/full"]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("fatui: --jsonl: /dev/full could not be written")
 

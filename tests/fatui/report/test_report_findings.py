@@ -54,7 +54,7 @@ def test_a_significant_speedup_is_claimed_with_its_interval():
     assert "practical is 1.50 ±0.10x as fast as baseline over 1 case (B=1 L=128 D=64 H=8 float16)." in told
 
 
-def test_a_slowdown_is_told_as_one():
+def test_a_slowdown_is_reported_as_one():
     told = texts(compose([planted(0.5, 0.49, 0.51, significant=True)]), "Where it pays")
     assert any(text.startswith("practical is slower than baseline in 1 of 1 case") for text in told)
 
@@ -132,7 +132,7 @@ def test_two_points_make_no_trend():
     assert fit([1, 2, 2], [1, 2, 2.1]) is None
 
 
-def test_the_growth_of_a_sweep_is_told_with_its_power():
+def test_the_growth_of_a_sweep_is_reported_with_its_power():
     told = texts(compose([report_of(plan_of(SWEEP))]), "Head dim")
     grown = next(text for text in told if "grows with length" in text)
     # The planted times go with the FLOPs, which go with the square of the length.
@@ -197,7 +197,7 @@ def test_memory_is_compared_with_inputs_and_reference():
         (2**22 * 34, []),
     ],
 )
-def test_a_saving_is_told_by_its_consequence(poc, expected):
+def test_a_saving_is_reported_by_its_consequence(poc, expected):
     def change(row):
         return structs.replace(row, peak_bytes=int(poc) if row.implementation == "poc" else 2**22)
 

@@ -39,14 +39,14 @@ def test_without_a_stream_the_section_says_how_to_measure_one() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not charts.available(), reason="matplotlib is not installed")
-def test_the_page_has_the_curves_and_the_extrapolation_as_a_line() -> None:
+def test_the_page_has_curves_and_extrapolation() -> None:
     page = to_html(compose([stream_report("tiny-llama")]))
     for title in ("time per token", "resident memory", "loss per token"):
         assert f"<figcaption>{title}" in page
     assert "full, extrapolated" in page
 
 
-def test_full_attention_continues_as_dots_beyond_what_was_measured() -> None:
+def test_full_attention_is_extrapolated_as_dots() -> None:
     chart = time_chart(stream_report().streams[0])
     full = next(curve for curve in chart.curves if curve.name == FULL)
     assert full.extrapolated[0] == full.points[-1]

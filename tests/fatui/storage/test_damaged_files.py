@@ -350,7 +350,7 @@ def test_a_folder_in_a_home_that_does_not_exist_is_not_made(tmp_path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_data_folder_that_is_a_file_is_told(capsys):
+def test_a_data_folder_that_is_a_file_is_reported(capsys):
     storage.data_dir().parent.mkdir(parents=True, exist_ok=True)
     storage.data_dir().write_text("")
     for command in (["history"], ["history", "show", "last"], ["report"], ["compare", "last", "last~1"]):

@@ -108,7 +108,7 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_a_read_only_file_is_told_in_one_line(tmp_path, monkeypatch):
+def test_a_read_only_file_is_reported_in_one_line(tmp_path, monkeypatch):
     kept = history(tmp_path)
     kept.add(report_of())
     connect = sqlite3.connect

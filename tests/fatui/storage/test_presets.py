@@ -60,7 +60,7 @@ def test_formats_of_keys_and_values_are_read_and_written() -> None:
     )
 
 
-def test_the_quantized_preset_is_a_decode_beside_the_unquantized() -> None:
+def test_the_quantized_preset_is_a_decode_with_a_counterpart() -> None:
     made = presets.load("quantized")
     assert {case.kv_format for case in made.cases} == {"none", "int8", "int4", "mxfp4"}
     assert {(case.pass_, case.heads, case.kv_heads, case.head_dim) for case in made.cases} == {("decode", 32, 8, 128)}
@@ -95,7 +95,7 @@ def test_three_mistakes_are_told_at_once_each_with_file_and_key():
     assert "[workload] kv_heads: got 3; it must divide heads, which is 8" in told[2]
 
 
-def test_a_syntax_error_is_told_with_line_and_column():
+def test_a_syntax_error_is_reported_with_line_and_column():
     (told,) = problems("schema = 1\nseconds = = 3\n")
     assert "line 2, column 11" in told
 
@@ -207,12 +207,12 @@ def test_a_broken_preset_is_listed_with_its_mistakes():
     assert str(path) in entry.problems[0]
 
 
-def test_an_unknown_name_is_told_with_the_nearest():
+def test_an_unknown_name_is_reported_with_the_nearest():
     with pytest.raises(UsageError, match="did you mean 'quick'"):
         presets.load("quikc")
 
 
-def test_a_file_that_is_no_preset_is_told_in_one_line(tmp_path):
+def test_a_file_that_is_no_preset_is_reported_in_one_line(tmp_path):
     for name, content in (("a.toml", b"\xff\xfe"), ("b.toml", b"#" * 2**21)):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "c.toml").mkdir()

@@ -115,7 +115,7 @@ def edited(text: str) -> str:
     return json.dumps(document)
 
 
-def test_a_file_that_was_edited_shows_and_one_that_was_not_does_not():
+def test_only_an_edited_file_is_marked():
     text = to_json(report_of())
     assert not result_files.decode(text.encode()).edited
     assert not result_files.decode(json.dumps(json.loads(text)).encode()).edited  # only written otherwise

@@ -12,7 +12,7 @@ from fatui import storage
 from tests.support.patience import patient
 
 
-async def test_a_silent_engine_is_told_once_and_in_the_status(stage):
+async def test_a_silent_engine_is_reported_once_and_in_the_status(stage):
     await stage.press("r")
     stage.engine.begin()
     stage.clock.at += 31

@@ -21,7 +21,7 @@ def kept(*plans, **changes):
     return history
 
 
-def test_the_last_run_on_the_machine_has_the_earlier_ones_of_its_cases():
+def test_the_last_run_has_earlier_ones_of_its_cases():
     one, other = plan_of((Workload(seq=128),)), plan_of((Workload(seq=256),))
     history = kept(one, other, one, one)
     past = find_past(DEVICE, history)
@@ -40,7 +40,7 @@ def test_the_last_run_on_the_machine_has_the_earlier_ones_of_its_cases():
     assert "enter opens it   R runs it again   r runs what is set up" in text
 
 
-def test_runs_on_another_machine_and_interrupted_ones_do_not_count():
+def test_interrupted_and_foreign_runs_do_not_count():
     assert find_past("another device", kept(plan_of())) is None
 
 
@@ -63,7 +63,7 @@ async def test_without_a_history_it_says_what_a_first_run_will_tell(stage):
     assert "No run on this machine yet." not in stage.seen()
 
 
-async def test_the_last_verdict_is_opened_by_enter_and_run_again_by_a_key():
+async def test_the_last_verdict_is_opened_and_run_again():
     async with on_stage() as stage:
         stage.app.set_draft(stage.app.draft.set_axis("seq", (256,)).toggle("demo"))
         await stage.run_to_the_end()

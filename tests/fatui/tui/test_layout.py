@@ -13,7 +13,7 @@ def at(stage, pane):
     return stage.find(f"#{pane}").region
 
 
-async def test_from_160_columns_live_stands_beside_the_table_and_the_row_below_it():
+async def test_from_160_columns_panes_are_side_by_side():
     async with on_stage(size=(160, 48)) as stage:
         await stage.run_to_the_end()
         live, comparison, log, row = (at(stage, pane) for pane in ("live", "comparison", "log", "row"))
@@ -42,7 +42,7 @@ async def test_hiding_a_pane_leaves_no_hole():
         assert at(stage, "row").width == at(stage, "live").width + at(stage, "comparison").width
 
 
-async def test_z_lets_a_pane_fill_the_screen_and_goes_along_with_the_focus(stage):
+async def test_a_maximised_pane_follows_the_focus(stage):
     await stage.run_to_the_end()
     stage.find("#comparison-table").focus()
     await stage.press("z")
@@ -57,7 +57,7 @@ async def test_z_lets_a_pane_fill_the_screen_and_goes_along_with_the_focus(stage
     assert stage.find("#comparison").display and stage.find("#left").display
 
 
-async def test_a_maximised_pane_of_a_narrow_terminal_does_not_hide_the_run():
+async def test_a_maximised_pane_does_not_hide_the_run():
     async with on_stage(size=(80, 24)) as stage:
         await stage.press("z")
         assert stage.app.main._maximised is not None

@@ -17,7 +17,7 @@ def text(cells):
     return ["".join(glyph for glyph, _ in row) for row in cells]
 
 
-def test_a_canvas_has_two_by_four_dots_a_character_and_keeps_whose_they_are():
+def test_a_canvas_has_two_by_four_dots_a_character():
     canvas = Canvas(2, 1)
     for y in range(4):
         canvas.dot(0, y, 3)
@@ -27,7 +27,7 @@ def test_a_canvas_has_two_by_four_dots_a_character_and_keeps_whose_they_are():
     assert canvas.cells() == [[("\u2847", 3), ("\u2880", 5)]]
 
 
-def test_an_area_is_filled_from_zero_and_a_positive_value_is_never_invisible():
+def test_a_positive_area_is_never_invisible():
     assert area([1.0, 0.5, 1e-9, 0.0], 1.0, 2, 1) == ["\u28e7\u2840"]
     rows = area([2.0, 2.0], 4.0, 1, 2)
     assert rows == [" ", "\u28ff"]
@@ -44,7 +44,7 @@ async def start(stage, rounds=(), factor=None):
     return stage.app.session
 
 
-async def test_v_turns_from_a_common_scale_to_own_ones_to_ratios_and_is_remembered(stage):
+async def test_v_changes_the_scale_and_is_remembered(stage):
     await start(stage, [12])
     assert "tokens/s · 0 to 800 K" in stage.seen()
     await stage.press("v")
@@ -57,7 +57,7 @@ async def test_v_turns_from_a_common_scale_to_own_ones_to_ratios_and_is_remember
     assert "0 to 800 K" in stage.seen()
 
 
-async def test_ratios_have_the_band_of_the_noise_floor_and_an_interval_that_narrows(stage):
+async def test_ratios_have_a_noise_band_and_a_narrowing_interval(stage):
     session = await start(stage, [6])
     _, first = rate_chart(session, "ratio")
     for _ in range(8):
@@ -136,7 +136,7 @@ def test_without_measured_rates_there_is_no_roofline():
     assert roofline.limit_words(Workload(), Peaks(matmul_flops_per_s=1e9)) == []
 
 
-def test_the_point_of_a_case_lies_on_the_nearest_roof_and_measured_ones_below():
+def test_a_case_is_on_its_roof_and_rows_are_below():
     report = report_of(plan_of((Workload(seq=128), Workload(seq=512))))
     names = tuple(row.implementation for row in report.cases[0].rows)
     found = roofline.roofline(Workload(seq=512), report.peaks, report.cases, names)
@@ -151,7 +151,7 @@ def test_the_point_of_a_case_lies_on_the_nearest_roof_and_measured_ones_below():
     assert "poc at" in words[1] and "Unfused" in words[2] and "poc" not in words[2]
 
 
-async def test_the_roofline_is_there_before_a_run_and_its_point_moves_with_the_sliders():
+async def test_the_roofline_follows_the_sliders_before_a_run():
     async with on_stage() as stage:
         await stage.press("i")
         assert "The roofs are measured at the start of a run; r starts one" in stage.seen()
@@ -168,7 +168,7 @@ async def test_the_roofline_is_there_before_a_run_and_its_point_moves_with_the_s
         assert "The roofs are measured" in stage.seen()
 
 
-async def test_the_roofline_has_the_points_of_a_run_which_leaves_its_rates(stage):
+async def test_the_roofline_has_the_points_of_a_run(stage):
     await stage.run_to_the_end()
     await stage.settle(lambda: stage.app.remembered.peaks_of == "Test CPU")
     assert stage.app.remembered.peaks == PEAKS
@@ -187,7 +187,7 @@ def test_axes_have_round_ticks_within_their_ends():
     assert linear.place(0) == 0 and linear.place(linear.high) == 1
 
 
-def test_marks_at_one_place_stand_side_by_side_and_intervals_are_bars():
+def test_marks_at_one_place_are_side_by_side():
     axis = plot.Axis(0, 10)
     lines = [plot.Line(number, (plot.Point(5, 5, 1, 9),)) for number in (0, 1)]
     drawn = text(plot.drawn(plot.Plot(axis, axis, tuple(lines)), 40, 12))

@@ -52,7 +52,7 @@ async def test_the_log_is_filtered_paused_and_goes_on(stage):
     assert "plum" in stage.seen()
 
 
-async def test_trials_and_switches_are_told_while_the_run_goes_on(stage):
+async def test_trials_and_switches_are_reported_while_the_run_goes_on(stage):
     await stage.press("r")
     stage.engine.begin()
     stage.engine.begin_case()

@@ -36,7 +36,7 @@ def test_a_slider_has_the_values_of_all_chosen_masks():
     assert sliders((*masks, "prefix:5+window:8")) == []
 
 
-def test_the_picture_has_two_rows_of_tiles_a_line_and_the_density():
+def test_the_picture_has_two_rows_of_tiles_a_line():
     lines = mask_lines(Workload(seq=512, mask="documents:128", heads=1))
     assert [line[:16] for line in lines[:4]] == [
         "▒▄··············",

@@ -145,7 +145,7 @@ async def test_a_model_says_how_long_it_takes_before_its_rounds(stage):
     assert "42 min 00 s left" in seen and "32 s left" not in seen
 
 
-async def test_what_cannot_run_is_told(stage):
+async def test_what_cannot_run_is_reported(stage):
     await stage.press("m")
     stage.find("#layers", Choice).focus()
     await stage.press("1", "r")
@@ -167,7 +167,7 @@ async def test_a_model_of_the_history_opens_on_its_own_screen(stage):
     assert "prefill" in stage.seen()
 
 
-async def test_a_quantized_cache_is_chosen_in_groups_that_fit_the_model():
+async def test_cache_formats_have_groups_that_fit_the_model():
     async with on_stage() as stage:
         await stage.press("m")
         model, formats = stage.find("#model", Choice), stage.find("#kv_format", Choice)
@@ -194,7 +194,7 @@ def texts(table, column):
     return [line.cells[column] for line in table.lines if line.key]
 
 
-async def test_the_table_of_a_model_is_filtered_referred_to_and_opened(stage):
+async def test_the_table_of_a_model_is_filtered_and_opened(stage):
     await stage.press("m", "r")
     play_generation(stage.engine)
     await finish(stage, "models")
@@ -228,7 +228,7 @@ async def test_a_row_of_a_fine_tuning_opens_with_its_losses(stage):
     assert "5.750 → 3.000" in stage.seen() and "of an iteration" in stage.seen()
 
 
-async def test_on_a_short_terminal_the_table_takes_the_place_of_the_setup():
+async def test_on_a_short_terminal_the_table_replaces_the_setup():
     async with on_stage(size=(80, 24)) as stage:
         await stage.press("m", "r")
         play_generation(stage.engine)

@@ -32,7 +32,7 @@ def test_a_crossover_is_marked_where_the_drawn_lines_meet(logarithmic):
     assert part == pytest.approx(1 / 2 if logarithmic else 1 / 3)
 
 
-def test_words_stand_at_equal_distances_and_lengths_by_their_size():
+def test_words_are_equally_spaced_and_lengths_by_size():
     words = sweep.AxisPlaces(("none", "int8", "int4")).axis
     assert words.place(1) - words.place(0) == pytest.approx(words.place(2) - words.place(1))
     lengths = sweep.AxisPlaces((64, 128, 1024)).axis
@@ -60,7 +60,7 @@ def test_the_roof_of_each_case_is_its_own():
     assert sweep.roof_curve(report.cases, "seq", Peaks()) == []
 
 
-def test_letters_are_different_and_the_first_of_a_name_where_it_is_free():
+def test_letters_differ_and_begin_a_name_if_free():
     assert sweep.letters_of(["baseline", "poc", "practical", "poc-fp8", "mlx"]) == {
         "baseline": "B",
         "poc": "P",
@@ -134,7 +134,7 @@ async def test_with_one_axis_only_keys_that_do_something_are_offered(stage):
     assert "tokens/s over seq" in stage.seen() and not stage.find("#map-pane").display
 
 
-async def test_a_short_terminal_turns_from_the_rows_of_a_point_to_the_map():
+async def test_a_short_terminal_turns_from_rows_to_the_map():
     async with on_stage(size=(80, 24)) as stage:
         grid = tuple(Workload(seq=seq, batch=batch) for seq in (64, 128) for batch in (1, 2))
         await scaled(stage, grid)

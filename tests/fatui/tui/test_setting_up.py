@@ -22,7 +22,7 @@ from fatui.tui.widgets.slider import Slider
 from tests.support.stage import DEVICE, advise, on_stage
 
 
-async def test_seconds_have_a_slider_and_earlier_runs_say_how_sure_they_make(stage):
+async def test_seconds_have_a_slider_with_expected_precision(stage):
     stage.app.remembered.pace = RunSpeed(
         device="Test CPU", calls={"poc float16 forward": [(Workload().flops, 0.002)]}, width_1s=0.08
     )
@@ -61,7 +61,7 @@ async def test_short_terminals_fold_controls_at_their_defaults():
         assert stage.find("#seconds").display and "u shows them: K/V heads, devices" in stage.seen()
 
 
-async def test_the_list_scrolls_to_its_cursor_where_it_is_longer_than_its_pane():
+async def test_a_long_list_scrolls_to_its_cursor():
     async with on_stage(size=(80, 24)) as stage:
         stage.find("#implementations").styles.height = 5
         stage.find("#implementations").focus()
@@ -202,7 +202,7 @@ async def test_space_takes_an_implementation_out_and_none_cannot_run(stage):
     assert stage.app.session is None
 
 
-async def test_a_machine_without_a_backend_is_told_in_words(stage):
+async def test_a_machine_without_a_backend_is_reported_in_words(stage):
     stage.app.advice.device = None
     stage.app.advice.problem = "MLX has no backend on this machine; install one"
     stage.app.main.show_draft()

@@ -166,7 +166,7 @@ async def test_configured_keys_of_screens_work_and_show_in_help():
         assert stage.app.screen is stage.app.main
 
 
-async def test_a_key_that_two_actions_of_one_screen_have_is_told():
+async def test_a_key_that_two_actions_of_one_screen_have_is_reported():
     config("[keys]\npresets_undo = 'f8'\nhistory_undo = 'f8'\nquit = 'f8'\n")
     async with on_stage() as stage:
         assert "keys.quit: 'f8' is also the key of presets_undo" in stage.app.journal.text()

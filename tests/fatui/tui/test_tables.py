@@ -28,7 +28,7 @@ def keys(lines):
     return [line.key or line.span for line in lines]
 
 
-def test_lines_are_ordered_within_their_block_and_unknown_ones_come_last():
+def test_lines_are_sorted_in_blocks_with_unknown_last():
     assert keys(ordered(LINES, "x", True)) == ["first", "c", "a", "b", "second", "d"]
     assert keys(ordered(LINES, "x", False)) == ["first", "a", "c", "b", "second", "d"]
     assert ordered(LINES, "", True) == list(LINES)
@@ -45,7 +45,7 @@ def test_the_legend_explains_only_what_is_there():
     assert legend(LINES[-1:]) == ""
 
 
-def test_another_reference_changes_the_speedups_and_not_the_times():
+def test_another_reference_changes_speedups_not_times():
     (case,) = report_of(plan_of(names=("baseline", "poc", "practical"))).cases
     made = rebased(case, "poc")
     speedups = {row.implementation: row.speedup for row in made.rows}

@@ -37,7 +37,7 @@ def test_the_best_is_found_and_demo_is_as_fast(tmp_path: Path) -> None:
     assert holds([checked])
 
 
-def test_a_choice_that_is_no_longer_the_best_is_told(tmp_path: Path) -> None:
+def test_a_choice_that_is_no_longer_the_best_is_reported(tmp_path: Path) -> None:
     machine = Machine(tmp_path, a=1e-3, b=1.25e-3)
     assert machine.check().chosen == "a"
     machine.among["a"].seconds = 1.35e-3
@@ -84,7 +84,7 @@ def test_the_check_continues_while_demos_share_is_undecided(tmp_path: Path) -> N
     assert max(noisy) < 0.2 * MAX_EXTENSION + 0.2
 
 
-def test_what_cannot_run_any_more_is_told(tmp_path: Path) -> None:
+def test_what_cannot_run_any_more_is_reported(tmp_path: Path) -> None:
     machine = Machine(tmp_path, a=1e-3, b=1.1e-3)
     machine.check()
 

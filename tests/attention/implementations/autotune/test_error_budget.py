@@ -56,7 +56,7 @@ def test_the_approximate_candidate_is_taken_within_its_budget(
     assert (approximate.calls > 0) == (max_error is not None)
 
 
-def test_calls_with_and_without_a_budget_have_choices_of_their_own(demo: Demo, approximate: Approximate) -> None:
+def test_calls_with_a_budget_have_their_own_choices(demo: Demo, approximate: Approximate) -> None:
     taken = [path(demo, **more) for more in ({"max_error": 0.1}, {}, {"max_error": 0.1})]
     assert taken == ["tuned: poc-fp8", "tuned: exact", "tuned: poc-fp8"]
     assert [entry.workload.label[-9:] for entry in demo.store.entries()] == ["error≤0.1", "8 float32"]

@@ -281,6 +281,6 @@ def test_what_is_forgotten_is_gone_for_others_too(path: Path) -> None:
     assert [entry.workload for entry in Store(path).entries()] == [class_number(32)]
 
 
-def test_without_a_listener_the_log_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_listener_the_log_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     on.emit_tuning(on.Message(level="warning", text="the file is damaged"))
     assert caplog.messages == ["the file is damaged"]

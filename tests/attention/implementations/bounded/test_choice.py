@@ -162,7 +162,7 @@ def test_a_path_tells_whole_numbers_in_the_width_of_its_column(seq: int, path: s
     assert len(path) <= 22
 
 
-def test_sinks_are_told_as_the_blocks_that_take_them() -> None:
+def test_sinks_are_reported_as_the_blocks_that_take_them() -> None:
     practical = Practical(3000 * MIB)
     assert practical.route(LONG, GPU).path.startswith("slices ")
     told = practical.route(LONG, GPU, Needs(sinks=True))

@@ -347,7 +347,7 @@ def test_routes_name_the_lists():
 )
 @pytest.mark.parametrize("queries", [20, 200])
 @pytest.mark.compiles
-def test_a_graph_for_any_shape_does_not_take_the_mask_of_another(mask, queries):
+def test_a_shapeless_graph_takes_its_own_mask(mask, queries):
     attend = mx.compile(lambda q, k, v: attention(q, k, v, mask=mask, implementation="poc"), shapeless=True)
     mx.eval(attend(*qkv(2, 2, 2, 40, 40, 16, 16, mx.float32)))
     with pytest.raises(ValueError, match=r"other lengths; mx\.compile without shapeless"):

@@ -199,7 +199,7 @@ def test_large_keys_and_small_queries_have_scores_in_between(form):
 @pytest.mark.parametrize("largest", [3.0, 50.0, 3000.0])
 @pytest.mark.parametrize("form", ["int8:32", "int4:32", "mxfp4"])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_a_large_channel_of_a_query_leaves_the_others_their_bits(dtype, form, largest):
+def test_a_large_channel_leaves_the_others_their_bits(dtype, form, largest):
     """Keys are 0 where the query is large, so that the scores are those of the other channels."""
     channel = mx.arange(64)
     large = (channel == 7) | (channel == 20)
@@ -299,7 +299,7 @@ def test_a_call_allocates_tiles_and_no_copy_of_keys_and_values():
     assert tiles == dense < 8 * 8192 * 128 // 2
 
 
-def test_a_small_call_is_predicted_with_the_threads_that_it_takes():
+def test_a_small_call_is_predicted_with_its_threads():
     shapes = (1, 8, 1, 128), (1, 8, 64, 128), (1, 8, 64, 128)
     assert cpu.workspace_bytes(*shapes, dtype=mx.bfloat16, quantized=True) == cpu.workspace_bytes(
         *shapes, dtype=mx.bfloat16

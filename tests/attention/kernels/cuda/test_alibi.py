@@ -73,7 +73,7 @@ def test_poc_takes_alibi_through_the_kernels(recorder):
         assert (found.supported, found.path) == (True, path.NAMES["forward"]), found.reason
 
 
-def test_the_general_kernel_computes_gradients_of_a_softcap_beside_slopes(recorder):
+def test_gradients_of_a_softcap_with_slopes_are_general(recorder):
     shape, call = CallShape(1, 4, 2, 300, 300, 64, "bf16"), CallParams(0.1, True, None, 2.0, alibi=True)
     assert "softcap" in cuda_gradients._refusal_of_own(shape, call)
     assert cuda_gradients.refusal(shape, call) is None

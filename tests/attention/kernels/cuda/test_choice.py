@@ -80,7 +80,7 @@ def test_a_failed_check_sends_the_call_to_the_general_kernel(on):
         ({"value_dim": 512}, "head dims up to 256, not 512"),
     ],
 )
-def test_what_is_not_taken_is_told_in_a_line(on, fields, told):
+def test_what_is_not_taken_is_reported_in_a_line(on, fields, told):
     on("A100")
     route = path.route(workload(**fields), NO_NEEDS)
     assert not route.supported
@@ -163,7 +163,7 @@ def test_every_kernel_gets_the_parameters_of_its_signature(on, mask, queries):
         (mx.zeros((300,), mx.int32), "bool, bfloat16, float16, float32; got int32"),
     ],
 )
-def test_a_mask_that_does_not_fit_is_told(on, mask, told):
+def test_a_mask_that_does_not_fit_is_reported(on, mask, told):
     on("A100")
     q, k = mx.zeros((1, 4, 200, 64), mx.float16), mx.zeros((1, 4, 300, 64), mx.float16)
     with pytest.raises(ValueError, match=re.escape(told)):
@@ -171,7 +171,7 @@ def test_a_mask_that_does_not_fit_is_told(on, mask, told):
 
 
 @pytest.mark.parametrize("softcap", [-1.0, 0.0, float("inf"), float("nan")])
-def test_a_softcap_without_a_meaning_is_told(on, softcap):
+def test_a_softcap_without_a_meaning_is_reported(on, softcap):
     on("A100")
     q = mx.zeros((1, 4, 200, 64), mx.float16)
     with pytest.raises(ValueError, match="softcap is positive and finite"):
@@ -199,7 +199,7 @@ def test_without_the_launcher_hopper_uses_the_general_kernel(on, monkeypatch):
     assert choice.work_division(*requirements.shape_and_call(workload())).kernel.narrow_steps
 
 
-def test_the_general_kernels_can_be_asked_for_alone(on):
+def test_the_general_kernels_can_be_requested_alone(on):
     found = on("H100")
     q = mx.zeros((1, 2, 300, 64), mx.float16)
     with portable_only():

@@ -96,7 +96,7 @@ def test_the_cache_folder_is_its_owners_alone():
 
 
 @needs_nvrtc
-def test_a_text_that_does_not_compile_is_told_with_the_log():
+def test_a_text_that_does_not_compile_is_reported_with_the_log():
     with pytest.raises(runtime_program.CompileError, match="identifier"):
         runtime_program.compile_program("extern __global__ void f() { nonsense; }", ["--gpu-architecture=sm_80"])
 

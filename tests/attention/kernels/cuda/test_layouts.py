@@ -129,7 +129,7 @@ def test_a_known_call_with_a_wrong_keyword_is_still_refused(wrong):
         cuda.flash_attention(*arrays, **{"scale": 0.125, **wrong})
 
 
-def test_a_known_call_is_told_apart_by_all_of_its_keywords():
+def test_a_known_call_is_distinguished_by_all_keywords():
     shape = CallShape(*MANY, 64, "bf16")
     made = selfcheck.inputs(shape)
     calls = [

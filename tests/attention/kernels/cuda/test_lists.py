@@ -133,7 +133,7 @@ def called(pattern, queries=300, keys=300, dim=64, heads=4, **keywords):
 
 
 @pytest.mark.parametrize(("queries", "dim"), [(300, 64), (300, 128), (3, 128), (300, 256), (1, 64)])
-def test_a_call_with_a_pattern_gets_a_kernel_with_lists_and_its_parameters(recorder, queries, dim):
+def test_a_pattern_gets_a_kernel_with_lists_and_parameters(recorder, queries, dim):
     pattern = masks.prefix(40) | masks.window(70)
     primals, output = called(pattern, queries, dim=dim)
     forward = recorder.plans[-1]
@@ -157,7 +157,7 @@ def test_equal_patterns_share_a_plan_and_others_do_not(recorder):
     assert len(recorder.plans) > count
 
 
-def test_poc_takes_patterns_through_the_kernels_and_names_what_they_do_not_take(recorder):
+def test_poc_takes_patterns_and_names_what_it_does_not_take(recorder):
     pattern, q = masks.prefix(40) | masks.window(70), mx.zeros((1, 4, 300, 64), mx.bfloat16)
     assert "pattern" in path.TAKES
     for mask in ("prefix:40+window:70", "pattern:0.3", "documents:128"):
@@ -169,7 +169,7 @@ def test_poc_takes_patterns_through_the_kernels_and_names_what_they_do_not_take(
 
 
 @pytest.mark.parametrize(("pattern", "batch"), [(masks.prefix(40), 10), (masks.padding([300, 170]), 2)])
-def test_under_vmap_a_pattern_that_differs_by_batch_is_not_folded(recorder, pattern, batch):
+def test_vmap_does_not_fold_a_pattern_that_differs_by_batch(recorder, pattern, batch):
     q, k = mx.zeros((2, 4, 300, 64), mx.bfloat16), mx.zeros((2, 2, 300, 64), mx.bfloat16)
     cuda.flash_attention(q, k, k, scale=0.125, pattern=pattern)
     label, before = recorder.plans[-1].label, len(recorder.plans)
@@ -204,7 +204,7 @@ def test_causal_beside_a_pattern_is_refused(recorder):
         called(masks.causal(), causal=True)
 
 
-def test_a_pattern_beside_an_array_mask_takes_the_general_kernel(recorder):
+def test_a_pattern_with_an_array_mask_is_general(recorder):
     called(masks.prefix(40), mask=mx.ones((300, 300), mx.bool_))
     [(_, program, *_)] = recorder.plans[-1].steps
     constants = dict(program.constants)
@@ -213,7 +213,7 @@ def test_a_pattern_beside_an_array_mask_takes_the_general_kernel(recorder):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("splits", [1, 3])
-def test_the_general_kernels_works_cover_every_entry_longest_first(name, splits):
+def test_general_work_covers_every_entry_longest_first(name, splits):
     shape, made, planes = lists_of((2, 4, 2, 300, 300), name)
     works = portable_launch.list_works(shape, made, splits)
     lengths = (works[:, 3] - works[:, 2]).reshape(-1, splits).sum(axis=1)

@@ -153,7 +153,7 @@ def test_the_launcher_keeps_calls_until_they_are_forgotten(recorder, monkeypatch
     assert recorder.calls == {}
 
 
-def test_keys_in_two_arrays_take_a_launch_for_each_group_of_heads(recorder):
+def test_keys_in_two_arrays_take_two_launches(recorder):
     shape, groups = CallShape(1, 8, 4, 300, 512, 128, "bf16"), (1, 3)
     placement = peers.Placement(150, (0, 212), (0, peers.FAR, 128, peers.FAR + 128))
     peers.attend_plan(shape, CallParams(0.1, True, None, None), placement, groups, True)

@@ -360,7 +360,7 @@ def test_sinks_are_an_extra_logit(monkeypatch):
     assert mx.allclose(made, wanted, atol=1e-6).item()
 
 
-def test_long_keys_of_large_formats_have_a_multiprocessor_to_themselves(on):
+def test_long_keys_have_a_multiprocessor_to_themselves(on):
     on("H100")
     shape = CallShape(1, 32, 8, 1, 131_072, 128, "bf16")
     call = normalize(0.1, False, None, None, shape.keys)
@@ -378,7 +378,7 @@ def test_a_workspace_is_counted(on):
     assert 32 << 20 <= found < 64 << 20
 
 
-def test_a_kernel_that_failed_its_check_gives_way_to_the_general_one(on):
+def test_a_failed_check_leads_to_the_general_kernel(on):
     on("H100").wrong["dequantize"] = "off by 3"
     case = Workload(dtype="bfloat16", seq=512, head_dim=64, kv_format="int8")
     reason = path.route(case, Needs()).reason

@@ -87,7 +87,7 @@ def test_a_text_that_does_not_compile_is_compiled_once(monkeypatch):
     assert len(asked) == 1
 
 
-def test_a_gpu_that_no_longer_answers_is_told_as_such(monkeypatch):
+def test_a_gpu_that_no_longer_answers_is_reported_as_such(monkeypatch):
     def launch():
         raise RuntimeError("an illegal memory access")
 
