@@ -201,10 +201,10 @@ async def test_fatui_is_found_by_interpreter_environment_or_path(given, tmp_path
     (tmp_path / "remote-python").rename(environment / "bin" / "python")
     (environment / "bin" / "fatui").write_text(f'#!/bin/sh\nexec "{environment}/bin/python" -m fatui "$@"\n')
     (environment / "bin" / "fatui").chmod(0o755)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if given is None:
+        monkeypatch.setenv("PATH", f"{environment}/bin:/usr/bin:/bin")
     with sshd.instead_of_ssh(tmp_path):
-        if given is None:
-            monkeypatch.setenv("PATH", f"{os.environ['PATH'].partition(':')[0]}:{environment}/bin:/usr/bin:/bin")
-        monkeypatch.setenv("HOME", str(tmp_path))
         named = given if given is None or given.startswith("~") else str(tmp_path / given)
         assert await greeting_of(Remote(host="gpu-box", python=named)) == own_greeting()
 

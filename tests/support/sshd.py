@@ -142,12 +142,11 @@ class Sshd:
         self._process.wait()
 
     def connections(self):
-        """Return the server's processes for connections."""
-        return [
-            each
-            for each in psutil.Process(self._process.pid).children(recursive=True)
-            if each.name().startswith("sshd")
-        ]
+        """Return the server's processes for connections; none of a server that was stopped."""
+        if self._process.poll() is not None:
+            return []
+        started = psutil.Process(self._process.pid).children(recursive=True)
+        return [each for each in started if each.name().startswith("sshd")]
 
     def cut(self):
         """End every connection, as a server does that is killed."""
