@@ -19,6 +19,13 @@ FRAME_S: Final = 1.0
 MAX_FRAMES: Final = 12
 LAST_S: Final = 4.0
 """Seconds that the recording stays on its last frame."""
+LINE: Final = 24.4
+"""Height of a row in the SVG of Textual's screenshots."""
+FONTS: Final = """.matrix { font: 20px Fira Code, monospace; }
+.title { font: bold 18px arial; }
+rect { shape-rendering: crispEdges; }"""
+SHIFT: Final = "translate(9, 41)"
+"""Place of the first row in it."""
 PATIENCE_S: Final = 300.0
 
 
@@ -33,25 +40,64 @@ async def settle(pilot: Any, holds: Any) -> None:
             await pilot.pause(0.1)
 
 
-def still(app: Any) -> str:
-    """Return the screen as an SVG without fonts from the network."""
-    return re.sub(r"@font-face\s*{[^}]*}", "", app.export_screenshot(title="fatui"))
+class Frame:
+    """A screenshot as one piece of SVG for each row of the terminal, by which two frames can be compared."""
+
+    def __init__(self, svg: str) -> None:
+        svg = re.sub(r"@font-face\s*{[^}]*}", "", svg)  # fonts from the network
+        body = svg.index(f'<g transform="{SHIFT}"')
+        self.window = re.sub(r"<clipPath.*?</clipPath>|<style>.*?</style>|<!--.*?-->", "", svg[:body], flags=re.S)
+        found = re.search(r"\.(terminal-\d+)-matrix", svg)
+        assert found is not None
+        self.window = self.window.replace(f"{found[1]}-", "")
+        styles = dict(re.findall(rf"\.{found[1]}-(r\d+) {{ (.*?) }}", svg))
+        self.rows: list[str] = [""] * 100
+        for rect, y in re.findall(
+            r'(<rect fill="[^"]*" x="[^"]*" y="([\d.]+)"[^>]*shape-rendering[^>]*/>)', svg[body:]
+        ):
+            self.rows[round((float(y) - 1.5) / LINE)] += rect.replace(' shape-rendering="crispEdges"', "")
+        text = rf'<text class="{found[1]}-(r\d+)" x="([\d.]+)" y="([\d.]+)" textLength="([\d.]+)"[^>]*>(.*?)</text>'
+        for style, x, y, length, words in re.findall(text, svg[body:], re.S):
+            if words.replace("&#160;", "").strip():
+                made = f'<text style="{styles[style]}" x="{x}" y="{y}" textLength="{length}">{words}</text>'
+                self.rows[int(float(y) // LINE)] += made.replace("&#160;", "\xa0")
 
 
-def recording(frames: list[str]) -> str:
-    """Return one SVG that shows the frames one after another, over and over."""
+def picture(frames: list[Frame]) -> str:
+    """Return one SVG of the frames, one after another and over and over; a row that stays is written once."""
     seconds = FRAME_S * (len(frames) - 1) + LAST_S
-    view = re.search(r'viewBox="[^"]*"', frames[0])
-    assert view is not None
-    rules, parts = [], []
-    for number, frame in enumerate(frames):
-        begin = 100 * FRAME_S * number / seconds
-        end = 100 * FRAME_S * (number + 1) / seconds if number < len(frames) - 1 else 100.0
-        shown = f"{begin:.2f}% {{ visibility: visible; }} {end:.2f}% {{ visibility: hidden; }}"
-        rules.append(f"@keyframes f{number} {{ 0% {{ visibility: hidden; }} {shown} }}")
-        body = frame[frame.index("<svg") :]
-        parts.append(f'<g style="visibility: hidden; animation: f{number} {seconds:g}s step-end infinite">{body}</g>')
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {view[0]}><style>{" ".join(rules)}</style>{"".join(parts)}</svg>'
+    ends = [FRAME_S * (number + 1) for number in range(len(frames) - 1)] + [seconds]
+    classes: dict[str, str] = {}
+    shows: dict[tuple[int, int], None] = {}
+    parts = []
+    for row in range(max(len(frame.rows) for frame in frames)):
+        first = 0
+        for number in range(1, len(frames) + 1):
+            text = frames[first].rows[row]
+            if number < len(frames) and frames[number].rows[row] == text:
+                continue
+            text = re.sub(r'style="([^"]*)"', lambda found: f'class="{_class(found[1], classes)}"', text)
+            if text and (first, number) != (0, len(frames)):
+                shows[first, number] = None
+                text = f'<g class="f{first}-{number}">{text}</g>'
+            parts.append(text)
+            first = number
+    rules = [f".{name} {{ {style} }}" for style, name in classes.items()]
+    for first, number in shows:
+        begin, end = 100 * (ends[first - 1] if first else 0.0) / seconds, 100 * ends[number - 1] / seconds
+        moments = [(0.0, first == 0), (begin, True), *([(end, False)] if number < len(frames) else [])]
+        steps = " ".join(f"{at:.2f}% {{ opacity: {int(seen)}; }}" for at, seen in dict(moments).items())
+        rules.append(f"@keyframes k{first}-{number} {{ {steps} 100% {{ opacity: {int(number == len(frames))}; }} }}")
+        last = "" if number == len(frames) else "opacity: 0; "  # what a viewer without animation shows
+        rules.append(f".f{first}-{number} {{ {last}animation: k{first}-{number} {seconds:g}s step-end infinite; }}")
+    style = f"<style>{FONTS}\n{chr(10).join(rules)}</style>"
+    lines = "\n".join(part for part in parts if part)
+    made = f'{frames[0].window}{style}<g transform="{SHIFT}"><g class="matrix">\n{lines}\n</g></g></svg>\n'
+    return "\n".join(line.strip() for line in made.splitlines() if line.strip()) + "\n"
+
+
+def _class(style: str, classes: dict[str, str]) -> str:
+    return classes.setdefault(style, f"r{len(classes)}")
 
 
 async def take(folder: Path) -> None:
@@ -61,17 +107,20 @@ async def take(folder: Path) -> None:
     app = FatuiApp(preset="quick")
     async with app.run_test(size=SIZE) as pilot:
 
-        def write(name: str) -> None:
+        def frame() -> Frame:
             app.clear_notifications()
-            (folder / f"{name}.svg").write_text(still(app))
+            return Frame(app.export_screenshot(title="fatui"))
+
+        def write(name: str) -> None:
+            (folder / f"{name}.svg").write_text(picture([frame()]), encoding="utf-8")
 
         await settle(pilot, lambda: app.advice.current and app.advice.answer.routes)
-        frames = [still(app)]
+        frames = [frame()]
         await pilot.press("v", "v", "r")
         while app.runs.active:
             await pilot.pause(FRAME_S)
             app.main.show_run()
-            frames.append(still(app))
+            frames.append(frame())
             if app.session is not None and any(each.points for each in app.session.rates.values()):
                 write("live")
         await settle(pilot, lambda: app.report is not None)
@@ -80,7 +129,7 @@ async def take(folder: Path) -> None:
         await pilot.pause(0.5)
         write("app")
         kept = frames[:: -(-len(frames) // (MAX_FRAMES - 1))]
-        (folder / "recording.svg").write_text(recording([*kept, still(app)]))
+        (folder / "recording.svg").write_text(picture([*kept, frame()]), encoding="utf-8")
         await pilot.press("i")
         await pilot.pause(0.5)
         write("roofline")

@@ -183,9 +183,18 @@ def winner_cell(case: Case, letters: Mapping[str, str]) -> MapCell:
     best = formatting.best_of(case)
     rows = [row for row in case.rows if row.implementation in best]
     if not rows:
-        return MapCell("≈", "same") if any(row.status == formatting.OK for row in case.rows) else MapCell("none")
+        return _tie(case)
     cell = speedup_cell(max(rows, key=lambda row: row.speedup.value if row.speedup else 0.0))
     return MapCell(f"{''.join(letters.get(row.implementation, '?') for row in rows)} {cell.text}", cell.tone)
+
+
+def _tie(case: Case) -> MapCell:
+    """Return the cell of a case without a fastest: whether all are equal, or it is too uncertain to say."""
+    ratios = [row.speedup for row in case.rows if row.status == formatting.OK]
+    if not ratios:
+        return MapCell("none")
+    equal = all(ratio is not None and formatting.is_clear(ratio) and not ratio.significant for ratio in ratios)
+    return MapCell("≈", "same") if equal else MapCell("?")
 
 
 def speedup_cell(row: Row | None) -> MapCell:

@@ -1,6 +1,7 @@
 """The Scaling screen and its view model."""
 
 import pytest
+from msgspec import structs
 
 from attention.core.results import Interval, Peaks, Ratio, Row
 from attention.core.workload import Workload
@@ -75,6 +76,15 @@ def test_a_cell_names_the_winners_with_their_speedup():
     letters = sweep.letters_of([row.implementation for row in report.cases[0].rows])
     cell = sweep.winner_cell(report.cases[0], letters)
     assert cell.text.startswith("P 50") and cell.tone == "much-faster"
+
+
+def test_a_cell_without_a_fastest_says_whether_all_are_equal():
+    (case,) = report_of(plan_of(LENGTHS[:1])).cases
+    base, poc, *_ = case.rows
+    unclear = structs.replace(poc, call_s=Interval(median=1e-6, low=1e-7, high=1e-5))
+    assert sweep.winner_cell(structs.replace(case, rows=(base, unclear)), {}).text == "?"
+    same = structs.replace(base, implementation="poc", speedup=Ratio(value=1.001, low=0.999, high=1.003))
+    assert sweep.winner_cell(structs.replace(case, rows=(base, same)), {}).text == "≈"
 
 
 @pytest.mark.parametrize(
