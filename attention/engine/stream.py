@@ -73,7 +73,8 @@ class StreamBench(CaseRunner[StreamPlan]):
         if self._make_shared(names, lambda: self._prepare(work)) is None:
             return "failed"
         complete = True
-        for name in names:
+        for index, name in enumerate(names):
+            self._rows_after = len(names) - index - 1
             self._progress.mark_running(name)
             self._progress.emit(on.StepStarted(case=case, implementation=name, step="stream"))
             try:
@@ -153,8 +154,8 @@ class StreamBench(CaseRunner[StreamPlan]):
                     up = up or not may_continue(position)
                 if stream.due:
                     stream.flush()
-                    left = min((work.tokens - position) * (now - began) / position, self._plan.seconds - now + began)
-                    self._progress.emit_progress(f"{name}: token {position:,} of {work.tokens:,}", max(0.0, left))
+                    left_s = self._left_s(now - began, position / work.tokens)
+                    self._progress.emit_progress(f"{name}: token {position:,} of {work.tokens:,}", left_s)
                 if up and position < work.tokens:
                     stream.flush()
                     done = f"{position:,} of {work.tokens:,} tokens, after {now - began:.0f} s"
@@ -164,6 +165,11 @@ class StreamBench(CaseRunner[StreamPlan]):
         if name == STREAMING:
             self._measure_bare_loop(stream.typical_s, -(-work.tokens // work.chunk))
         return True
+
+    def _left_s(self, elapsed_s: float, done: float) -> float:
+        """Estimate the seconds left of all rows: of this one by its pace, of each later one as long as this one."""
+        row_s = min(elapsed_s / done, self._plan.seconds)
+        return max(0.0, row_s - elapsed_s) + self._rows_after * row_s
 
     def _emit_bound(self, size: int) -> None:
         """Emit how fast the bytes that a token needs can be read."""

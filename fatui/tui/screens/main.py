@@ -203,7 +203,7 @@ class MainScreen(HasTable, SparingScreen[None]):
         plan = draft.plan()
         needs = availability.needs_text(draft, app.advice)
         time = cost.time_line(plan, app.remembered.pace, app.device_name, app.costs.of(plan))
-        return [*([needs] if needs else []), *cost.refusal_lines(draft, app.advice), time]
+        return [time, *cost.refusal_lines(draft, app.advice), *([needs] if needs else [])]
 
     def show_run(self) -> None:
         """Draw the current run, or the report that was opened."""

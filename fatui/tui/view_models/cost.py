@@ -79,7 +79,7 @@ def time_line(plan: Plan, pace: RunSpeed, device: str, timing: Timing) -> str:
     """Format how long a plan takes, and how sure its speedups will be."""
     seconds = estimate.estimate_s(plan, pace, device)
     if seconds is None and timing.running:
-        return "time: timing a call of each"
+        return "takes: not known yet, a call of each is being timed"
     return estimate.estimate_text(plan, pace, device)
 
 
@@ -114,7 +114,7 @@ def _of(cases: int, count: int) -> str:
 def model_lines(plan: ModelPlan, timing: Timing) -> list[str]:
     """Format what a model's plan, or a stream's, would take: its memory, what would be refused, and its time."""
     refused = "; ".join(f"{name}: {reason}" for name, reason in timing.refused.items())
-    return [*_model_memory(timing), *([f"{REFUSED}{refused}"] if refused else []), _model_time(plan, timing)]
+    return [_model_time(plan, timing), *([f"{REFUSED}{refused}"] if refused else []), *_model_memory(timing)]
 
 
 def _model_memory(timing: Timing) -> list[str]:
@@ -130,7 +130,7 @@ def _model_time(plan: ModelPlan, timing: Timing) -> str:
         longest = formatting.duration(plan.seconds * len(plan.ordered) * len(plan.cases))
         return f"takes at most {longest}: {formatting.duration(plan.seconds)} a row, less if its tokens are done sooner"
     if timing.running:
-        return "time: timing a call"
+        return "takes: not known yet, a call is being timed"
     if timing.case_s:
         return f"takes up to about {formatting.duration(sum(timing.case_s.values()))}, judging by a timed call"
-    return f"time: {timing.problem or 'estimated from a timed call once the run has begun'}"
+    return f"takes: not known, {timing.problem or 'it is estimated from a timed call once the run has begun'}"

@@ -18,7 +18,7 @@ from fatui.tui.view_models.table_lines import step_text
 View = Literal["common", "own", "ratio"]
 VIEWS: Final[tuple[View, ...]] = get_args(View)
 MEMORY: Final = ("MLX active", "MLX peak", "process", "device")
-BAR: Final = 24
+BAR: Final = 16
 UNTIMED: Final = "time left: known once a call of each is timed"
 STEPS: Final = ("first call", "accuracy", "memory", "warm up", "latency", "rounds")
 """The steps of an implementation on a case, in their order."""

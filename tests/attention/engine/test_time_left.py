@@ -3,10 +3,12 @@
 import pytest
 
 from attention.core import events as on
-from attention.core.plan import Plan
+from attention.core.plan import Assignment, Plan, StreamPlan
+from attention.core.stream import Stream
 from attention.core.workload import Workload
 from attention.engine.case_runner import SampleStream
 from attention.engine.progress import Forecast, Progress, case_s, counterpart_calls
+from attention.engine.stream import AttentionStreamBench
 from attention.measure.rounds import Arm
 
 SMALL = Workload(seq=128)
@@ -94,3 +96,11 @@ def test_calls_on_a_dense_counterpart_count_by_their_pairs() -> None:
     for name in ("baseline", "poc"):
         forecast.record_call(0, name, 0.004)
     assert forecast.rounds_s(0) == pytest.approx(6 * 0.004 * (3 + 2 * dense))
+
+
+def test_the_rows_of_a_stream_that_are_still_to_come_count() -> None:
+    plan = StreamPlan(cases=(Stream(tokens=1000),), seconds=60.0)
+    bench = AttentionStreamBench(Assignment(plan=plan), plan, lambda event: None)
+    bench._rows_after = 2
+    assert bench._left_s(10.0, 0.5) == pytest.approx(10 + 2 * 20)
+    assert bench._left_s(50.0, 0.1) == pytest.approx(10 + 2 * 60)  # a row ends at the time limit

@@ -24,7 +24,7 @@ def test_a_known_call_is_not_timed_again():
 
 def test_timed_calls_give_the_time_of_a_run():
     timing = Timing(running=True)
-    assert cost.time_line(PLAN, RunSpeed(), "Test CPU", timing) == "time: timing a call of each"
+    assert cost.time_line(PLAN, RunSpeed(), "Test CPU", timing) == "takes: not known yet, a call of each is being timed"
     timing.take(on.RunStarted(environment=Environment(device="Test CPU")), PLAN)
     for name in PLAN.ordered:
         timing.take(on.CallTimed(case=0, implementation=name, flops=CASE.flops, seconds=1.0), PLAN)
@@ -43,6 +43,7 @@ async def test_what_will_be_refused_is_said_before_the_run(stage):
     await stage.pilot.pause()
     text = " ".join(str(stage.find("#cost").content).split())
     assert "refused: poc: needs 1,024 TiB of 8 GiB; practical: needs a mask of bounds" in text
+    assert text.index("takes up to") < text.index("refused") < text.index("needs: not known yet")
 
 
 def test_a_model_says_its_memory_and_time():
@@ -53,9 +54,9 @@ def test_a_model_says_its_memory_and_time():
         timing.take(on.CaseTimeEstimated(case=case, seconds=30.0, implementations=5), plan)
     timing.take(on.RowEnded(case=0, implementation="mlx", status="refused", reason="needs 4 GiB of 2"), plan)
     assert cost.model_lines(plan, timing) == [
-        "needs 1 GiB of weights",
-        "refused: mlx: needs 4 GiB of 2",
         "takes up to about 1 min 00 s, judging by a timed call",
+        "refused: mlx: needs 4 GiB of 2",
+        "needs 1 GiB of weights",
     ]
 
 
