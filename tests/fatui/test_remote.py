@@ -15,7 +15,7 @@ from msgspec import structs
 from attention.core import events as on
 from attention.core.errors import UsageError
 from attention.core.plan import Plan
-from attention.core.results import Peaks, Run
+from attention.core.results import Environment, Peaks, Run
 from attention.core.workload import Workload
 from fatui import engine_process
 from fatui.cli.main import main
@@ -26,6 +26,7 @@ from fatui.remote_host import serve
 from fatui.storage.history import RunHistory, summary_of
 from fatui.tui import advisor
 from fatui.tui.app import FatuiApp
+from fatui.tui.view_models.cost import Timing
 from tests.support import sshd
 from tests.support.marks import slow
 
@@ -207,6 +208,12 @@ async def test_fatui_is_found_by_interpreter_environment_or_path(given, tmp_path
     with sshd.instead_of_ssh(tmp_path):
         named = given if given is None or given.startswith("~") else str(tmp_path / given)
         assert await greeting_of(Remote(host="gpu-box", python=named)) == own_greeting()
+
+
+def test_what_calls_take_is_known_for_the_machine_that_made_them():
+    timing = Timing()
+    timing.take(on.RunStarted(environment=Environment(device="NVIDIA H200", host="gpu-box")), plan())
+    assert timing.device == "NVIDIA H200 on gpu-box"
 
 
 async def test_routes_and_device_are_those_of_the_machine(there, monkeypatch):

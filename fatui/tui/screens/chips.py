@@ -124,9 +124,9 @@ class Chips(Screen[None]):
         self.query_one("#words", Static).update("\n".join(chips.words(workload, made, self.app.peaks, cases)))
 
     def _cases(self) -> tuple[Case, ...]:
-        """Return what was measured on this machine: the shown report if it is of a run here."""
+        """Return what was measured where the engine runs: the shown report if it is of a run there."""
         report = self.app.report
-        return report.cases if report and report.environment.device == self.app.device_name else ()
+        return report.cases if report and report.environment.machine == self.app.device_name else ()
 
 
 def _percent(value: int) -> str:

@@ -7,7 +7,6 @@ from msgspec import Struct
 from attention.core import events as on
 from attention.core.errors import UsageError
 from attention.core.plan import KnownTimes, ModelPlan, Plan, StreamPlan
-from attention.core.results import Environment
 from attention.engine.progress import costliest_cases, kind_of_call, scaled_call_s
 from fatui import formatting
 from fatui.draft import Draft
@@ -47,8 +46,8 @@ class Timing(Struct):
     def take(self, event: on.AnyEvent, plan: Plan | ModelPlan) -> None:
         """Take an event of the engine."""
         match event:
-            case on.RunStarted(environment=Environment(device=device)):
-                self.device = device or ""
+            case on.RunStarted(environment=where):
+                self.device = where.machine or ""
             case on.CallTimed():
                 kind = kind_of_call(event.implementation, plan.cases[event.case])
                 self.calls.append((kind, float(event.flops), event.seconds))
