@@ -75,7 +75,7 @@ def make_key_split(shape: CallShape, call: CallParams, packed: PackedKV) -> KeyS
 
 def _is_small(packed: PackedKV) -> bool:
     """Return whether keys and values are so small that two blocks read them faster than one with larger buffers."""
-    return all(form.bits <= 4 and form.group_size >= SCALED_GROUP for form, _ in packed.parts)
+    return all(form.bits <= 4 and (form.group_size >= SCALED_GROUP or not form.has_biases) for form, _ in packed.parts)
 
 
 def fill(kernel: QuantizedDecode, alone: bool) -> QuantizedDecode:
