@@ -126,13 +126,13 @@ DEVICE void mask_scores(Scores& scores, const Problem& problem, int first_key, i
     const int row = threadIdx.x / 32 % 4 * 16 + lane / 4 + 8 * r;
     const int from = (first_key + row >= problem.keys ? SPAN : CAUSAL ? early + row : 0) - column;
     const int to = (WINDOW ? early + row + problem.window : SPAN) - column;
+    constexpr bool BY_BITS = WINDOW && !SOFTCAP;  // with a softcap the bits would be registers too many
+    const u32 seen = BY_BITS ? elements_within(from, to) : 0;
 #pragma unroll
-    for (int i = 2 * r; i < SPAN / 2; i += 4) {
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int query = 2 * (i - 2 * r) + j;
-        if (query < from || (WINDOW && query >= to)) scores[i + j] = MINUS_INFINITY;
-      }
+    for (int i = 0; i < SPAN / 4; ++i) {
+      const int query = i / 2 * 8 + i % 2;
+      const bool hidden = BY_BITS ? !(seen & 1u << i) : query < from || (WINDOW && query >= to);
+      if (hidden) scores[i / 2 * 4 + 2 * r + i % 2] = MINUS_INFINITY;
     }
   }
 }

@@ -1,6 +1,6 @@
 // A consumer warpgroup's part of the pipeline: its waits, releases and turns, and its work.
 
-// A consumer's position in the rings and in its work: key tile `n`, counted down to `first`.
+// A consumer's position in the rings and in its work: key tile `n`, counted down to `least()`, the first that it sees.
 struct Position {
   const Memory memory;
   const int index;
@@ -8,7 +8,8 @@ struct Position {
   Schedule schedule;
   Work work;
   u32 query = 0;
-  int n = 0, skips = 0;  // skips: trailing key tiles of the work that are masked for all queries of this consumer
+  int n = 0, first = 0;
+  int skips = 0;  // trailing key tiles of the work, which come first, that are masked for all queries of this consumer
 
   DEVICE Position(const Memory& memory, int index, const Schedule& schedule)
       : memory(memory), index(index), schedule(schedule) {
@@ -27,7 +28,7 @@ struct Position {
     if constexpr (LISTS) __syncwarp();  // every lane has read what masks the tile
     release(memory.key_empty(keys.stage));
     keys.advance();
-    if (n == work.first) release_query();  // after the last scores
+    if (n == least()) release_query();  // after the last scores
   }
   DEVICE void release_values() {
     release(memory.value_empty(values.stage));
@@ -39,19 +40,21 @@ struct Position {
   DEVICE void pass_turn() const {
     if constexpr (!OVERLAP) named_arrive(TURN_BARRIER + (index + 1) % CONSUMERS, 2 * WARPGROUP);
   }
-  // Skips the key tiles that are masked for all queries of this consumer.
-  DEVICE void pass_unseen() {
+  // Skips key tiles that are masked for all queries of this consumer, with a turn for each.
+  DEVICE void pass_unseen(int count) {
 #pragma unroll 1
-    for (int i = 0; i < skips; ++i) {
+    for (int i = 0; i < count; ++i) {
+      wait_turn();
       pass_turn();
       await_keys();
       release(memory.key_empty(keys.stage));
       keys.advance();
       await_values();
       release_values();
-      wait_turn();
     }
   }
+  // Number of leading key tiles of the work that are masked for all queries of this consumer.
+  DEVICE int earlier() const { return least() - work.first; }
 
   // Starts the next work once its queries are loaded; returns false at the end of the list.
   DEVICE bool next_work(const Problem& problem) {
@@ -60,15 +63,22 @@ struct Position {
     barrier_wait(memory.query_full(buffer), work.query_parity());
     query = memory.query(buffer);
     asm volatile("" : "+r"(query));  // opaque, so that with a single buffer derived values do not stay in vector registers
-    n = (LISTS ? work.end : problem.key_blocks_of_warpgroup(top(), work.first, work.end)) - 1;
+    const int end = LISTS ? work.end : problem.key_blocks_of_warpgroup(top(), work.first, work.end);
+    n = end - 1;
     skips = work.end - 1 - n;
+    if constexpr (WINDOW) first = problem.first_block_of_warpgroup(top(), work.first, end);
     return true;
   }
+  // First key tile that this consumer sees.
+  DEVICE int least() const { return WINDOW ? first : work.first; }
   DEVICE bool sees_nothing() const { return n < work.first; }
 
   // First row of this consumer, and of this thread.
   DEVICE int top() const { return work.block * BLOCK_M + index * WARPGROUP_ROWS; }
-  DEVICE int row() const { return top() + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4; }
+  DEVICE int row() const { return row_of(work.block); }
+  DEVICE int row_of(int block) const {
+    return block * BLOCK_M + index * WARPGROUP_ROWS + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+  }
 
   // Masks the scores by causality, window and the end of the keys.
   DEVICE void mask_bounds(Scores& scores, const Problem& problem) const {

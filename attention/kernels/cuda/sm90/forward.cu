@@ -33,6 +33,7 @@ struct Consumer : Position {
   DEVICE bool next_work(const Problem& problem) {
     if (!Position::next_work(problem)) return false;
     if constexpr (ALIBI) slope = problem.slopes[schedule.plane() % problem.heads];
+    if constexpr (WINDOW) pass_unseen(skips);  // else later, which takes fewer registers
     return true;
   }
 
@@ -56,22 +57,23 @@ struct Consumer : Position {
     softmax(scores, rows, problem.scale_log2);
   }
 
-  // Writes the rows of the work, or their part of a split tile; the last part to finish combines them.
-  DEVICE void finish(Output& out, Rows& rows, const Problem& problem, const Results& results) const {
-    const Part part(same_in_warp(schedule.part()));
+  // Writes the rows of the work before `place`, or their part of a split tile; the last part to finish combines them.
+  DEVICE void finish(Output& out, Rows& rows, const Schedule& place, const Problem& problem, const Results& results) const {
+    const Part part(same_in_warp(place.part()));
     if (part.count > 0) {
       if (!same_in_warp(leave_part(out, rows, results.parts, part))) return;
       join_parts(out, rows, results.parts, part, problem.scale_log2);
     }
-    const u64 plane_rows = static_cast<u64>(schedule.plane()) * problem.queries;
-    finish_rows(out, rows, results.rows.from(plane_rows), row(), problem);
-    store_output(results.output + (plane_rows + row()) * problem.columns * 2, out, problem.queries - row(), problem.columns);
+    const u64 plane_rows = static_cast<u64>(place.plane()) * problem.queries;
+    const int row = row_of(WINDOW ? place.block() : work.block);
+    finish_rows(out, rows, results.rows.from(plane_rows), row, problem);
+    store_output(results.output + (plane_rows + row) * problem.columns * 2, out, problem.queries - row, problem.columns);
   }
 };
 
 // Processes the key tiles of a consumer's work, at least one, with overlap inside the consumer.
 DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Output& out, Rows& rows) {
-  consumer.pass_unseen();
+  if constexpr (!WINDOW) consumer.pass_unseen(consumer.skips);
   Scores scores;
   Weights weights;
   start_scores(scores, consumer.query, consumer.await_keys());
@@ -79,7 +81,7 @@ DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Outpu
   u32 value = consumer.await_values();
   pack_weights(weights, scores);
 #pragma unroll 1
-  while (consumer.n > consumer.work.first) {
+  while (consumer.n > consumer.least()) {
     --consumer.n;
     const u32 key = consumer.await_keys();
     start_scores(scores, consumer.query, key);
@@ -104,13 +106,13 @@ DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Outpu
 
 // Processes the key tiles of a consumer's work without overlap inside the consumer: consumers overlap with each other.
 DEVICE void attend_in_turns(Consumer& consumer, const Problem& problem, Output& out, Rows& rows) {
+  if constexpr (!WINDOW) consumer.pass_unseen(consumer.skips);
   consumer.wait_turn();
-  consumer.pass_unseen();
   Scores scores;
   Weights weights;
   u32 key = consumer.await_keys();
 #pragma unroll 1
-  for (const int last = consumer.n; consumer.n >= consumer.work.first; --consumer.n) {
+  for (const int last = consumer.n; consumer.n >= consumer.least(); --consumer.n) {
     start_scores(scores, consumer.query, key);
     consumer.pass_turn();
     if (consumer.n < last) consumer.release_values();
@@ -119,7 +121,7 @@ DEVICE void attend_in_turns(Consumer& consumer, const Problem& problem, Output& 
     pack_weights(weights, scores);
     const u32 value = consumer.await_values();
     // before the turn, so that nothing delays the next scores
-    if (consumer.n > consumer.work.first) key = consumer.await_keys();
+    if (consumer.n > consumer.least()) key = consumer.await_keys();
     consumer.wait_turn();
     start_output(out, weights, value);
     wgmma_wait<0>();
@@ -129,16 +131,42 @@ DEVICE void attend_in_turns(Consumer& consumer, const Problem& problem, Output& 
   consumer.pass_turn();
 }
 
+// Processes a work, of which every consumer has the key tiles that it sees.
+DEVICE void attend(Consumer& consumer, const Problem& problem, Output& out, Rows& rows) {
+  if (consumer.sees_nothing()) consumer.release_query();
+  else if constexpr (OVERLAP) attend_overlapping(consumer, problem, out, rows);
+  else attend_in_turns(consumer, problem, out, rows);
+}
+
+#if WINDOW
+// Rows are written while other consumers compute: before the turns for tiles of this work that only others see or, if there are
+// none, after those for tiles of the next work.
+DEVICE void consume(Consumer& consumer, const Problem& problem, const Results& results) {
+  bool more = consumer.next_work(problem);
+  while (more) {
+    Output out = {};
+    Rows rows;
+    attend(consumer, problem, out, rows);
+    const Schedule place = consumer.schedule;
+    const bool early = consumer.earlier() > 0;
+    if (!early) more = consumer.next_work(problem);
+    consumer.finish(out, rows, place, problem, results);
+    if (early) {
+      consumer.pass_unseen(consumer.earlier());
+      more = consumer.next_work(problem);
+    }
+  }
+}
+#else
 DEVICE void consume(Consumer& consumer, const Problem& problem, const Results& results) {
   while (consumer.next_work(problem)) {
     Output out = {};
     Rows rows;
-    if (consumer.sees_nothing()) consumer.release_query();
-    else if constexpr (OVERLAP) attend_overlapping(consumer, problem, out, rows);
-    else attend_in_turns(consumer, problem, out, rows);
-    consumer.finish(out, rows, problem, results);
+    attend(consumer, problem, out, rows);
+    consumer.finish(out, rows, consumer.schedule, problem, results);
   }
 }
+#endif
 
 // ---- the kernel --------------------------------------------------------------------------------------------------
 

@@ -157,7 +157,8 @@ def specialise(
     if head_dim <= 128 and softcap:  # with three consumers the softcap would spill registers
         return made(64 if head_dim <= 64 else 128, consumers=2, block_n=128, query_stages=2)
     if head_dim <= 64:
-        return made(64, consumers=3, block_n=128, query_stages=2)
+        # consumers of a window can be a tile apart
+        return made(64, consumers=3, block_n=128, query_stages=2, stages=3 if window else 2)
     if head_dim <= 128:
         return made(128, consumers=3, block_n=128, overlap=False)
     if head_dim <= 192:

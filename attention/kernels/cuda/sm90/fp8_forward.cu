@@ -98,6 +98,7 @@ struct Consumer : Position {
   DEVICE bool next_work(const Problem& problem) {
     if (!Position::next_work(problem)) return false;
     query_exponent = load_word(memory.query_exponent(work.query_buffer(index))), value_exponent = 0;
+    pass_unseen(skips);
     return true;
   }
 
@@ -139,7 +140,6 @@ struct Consumer : Position {
 // Processes the key tiles of a consumer's work, at least one, with overlap inside the consumer: S of the next keys and P V of
 // the current ones run while it computes the softmax.
 DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Output& out, Rows& rows) {
-  consumer.pass_unseen();
   Scores scores;
   Product product;
   Weights8 weights;
@@ -149,7 +149,7 @@ DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Outpu
   float rescale[2] = {0, 0}, unit = consumer.to_unit();
   pack_weights8(weights, scores);
 #pragma unroll 1
-  while (consumer.n > consumer.work.first) {
+  while (consumer.n > consumer.least()) {
     --consumer.n;
     const u32 key = consumer.await_keys();
     start_scores(scores, consumer.query, key);
@@ -176,10 +176,9 @@ DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Outpu
 // Processes the key tiles of a consumer's work without overlap inside the consumer: consumers overlap with each other.
 DEVICE void attend_in_turns(Consumer& consumer, const Problem& problem, Output& out, Rows& rows) {
   consumer.wait_turn();
-  consumer.pass_unseen();
   u32 key = consumer.await_keys();
 #pragma unroll 1
-  for (; consumer.n >= consumer.work.first; --consumer.n) {
+  for (; consumer.n >= consumer.least(); --consumer.n) {
     Weights8 weights;
     {
       Scores scores;
@@ -191,7 +190,7 @@ DEVICE void attend_in_turns(Consumer& consumer, const Problem& problem, Output& 
     const u32 value = consumer.await_values();
     const float unit = consumer.to_unit();
     // before the turn, so that nothing delays the next scores
-    if (consumer.n > consumer.work.first) key = consumer.await_keys();
+    if (consumer.n > consumer.least()) key = consumer.await_keys();
     consumer.wait_turn();
     Product product;
     start_product(product, weights, value);
@@ -211,6 +210,7 @@ DEVICE void consume(Consumer& consumer, const Problem& problem, const Results& r
     else if constexpr (OVERLAP) attend_overlapping(consumer, problem, out, rows);
     else attend_in_turns(consumer, problem, out, rows);
     consumer.finish(out, rows, problem, results);
+    consumer.pass_unseen(consumer.earlier());
   }
 }
 

@@ -99,9 +99,10 @@ struct Schedule {
     entry += 2;
     return true;
   }
-  // Fields of the work that need not stay in registers: its plane, and its part if the keys of the tile are split over
-  // several blocks (see sm90/join.cuh), else 0.
+  // Fields of the work that need not stay in registers: its plane, its query tile, and its part if the keys of the tile are
+  // split over several blocks (see sm90/join.cuh), else 0.
   DEVICE int plane() const { return entry[-2].x; }
+  DEVICE int block() const { return entry[-2].y; }
   DEVICE int part() const { return entry[-1].x; }
 };
 

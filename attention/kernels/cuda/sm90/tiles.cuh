@@ -51,6 +51,10 @@ struct Problem {
     const int seen = first_row < queries ? last_seen_by(min(queries, first_row + WARPGROUP_ROWS) - 1) : 0;
     return min(tile_blocks, max((seen + BLOCK_N - 1) / BLOCK_N, first_block + 1));
   }
+  // First of the key tiles before `end_block` that a warpgroup needs.
+  DEVICE int first_block_of_warpgroup(int first_row, int first_block, int end_block) const {
+    return WINDOW ? min(end_block - 1, max(first_block, first_seen_by(first_row) / BLOCK_N)) : first_block;
+  }
 };
 
 // Softmax state of a thread's two rows. `sum` covers only the thread's columns until `finish_rows`.
@@ -108,14 +112,19 @@ DEVICE void add_biases(Scores& scores, const Problem& problem, float slope, int 
 
 // Masks scores of the thread's rows, `row` and `row` + 8, by causality and window. `first_key` is the first of the tile.
 DEVICE void mask_scores(Scores& scores, const Problem& problem, int row, int first_key) {
+  static_assert(BLOCK_N <= 128);
+  constexpr bool BY_BITS = CAUSAL && !SOFTCAP;  // with a softcap the bits can be registers too many; else masked tiles are rare
   const int column = first_key + 2 * (threadIdx.x % 4);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int last = problem.last_seen_by(row + 8 * r) - column, first = problem.first_seen_by(row + 8 * r) - column;
+    const int first = WINDOW ? problem.first_seen_by(row + 8 * r) - column : 0;
+    const int last = problem.last_seen_by(row + 8 * r) - column;
+    const u32 seen = BY_BITS ? elements_within(first, last) : 0;
 #pragma unroll
     for (int i = 2 * r; i < BLOCK_N / 2; i += i % 2 ? 3 : 1) {
       const int key = 8 * (i / 4) + i % 2;
-      if (key >= last || (WINDOW && key < first)) scores[i] = MINUS_INFINITY;
+      const bool hidden = BY_BITS ? !(seen & 1u << (i / 4 * 2 + i % 2)) : key >= last || (WINDOW && key < first);
+      if (hidden) scores[i] = MINUS_INFINITY;
     }
   }
 }

@@ -33,6 +33,18 @@ using Output = float[HEAD_DIM / 2];
 // registers.
 DEVICE int same_in_warp(int x) { return __shfl_sync(~0u, x, 0); }
 
+// Number of a thread's elements of an accumulator row whose columns, counted from the thread's first, are before `end`.
+DEVICE int elements_before(int end) { return min(2 * (max(end, 0) / 8) + min(max(end, 0) % 8, 2), 32); }
+
+// Bits of a thread's elements of an accumulator row whose columns, counted from the thread's first, are in [first, end). Such bits
+// become predicates seven at a time, where each element would take a comparison for each bound.
+DEVICE u32 elements_within(int first, int end) {
+  const int before = elements_before(first), count = max(0, elements_before(end) - before);
+  u32 bits;
+  asm("bmsk.clamp.b32 %0, %1, %2;" : "=r"(bits) : "r"(before), "r"(count));
+  return bits;
+}
+
 // A position in a ring of buffers. `parity` flips each round and distinguishes the phases of the barriers.
 struct Ring {
   int stage = 0;
