@@ -9,12 +9,13 @@ Each file is a run, as `fatui bench --json` writes it. Samples are few: the mode
 narrow intervals. A grid that would begin after the limit is left out, and said so.
 
 `check` calibrates on the H200's rows in docs/results/chips and tests/data alone, and predicts the H100's rows; then it
-calibrates on every second shape of the CPU's rows, and predicts the others.
+calibrates on half of the CPU's shapes, and predicts the other half.
 """
 
 import argparse
 import itertools
 import math
+import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -303,12 +304,12 @@ def check_other_gpu() -> list[Checked]:
 
 
 def check_half_of_cpu() -> list[Checked]:
-    """Predict every second shape of the CPU's rows from the others."""
+    """Predict each half of the CPU's shapes, divided at random, from the rows of the other half."""
     rows = read_rows(CALIBRATED_ON, "cpu-*.json", CPU_CHIP)
     shapes = list(dict.fromkeys(row.workload for row in rows))
-    known = {shape for index, shape in enumerate(shapes) if index % 2 == 0}
-    made = calibrate(row for row in rows if row.workload in known)
-    return _checked([row for row in rows if row.workload not in known], made)
+    half = set(random.Random(0).sample(shapes, len(shapes) // 2))
+    parts = [[row for row in rows if (row.workload in half) is inside] for inside in (True, False)]
+    return [*_checked(parts[0], calibrate(parts[1])), *_checked(parts[1], calibrate(parts[0]))]
 
 
 def _checked(rows: Sequence[Measured], made: Calibration) -> list[Checked]:

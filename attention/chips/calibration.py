@@ -2,13 +2,13 @@
 
 A family is an implementation on a backend, by the kind of its path, pass and width of numbers. Its time is
 
-    T = (sum over terms of (a * x)^p)^(1/p)
+    T = (launch^q + (start + W)^q)^(1/q),    W = (sum over the other terms of (a * x)^p)^(1/p)
 
-with x the costs at peak rates (`cost.py`) and a constant a for each: seconds of a launch, and the reciprocal of the
-share of each peak that the kernel reaches. p says how well the terms overlap: 1 not at all, large the longest alone.
-The fit minimises the logarithm of predicted over measured by Gauss-Newton steps with damping (Levenberg and Marquardt),
-with Huber's weights against outliers and a weak prior on each constant, so that one the rows do not determine stays
-where peak rates put it.
+since the host launches calls while the chip still works on others; x are the costs at peak rates (`cost.py`), with a
+constant a for each: seconds of a launch and a start, and the reciprocal of the share of each peak that the kernel
+reaches. p says how well the terms overlap: 1 not at all, large the longest alone. The fit minimises the logarithm of
+predicted over measured by Gauss-Newton steps with damping (Levenberg and Marquardt), with Huber's weights against
+outliers and a weak prior on each constant, so that one the rows do not determine stays where peak rates put it.
 
 Intervals are conformal: rows are left out a fold at a time, predicted by the others, and the 90 % quantile of the
 absolute log error, with the correction for a finite number of rows, is the half width (Lei et al., "Distribution-free
@@ -39,6 +39,7 @@ FLOOR: Final = 0.03
 """Smallest half width, in logarithms: what runs of the same code differ by."""
 STARTS: Final = {
     "launch": 1e-5,
+    "start": 3e-6,
     "matrix": 1.5,
     "vector": 0.03,
     "memory": 1.2,
@@ -46,11 +47,27 @@ STARTS: Final = {
     "scores": 4.0,
     "mask": 1.0,
 }
-SPREADS: Final = {"launch": 2.0, "matrix": 0.7, "vector": 2.0, "memory": 0.7, "cache": 0.7, "scores": 1.0, "mask": 1.5}
+SPREADS: Final = {
+    "launch": 2.0,
+    "start": 2.0,
+    "matrix": 0.3,
+    "vector": 0.7,
+    "memory": 0.3,
+    "cache": 0.7,
+    "scores": 1.0,
+    "mask": 1.5,
+}
 """Standard deviations of the prior, in logarithms."""
 PRIOR: Final = 0.05
 """What a standard deviation of the prior weighs, in logarithms of a time."""
+UNTUNED: Final = {"matrix": 2.0, "vector": 2.0, "scores": 2.0}
+"""Wider ones, for a CPU."""
+FAR: Final = 0.7
+"""Logarithm of the factor by which the prior may be off before a fit begins at several places."""
 START_POWER: Final = 2.0
+OVERLAP: Final = 4.0
+"""The power q of launches and work."""
+FIXED: Final = ("launch", "start")
 HUBER: Final = 0.1
 
 
@@ -170,10 +187,15 @@ def parts(found: Costs, constants: Mapping[str, float]) -> dict[str, float]:
 
 def seconds(found: Costs, constants: Mapping[str, float]) -> float:
     """Return the predicted seconds of a call."""
-    power = constants["power"]
-    times = [value for value in parts(found, constants).values() if value > 0]
-    longest = max(times)
-    return longest * float(sum((value / longest) ** power for value in times) ** (1 / power))
+    times = parts(found, constants)
+    work = _norm([value for name, value in times.items() if name not in FIXED], constants["power"])
+    return _norm([times.get("launch", 0.0), times.get("start", 0.0) + work], OVERLAP)
+
+
+def _norm(values: Iterable[float], power: float) -> float:
+    positive = [value for value in values if value > 0]
+    longest = max(positive, default=0.0)
+    return longest * float(sum((value / longest) ** power for value in positive) ** (1 / power)) if positive else 0.0
 
 
 def _fit(rows: Sequence[Measured]) -> dict[str, float]:
@@ -186,7 +208,8 @@ def _fit(rows: Sequence[Measured]) -> dict[str, float]:
     start = np.log(
         [*(min(STARTS[name], 0.5 * least) if name == "launch" else STARTS[name] for name in names), START_POWER]
     )
-    spreads = np.array([*(SPREADS[name] for name in names), 0.7])
+    free = UNTUNED if rows[0].chip.backend == "cpu" else {}  # a reference BLAS may reach a hundredth of a peak
+    spreads = np.array([*(free.get(name, SPREADS[name]) for name in names), 0.7])
 
     def residuals(theta: Vector) -> Vector:
         errors = _log_times(table, theta) - measured
@@ -194,18 +217,31 @@ def _fit(rows: Sequence[Measured]) -> dict[str, float]:
         robust = np.where(size <= HUBER, errors, np.sign(errors) * np.sqrt(np.maximum(0.0, HUBER * (2 * size - HUBER))))
         return np.concatenate([robust, PRIOR * (theta - start) / spreads])
 
-    theta = least_squares(residuals, start)
+    found_ones = [least_squares(residuals, begin) for begin in _beginnings(start, measured, _log_times(table, start))]
+    theta = min(found_ones, key=lambda each: float(residuals(each) @ residuals(each)))
     values = np.exp(theta)
     return {**dict(zip(names, map(float, values[:-1]), strict=True)), "power": float(max(1.0, values[-1]))}
 
 
+def _beginnings(start: Vector, measured: Vector, predicted: Vector) -> list[Vector]:
+    """Return where fits begin: at the prior and, if that is far off, with one constant or all scaled by the median."""
+    scale = float(np.median(measured - predicted))
+    if abs(scale) < FAR:
+        return [start]
+    shifts = [np.r_[np.full(len(start) - 1, scale), 0.0], *(scale * row for row in np.eye(len(start))[:-1])]
+    return [start, *(start + shift for shift in shifts)]
+
+
 def _log_times(table: Vector, theta: Vector) -> Vector:
-    """Return the logarithms of predicted times; the last parameter is the logarithm of the power, at least 0."""
+    """Return the logarithms of predicted times; the first columns are launch and start, the last parameter log p."""
     power = float(np.exp(np.clip(theta[-1], 0.0, 3.0)))
-    with np.errstate(divide="ignore"):
-        logs = np.log(table) + theta[:-1]
-    highest = logs.max(axis=1, keepdims=True)
-    made: Vector = highest[:, 0] + np.log(np.exp(power * (logs - highest)).sum(axis=1)) / power
+    times = table * np.exp(theta[:-1])
+    work = times[:, len(FIXED) :]
+    longest = np.maximum(work.max(axis=1), 1e-12)
+    worked = longest * ((work / longest[:, None]) ** power).sum(axis=1) ** (1 / power)
+    both = np.stack([times[:, 0], times[:, 1] + worked])
+    highest = both.max(axis=0)
+    made: Vector = np.log(highest) + np.log(((both / highest) ** OVERLAP).sum(axis=0)) / OVERLAP
     return made
 
 

@@ -21,10 +21,14 @@ from attention.kernels.cuda.sm90.schedule import makespan
 
 Path = Literal["Hopper", "split K", "general", "fused", "unfused", "CPU kernel", "packed"]
 """Kind of a path: what its costs are counted by, and calibrated apart."""
-TERMS: Final = ("launch", "matrix", "vector", "memory", "cache", "scores", "mask")
-"""launch: a constant; matrix: products at tile granularity; vector: exponentials; memory: arrays read and written;
-cache: those that stay there, and keys and values that each tile of queries reads again; scores: passes of an unfused
-path over its score matrix; mask: further passes if it is masked."""
+TERMS: Final = ("launch", "start", "matrix", "vector", "memory", "cache", "scores", "mask")
+"""What each term is.
+
+launch: a constant of the host; start: one of the chip; matrix: products at tile granularity; vector: exponentials;
+memory: arrays read and written; cache: those that stay there, and keys and values that each tile of queries reads
+again; scores: passes of an unfused path over its score matrix; mask: further passes if it is masked, or in fused
+training products of masked pairs, which some kernels do not skip.
+"""
 NO_SPLIT: Final = 1e9
 """Cost of joining the parts of a tile, for kernels that do not split tiles."""
 ROUND_KEYS: Final = 64
@@ -45,7 +49,8 @@ class Costs(Struct, frozen=True):
     """Seconds at the chip's peak rates; a term that cannot be computed without a missing figure is None."""
 
     launch: float = 1.0
-    """Times a calibrated number of seconds."""
+    """Times a calibrated number of seconds, as start."""
+    start: float = 1.0
     matrix: float | None = 0.0
     vector: float | None = 0.0
     memory: float | None = 0.0
@@ -130,11 +135,13 @@ def costs(workload: Workload, chip: Chip, path: Path) -> Costs:
         )
     pairs, read = _visited(workload, chip, path)
     width = workload.flops / workload.pairs if workload.pairs else 0.0
+    hidden = workload.scores - workload.pairs if workload.pass_ == "training" else 0
     return Costs(
         matrix=_over(pairs * width, rate),
         vector=_over(pairs, cycles),
         memory=memory,
         cache=_over(resident + read, cycles),
+        mask=_over(hidden * width, rate),
     )
 
 

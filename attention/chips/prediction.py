@@ -14,7 +14,7 @@ from typing import Final, Literal
 import msgspec
 from msgspec import Struct
 
-from attention.chips.calibration import COVERAGE, Calibration, Family, family_of, parts, seconds
+from attention.chips.calibration import COVERAGE, FIXED, Calibration, Family, family_of, parts, seconds
 from attention.chips.cost import TERMS, Path, costs, predicted_path
 from attention.chips.table import Chip
 from attention.core.workload import Workload
@@ -34,12 +34,13 @@ Added in quadrature by the share of the launch in the predicted time.
 """
 LIMITS: Final = {
     "launch": "the launch of a call",
+    "start": "the start of kernels",
     "matrix": "matrix products",
     "vector": "exponentials and other vector work",
     "memory": "memory traffic",
     "cache": "cache traffic",
     "scores": "memory traffic of the score matrix",
-    "mask": "memory traffic of the mask",
+    "mask": "masked pairs",
 }
 PREDICTED: Final = ("baseline", "mlx", "practical", "poc", "demo", "torch")
 """Implementations that can be predicted; `demo` takes the fastest of those that it tries."""
@@ -117,7 +118,8 @@ def predict(workload: Workload, implementation: str, chip: Chip, given: Calibrat
     predicted = seconds(found, family.constants)
     like = likeness(chip, family)
     shares = parts(found, family.constants)
-    half = math.hypot(family.half_width, WIDENING[like], HOSTS * min(1.0, shares.get("launch", 0.0) / predicted))
+    fixed = sum(shares.get(name, 0.0) for name in FIXED)  # which of the two is the host's, few rows tell
+    half = math.hypot(family.half_width, WIDENING[like], HOSTS * min(1.0, fixed / predicted))
     return Prediction(
         workload=workload,
         implementation=implementation,
