@@ -120,7 +120,7 @@ FAILING = {
 @pytest.fixture(scope="module")
 def one_run() -> Engine:
     """One run of one worker with all that costs at most its own row."""
-    return run(plan(*FAILING, "Wrong", "NotANumber", "Prints", "KeepsScratch", "Planted", seconds=1.5))
+    return run(plan(*FAILING, "Wrong", "NotANumber", "Prints", "KeepsScratch", "Planted", seconds=0.5))
 
 
 @pytest.mark.parametrize(("planted", "reason"), FAILING.items())
