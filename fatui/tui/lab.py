@@ -21,7 +21,7 @@ from fatui.tui import actions
 from fatui.tui.advisor import Advice
 from fatui.tui.view_models import estimate
 from fatui.tui.view_models.availability import names_for
-from fatui.tui.view_models.cost import Timing, is_known
+from fatui.tui.view_models.cost import Timing, costliest_kinds, is_known
 from fatui.tui.view_models.journal import Level, Log
 from fatui.tui.view_models.session import AnySession, MakeEngine, ModelSession, Session
 from fatui.untrusted_text import escape_controls
@@ -231,9 +231,9 @@ class Lab(App[int]):
             first, *others = self.draft.workloads()
             elsewhere = bool(self.draft.hosts or self.draft.hostfile)
             self.advice.ask(first, names_for(self.draft), tuple(others), elsewhere=elsewhere)
-        self._ask_cost()
+        self.ask_cost()
 
-    def _ask_cost(self) -> None:
+    def ask_cost(self) -> None:
         """Time calls of the draft once it has settled, unless they are known or it runs on other hosts."""
         if self.device_name and not (self.draft.hosts or self.draft.hostfile):
             with contextlib.suppress(UsageError):
@@ -273,7 +273,7 @@ class Lab(App[int]):
         if self.device_name and self.device_name != self._sought:
             self._sought = self.device_name
             self.run_worker(self.find_past(self.device_name), name="past", exit_on_error=False)
-            self._ask_cost()
+            self.ask_cost()
         self._show_draft()
 
 
@@ -290,6 +290,7 @@ class CostMeter:
         self.enabled = False
         self._app = app
         self._plan: Plan | ModelPlan | None = None
+        self._untimed: set[str] = set()
         self._task: asyncio.Task[None] | None = None
 
     def of(self, plan: Plan | ModelPlan) -> Timing:
@@ -303,7 +304,8 @@ class CostMeter:
         self.cancel()
         self._plan, self.timing = plan, Timing()
         app = self._app
-        if isinstance(plan, Plan) and is_known(plan, estimate.known_times(app.remembered.pace, app.device_name)):
+        known = estimate.known_times(app.remembered.pace, app.device_name)
+        if isinstance(plan, Plan) and is_known(plan, known, self._untimed):
             return
         self._task = asyncio.create_task(self._measure(plan, self.timing, changed))
 
@@ -327,6 +329,8 @@ class CostMeter:
         finally:
             engine.kill()
             timing.running = False
+        if isinstance(plan, Plan):
+            self._untimed |= {kind for _, kind in costliest_kinds(plan)} - {kind for kind, *_ in timing.calls}
         if timing.calls and timing.device:
             remembered = self._app.remembered
             remembered.pace = estimate.learn_calls(remembered.pace, timing.device, timing.calls)
@@ -452,6 +456,7 @@ class RunController:
             await self._keep_results(session, screen)
         finally:
             ended.set()
+        self._app.ask_cost()
         if self._app.is_running and screen is None:
             self._app.main.open_tab("results")
             self._app.main.show_draft()

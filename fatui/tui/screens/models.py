@@ -34,7 +34,7 @@ from fatui.tui.widgets.row_table import RowTable
 from fatui.tui.widgets.table_pane import TablePane
 from fatui.tui.widgets.text_panes import CostBlock, VerdictCard
 
-IDLE: Final = "{run} runs the setup above; a timed call then estimates the total, before the rounds start."
+IDLE: Final = "{run} runs what is set up; speed, memory and progress are shown here during the run."
 ROOMY: Final = 34
 """Minimum terminal rows at which the charts of a finished run stay visible above its table."""
 MODEL_DTYPES: Final = ("bfloat16", "float16", "float32")

@@ -1,5 +1,6 @@
 """The block of a set-up: its time, its memory by implementation, and what will be refused, before it is run."""
 
+from collections.abc import Collection
 from typing import Final
 
 from msgspec import Struct
@@ -7,6 +8,8 @@ from msgspec import Struct
 from attention.core import events as on
 from attention.core.errors import UsageError
 from attention.core.plan import KnownTimes, ModelPlan, Plan, StreamPlan
+from attention.core.stream import FULL
+from attention.core.workload import Workload
 from attention.engine.progress import costliest_cases, kind_of_call, scaled_call_s
 from fatui import formatting
 from fatui.draft import Draft
@@ -64,14 +67,21 @@ class Timing(Struct):
                 self.problem = formatting.problem_text(event).splitlines()[0]
 
 
-def is_known(plan: Plan, known: KnownTimes) -> bool:
-    """Whether calls near the costliest of each kind are known, so that none has to be timed."""
-    cases = [plan.cases[index] for index in costliest_cases(plan.cases)]
+def is_known(plan: Plan, known: KnownTimes, untimed: Collection[str] = ()) -> bool:
+    """Whether calls near the costliest of each kind are known, so that none has to be timed.
+
+    `untimed`: kinds that could not be timed: the implementation is refused, compiles first, or tries candidates.
+    """
     return all(
-        scaled_call_s(known.calls.get(kind_of_call(name, case), []), case.flops, NEAR) is not None
-        for case in cases
-        for name in plan.ordered
+        kind in untimed or scaled_call_s(known.calls.get(kind, []), case.flops, NEAR) is not None
+        for case, kind in costliest_kinds(plan)
     )
+
+
+def costliest_kinds(plan: Plan) -> list[tuple[Workload, str]]:
+    """Return the costliest cases, each with a kind of its calls."""
+    cases = (plan.cases[index] for index in costliest_cases(plan.cases))
+    return [(case, kind_of_call(name, case)) for case in cases for name in plan.ordered]
 
 
 def time_line(plan: Plan, pace: RunSpeed, device: str, timing: Timing) -> str:
@@ -113,15 +123,29 @@ def _of(cases: int, count: int) -> str:
 def model_lines(plan: ModelPlan, timing: Timing) -> list[str]:
     """Format what a model's plan, or a stream's, would take: its memory, what would be refused, and its time."""
     refused = "; ".join(f"{name}: {reason}" for name, reason in timing.refused.items())
-    return [_model_time(plan, timing), *([f"{REFUSED}{refused}"] if refused else []), *_model_memory(timing)]
+    return [_model_time(plan, timing), *([f"{REFUSED}{refused}"] if refused else []), *_model_memory(plan, timing)]
 
 
-def _model_memory(timing: Timing) -> list[str]:
+def _model_memory(plan: ModelPlan, timing: Timing) -> list[str]:
+    if isinstance(plan, StreamPlan):
+        return _stream_memory(plan)
     if timing.weights_bytes is None:
         return []
     text = ", ".join(f"{name} {formatting.size(size)}" for name, size in timing.needs.items())
     above = f"; attention above them up to {text}" if text else ""
     return [f"needs {formatting.size(timing.weights_bytes)} of weights{above}"]
+
+
+def _stream_memory(plan: StreamPlan) -> list[str]:
+    """Format the keys and values of all layers: those that are kept, and all of them."""
+    from attention.mlx_lm.configuration import find_model
+
+    work = plan.cases[0]
+    layers = find_model(work.model).layers if work.model else 1
+    kept, whole = (layers * each.key_value_bytes for each in (work.workload, work.full_workload(work.tokens)))
+    every = f", full attention {formatting.size(whole)} at the last token" if FULL in plan.implementations else ""
+    weights = " beside the weights" if work.model else ""
+    return [f"needs {formatting.size(kept)} of keys and values{every}{weights}"]
 
 
 def _model_time(plan: ModelPlan, timing: Timing) -> str:

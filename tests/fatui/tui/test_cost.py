@@ -1,8 +1,9 @@
 """The block that says what a run would take."""
 
 from attention.core import events as on
-from attention.core.plan import GenerationPlan, KnownTimes, Plan
+from attention.core.plan import GenerationPlan, KnownTimes, Plan, StreamPlan
 from attention.core.results import Environment
+from attention.core.stream import Stream
 from attention.core.workload import Workload, generations
 from attention.engine.progress import kind_of_call
 from fatui.storage.settings import RunSpeed
@@ -20,6 +21,7 @@ def test_a_known_call_is_not_timed_again():
     assert cost.is_known(PLAN, KnownTimes(calls=near))
     far = {**near, kind_of_call("poc", CASE): [(CASE.flops * 5.0, 0.1)]}
     assert not cost.is_known(PLAN, KnownTimes(calls=far))
+    assert cost.is_known(PLAN, KnownTimes(calls=far), untimed={kind_of_call("poc", CASE)})
 
 
 def test_timed_calls_give_the_time_of_a_run():
@@ -96,3 +98,10 @@ async def test_a_run_ends_the_timing_of_calls(stage):
     await stage.press("r")
     await stage.pilot.pause()
     assert task.cancelled()
+
+
+def test_a_stream_says_what_it_keeps():
+    plan = StreamPlan(cases=(Stream(tokens=100_000, window=1024, first=4, heads=8, head_dim=64, dtype="float16"),))
+    time, memory = cost.model_lines(plan, Timing())
+    assert time == "takes at most 20 min 00 s: 10 min 00 s a row, less if its tokens are done sooner"
+    assert memory == "needs 2.01 MiB of keys and values, full attention 195 MiB at the last token"
