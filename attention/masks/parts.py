@@ -456,7 +456,9 @@ class Blocks(Pattern, frozen=True):
         width = array.shape[3]
         counts = np.count_nonzero(array, axis=3).ravel() if width % 8 else _bytes_set(array)
         starts = np.cumsum(counts) - counts
-        keys = (np.flatnonzero(array) - np.repeat(np.arange(len(counts)) * width, counts)).astype(np.int32)
+        keys = _places_set(array, int(counts.sum()))
+        keys -= np.repeat(np.arange(len(counts)) * width, counts)
+        keys = keys.astype(np.int32)
         if split == 1:
             return counts, keys
         per_plane = self.array.array.shape[2]
@@ -614,6 +616,21 @@ def _bytes_set(array: Array) -> Array:
     """Return the number of true values of each row of a bool array, whose length is a multiple of 8."""
     counts: Array = np.bitwise_count(np.ascontiguousarray(array).view(np.uint64)).sum(axis=-1, dtype=np.int64)
     return counts.ravel()
+
+
+SEARCHED_SHARE: Final = 0.1
+"""Share of true values up to which `np.flatnonzero` searches for the next one, instead of passing over all alike."""
+QUICK_SHARE: Final = 0.03
+"""Share up to which searching is faster."""
+
+
+def _places_set(array: Array, count: int) -> Array:
+    """Return the flat index of each of the `count` true values: in half the time if they are few, not rare."""
+    flat = array.reshape(-1)
+    if not QUICK_SHARE * flat.size < count <= SEARCHED_SHARE * flat.size:
+        return np.flatnonzero(flat)
+    more = int((SEARCHED_SHARE * flat.size - count) / (1 - SEARCHED_SHARE)) + 1
+    return np.flatnonzero(np.concatenate([flat, np.ones(more, bool)]))[:count]
 
 
 def _runs_of(values: Array, starts: Array, counts: Array) -> Array:

@@ -278,3 +278,12 @@ def test_a_function_of_traced_arrays_is_named():
 def test_and_instead_of_an_ampersand_is_refused() -> None:
     with pytest.raises(UsageError, match="combined by & and"):
         masks.causal() and masks.documents([4, 4])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.031, 0.0996, 0.1, 0.11, 1.0])
+def test_whole_tiles_of_blocks_are_those_of_the_array(share):
+    array = np.random.default_rng(4).random((2, 3, 40, 64)) < share
+    made = masks.blocks(array, block=128).block_list((2, 3, 40 * 128, 64 * 128))
+    where = np.argwhere(array.reshape(-1, 64))
+    assert np.array_equal(made.row_of_entry(), where[:, 0])
+    assert np.array_equal(made.entries, np.stack([where[:, 1], np.full(len(where), -1)], axis=1))
