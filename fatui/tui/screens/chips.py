@@ -6,7 +6,7 @@ from typing import ClassVar, Final
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import BindingType
-from textual.containers import Horizontal, Vertical
+from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.screen import Screen
 from textual.widgets import Static
 
@@ -23,6 +23,8 @@ from fatui.tui.widgets.slider import Slider
 from fatui.tui.widgets.workload_pane import LABELS, shown_workload
 
 AXES: Final = ("batch", "seq", "head_dim", "heads")
+ROOMY: Final = 22
+"""Minimum terminal rows at which the roofs are drawn."""
 NO_CASE: Final = "The values on the sliders make no case."
 DEFAULT_CHIPS: Final = ("h200", "m4-max")
 SHOWN: Final = ("poc", "mlx")
@@ -56,7 +58,7 @@ class Chips(Screen[None]):
                 for name in AXES:
                     parse = partial(_parse, name)
                     yield Slider(LABELS[name], STOPS[name], parse=parse, say=format_number, id=f"axis-{name}")
-            with Vertical(classes="pane", id="words-pane") as pane:
+            with VerticalScroll(classes="pane", id="words-pane") as pane:
                 pane.border_title = "What limits it"
                 yield Static(id="words", markup=False)
         yield KeyBar()
@@ -67,6 +69,10 @@ class Chips(Screen[None]):
             self.query_one(f"#chip-{index}", Choice).show((key,))
         self._draw()
         self.query_one("#chip-0").focus()
+
+    def on_resize(self) -> None:
+        """Leave the roofs out where they would have no room."""
+        self.set_class(self.app.size.height < ROOMY, "-short")
 
     def action_back(self) -> None:
         """Close the screen."""

@@ -5,6 +5,7 @@ from fatui.tui.screens.chips import Chips
 from fatui.tui.view_models import chips
 from fatui.tui.view_models.roofline import ROOF
 from tests.support.sample_runs import report_of
+from tests.support.stage import on_stage
 
 PREFILL = Workload(seq=8192, heads=16, head_dim=128, dtype="bfloat16", mask="causal")
 
@@ -52,3 +53,10 @@ async def test_a_slider_moves_the_case_and_a_figure_of_the_chip(stage):
     assert "changed figures" not in stage.seen()
     await stage.press("escape")
     assert not isinstance(stage.app.screen, Chips)
+
+
+async def test_a_short_terminal_has_the_controls_without_the_roofs():
+    async with on_stage(size=(60, 16)) as stage:
+        await stage.press("C")
+        assert not stage.app.screen.query_one("#chart-pane").display
+        assert "What limits it" in stage.seen() and "heads" in stage.seen()
