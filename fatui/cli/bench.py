@@ -20,7 +20,8 @@ EXAMPLE: Final = """examples:
   fatui bench --ranks 1,2 --seq 32k --mask causal
   fatui bench --ranks 2 --hosts mac-a,mac-b
 
-Options override the preset's; without a preset they change the one case of `quick`.
+Options override the preset's; without a preset they change the one case of `quick`. Without a preset and a shape, batch
+and length are those that fit this machine: a call is timed first.
 Ranks are processes with a device each: the GPUs of this machine, shares of its cores, or hosts over ssh.
 Exit codes: 0 done, 1 a case failed or is inaccurate, 2 wrong usage or preset, 3 no backend, 130 interrupted."""
 
@@ -46,9 +47,13 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: with every mistake in the request, before anything has run.
     """
-    plan, preset, exports = request(arguments)
     from fatui.cli.options import given_remote
     from fatui.cli.run import run_plan
+
+    plan, preset, exports = request(arguments)
+    if _fits_machine(arguments, plan):
+        _fit(arguments)
+        plan, preset, exports = request(arguments)
 
     command, remote = _command(arguments, preset), given_remote(arguments)
     return run_plan(plan, command, preset.name, exports, remote, _beside(arguments))
@@ -70,6 +75,34 @@ def _beside(arguments: argparse.Namespace) -> "Callable[[Report], None] | None":
         show("", beside_table(report, chips, made), *basis_lines(made, chips))
 
     return show_predictions
+
+
+def _fits_machine(arguments: argparse.Namespace, plan: "Plan") -> bool:
+    """Return whether the size of the case is left to this machine: no preset and no shape are given."""
+    from fatui.cli.options import given_remote, given_values
+
+    return (
+        arguments.preset is None and not given_values(arguments) and not plan.hosts and given_remote(arguments) is None
+    )
+
+
+def _fit(arguments: argparse.Namespace) -> None:
+    """Choose batch and length so that the table is soon there and its figures mean something; without MLX nothing."""
+    import asyncio
+
+    from attention.core.plan import Assignment
+    from fatui import cli, formatting
+    from fatui.engine_process import Engine
+    from fatui.fitting import REFERENCE, find
+
+    found = asyncio.run(find(lambda plan, on: Engine(plan, on, assignment=Assignment(plan=plan, cost_only=True))))
+    if found is None:
+        return
+    size = found.workload
+    arguments.field_batch, arguments.field_seq = str(size.batch), str(size.seq)
+    arguments.field_head_dim = str(size.head_dim)
+    call = formatting.seconds(found.call_s)
+    cli.print_line(f"batch {size.batch}, length {size.seq} fit this machine: a call of {REFERENCE} takes about {call}")
 
 
 def request(arguments: argparse.Namespace) -> "tuple[Plan, Preset, list[Export]]":

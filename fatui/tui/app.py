@@ -19,6 +19,7 @@ from textual.screen import Screen
 
 from attention.core.errors import UsageError
 from attention.core.results import Report
+from fatui.draft import Draft
 from fatui.storage import settings
 from fatui.telemetry import Reading, Telemetry
 from fatui.tui import actions, terminal
@@ -172,6 +173,8 @@ class FatuiApp(Lab):
             run = self.load_preset(preset) and run
         elif self.draft.preset is not None:
             self.follow_preset(self.draft.preset)
+        elif self._advise and not run and self.draft == Draft():
+            self.costs.fit()
         self.ask_advice()
         if run:
             self.runs.start()

@@ -13,6 +13,7 @@ from attention.core.errors import UsageError
 from attention.core.plan import AnyPlan, Assignment, KnownTimes, ModelPlan, Plan
 from attention.core.results import Environment, Peaks, Report
 from attention.measure.device import computes_on_cpu
+from fatui import fitting
 from fatui.draft import Draft, draft_of
 from fatui.engine_process import Engine, Listener
 from fatui.storage import settings
@@ -292,6 +293,8 @@ class CostMeter:
         self._plan: Plan | ModelPlan | None = None
         self._untimed: set[str] = set()
         self._task: asyncio.Task[None] | None = None
+        self._fitted: Draft | None = None
+        """The draft that is about to get a size that fits this machine."""
 
     def of(self, plan: Plan | ModelPlan) -> Timing:
         """Return what is known of a plan."""
@@ -301,6 +304,8 @@ class CostMeter:
         """Time calls of a plan after a while, instead of those of an earlier one; `changed` is called at news."""
         if plan == self._plan or not self.enabled or self._app.runs.active:
             return
+        if self._fitted is self._app.draft:
+            return  # it may be another soon
         self.cancel()
         self._plan, self.timing = plan, Timing()
         app = self._app
@@ -309,8 +314,27 @@ class CostMeter:
             return
         self._task = asyncio.create_task(self._measure(plan, self.timing, changed))
 
+    def fit(self) -> None:
+        """Time a call, and set the draft to a size that fits this machine, unless it is changed meanwhile."""
+        self.cancel()
+        self._fitted = self._app.draft
+        self._task = asyncio.create_task(self._fit(self._app.draft))
+
+    async def _fit(self, draft: Draft) -> None:
+        app = self._app
+        found = await fitting.find(lambda plan, on: app.new_engine(plan, on, cost_only=True))
+        self._fitted = self._task = None
+        if app.draft is not draft or not app.is_running:
+            return
+        if found is not None:
+            size = found.workload
+            app.journal.write(f"batch {size.batch}, length {size.seq} fit this machine, by a timed call")
+            draft = draft.set_axis("batch", (size.batch,)).set_axis("seq", (size.seq,)).set_seconds(fitting.SECONDS)
+        app.set_draft(structs.replace(draft, changed=False))
+
     def cancel(self) -> None:
         """End what is being timed."""
+        self._fitted = None
         if self._task is not None:
             self._task.cancel()
             self._task = None

@@ -1,11 +1,14 @@
 """The block that says what a run would take."""
 
+import asyncio
+
 from attention.core import events as on
 from attention.core.plan import GenerationPlan, KnownTimes, Plan, StreamPlan
 from attention.core.results import Environment
 from attention.core.stream import Stream
 from attention.core.workload import Workload, generations
 from attention.engine.progress import kind_of_call
+from fatui import fitting
 from fatui.storage.settings import RunSpeed
 from fatui.tui.advisor import AdviceReply
 from fatui.tui.view_models import cost
@@ -105,3 +108,39 @@ def test_a_stream_says_what_it_keeps():
     time, memory = cost.model_lines(plan, Timing())
     assert time == "takes at most 20 min 00 s: 10 min 00 s a row, less if its tokens are done sooner"
     assert memory == "needs 2.01 MiB of keys and values, full attention 195 MiB at the last token"
+
+
+async def test_a_first_start_gets_a_size_that_fits(stage, monkeypatch):
+    async def find(make):
+        return fitting.Fit(Workload(batch=4, seq=2048), 0.02)
+
+    monkeypatch.setattr(fitting, "find", find)
+    stage.app.costs.fit()
+    await stage.settle(lambda: stage.app.draft.axes["seq"] == (2048,))
+    assert stage.app.draft.axes["batch"] == (4,)
+    assert stage.app.draft.seconds == fitting.SECONDS
+    assert not stage.app.draft.changed
+
+
+async def test_what_was_changed_meanwhile_stays(stage, monkeypatch):
+    answer = asyncio.Event()
+
+    async def find(make):
+        await answer.wait()
+        return fitting.Fit(Workload(batch=4, seq=2048), 0.02)
+
+    monkeypatch.setattr(fitting, "find", find)
+    stage.app.costs.fit()
+    stage.app.set_draft(stage.app.draft.set_axis("seq", (1024,)))
+    answer.set()
+    await stage.pilot.pause(0.05)
+    assert stage.app.draft.axes["seq"] == (1024,)
+
+
+async def test_a_run_ends_the_search_for_a_size(stage, monkeypatch):
+    monkeypatch.setattr(fitting, "find", lambda make: asyncio.sleep(60))
+    stage.app.costs.fit()
+    task = stage.app.costs._task
+    await stage.press("r")
+    await stage.pilot.pause()
+    assert task.cancelled()
