@@ -14,7 +14,6 @@ from attention.engine.case_runner import CaseRunner
 from attention.engine.peaks import measure_peaks
 from attention.engine.progress import MAX_COUNTERPART_SHARE, costliest_cases
 from attention.measure.device import Device, environment, probe
-from attention.measure.energy import energy_counter, joules_per_call
 from attention.measure.rounds import Arm, shared_calls
 
 if TYPE_CHECKING:
@@ -95,23 +94,6 @@ class Bench(CaseRunner[Plan]):
         stopped_by = self._run_rounds(arms, self._plan.seconds, beside)
         self._measure_energy(device)
         return stopped_by
-
-    def _measure_energy(self, device: Device) -> None:
-        """Measure the energy of a call of each sampled implementation, if the device counts it."""
-        counter = energy_counter(device) if self._member is None else None
-        if counter is None:
-            return
-        for arm in self._sampled:
-            self._progress.begin_step(arm.name, "energy")
-            try:
-                joules = joules_per_call(arm.runner, arm.calls, counter)
-            except Exception as error:
-                self._fail(arm.name, error)
-                continue
-            if joules is not None:
-                event = on.EnergyMeasured(case=self._progress.case, implementation=arm.name, joules=joules)
-                self._progress.emit(event)
-        self._progress.mark_idle()
 
     def _admit(self, name: str, workload: Workload, device: Device) -> bool:
         """Query an implementation's route; end its row if the case is unsupported or will not fit in memory."""

@@ -20,6 +20,7 @@ from attention.engine.progress import EMIT_INTERVAL_S, Emit, Progress
 from attention.implementations.protocol import Implementation, build, missing_feature, needs_building
 from attention.measure.conditions import ConditionsWatch
 from attention.measure.device import Device, environment, probe
+from attention.measure.energy import energy_counter, joules_per_call
 from attention.measure.fingerprint import fingerprint, machine_state
 from attention.measure.rounds import Arm, Limits, TakesSamples, min_rounds_s, run_rounds, set_strides
 
@@ -216,6 +217,23 @@ class CaseRunner(ABC, Generic[P]):
             self._sampled = [arm for arm in running if id(arm) in rows]
             for arm in arms:
                 self._emit_arm_results(arm)
+
+    def _measure_energy(self, device: Device) -> None:
+        """Measure the energy of a call of each sampled implementation, if the device counts it."""
+        counter = energy_counter(device) if self._member is None else None
+        if counter is None:
+            return
+        for arm in self._sampled:
+            self._progress.begin_step(arm.name, "energy")
+            try:
+                joules = joules_per_call(arm.make_calls, counter)
+            except Exception as error:
+                self._fail(arm.name, error)
+                continue
+            if joules is not None:
+                event = on.EnergyMeasured(case=self._progress.case, implementation=arm.name, joules=joules)
+                self._progress.emit(event)
+        self._progress.mark_idle()
 
     def _mark_running(self, arm: Arm, rows: set[int]) -> None:
         if id(arm) in rows or arm.counterpart:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from attention.measure import nvml
 from attention.measure.device import Device
-from attention.measure.rounds import Clock, TimedCall, take_sample
+from attention.measure.rounds import Clock
 
 ENERGY_S: Final = 0.25
 """Seconds between the two steps of the counter."""
@@ -88,13 +88,12 @@ class RaplCounter:
 
 
 def joules_per_call(
-    runner: TimedCall, calls: int, counter: Counter, seconds: float = ENERGY_S, clock: Clock = time.perf_counter
+    make_calls: Callable[[], int], counter: Counter, seconds: float = ENERGY_S, clock: Clock = time.perf_counter
 ) -> float | None:
     """Return the joules of one call, from calls back to back between two steps of a counter.
 
     Args:
-        runner: the bound call.
-        calls: number of calls queued together.
+        make_calls: makes some calls, and returns their number.
         counter: of the device.
         seconds: minimum time between the two steps.
         clock: in seconds.
@@ -105,8 +104,7 @@ def joules_per_call(
     began, made, last = clock(), 0, counter()
     first: tuple[int, float, float] | None = None
     while first is not None or clock() - began < PATIENCE * seconds:
-        take_sample(runner, calls, clock)
-        made += calls
+        made += make_calls()
         joules, now = counter(), clock()
         if joules != last and first is None:
             first = made, joules, now

@@ -181,6 +181,11 @@ class Arm(Struct, kw_only=True, eq=False):
         """Expected seconds of one sample."""
         return self.calls * self.call_s * (2 if self.lead_in else 1)
 
+    def make_calls(self) -> int:
+        """Make the calls of a sample, and return their number."""
+        take_sample(self.runner, self.calls, self.clock)
+        return self.calls
+
     def sample(self) -> None:
         """Append one sample, in seconds per call."""
         if self.lead_in:

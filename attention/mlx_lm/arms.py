@@ -104,6 +104,12 @@ class ModelArm(Arm, kw_only=True, eq=False):
         """Copy the lists, so that an arm made from this one does not share them."""
         self.few_s, self.many_s = [*self.few_s], [*self.many_s]
 
+    def make_calls(self) -> int:
+        """Make the steps of a sample of the whole model, and return their number."""
+        with replace_attention(self.implementation):
+            self._timed(self.runner)
+        return self.steps
+
     def sample(self) -> None:
         """Add one sample, in seconds per step."""
         with replace_attention(self.implementation):

@@ -367,7 +367,10 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         unquantized = self._unquantized_arms(arms, setting, shared)
         if shared:
             *arms, without = self._sharing([*arms, without], setting.run, setting.short)
-        return self._run_rounds(arms, self._plan.seconds, beside=[without, *unquantized])
+        stopped_by = self._run_rounds(arms, self._plan.seconds, beside=[without, *unquantized])
+        if not isinstance(arms[0], SharedArm) and not work.estimated:  # own passes, of the whole model
+            self._measure_energy(device)
+        return stopped_by
 
     def _unquantized_arms(self, arms: list[ModelArm], setting: Setting, shared: bool) -> list[ModelArm]:
         """Return arms with an unquantized cache, sampled in the same rounds; none if the case has one, or they fail."""

@@ -9,7 +9,8 @@ import pytest
 from attention.core.plan import Assignment, Plan
 from attention.core.results import Peaks
 from attention.core.workload import Workload
-from attention.engine import bench as engine_bench
+from attention.engine import case_runner
+from attention.engine.bench import Bench
 from attention.engine.record import record_of
 from attention.measure import energy, nvml
 from attention.measure.device import Device
@@ -24,11 +25,9 @@ class Machine:
     def __init__(self, step_s, call_s=0.003, watts=50.0):
         self.now_s, self._step_s, self._call_s, self._watts = 0.0, step_s, call_s, watts
 
-    def queue(self):
-        self.now_s += self._call_s
-
-    def wait(self, outputs):
-        pass
+    def make_calls(self):
+        self.now_s += 5 * self._call_s
+        return 5
 
     def clock(self):
         return self.now_s
@@ -41,14 +40,14 @@ class Machine:
 @pytest.mark.parametrize("call_s", [0.0001, 0.003, 0.4])
 def test_the_energy_of_a_call_is_its_power_times_its_time(step_s, call_s):
     machine = Machine(step_s, call_s)
-    measured = joules_per_call(machine, 5, machine.counter, clock=machine.clock)
+    measured = joules_per_call(machine.make_calls, machine.counter, clock=machine.clock)
     samples = 5 * call_s / energy.ENERGY_S
     assert measured == pytest.approx(50 * call_s, rel=2 * min(samples, step_s / call_s / 5) + 1e-6)
 
 
 def test_a_counter_that_stands_still_gives_no_energy():
     machine = Machine(step_s=0)
-    assert joules_per_call(machine, 5, machine.counter, clock=machine.clock) is None
+    assert joules_per_call(machine.make_calls, machine.counter, clock=machine.clock) is None
     assert machine.now_s < 2
 
 
@@ -89,7 +88,7 @@ def test_the_gpu_is_the_first_that_cuda_sees(visible, taken, monkeypatch):
 def test_rows_have_the_energy_of_a_token(monkeypatch):
     """With a counter of 50 W whose steps are 1 ms, and the real calls."""
     counter = lambda: 50 * round(time.monotonic(), 3)  # noqa: E731
-    monkeypatch.setattr(engine_bench, "energy_counter", lambda device: counter)
+    monkeypatch.setattr(case_runner, "energy_counter", lambda device: counter)
     plan = Plan(
         cases=(Workload(seq=16, heads=2, head_dim=16, dtype="float32"),),
         implementations=("baseline", "mlx"),
@@ -97,6 +96,6 @@ def test_rows_have_the_energy_of_a_token(monkeypatch):
     )
     record = record_of(plan)
     peaks = Peaks(matmul_flops_per_s=1e10, copy_bytes_per_s=1e10)
-    engine_bench.Bench(Assignment(plan=plan, peaks=peaks), plan, record.apply).run()
+    Bench(Assignment(plan=plan, peaks=peaks), plan, record.apply).run()
     for row in record.case(0).rows:
         assert 0.05 < row.joules_per_token * 16 / (50 * row.call_s.median) < 20  # of another load than the rounds'
