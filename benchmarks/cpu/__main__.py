@@ -102,7 +102,7 @@ def _measure(arguments: argparse.Namespace, report: BenchReport) -> None:
     report.tiny = measure.tiny_call()
     report.memory_per_thread = measure.memory_per_thread()
     if not arguments.no_start:
-        report.first_start_s, report.later_start_s = measure.start_times()
+        report.start = measure.start_times()
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -293,20 +293,45 @@ def tiny_call(rounds: int = 40, calls: int = 200) -> TinyCall:
     )
 
 
-_START = (
-    "import mlx.core, time; from attention.kernels import cpu; t = time.perf_counter(); cpu.load();"
-    "print(time.perf_counter() - t)"
-)
+_START = """
+import mlx.core, resource, sys, time
+from attention.kernels import cpu
+start = time.perf_counter()
+cpu.load(parts=sys.argv[1].split(",") if sys.argv[1] else None)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(time.perf_counter() - start, used.ru_utime + used.ru_stime)
+"""
 
 
-def start_times() -> tuple[float, float]:
-    """Return the seconds until the kernel is loaded: first time (compiling), and a later process."""
-    with tempfile.TemporaryDirectory() as room:
-        environment = {**os.environ, "FATUI_CACHE_DIR": room}
-        command = [sys.executable, "-c", _START]
-        outputs = [subprocess.check_output(command, env=environment, text=True) for _ in range(6)]
-    first, *later = (float(text) for text in outputs)
-    return first, statistics.median(later)
+class StartTimes(NamedTuple):
+    """Seconds until the kernel is loaded."""
+
+    first_call_s: float
+    """With what a first kind of call needs, in an empty cache folder."""
+    first_call_cpu_s: float
+    """CPU time of the compiler for that, which a busy machine changes little."""
+    all_s: float
+    """With all of its parts, in another empty cache folder."""
+    later_s: float
+    """In a later process; the median of some."""
+
+
+def start_times() -> StartTimes:
+    """Return how long the kernel takes to be ready: first time, compiling, and in a later process."""
+    few = ",".join(sorted(cpu.parts("float16", 128)))
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as another:
+        first, used = _start_time(one, few)
+        whole, _ = _start_time(another, "")
+        later = [_start_time(another, "")[0] for _ in range(5)]
+    return StartTimes(first, used, whole, statistics.median(later))
+
+
+def _start_time(cache: str, parts: str) -> tuple[float, float]:
+    """Return the seconds until these parts are loaded in a process of its own, and the CPU time of the compiler."""
+    command = [sys.executable, "-c", _START, parts]
+    text = subprocess.check_output(command, env={**os.environ, "FATUI_CACHE_DIR": cache}, text=True)
+    seconds, used = map(float, text.split())
+    return seconds, used
 
 
 def memory_per_thread() -> float:
