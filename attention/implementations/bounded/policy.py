@@ -418,7 +418,8 @@ class _StrategyInputs:
         in_blocks = structs.replace(made, forward=Method.BLOCKS, backward=Method.BLOCKS)
         if forward is Method.SLICES and slices is None:
             return structs.replace(in_blocks, reason=f"{reason}, and no slice fits it")
-        if backward_slices is None and forward is not Method.FUSED and in_tf32(self.workload.dtype, self.backend):
+        dtype = "float32" if computes_in_float32(self.workload.dtype, self.backend) else self.workload.dtype
+        if backward_slices is None and forward is not Method.FUSED and in_tf32(dtype, self.backend):
             why = f"{reason}, and a gradient in blocks does not match an output in TF32"
             return structs.replace(in_blocks, reason=why)
         if backward_slices is None:

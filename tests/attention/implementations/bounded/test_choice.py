@@ -283,3 +283,21 @@ def test_the_route_of_an_array_mask_is_the_path_that_runs(dtype: mx.Dtype, heads
         calls.take_path()
         mx.eval(practical(q, k, v, scale=0.25, mask=mask))
         assert calls.take_path() == practical.route(asked, CPU, needs).path, kibibytes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_output_in_tf32_has_no_gradient_in_blocks(monkeypatch, dtype):
+    """With scores near a million another key wins in TF32; gradients in blocks are not in it and were in the 1000s."""
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    found = {
+        (made.forward.name, made.backward.name)
+        for budget in (1 << 16, 1 << 18, 1 << 20, 1 << 22)
+        for seq in (64, 256, 1024)
+        for batch, heads, dim in ((1, 1, 64), (3, 1, 64), (1, 8, 64), (1, 4, 320))
+        for made in [
+            Practical(budget).strategy(Workload(batch=batch, heads=heads, seq=seq, head_dim=dim, dtype=dtype), GPU)
+        ]
+    }
+    by_blocks = {forward for forward, backward in found if backward == "BLOCKS"}
+    assert by_blocks == {"BLOCKS"}
+    assert any(forward != "BLOCKS" for forward, _ in found)
