@@ -296,7 +296,7 @@ class RemoteWorker(Worker):
 
     def _failure(self) -> str:
         name, code = self.remote.name, self.process.returncode
-        last = truncated(next((line for line in reversed(self._tail.lines) if line.strip()), ""))
+        last = truncated(next((line for line in reversed(self._tail.lines) if line.strip()), "")).rstrip(".")
         if self._silent:
             return f"the connection to {name} was cut: nothing has come from it for {ORPHAN_S:.0f} s"
         if self.greeting is not None:
