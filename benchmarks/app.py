@@ -30,6 +30,8 @@ PAINTED: Final = "Palette"
 BUSY: Final = "seed-table"
 """A preset whose rounds outlast a measurement."""
 PATIENCE_S: Final = 300.0
+KEYS: Final = {"digit": ("7", "▏", "\x7f"), "step": ("\x1b[C", "●", "\x1b[D")}
+"""What is pressed on a slider, what its repaint has in it, and what undoes it: a digit is typed, or it is moved."""
 Rates = dict[str, float]
 """Tokens/s by implementation."""
 
@@ -57,10 +59,11 @@ def _begin_run(app: PtyApp, preset: str) -> None:
         raise TimeoutError(f"no rounds of {preset} within {PATIENCE_S:g} s")
 
 
-def measure_keys(count: int, preset: str = BUSY) -> list[tuple[float, Scheduled]]:
-    """Type digits into a slider while the engine measures; return for each key the seconds to its repaint, and what
-    the scheduler gave the app in them.
+def measure_keys(count: int, preset: str = BUSY, kind: str = "digit") -> list[tuple[float, Scheduled]]:
+    """Press a key of KEYS on a slider while the engine measures; return for each time the seconds to its repaint, and
+    what the scheduler gave the app in them.
     """
+    key, painted, back = KEYS[kind]
     took: list[tuple[float, Scheduled]] = []
     draw = random.Random(0)
     with PtyApp(*FATUI, preset, "--run") as app:
@@ -70,10 +73,10 @@ def measure_keys(count: int, preset: str = BUSY) -> list[tuple[float, Scheduled]
         while len(took) < count:
             app.read(draw.uniform(0.05, 0.3))
             before = scheduled(app.pid)
-            app.press("7")
-            seconds = app.read(3, until="▏") or math.inf
+            app.press(key)
+            seconds = app.read(3, until=painted) or math.inf
             took.append((seconds, scheduled(app.pid).since(before)))
-            app.press("\x7f")
+            app.press(back)
             app.read(0.1)
         app.leave()
     return took
@@ -169,8 +172,8 @@ def _load() -> str:
 
 
 def _print_keys(options: argparse.Namespace) -> None:
-    took = measure_keys(options.count, options.preset)
-    print(f"{len(took)} keys, {_load()}")
+    took = measure_keys(options.count, options.preset, options.key)
+    print(f"{len(took)} keys ({options.key}), {_load()}")
     print(summary("key to repaint", [seconds for seconds, _ in took]))
     print(summary("of which on a core", [given.cpu_s for _, given in took]))
     print(summary("and waiting for one", [given.waited_s for _, given in took]))
@@ -212,6 +215,7 @@ def main() -> int:
     keys = kinds.add_parser("keys")
     keys.add_argument("--count", type=int, default=150)
     keys.add_argument("--preset", default=BUSY)
+    keys.add_argument("--key", choices=sorted(KEYS), default="digit")
     keys.set_defaults(measure=_print_keys)
     live = kinds.add_parser("live")
     live.add_argument("--seconds", type=float, default=15.0)

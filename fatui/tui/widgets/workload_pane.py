@@ -17,7 +17,7 @@ from attention.core.workload import DTYPES, PASSES, Workload
 from fatui import formatting
 from fatui.draft import AXES, Draft
 from fatui.quantities import SECONDS, STOPS, divisors, format_number, format_numbers, parse_number, parse_values
-from fatui.tui.terminal import literal
+from fatui.tui.painting import set_text, set_title
 from fatui.tui.view_models import kv_format, mask_editor
 from fatui.tui.widgets.choice import Choice
 from fatui.tui.widgets.slider import Slider
@@ -112,7 +112,7 @@ class WorkloadPane(Vertical):
             draft.choices("kv_format"), sweeping=draft.sweeping, options=kv_format.options(widths)
         )
         self._show_mask(draft)
-        self.border_title = literal(f"2 Workload · {draft.title()}")
+        set_title(self, f"2 Workload · {draft.title()}")
         self.query_one("#choices").set_class(draft.sweeping, "-sweeping")
         cases = cases_text(draft)
         self._line("cases", cases)
@@ -135,7 +135,7 @@ class WorkloadPane(Vertical):
         for name in at_default:
             self.query_one(f"#{name}").set_class(name in hidden, "-default")
         line = self.query_one("#workload-folded", Static)
-        line.update(f"at their defaults, u shows them: {', '.join(FOLDED[name] for name in hidden)}")
+        set_text(line, f"at their defaults, u shows them: {', '.join(FOLDED[name] for name in hidden)}")
         line.set_class(not hidden, "-empty")
 
     def toggle_fold(self) -> None:
@@ -160,7 +160,7 @@ class WorkloadPane(Vertical):
         lines = mask_editor.mask_lines(workload) if workload else []
         picture = self.query_one("#mask-picture", Static)
         picture.set_class(not lines, "-empty")
-        picture.update("\n".join(lines))
+        set_text(picture, "\n".join(lines))
         self.query_one("#mask-editor").display = bool(lines or self._parameters)
 
     def _parse_mask(self, parameter: mask_editor.Parameter, text: str) -> tuple[int, ...]:
@@ -178,8 +178,7 @@ class WorkloadPane(Vertical):
     def _line(self, name: str, text: str) -> None:
         line = self.query_one(f"#workload-{name}", Static)
         line.display = bool(text)
-        if line.content != text:
-            line.update(text)
+        set_text(line, text)
 
     @on(Slider.Changed)
     def _take_axis(self, event: Slider.Changed) -> None:
