@@ -14,6 +14,7 @@ from attention.core.results import Case
 from fatui.quantities import STOPS, format_number, parse_number
 from fatui.tui import actions
 from fatui.tui.lab import Lab
+from fatui.tui.screens.closing import ClosesOnce
 from fatui.tui.terminal import literal
 from fatui.tui.view_models import chips
 from fatui.tui.widgets.bars import KeyBar, StatusLine
@@ -31,7 +32,7 @@ SHOWN: Final = ("poc", "mlx")
 """Implementations that are predicted if none of those selected can be."""
 
 
-class Chips(Screen[None]):
+class Chips(ClosesOnce, Screen[None]):
     """Screen of the shown case on chips; sliders move the case, and the first chip's figures."""
 
     CSS_PATH: ClassVar = ["list.tcss", "chips.tcss"]
