@@ -72,3 +72,18 @@ async def test_new_figures_repaint_their_rows_only():
         changed = [index for index, line in enumerate(table.lines) if line != before[index]]
         assert changed
         assert {region.y for region in table._repaint_regions} == {index + 1 for index in changed}
+
+
+async def test_kept_styles_follow_the_theme():
+    async with on_stage() as stage:
+        await running(stage)
+        for name, part in (
+            ("#comparison-table", "table--head"),
+            ("#rates", "trend--line"),
+            ("#status", "status--left"),
+        ):
+            widget = stage.find(name)
+            before = widget.part_style(part)
+            stage.app.theme = "textual-light" if stage.app.theme != "textual-light" else "nord"
+            await stage.pilot.pause()
+            assert widget.part_style(part) == widget.get_component_rich_style(part) != before
