@@ -85,6 +85,13 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish() -> None:
+    """Collect garbage once; pytest does so five times, in case an object's end raises an error, which takes seconds."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Let `mx.compile` compile only in tests marked for it: on a CPU each graph takes the C++ compiler half a second.
 
