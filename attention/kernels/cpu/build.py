@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -89,10 +88,12 @@ def find() -> Toolchain:
 
 
 @functools.lru_cache(maxsize=8)
-def _can_call(header: Path) -> bool:
-    """Return whether the installed backend serves a header of nanobind: it has at least that version of the ABI."""
+def _can_call(header: Path, backend: Path) -> bool:
+    """Return whether an installed backend serves a header of nanobind: it has at least that version of the ABI."""
     wanted = [int(n) for n in re.findall(r"define NB_BACKEND_ABI_(?:MAJOR|MINOR) (\d+)", header.read_text())]
-    installed = [int(n) for n in importlib.metadata.version("nanobind-backend").split(".")[:2]]
+    places = [path.name for path in backend.parent.glob("nanobind_backend-*.dist-info")]
+    found = re.match(r"nanobind_backend-(\d+)\.(\d+)", places[0]) if len(places) == 1 else None
+    installed = [int(n) for n in found.groups()] if found else []
     return len(wanted) == len(installed) and wanted[0] == installed[0] and wanted <= installed
 
 
@@ -101,7 +102,7 @@ def _backend(nanobind: Path, mlx: Path) -> Path | None:
     folder = package_folder("nanobind_backend")
     if folder is None or sysconfig.get_config_var("Py_GIL_DISABLED"):
         return None
-    if not _can_call(nanobind / "include" / "nanobind" / "nb_backend.h"):
+    if not _can_call(nanobind / "include" / "nanobind" / "nb_backend.h", folder):
         return None
     theirs = _abi_tag(next(mlx.glob("core.*.so")))
     return next((path for path in sorted(folder.glob("*.so")) if _abi_tag(path) == theirs != _UNKNOWN), None)

@@ -145,3 +145,16 @@ def test_a_backend_of_another_abi_is_not_used(monkeypatch, tag):
     own = build._abi_tag
     monkeypatch.setattr(build, "_abi_tag", lambda module: tag if "backend" in module.name else own(module))
     assert build.find().backend is None
+
+
+@pytest.mark.parametrize(
+    ("installed", "used"), [("1.0.0", True), ("1.3.2", True), ("2.0.0", False), ("0.9.0", False), ("odd", False)]
+)
+def test_a_backend_serves_headers_of_its_version(tmp_path, installed, used):
+    header = tmp_path / "nb_backend.h"
+    header.write_text("#define NB_BACKEND_ABI_MAJOR 1\n#define NB_BACKEND_ABI_MINOR 0\n")
+    (tmp_path / f"nanobind_backend-{installed}.dist-info").mkdir()
+    assert build._can_call(header, tmp_path / "nanobind_backend") is used
+    header.write_text("#define NB_BACKEND_ABI_MAJOR 1\n#define NB_BACKEND_ABI_MINOR 9\n")
+    build._can_call.cache_clear()
+    assert not build._can_call(header, tmp_path / "nanobind_backend")
