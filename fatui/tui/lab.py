@@ -37,7 +37,7 @@ SEVERITY: Final[dict[Level, Severity]] = {"info": "information", "warning": "war
 
 SETTLED_S: Final = 0.8
 """Seconds without a change after which calls of a set-up are timed."""
-MAX_TIMING_S: Final = 30.0
+MAX_TIMING_S: Final = 60.0
 """Maximum seconds of timing calls of a set-up."""
 LONGER_S: Final = 10.0
 """Seconds that each case is measured longer."""
@@ -349,7 +349,7 @@ class CostMeter:
             async with asyncio.timeout(MAX_TIMING_S):
                 await engine.run()
         except TimeoutError:
-            timing.problem = f"a call takes longer than {MAX_TIMING_S:.0f} s"
+            timing.problem = f"compiling and timing a call takes longer than {MAX_TIMING_S:.0f} s"
         finally:
             engine.kill()
             timing.running = False

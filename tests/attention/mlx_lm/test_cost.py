@@ -1,0 +1,53 @@
+"""What a model's plan costs, estimated before it is run."""
+
+import subprocess
+import sys
+
+import msgspec
+import pytest
+
+from attention.core import events as on
+from attention.core.plan import Assignment, FineTuningPlan, GenerationPlan
+from attention.core.workload import FineTuning, generations
+from attention.mlx_lm.generation import GenerationBench
+
+CASES = generations(4, model="tiny-llama", prompts=(32, 64), batches=(1,), generate=4, dtype="float32")
+
+
+def measured(**options):
+    plan, events = GenerationPlan(cases=CASES, implementations=("baseline", "mlx"), seconds=1.0, **options), []
+    GenerationBench(Assignment(plan=plan, cost_only=True), plan, events.append).measure_cost()
+    return events
+
+
+def of_kind(events, kind):
+    return [event for event in events if isinstance(event, kind)]
+
+
+def test_each_case_of_a_model_is_estimated():
+    events = measured()
+    estimates = of_kind(events, on.CaseTimeEstimated)
+    assert [(each.case, each.implementations) for each in estimates] == [(case, 2) for case in range(len(CASES))]
+    assert all(each.seconds >= 1.0 for each in estimates)
+    assert all(each.weights_bytes > 0 for each in of_kind(events, on.WeightsLoaded))
+    assert not of_kind(events, on.RoundsDone) and of_kind(events, on.RunDone)
+
+
+def test_a_model_that_does_not_fit_is_refused_and_not_made():
+    events = measured(memory_limit_bytes=1)
+    assert {each.status for each in of_kind(events, on.RowEnded)} == {"refused"}
+    assert not of_kind(events, on.CaseTimeEstimated)
+
+
+@pytest.mark.slow
+def test_a_fine_tuning_ends_once_it_is_estimated():
+    work = FineTuning(model="tiny-llama", layers=4, tuned_layers=2, dtype="float32", iters=500, seq=64, batch=1, rank=4)
+    assignment = Assignment(plan=FineTuningPlan(cases=(work,), implementations=("mlx",)), cost_only=True)
+    with subprocess.Popen(
+        [sys.executable, "-m", "attention.engine.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as worker:
+        worker.stdin.write(msgspec.json.encode(assignment) + b"\n")
+        worker.stdin.flush()
+        kinds = [msgspec.json.decode(line)["event"] for line in worker.stdout]
+    assert kinds[-2:] == ["expected", "run_done"]
+    assert worker.returncode == 0
