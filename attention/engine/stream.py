@@ -93,12 +93,15 @@ class StreamBench(CaseRunner[StreamPlan]):
 
     def _emit_route(self, name: str, workload: Workload) -> None:
         """Emit the path of the attention calls of a row, and compile it if that is still to be done."""
+        from attention.streaming import attend
+
         device, case = probe(), self._progress.case
         implementation = implementations.load_implementation(ATTENDS)
-        if self._needs_building(ATTENDS, workload, device):
+        if self._needs_building(ATTENDS, workload, device) or attend.needs_building():
             self._progress.emit(on.StepStarted(case=case, implementation=name, step="build"))
             self._progress.emit_progress(f"compiling {ATTENDS}, once", 0.0)
             build(implementation, workload, self._progress.log)
+            attend.build(self._progress.log)
             self._progress.emit(on.StepStarted(case=case, implementation=name, step="stream"))
         self._predicted = validated_route(implementation.route(workload, device))
         self._progress.emit(on.RouteFound(case=case, implementation=name, route=self._predicted))

@@ -9,6 +9,7 @@ of one state refers to.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -216,6 +217,17 @@ class Step:
             return launch.plan(kind)
         except KernelUnavailable:
             return None
+
+
+def needs_building() -> bool:
+    """Return whether the first step would have to compile the kernel that computes steps; quick."""
+    return current_backend() == "cpu" and cpu.availability(_PARTS)[0] and not cpu.is_compiled(_PARTS)
+
+
+def build(on_message: Callable[[str], None]) -> None:
+    """Compile the kernel that computes steps; if that fails, they are computed part by part."""
+    with suppress(KernelUnavailable):
+        cpu.load(on_message, _PARTS)
 
 
 @cache

@@ -71,6 +71,16 @@ def test_the_parts_of_a_workload_are_those_of_its_calls(own_folder, queries):
             break  # from now on every library has it
 
 
+def test_a_stream_has_its_kernel_before_its_first_step(own_folder):
+    from attention.streaming import attend
+
+    cpu.load(parts={"float16", "few"})
+    assert attend.needs_building()
+    attend.build(lambda text: None)
+    assert not attend.needs_building()
+    assert library._parts == {"float16", "few", "streams"}
+
+
 def test_the_first_library_compiles_little(own_folder):
     cpu.load(parts={"float16"})
     done = {job[1].stem for job in build._jobs(build.find(), library._parts)}
