@@ -19,6 +19,8 @@ FRAME_S: Final = 1.0
 MAX_FRAMES: Final = 12
 LAST_S: Final = 4.0
 """Seconds that the recording stays on its last frame."""
+END_S: Final = 1.0
+"""Seconds in which the processes of the app that has closed end, before the event loop does."""
 LINE: Final = 24.4
 """Height of a row in the SVG of Textual's screenshots."""
 FONTS: Final = """.matrix { font: 20px Fira Code, monospace; }
@@ -127,19 +129,24 @@ async def take(folder: Path) -> None:
         await pilot.press("v")
         app.main.show_run()
         await pilot.pause(0.5)
-        write("app")
         kept = frames[:: -(-len(frames) // (MAX_FRAMES - 1))]
         (folder / "recording.svg").write_text(picture([*kept, frame()]), encoding="utf-8")
+        await pilot.press("plus")
+        await settle(pilot, lambda: not app.runs.active and app.report is not None)
+        app.main.show_run()
+        await pilot.pause(0.5)
+        write("app")
         await pilot.press("i")
         await pilot.pause(0.5)
         write("roofline")
         app.set_draft(app.draft.toggle_sweep().set_axis("seq", (64, 128, 256, 512)).set_axis("batch", (1, 2)))
-        app.set_draft(app.draft.set_seconds(2.0))
+        app.set_draft(app.draft.set_seconds(4.0))
         app.runs.start()
         await settle(pilot, lambda: not app.runs.active and app.report is not None)
         await pilot.press("g", "a")
         await pilot.pause(0.5)
         write("scaling")
+    await asyncio.sleep(END_S)
 
 
 def first_chart(page: str) -> str:

@@ -57,9 +57,14 @@ NAMES: Final = ("implementation", "path", "finding")
 """Columns whose texts are names or sentences, in which a symbol stands for itself."""
 
 
-def legend(lines: Sequence[TableLine]) -> str:
-    """Explain the symbols in the cells of some lines."""
-    text = "".join(cell for line in lines for name, cell in line.cells.items() if name not in NAMES)
+def legend(lines: Sequence[TableLine], columns: Sequence[str] | None = None) -> str:
+    """Explain the symbols in the cells of some lines; `columns`: those that are visible, by default all."""
+    text = "".join(
+        cell
+        for line in lines
+        for name, cell in line.cells.items()
+        if name not in NAMES and (columns is None or name in columns)
+    )
     used = [(symbol, words) for symbol, words in SYMBOLS.items() if symbol in text]
     return " · ".join(words if words.startswith(symbol) else f"{symbol} {words}" for symbol, words in used)
 

@@ -80,7 +80,7 @@ class TablePane(Vertical):
     def _draw_lines(self) -> None:
         shown = filtered(ordered(self._given, self.by, self.descending), self.needle)
         self.table.show(shown, sorted_by=self.by, descending=self.descending)
-        words = legend(shown)
+        words = legend(shown, [column.name for column in self.table.shown_columns])
         below = self.query_one(".legend", Static)
         room = self.table.size.height + below.size.height * below.display
         below.display = bool(words) and room > min(len(shown) + 1, FEW)  # it takes no place of a few rows
@@ -88,6 +88,9 @@ class TablePane(Vertical):
         self.call_after_refresh(self._show_hint)
 
     @on(RowTable.Turned)
+    def _show_page(self) -> None:
+        self._draw_lines()
+
     def _show_hint(self) -> None:
         text, below = " · ".join(self._hints()), self.query_one(".legend", Static)
         words = str(below.content)

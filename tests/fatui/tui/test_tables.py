@@ -43,6 +43,7 @@ def test_a_filter_keeps_the_heading_of_what_it_finds():
 def test_the_legend_explains_only_what_is_there():
     assert legend(LINES) == "★ best, or equal to it · ≈ 1 inside the noise floor"
     assert legend(LINES[-1:]) == ""
+    assert legend(LINES, ["name"]) == ""
 
 
 def test_another_reference_changes_speedups_not_times():
