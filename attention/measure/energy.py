@@ -5,8 +5,10 @@ measured there. Each implementation computes alone for a while, from one step of
 """
 
 import sys
+import threading
 import time
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +21,10 @@ ENERGY_S: Final = 0.25
 """Seconds between the two steps of the counter."""
 PATIENCE: Final = 4
 """Multiple of that after which a counter counts as standing still."""
+POLL_S: Final = 0.002
+LEAD_S: Final = 0.1
+"""Seconds of calls before the first step that counts, in which the device's power rises."""
+MIN_MARKS: Final = 3
 POWERCAP: Final = Path("/sys/class/powercap")
 Counter = Callable[[], float]
 """Returns joules since an arbitrary moment."""
@@ -87,10 +93,16 @@ class RaplCounter:
         return self._total / 1e6
 
 
+Marks = Sequence[tuple[float, float]]
+"""Times in seconds, in order, each with what a count had reached."""
+
+
 def joules_per_call(
     make_calls: Callable[[], int], counter: Counter, seconds: float = ENERGY_S, clock: Clock = time.perf_counter
 ) -> float | None:
     """Return the joules of one call, from calls back to back between two steps of a counter.
+
+    The counter is read in a thread, for a read may take milliseconds, in which the device would idle.
 
     Args:
         make_calls: makes some calls, and returns their number.
@@ -101,16 +113,49 @@ def joules_per_call(
     Returns:
         None if the counter stands still.
     """
-    began, made, last = clock(), 0, counter()
-    first: tuple[int, float, float] | None = None
-    while first is not None or clock() - began < PATIENCE * seconds:
-        made += make_calls()
-        joules, now = counter(), clock()
-        if joules != last and first is None:
-            first = made, joules, now
-        elif first is not None and joules != last and now - first[2] >= seconds:
-            return (joules - first[1]) / (made - first[0])
-        elif first is not None and now - first[2] >= PATIENCE * seconds:
-            return None
-        last = joules
-    return None
+    ended = threading.Event()
+    steps: list[tuple[float, float]] = []
+    began, made = clock(), 0
+    calls: list[tuple[float, float]] = [(began, 0)]
+
+    def watch() -> None:
+        last = counter()
+        while not ended.wait(POLL_S):
+            joules, now = counter(), clock()
+            if joules != last and now - began >= LEAD_S:
+                steps.append((now, joules))
+            last = joules
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        while True:
+            made += make_calls()
+            calls.append((clock(), made))
+            found = per_call(steps, calls, seconds)
+            if found is not None or (calls[-1][0] - began > PATIENCE * seconds + LEAD_S and len(calls) > MIN_MARKS):
+                return found
+    finally:
+        ended.set()
+        thread.join()
+
+
+def per_call(steps: Marks, calls: Marks, seconds: float) -> float | None:
+    """Return the joules of a call between the first step of a counter and the last one that calls have passed.
+
+    Args:
+        steps: when the counter moved, and its joules.
+        calls: when calls had been made, and their number.
+        seconds: minimum time between the two steps; None is returned for less.
+    """
+    passed = [step for step in steps if step[0] <= calls[-1][0]]
+    if len(passed) < 2 or passed[-1][0] - passed[0][0] < seconds:
+        return None
+    return (passed[-1][1] - passed[0][1]) / (_at(passed[-1][0], calls) - _at(passed[0][0], calls))
+
+
+def _at(time_s: float, calls: Marks) -> float:
+    """Return the number of calls at a time, those under way as far as they have come."""
+    after = bisect_left(calls, time_s, key=lambda mark: mark[0])
+    (begin_s, begin), (end_s, end) = calls[after - 1], calls[after]
+    return begin + (end - begin) * (time_s - begin_s) / (end_s - begin_s)

@@ -14,41 +14,50 @@ from attention.engine.bench import Bench
 from attention.engine.record import record_of
 from attention.measure import energy, nvml
 from attention.measure.device import Device
-from attention.measure.energy import RaplCounter, energy_counter, joules_per_call
+from attention.measure.energy import RaplCounter, energy_counter, joules_per_call, per_call
 
 CPU = Device(backend="cpu", name="a CPU", cores=2, memory_bytes=1, available_bytes=1)
-
-
-class Machine:
-    """A clock that calls move on, and a counter of what they take, which is read at steps only."""
-
-    def __init__(self, step_s, call_s=0.003, watts=50.0):
-        self.now_s, self._step_s, self._call_s, self._watts = 0.0, step_s, call_s, watts
-
-    def make_calls(self):
-        self.now_s += 5 * self._call_s
-        return 5
-
-    def clock(self):
-        return self.now_s
-
-    def counter(self):
-        return self._watts * (self.now_s // self._step_s * self._step_s) if self._step_s else 7.0
 
 
 @pytest.mark.parametrize("step_s", [0.001, 0.02, 0.1])
 @pytest.mark.parametrize("call_s", [0.0001, 0.003, 0.4])
 def test_the_energy_of_a_call_is_its_power_times_its_time(step_s, call_s):
-    machine = Machine(step_s, call_s)
-    measured = joules_per_call(machine.make_calls, machine.counter, clock=machine.clock)
-    samples = 5 * call_s / energy.ENERGY_S
-    assert measured == pytest.approx(50 * call_s, rel=2 * min(samples, step_s / call_s / 5) + 1e-6)
+    calls = [(0.003 + number * call_s, number) for number in range(int(3 / call_s))]
+    steps = [(number * step_s, 50 * number * step_s) for number in range(1, int(2.5 / step_s))]
+    assert per_call(steps, calls, 0.25) == pytest.approx(50 * call_s)
+
+
+def test_a_window_ends_at_the_last_step_that_calls_have_passed():
+    calls = [(0.0, 0), (1.0, 10), (2.0, 30)]
+    assert per_call([(0.5, 5.0), (1.5, 20.0), (2.5, 90.0)], calls, 0.25) == pytest.approx(15 / 15)
+    assert per_call([(0.5, 5.0), (0.7, 20.0)], calls, 0.25) is None
+    assert per_call([(0.5, 5.0), (2.5, 20.0)], calls, 0.25) is None
+
+
+def test_a_slow_counter_is_read_while_the_device_computes():
+    """A read between calls would let the device idle, whose energy would count as that of calls."""
+    reads = made = 0
+
+    def counter():
+        nonlocal reads
+        reads += 1
+        time.sleep(0.02)
+        return 50 * round(time.perf_counter(), 2)
+
+    def make_calls():
+        nonlocal made
+        made += 1
+        time.sleep(0.001)
+        return 1
+
+    assert joules_per_call(make_calls, counter) > 0
+    assert made > 2 * reads
 
 
 def test_a_counter_that_stands_still_gives_no_energy():
-    machine = Machine(step_s=0)
-    assert joules_per_call(machine.make_calls, machine.counter, clock=machine.clock) is None
-    assert machine.now_s < 2
+    began = time.perf_counter()
+    assert joules_per_call(lambda: time.sleep(0.01) or 1, lambda: 7.0, 0.02) is None
+    assert time.perf_counter() - began > energy.LEAD_S
 
 
 def package(folder, number, joules, name="package-0", most=1000):
