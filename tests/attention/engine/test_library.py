@@ -283,7 +283,7 @@ def test_a_script_without_a_guard_is_reported(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])},
     )
     assert done.returncode == 1
     assert '__name__ == "__main__"' in done.stderr.splitlines()[-1]
