@@ -5,6 +5,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from msgspec import structs
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 P = TypeVar("P", bound=AnyPlan)
 M = TypeVar("M")
 Mark = Callable[[int], None]
+MAX_SLOWER: Final = 1.5
+"""Calls whose energy is measured and that take more than this multiple of those in the rounds give none: the device
+idled, or was not alone."""
 MAX_EXTENSION: Final = 1.5
 """If the minimum number of rounds takes this multiple of a case's time limit, that is announced beforehand."""
 NO_MARK: Final[Mark] = lambda number: None  # noqa: E731
@@ -214,7 +218,7 @@ class CaseRunner(ABC, Generic[P]):
             )
         finally:
             stream.flush()
-            self._sampled = [arm for arm in running if id(arm) in rows]
+            self._sampled = [arm for arm in running if id(arm) in rows and arm.valid_samples]
             for arm in arms:
                 self._emit_arm_results(arm)
 
@@ -225,12 +229,25 @@ class CaseRunner(ABC, Generic[P]):
             return
         for arm in self._sampled:
             self._progress.begin_step(arm.name, "energy")
+            made, began = 0, time.perf_counter()
+
+            def make_calls(arm: Arm = arm) -> int:
+                nonlocal made
+                more = arm.make_calls()
+                made += more
+                return more
+
             try:
-                joules = joules_per_call(arm.make_calls, counter)
+                joules = joules_per_call(make_calls, counter)
             except Exception as error:
                 self._fail(arm.name, error)
                 continue
-            if joules is not None:
+            slower = (time.perf_counter() - began) / made / median(arm.valid_samples)
+            if slower > MAX_SLOWER:
+                self._progress.log(
+                    f"{arm.name}: no energy, since its calls took {slower:.1f} times those of the rounds"
+                )
+            elif joules is not None:
                 event = on.EnergyMeasured(case=self._progress.case, implementation=arm.name, joules=joules)
                 self._progress.emit(event)
         self._progress.mark_idle()

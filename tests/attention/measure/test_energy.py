@@ -15,6 +15,7 @@ from attention.engine.record import record_of
 from attention.measure import energy, nvml
 from attention.measure.device import Device
 from attention.measure.energy import RaplCounter, energy_counter, joules_per_call, per_call
+from tests.support.marks import slow
 
 CPU = Device(backend="cpu", name="a CPU", cores=2, memory_bytes=1, available_bytes=1)
 
@@ -94,10 +95,12 @@ def test_the_gpu_is_the_first_that_cuda_sees(visible, taken, monkeypatch):
     assert (found and found[1]) == taken
 
 
-def test_rows_have_the_energy_of_a_token(monkeypatch):
-    """With a counter of 50 W whose steps are 1 ms, and the real calls."""
+@pytest.mark.parametrize("max_slower", [1e6, slow(0.0)])
+def test_rows_have_the_energy_of_a_token(max_slower, monkeypatch):
+    """With a counter of 50 W whose steps are 1 ms, and the real calls; those slower than the rounds' have none."""
     counter = lambda: 50 * round(time.monotonic(), 3)  # noqa: E731
     monkeypatch.setattr(case_runner, "energy_counter", lambda device: counter)
+    monkeypatch.setattr(case_runner, "MAX_SLOWER", max_slower)
     plan = Plan(
         cases=(Workload(seq=16, heads=2, head_dim=16, dtype="float32"),),
         implementations=("baseline", "mlx"),
@@ -107,4 +110,9 @@ def test_rows_have_the_energy_of_a_token(monkeypatch):
     peaks = Peaks(matmul_flops_per_s=1e10, copy_bytes_per_s=1e10)
     Bench(Assignment(plan=plan, peaks=peaks), plan, record.apply).run()
     for row in record.case(0).rows:
-        assert 0.05 < row.joules_per_token * 16 / (50 * row.call_s.median) < 20  # of another load than the rounds'
+        if max_slower:
+            assert 0.05 < row.joules_per_token * 16 / (50 * row.call_s.median) < 20  # of another load than the rounds'
+        else:
+            assert row.joules_per_token is None
+    said = [message.text for message in record.log if "no energy: its calls took" in message.text]
+    assert bool(said) is not bool(max_slower)
