@@ -244,9 +244,7 @@ class CaseRunner(ABC, Generic[P]):
                 continue
             slower = (time.perf_counter() - began) / made / median(arm.valid_samples)
             if slower > MAX_SLOWER:
-                self._progress.log(
-                    f"{arm.name}: no energy, since its calls took {slower:.1f} times those of the rounds"
-                )
+                self._progress.log(f"{arm.name}: no energy: its calls took {slower:.1f} times those of the rounds")
             elif joules is not None:
                 event = on.EnergyMeasured(case=self._progress.case, implementation=arm.name, joules=joules)
                 self._progress.emit(event)
