@@ -107,7 +107,8 @@ class VerdictCard(Vertical):
     VerdictCard { height: auto; max-height: 60%; padding: 0 1; display: none; }
     VerdictCard Static { height: auto; }
     VerdictCard.-brief Static { text-wrap: nowrap; text-overflow: ellipsis; }
-    VerdictCard.-brief #verdict-head, VerdictCard.-brief #verdict-sure { text-wrap: wrap; max-height: 2; }
+    VerdictCard.-brief #verdict-head { text-wrap: wrap; max-height: 2; }
+    VerdictCard.-brief #verdict-sure { text-wrap: wrap; max-height: 3; }
     """
 
     def __init__(self, *, id: str = "verdict") -> None:

@@ -6,6 +6,7 @@ from msgspec import structs
 from attention.core import events as on
 from attention.core.results import Conditions
 from fatui.tui import terminal
+from fatui.tui.widgets.text_panes import VerdictCard
 from fatui.verdict import headline, verdicts
 
 
@@ -26,6 +27,17 @@ async def test_the_card_has_the_verdict_the_losses_and_the_offers(stage):
     assert headline(verdicts(stage.app.report)[0]) in seen
     assert "practical: 45.2x as long" in seen
     assert "measures longer · d explains" in seen
+
+
+async def test_many_doubts_leave_room_for_the_keys(stage):
+    await finished(stage)
+    card = stage.find(VerdictCard)
+    doubts = "only 10 rounds, its time is too uncertain to call it the fastest, the machine slowed down"
+    card._fill("won", head="Use poc", sure=f"confidence low: {doubts} · + measures longer · d explains")
+    await stage.pilot.pause()
+    sure = stage.find("#verdict-sure")
+    lines = ["".join(segment.text for segment in sure.render_line(y)) for y in range(sure.size.height)]
+    assert "d explains" in " ".join(" ".join(lines).split())
 
 
 async def test_the_trust_line_warns_of_other_processes(stage):
