@@ -26,9 +26,9 @@ from typing import Any, Final
 import msgspec
 
 from attention import bench
-from attention.chips.calibration import Calibration, Measured, calibrate, rows_of
+from attention.chips.calibration import FIXED, Calibration, Measured, calibrate, rows_of
 from attention.chips.cost import Path as PathKind
-from attention.chips.prediction import Prediction, predict
+from attention.chips.prediction import LIMITS, Prediction, predict
 from attention.chips.table import Chip, chip_of_device, chips
 from attention.core.digest import digest_of
 from attention.core.results import Report
@@ -348,11 +348,21 @@ def summary_lines(title: str, found: Sequence[Checked]) -> list[str]:
         "| rows of | rows | median error | inside the 90 % interval |",
         "| --- | ---: | ---: | ---: |",
         figures("all", found),
+        *(figures(name, rows) for name, rows in by_limit(found).items() if rows),
         *(figures(name, [each for each in found if each[0].implementation == name]) for name in names),
         "",
         "Worst: " + "; ".join(_named(each) for each in worst) + ".",
         "",
     ]
+
+
+def by_limit(found: Sequence[Checked]) -> dict[str, list[Checked]]:
+    """Return the rows that are predicted to take the time of a launch, which is the host's, and the others."""
+    fixed = {LIMITS[name] for name in FIXED}
+    return {
+        "limited by launch and start": [each for each in found if each[1].limit in fixed],
+        "limited by the chip": [each for each in found if each[1].limit not in fixed],
+    }
 
 
 def _named(checked: Checked) -> str:

@@ -35,6 +35,8 @@ COVERAGE: Final = 0.9
 FOLDS: Final = 8
 MIN_ROWS: Final = 5
 """A family with fewer rows is not calibrated."""
+DISTURBED_CORES: Final = 1.0
+"""Cores kept busy by other processes from which a run counts as disturbed."""
 FLOOR: Final = 0.03
 """Smallest half width, in logarithms: what runs of the same code differ by."""
 STARTS: Final = {
@@ -121,10 +123,22 @@ def family_of(implementation: str, path: Path, workload: Workload, backend: str)
 
 
 def rows_of(report: Report, chip: Chip, file: str = "") -> list[Measured]:
-    """Return the measured times of a run that can be predicted."""
+    """Return the measured times of a run that can be predicted.
+
+    They are medians, but the fastest samples of a run during which other processes kept cores busy: a prediction is of
+    a machine that does nothing else.
+    """
     backend = report.environment.backend or chip.backend
+    disturbed = report.conditions is not None and (report.conditions.other_cores or 0.0) > DISTURBED_CORES
     return [
-        Measured(case.workload, row.implementation, path_kind(row.path, backend), chip, row.call_s.median, file)
+        Measured(
+            case.workload,
+            row.implementation,
+            path_kind(row.path, backend),
+            chip,
+            min(row.samples, default=row.call_s.median) if disturbed else row.call_s.median,
+            file,
+        )
         for case in report.cases
         for row in case.rows
         if row.status == "ok" and row.call_s and row.implementation != "demo" and not case.workload.structured
