@@ -140,7 +140,9 @@ async def ended(app, pilot, engines, screen):
         await pilot.pause(0.02)
         if screen in app.runs.model_reports:
             break
-    app.screen._show()
+    for _ in range(2):  # the verdict has as many lines as the layout, once it knows the rows, leaves it
+        app.screen._show()
+        await pilot.pause()
 
 
 async def models(app, pilot, engines, clock):
