@@ -232,8 +232,12 @@ class FatuiApp(Lab):
         self.main.show_reading(reading)
 
     def action_start_run(self) -> None:
-        """Run the draft."""
-        self.runs.start()
+        """Run the draft, unless a number of it is still being typed."""
+        pending = self.main.pending()
+        if pending:
+            self.tell(pending, "warning")
+        else:
+            self.runs.start()
 
     def action_run_again(self) -> None:
         """Run again what is shown, or the last run on this machine."""

@@ -468,6 +468,10 @@ class MainScreen(HasTable, SparingScreen[None]):
     def _toggle(self, event: ImplementationPicker.Toggled) -> None:
         self.app.set_draft(self.app.draft.toggle(event.name))
 
+    def pending(self) -> str:
+        """Return what to do about a number that is still being typed, in words; empty without one."""
+        return next((slider.pending for slider in self.query(Slider) if slider.typed is not None), "")
+
     @on(Slider.Refused)
     def _tell_refusal(self, event: Slider.Refused) -> None:
         self.app.tell(event.reason, "warning")

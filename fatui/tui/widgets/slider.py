@@ -22,7 +22,11 @@ Say = Callable[[int], str]
 
 
 class Slider(Stepper):
-    """Slider for one number, or several in a sweep; any number that `parse` accepts can be typed."""
+    """Slider for one number, or several in a sweep; any number that `parse` accepts can be typed.
+
+    A typed number counts once enter applies it. Arrows, the mouse and leaving the slider drop it: a digit may have been
+    meant for a pane.
+    """
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"slider--label", "slider--track", "slider--thumb", "slider--value"}
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -59,6 +63,13 @@ class Slider(Stepper):
             super().__init__()
             self.slider, self.reason = slider, reason
 
+    class Typing(Message):
+        """Posted when the typed text changes; `slider.typed` is None once it was applied or dropped."""
+
+        def __init__(self, slider: "Slider") -> None:
+            super().__init__()
+            self.slider = slider
+
     def __init__(self, label: str, stops: tuple[int, ...], *, parse: Parse, say: Say = str, id: str) -> None:
         super().__init__(id=id)
         self.label = label
@@ -92,6 +103,7 @@ class Slider(Stepper):
             self.post_message(self.Changed(self, values))
 
     def _go_to(self, value: int) -> None:
+        self._set_typed(None)
         self._cursor = value
         if not self.sweeping:
             self._choose((value,))
@@ -99,6 +111,7 @@ class Slider(Stepper):
 
     def _toggle(self, value: int) -> None:
         """Mark or unmark a value, though never the last one marked."""
+        self._set_typed(None)
         self._cursor = value
         values = set(self.values) ^ {value} or {value}
         self._choose(tuple(sorted(values)))
@@ -118,17 +131,14 @@ class Slider(Stepper):
 
     def action_mark(self) -> None:
         """In a sweep, mark or unmark the value under the cursor."""
-        if self.typed is not None:
-            self._type(" ")
-        elif self.sweeping:
-            self._toggle(self._cursor)
+        self._toggle(self._cursor)
 
     def action_commit(self) -> None:
         """Apply the typed text, or post why it was refused."""
         if self.typed is None:
             return
-        text, self.typed = self.typed, None
-        self.refresh()
+        text = self.typed
+        self._set_typed(None)
         try:
             values = self._parse(text)
         except ValueError as error:
@@ -139,34 +149,46 @@ class Slider(Stepper):
 
     def action_cancel(self) -> None:
         """Discard the typed text."""
-        self.typed = None
-        self.refresh()
+        self._set_typed(None)
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
-        """Leave enter and escape to the screen unless text is typed, and space unless sweeping or typing."""
+        """Leave enter and escape to the screen unless text is typed, and space unless sweeping."""
         if action in ("commit", "cancel"):
             return self.typed is not None
-        return self.sweeping or self.typed is not None if action == "mark" else True
+        return self.sweeping if action == "mark" else True
 
-    def _type(self, text: str) -> None:
-        self.typed = (self.typed or "") + text
-        self.refresh()
+    @property
+    def pending(self) -> str:
+        """What to do about the typed text, in words: "seq: 2 is being typed; enter applies it, escape drops it"."""
+        return f"{self.label}: {self.typed} is being typed; enter applies it, escape drops it"
+
+    def _set_typed(self, text: str | None) -> None:
+        if text != self.typed:
+            self.typed = text
+            self.refresh()
+            self.post_message(self.Typing(self))
 
     def on_key(self, event: events.Key) -> None:
-        """Collect a typed value, which starts with a digit."""
-        if event.key == "backspace" and self.typed:
-            self.typed = self.typed[:-1] or None
-            self.refresh()
-        elif event.character and event.character in TYPEABLE and (self.typed or event.character.isdigit()):
-            self._type(event.character)
+        """Collect a typed value, which starts with a digit; letters that cannot be part of it do nothing else."""
+        typed, character = self.typed or "", event.character or ""
+        if event.key == "backspace" and typed:
+            self._set_typed(typed[:-1] or None)
+        elif character == " " and typed and not typed.endswith(","):
+            self.post_message(self.Refused(self, self.pending))
+        elif character and character in TYPEABLE and (typed or character.isdigit()):
+            self._set_typed(typed + character)
+        elif typed and character.isalpha():
+            self.post_message(self.Refused(self, self.pending))
         else:
             return
         event.stop()
         event.prevent_default()
 
     def on_blur(self) -> None:
-        """Apply the typed text when the focus leaves."""
-        self.action_commit()
+        """Drop the typed text when the focus leaves, and post that it was."""
+        if self.typed is not None:
+            self.post_message(self.Refused(self, f"{self.label}: the typed {self.typed} is dropped: enter applies it"))
+            self._set_typed(None)
 
     def _stop_at(self, x: int) -> int:
         last = max(1, self._track_width - 1)

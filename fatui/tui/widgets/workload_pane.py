@@ -18,6 +18,7 @@ from fatui import formatting
 from fatui.draft import AXES, Draft
 from fatui.quantities import SECONDS, STOPS, divisors, format_number, format_numbers, parse_number, parse_values
 from fatui.tui.painting import set_text, set_title
+from fatui.tui.terminal import literal
 from fatui.tui.view_models import kv_format, mask_editor
 from fatui.tui.widgets.choice import Choice
 from fatui.tui.widgets.slider import Slider
@@ -179,6 +180,13 @@ class WorkloadPane(Vertical):
         line = self.query_one(f"#workload-{name}", Static)
         line.display = bool(text)
         set_text(line, text)
+
+    @on(Slider.Typing)
+    def _say_typing(self, event: Slider.Typing) -> None:
+        event.stop()
+        slider, only = event.slider, ": only these" if self.draft.sweeping else " applies"
+        words = "" if slider.typed is None else f"{slider.label} {slider.typed} · enter{only} · esc drops"
+        self.border_subtitle = literal(words)
 
     @on(Slider.Changed)
     def _take_axis(self, event: Slider.Changed) -> None:

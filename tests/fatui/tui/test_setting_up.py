@@ -131,8 +131,28 @@ async def test_a_slider_ignores_letters_and_keeps_digits_to_itself(stage):
     await stage.press("6")
     await stage.press("k")
     assert stage.find("#axis-batch", Slider).typed == "6k"
-    await stage.press("tab")
+    await stage.press("enter")
     assert stage.app.draft.axes["batch"] == (6144,)
+
+
+async def test_a_number_without_enter_is_not_in_a_sweep(stage):
+    await stage.press("s")
+    stage.find("#axis-seq", Slider).focus()
+    await stage.press("2", "right", "space", "4")
+    assert stage.find("#workload").border_subtitle == "seq 4 · enter: only these · esc drops"
+    await stage.press("tab")
+    assert stage.app.draft.axes["seq"] == (512, 1024)
+    assert "seq: the typed 4 is dropped" in stage.app.journal.text()
+    assert not stage.find("#workload").border_subtitle
+
+
+async def test_nothing_runs_or_sweeps_while_a_number_is_typed(stage):
+    stage.find("#axis-seq", Slider).focus()
+    await stage.press("2", "s", "r", "space")
+    stage.app.action_start_run()
+    assert stage.find("#axis-seq", Slider).typed == "2"
+    assert (stage.app.draft.sweeping, stage.app.session) == (False, None)
+    assert "seq: 2 is being typed; enter applies it, escape drops it" in stage.app.journal.text()
 
 
 async def test_a_sweep_marks_several_values_and_says_how_many_cases(stage):
