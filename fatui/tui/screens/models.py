@@ -98,7 +98,7 @@ class ModelTable(TablePane):
         elif session is not None and session.phase in ("refused", "failed"):
             card.say(session.finding, bad=True)
         else:
-            card.show(report, self.content_size.height, keys)
+            card.show(report, self.content_size.height, len(self.table.lines), keys)
 
     def _hints(self) -> list[str]:
         over = [f"over {self.reference}"] if self.reference else []

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 ROOMY: Final = 14
 """Minimum lines of the pane at which each loss has a line of its own."""
+CARD_LINES: Final = 8
+"""Lines of a card in which each loss has one, and the heading of the table above it."""
+ROWS_FIRST: Final = 15
+"""Lines of a table that are shown before each loss has a line: the means and two cases of four implementations."""
 MAX_LOSSES: Final = 4
 EMPTY = "The figures of the row under the cursor of the comparison are shown here."
 
@@ -133,23 +137,24 @@ class VerdictCard(Vertical):
             self._shown = text, bad
             self._fill("bad" if bad else "none", head=text)
 
-    def show(self, report: Report, room: int, keys: dict[str, str]) -> None:
+    def show(self, report: Report, room: int, rows: int, keys: dict[str, str]) -> None:
         """Show the verdict of a report.
 
         Args:
             report: the run.
             room: lines of the pane.
+            rows: lines of the table above, which come before the longer form of the card.
             keys: the key of each action.
         """
-        if self._shown == (report, room):
+        roomy = room >= max(ROOMY, min(rows, ROWS_FIRST) + CARD_LINES)
+        if self._shown == (report, roomy):
             return
-        self._shown = report, room
+        self._shown = report, roomy
         from fatui.trust import trust, trust_line, worst
         from fatui.verdict import confidence_text, finding, headline, loss_lines, verdicts
 
         made, findings = verdicts(report), trust(report)
         heads = [text for verdict in made for text in (headline(verdict), *verdict.notes)]
-        roomy = room >= ROOMY
         losses = _by_phase([" · ".join(loss_lines(verdict, brief=True)) for verdict in made], made)
         if len(made) == 1:
             losses = loss_lines(made[0], brief=not roomy)
