@@ -9,6 +9,8 @@ import pytest
 from attention.core import events as on
 from attention.core.plan import Assignment, FineTuningPlan, GenerationPlan
 from attention.core.workload import FineTuning, generations
+from attention.measure.device import probe
+from attention.mlx_lm import generation
 from attention.mlx_lm.generation import GenerationBench
 
 CASES = generations(4, model="tiny-llama", prompts=(32, 64), batches=(1,), generate=4, dtype="float32")
@@ -37,6 +39,20 @@ def test_a_model_that_does_not_fit_is_refused_and_not_made():
     events = measured(memory_limit_bytes=1)
     assert {each.status for each in of_kind(events, on.RowEnded)} == {"refused"}
     assert not of_kind(events, on.CaseTimeEstimated)
+
+
+@pytest.mark.parametrize(("passes_s", "advised"), [((9.0, 0.01), False), ((9.0, 9.0), True)])
+def test_a_model_is_not_called_slow_for_compiling(monkeypatch, passes_s, advised):
+    works = generations(22, model="tinyllama-1.1b", prompts=(512,), batches=(1,), generate=8, dtype="float16")
+    work = next(each for each in works if each.phase == "prefill")
+    plan, events, times = GenerationPlan(cases=(work,), implementations=("baseline", "mlx")), [], iter(passes_s)
+    bench = GenerationBench(Assignment(plan=plan), plan, events.append)
+    bench._backend = "gpu"
+    bench._prepare_all(probe())
+    monkeypatch.setattr(generation, "take_sample", lambda run, calls: next(times))
+    bench._progress.begin_case(0)
+    bench._estimate_time(work, 2)
+    assert any("--layers 4" in event.text for event in of_kind(events, on.Message)) == advised
 
 
 @pytest.mark.slow
