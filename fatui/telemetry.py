@@ -64,7 +64,7 @@ class Telemetry:
         with contextlib.suppress(psutil.Error):
             if self._process is None or self._process.pid != process_id:
                 self._process = psutil.Process(process_id)
-            return int(self._process.memory_info().rss)
+            return int(self._process.memory_info().rss) or None  # an ended process that was not reaped has none
         return None
 
     def _clock(self) -> float | None:

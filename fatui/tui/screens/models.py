@@ -98,7 +98,7 @@ class ModelTable(TablePane):
         elif session is not None and session.phase in ("refused", "failed"):
             card.say(session.finding, bad=True)
         else:
-            card.show(report, self.content_size.height, len(self.table.lines), keys)
+            card.show(report, self.content_size.height, self.table.last_row, keys)
 
     def _hints(self) -> list[str]:
         over = [f"over {self.reference}"] if self.reference else []
@@ -385,7 +385,7 @@ class Models(ModelScreen):
             Choice("layers", (WHOLE, "2", "4", "8"), id="layers", typed_option=str),
             Choice("batch", ("1", "4", "16"), id="batch", typed_option=str),
             Choice("type", self.dtypes(), id="dtype"),
-            Choice("K/V", kv_format.options(()), id="kv_format", typing=kv_format, say=self._say_format),
+            Choice("K/V bits", kv_format.options(()), id="kv_format", typing=kv_format, say=self._say_format),
         ]
 
     @on(Mount)

@@ -116,7 +116,7 @@ class ComparisonPane(TablePane):
         if report is None:
             card.clear()
         else:
-            card.show(report, self.content_size.height, len(self.table.lines), keys)
+            card.show(report, self.content_size.height, self.table.last_row, keys)
 
     def on_resize(self) -> None:
         """Lay the hint and the verdict out for the new height."""

@@ -121,6 +121,11 @@ class RowTable(ScrollView, KeepsStyles, can_focus=True):
             )
 
     @property
+    def last_row(self) -> int:
+        """Number of lines up to the last row; notes and a chart may follow it."""
+        return max((number for number, line in enumerate(self.lines, 1) if line.key is not None), default=0)
+
+    @property
     def key(self) -> str | None:
         """The key of the line under the cursor."""
         return self.lines[self._cursor].key if 0 <= self._cursor < len(self.lines) else None

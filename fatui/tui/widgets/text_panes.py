@@ -143,7 +143,7 @@ class VerdictCard(Vertical):
         Args:
             report: the run.
             room: lines of the pane.
-            rows: lines of the table above, which come before the longer form of the card.
+            rows: lines of the table above up to its last row, which come before the longer form of the card.
             keys: the key of each action.
         """
         roomy = room >= max(ROOMY, min(rows, ROWS_FIRST) + CARD_LINES)

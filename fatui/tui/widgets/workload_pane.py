@@ -78,7 +78,9 @@ class WorkloadPane(Vertical):
                 say=mask_editor.say_mask,
             )
             yield Choice("pass", PASSES, id="choice-pass_")
-            yield Choice("K/V", kv_format.options(()), id="choice-kv_format", typing=kv_format, say=self._say_format)
+            yield Choice(
+                "K/V bits", kv_format.options(()), id="choice-kv_format", typing=kv_format, say=self._say_format
+            )
         with Vertical(id="mask-editor"):
             for index in range(mask_editor.MAX_PARAMETERS):
                 yield Slider("", (1,), parse=lambda text: (), id=f"mask-{index}")
