@@ -276,7 +276,8 @@ DECODE_RATES: Final = {
 }
 """Bytes of keys and values a second in decoding on an H100, of which no run is kept: docs/experiments/cuda-hopper.md.
 
-Only those lengths whose keys and values do not stay in the cache, since the inputs there change from call to call.
+Only those lengths whose keys and values do not stay in the cache, since the inputs there change from call to call. They
+are slices of a larger cache, which MLX may compute by another kernel than whole arrays.
 """
 
 

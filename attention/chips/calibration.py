@@ -66,6 +66,8 @@ UNTUNED: Final = {"matrix": 2.0, "vector": 2.0, "scores": 2.0}
 """Wider ones, for a CPU."""
 FAR: Final = 0.7
 """Logarithm of the factor by which the prior may be off before a fit begins at several places."""
+POOR: Final = 0.1
+"""Median log error of a fit from which others begin where each term alone explains the rows."""
 START_POWER: Final = 2.0
 OVERLAP: Final = 4.0
 """The power q of launches and work."""
@@ -141,7 +143,11 @@ def rows_of(report: Report, chip: Chip, file: str = "") -> list[Measured]:
         )
         for case in report.cases
         for row in case.rows
-        if row.status == "ok" and row.call_s and row.implementation != "demo" and not case.workload.structured
+        if row.status == "ok"
+        and row.call_s
+        and row.implementation != "demo"
+        and not case.workload.structured
+        and not (row.path or "").startswith("falls back")  # another implementation's kernel
     ]
 
 
@@ -232,6 +238,8 @@ def _fit(rows: Sequence[Measured]) -> dict[str, float]:
         return np.concatenate([robust, PRIOR * (theta - start) / spreads])
 
     found_ones = [least_squares(residuals, begin) for begin in _beginnings(start, measured, _log_times(table, start))]
+    if min(float(np.median(np.abs(_log_times(table, found) - measured))) for found in found_ones) > POOR:
+        found_ones += [least_squares(residuals, begin) for begin in _alone(start, table, measured)]
     theta = min(found_ones, key=lambda each: float(residuals(each) @ residuals(each)))
     values = np.exp(theta)
     return {**dict(zip(names, map(float, values[:-1]), strict=True)), "power": float(max(1.0, values[-1]))}
@@ -244,6 +252,17 @@ def _beginnings(start: Vector, measured: Vector, predicted: Vector) -> list[Vect
         return [start]
     shifts = [np.r_[np.full(len(start) - 1, scale), 0.0], *(scale * row for row in np.eye(len(start))[:-1])]
     return [start, *(start + shift for shift in shifts)]
+
+
+def _alone(start: Vector, table: Vector, measured: Vector) -> list[Vector]:
+    """Return beginnings where one term, alone, explains the rows that have it."""
+    made = []
+    for column in range(len(FIXED), table.shape[1]):
+        has = table[:, column] > 0
+        begin = start.copy()
+        begin[column] = float(np.median(measured[has] - np.log(table[has, column])))
+        made.append(begin)
+    return made
 
 
 def _log_times(table: Vector, theta: Vector) -> Vector:

@@ -130,6 +130,7 @@ def costs(workload: Workload, chip: Chip, path: Path) -> Costs:
         slowed = _decode_rounds(workload, int(chip.cores or 1))
         return Costs(
             matrix=_over(workload.flops, rate),
+            vector=_over(workload.pairs, cycles),
             memory=_times(memory, slowed),
             cache=_over(resident * slowed, cycles),
         )

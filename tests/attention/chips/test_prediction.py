@@ -109,6 +109,32 @@ def test_a_fit_finds_the_constants_that_rows_were_made_with():
     assert seconds(costs(other, H200, "Hopper"), family.constants) == pytest.approx(expected, rel=0.05)
 
 
+def test_a_fit_finds_a_term_far_from_peak_rates():
+    draw = random.Random(5)
+    far = {"launch": 8e-6, "start": 4e-6, "matrix": 1.5, "vector": 40.0, "memory": 1.1, "cache": 0.02, "power": 2.0}
+    rows = [
+        Measured(shape, "mlx", "fused", H200, seconds(costs(shape, H200, "fused"), far) * draw.uniform(0.98, 1.02))
+        for shape in (
+            Workload(batch=batch, kv_seq=keys, heads=heads, kv_heads=8, head_dim=128, pass_="decode")
+            for batch in (1, 16)
+            for keys in (512, 4096, 32768)
+            for heads in (8, 32)
+        )
+    ]
+    (family,) = calibrate(rows).families.values()
+    assert family.constants["vector"] == pytest.approx(far["vector"], rel=0.1)
+    assert family.median_error < 0.05
+
+
+def test_a_row_that_falls_back_is_not_of_its_implementations_kernels():
+    report = report_of()
+    (case,) = report.cases
+    fallen = structs.replace(case.rows[1], path="falls back: MLX SDPA, unfused")
+    changed = structs.replace(case, rows=[case.rows[0], fallen, *case.rows[2:]])
+    names = [each.implementation for each in rows_of(structs.replace(report, cases=[changed]), H200)]
+    assert case.rows[0].implementation in names and fallen.implementation not in names
+
+
 @pytest.mark.parametrize(("busy", "expected"), [(0.2, "median"), (3.8, "fastest")])
 def test_a_disturbed_run_counts_by_its_fastest_samples(busy, expected):
     report = structs.replace(report_of(), conditions=Conditions(other_cores=busy))
