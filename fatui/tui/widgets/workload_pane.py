@@ -241,7 +241,9 @@ def cases_text(draft: Draft) -> str:
     parts += [f"{CHOICES[name]} {', '.join(values)}" for name, values in draft.several.items()]
     if draft.sweeping:
         swept = (
-            " x ".join(parts) if parts else "space marks a value on a slider or a choice, or type 128,512 or 128..4k"
+            " x ".join(parts)
+            if parts
+            else "space marks a value on a slider or a choice, or type 128,512 or 128..4k, then enter"
         )
         return f"{count} case{'s' if count > 1 else ''}: {swept}"
     extra = [f"{name} {value}" for name in ("kv_seq", "value_dim") if (value := getattr(draft, name)) is not None]
