@@ -144,7 +144,7 @@ def _load(parts: frozenset[str], on_message: Callable[[str], None]) -> tuple[Mod
     if (failure := cache.failure(key)) is not None:
         raise KernelUnavailable(failure)
     what = "more of the CPU attention kernel" if used else "the CPU attention kernel for this machine"
-    on_message(f"Compiling {what} (once, up to a minute) ...")
+    on_message(f"Compiling {what} (once, up to half a minute) ...")
     with cache.lock(whole):
         wanted = _wanted(_used(whole), parts)  # another process may have added some
         key = build.key_with(whole, wanted)
