@@ -17,7 +17,7 @@ from attention.core.workload import ITEM_BYTES, Workload
 from attention.kernels.cuda.portable.forward import FEW_ROWS, tiles_for, width_of
 from attention.kernels.cuda.sm90.decode import MAX_ROWS, divide_keys
 from attention.kernels.cuda.sm90.forward import Forward, fewer_consumers, specialise
-from attention.kernels.cuda.sm90.schedule import makespan
+from attention.kernels.cuda.sm90.schedule import makespan, tile_ranges
 
 Path = Literal["Hopper", "split K", "general", "fused", "unfused", "CPU kernel", "packed"]
 """Kind of a path: what its costs are counted by, and calibrated apart."""
@@ -201,9 +201,13 @@ def _visited(workload: Workload, chip: Chip, path: Path) -> tuple[float, float]:
         pairs = workload.pairs * (1 + TILE / max(TILE, workload.kv_seq))
         return pairs, pairs / TILE * row_bytes
     planes, cores = workload.batch * workload.heads, int(chip.cores or 1)
+    shift = workload.kv_seq - workload.seq  # the last query sees the last key
     found = []
     for tiles in _tilings(workload, chip, path):
-        ranges = _ranges(workload, tiles)
+        size = (tiles.rows, tiles.keys)
+        ranges = tile_ranges(
+            workload.seq, workload.kv_seq, size, workload.causal, workload.window, lambda row: row + shift
+        )
         steps = makespan(cores, planes, ranges, tiles.joining) * tiles.step
         visited = planes * sum(stop - start for start, stop in ranges)
         found.append((steps * tiles.rows * tiles.keys * cores, visited * tiles.keys * row_bytes))
@@ -239,15 +243,3 @@ def _hopper(workload: Workload) -> list[tuple[int, Forward]]:
 def fits(workload: Workload, chip: Chip) -> bool:
     """Return whether a tile of the Hopper kernel fits in the shared memory of a chip's core."""
     return any(kernel.shared_memory <= (chip.shared_bytes or 0) for _, kernel in _hopper(workload))
-
-
-def _ranges(workload: Workload, tiles: _Tiles) -> tuple[tuple[int, int], ...]:
-    """Return the half-open range of key tiles of each query tile; the last query sees the last key."""
-    shift, window = workload.kv_seq - workload.seq, workload.window
-    ranges = []
-    for first in range(0, workload.seq, tiles.rows):
-        last = min(workload.seq, first + tiles.rows) - 1
-        stop = min(workload.kv_seq, max(0, last + shift + 1)) if workload.causal else workload.kv_seq
-        start = max(0, first + shift + 1 - window) if window else 0
-        ranges.append((start // tiles.keys, -(-stop // tiles.keys)))
-    return tuple(ranges)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from attention.kernels.cuda.runtime.program import Element, Program
+from attention.kernels.cuda.sm90.schedule import tile_ranges
 
 
 def wgmma(
@@ -121,13 +122,8 @@ class Forward:
         `position` is of a row among the keys; by default the last query is at the last key.
         """
         position = position or (lambda row: row + keys - queries)
-        ranges = []
-        for first in range(0, queries, self.block_m):
-            last = min(queries, first + self.block_m) - 1
-            last_key = min(keys, max(0, position(last) + 1)) if self.causal else keys
-            first_key = max(0, position(first) + 1 - window) if self.window else 0
-            ranges.append((first_key // self.block_n, -(-last_key // self.block_n)))
-        return tuple(ranges)
+        tile = (self.block_m, self.block_n)
+        return tile_ranges(queries, keys, tile, self.causal, window if self.window else None, position)
 
     @property
     def part_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -3,6 +3,7 @@
 import bisect
 import functools
 import heapq
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -209,6 +210,29 @@ def _distribute(blocks: int, tiles: int, keys: tuple[int, int], joining: float) 
     used = blocks if whole else sharing
     rounds = [[(turn * blocks + block, *keys, 0) for turn in range(whole)] for block in range(used)]
     return [works + pieces.get(block, []) for block, works in enumerate(rounds)], parts
+
+
+def tile_ranges(
+    queries: int, keys: int, tile: tuple[int, int], causal: bool, window: int | None, position: Callable[[int], int]
+) -> tuple[tuple[int, int], ...]:
+    """Return the half-open range of key tiles of each query tile.
+
+    Args:
+        queries: rows of the query.
+        keys: rows of the key.
+        tile: queries and keys of a tile.
+        causal: whether a row sees no later keys.
+        window: keys that a row sees; None if all.
+        position: of a row among the keys.
+    """
+    rows, columns = tile
+    ranges = []
+    for first in range(0, queries, rows):
+        last = min(queries, first + rows) - 1
+        last_key = min(keys, max(0, position(last) + 1)) if causal else keys
+        first_key = 0 if window is None else max(0, position(first) + 1 - window)
+        ranges.append((first_key // columns, -(-last_key // columns)))
+    return tuple(ranges)
 
 
 def makespan(blocks: int, planes: int, ranges: tuple[tuple[int, int], ...], joining: float) -> float:
