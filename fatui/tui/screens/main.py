@@ -72,7 +72,8 @@ class MainScreen(HasTable, SparingScreen[None]):
     app: Lab
 
     _ticks = 0
-    _full: Widget | None = None
+    _maximised: Widget | None = None
+    """The pane that fills the screen."""
     _model_ran = False
     """Whether a model run was active at the last tick, so that its end is shown too."""
 
@@ -370,11 +371,6 @@ class MainScreen(HasTable, SparingScreen[None]):
         ids = {**PANES, "home": "results"}
         return next((each for each in node.ancestors_with_self if each.id in ids), None) if node else None  # type: ignore[return-value]
 
-    @property
-    def _maximised(self) -> Widget | None:
-        """The pane that fills the screen, or None."""
-        return self._full
-
     def action_maximise(self) -> None:
         """Let the focused pane fill the screen; if one does, show all again."""
         self._maximise(None if self._maximised else self._focused_pane())
@@ -386,7 +382,7 @@ class MainScreen(HasTable, SparingScreen[None]):
     def _maximise(self, pane: Widget | None) -> None:
         if pane is not None and pane.id == "comparison" and self._is_home:
             pane = self.query_one("#home")
-        self._full = pane
+        self._maximised = pane
         for each in self.query(".pane"):
             each.set_class(each is pane, "-maximised")
         for name in ("left", "right"):
