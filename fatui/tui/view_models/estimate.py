@@ -73,16 +73,16 @@ def learn(pace: RunSpeed, report: Report, spent_s: float) -> RunSpeed:
         spent_s: the seconds it spent in rounds and in steps done once per run.
     """
     device = report.environment.machine or ""
-    calls = {name: list(sizes) for name, sizes in pace.calls.items()} if pace.device == device else {}
     rows = [(case.workload, row) for case in report.cases for row in case.rows]
-    for workload, row in rows:
-        if row.call_s is not None:
-            kind = kind_of_call(row.implementation, workload)
-            _remember(calls, kind, float(workload.flops), row.call_s.median)
+    timed = [
+        (kind_of_call(row.implementation, workload), float(workload.flops), row.call_s.median)
+        for workload, row in rows
+        if row.call_s is not None
+    ]
     set_up = max(0.0, report.run.seconds - spent_s) / max(1, len(rows))
     halves = [formatting.half_width(row.speedup) / row.speedup.value for _, row in rows if row.speedup]
     width = max(halves, default=0.0) * math.sqrt(max(spent_s / max(1, len(report.cases)), 0.0))
-    return structs.replace(pace, device=device, set_up_s=set_up, calls=calls, width_1s=width)
+    return structs.replace(learn_calls(pace, device, timed), set_up_s=set_up, width_1s=width)
 
 
 def learn_calls(pace: RunSpeed, device: str, timed: Sequence[tuple[str, float, float]]) -> RunSpeed:
@@ -90,14 +90,10 @@ def learn_calls(pace: RunSpeed, device: str, timed: Sequence[tuple[str, float, f
     same = pace.device == device
     calls = {name: list(sizes) for name, sizes in pace.calls.items()} if same else {}
     for kind, flops, call_s in timed:
-        _remember(calls, kind, flops, call_s)
+        sizes = calls.setdefault(kind, [])
+        sizes[:] = [each for each in sizes if each[0] != flops][1 - MAX_SIZES :]
+        sizes.append((flops, call_s))
     return structs.replace(pace if same else RunSpeed(), device=device, calls=calls)
-
-
-def _remember(calls: dict[str, list[tuple[float, float]]], kind: str, flops: float, call_s: float) -> None:
-    sizes = calls.setdefault(kind, [])
-    sizes[:] = [each for each in sizes if each[0] != flops][1 - MAX_SIZES :]
-    sizes.append((flops, call_s))
 
 
 class Remaining(Struct, frozen=True):
