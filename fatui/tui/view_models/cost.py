@@ -86,8 +86,7 @@ def costliest_kinds(plan: Plan) -> list[tuple[Workload, str]]:
 
 def time_line(plan: Plan, pace: RunSpeed, device: str, timing: Timing) -> str:
     """Format how long a plan takes, and how sure its speedups will be."""
-    seconds = estimate.estimate_s(plan, pace, device)
-    if seconds is None and timing.running:
+    if timing.running and estimate.estimate_s(plan, pace, device) is None:
         return "takes: not known yet, a call of each is being timed"
     return estimate.estimate_text(plan, pace, device)
 
