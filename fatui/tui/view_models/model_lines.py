@@ -10,7 +10,6 @@ from fatui.report.comparison import rebased_report
 from fatui.report.table import (
     DIVERGENCE,
     IMPLEMENTATION,
-    FurtherColumns,
     TextColumn,
     further_columns,
     model_columns,
@@ -106,22 +105,19 @@ def lines_of(report: Report, reference: str | None, width: int, *, curves: bool 
     """
     cases = cases_of(report, reference)
     further = further_columns(cases)
-    several = len({head for case in cases for head in CALLS if head in _heads(case, further)}) > 1
+    columns = [model_columns(case, further) for case in cases]
+    calls = [next(column.head for column in each if column.head in CALLS) for each in columns]
+    several = len(set(calls)) > 1
     lines: list[TableLine] = []
     for index, case in enumerate(cases):
         if len(cases) > 1:
-            call = next((head for head in CALLS if head in _heads(case, further)), "")
-            lines.append(table_lines.block_head(index, case, f" · time {call}" if several else ""))
-        lines += _case_lines(index, case, further, reference)
+            lines.append(table_lines.block_head(index, case, f" · time {calls[index]}" if several else ""))
+        lines += _case_lines(index, case, columns[index], reference)
         notes = [*model_notes(case), *rank_notes(case), *formatting.same_paths(case), *_reasons(case)]
         lines += [_note(line) for note in notes for line in textwrap.wrap(note, max(width - 2, 20))]
         if curves and isinstance(case, StreamCase):
             lines += [_note(line) for line in stream_charts(case, width - 2)]
     return lines
-
-
-def _heads(case: AnyModelCase, further: FurtherColumns) -> set[str]:
-    return {column.head for column in model_columns(case, further)}
 
 
 def _reasons(case: AnyCase) -> list[str]:
@@ -137,13 +133,13 @@ def _note(text: str) -> TableLine:
     return TableLine(span=f"  {text}", tone="dim")
 
 
-def _case_lines(index: int, case: AnyModelCase, further: FurtherColumns, reference: str | None) -> list[TableLine]:
-    columns = [(_name(column), column.cells) for column in model_columns(case, further)]
+def _case_lines(index: int, case: AnyModelCase, texts: Sequence[TextColumn], reference: str | None) -> list[TableLine]:
+    columns = [(_name(column), column.cells) for column in texts]
     best = formatting.best_of(case) if not isinstance(case, StreamCase) else ()
     against = _at_the_end(case, reference) if isinstance(case, StreamCase) else {}
     made = []
     for number, row in enumerate(case.rows):
-        cells = {name: texts[number] for name, texts in columns}
+        cells = {name: column[number] for name, column in columns}
         cells["verdict"] += " !" if row.throttled else ""
         figures = {name: FIGURES[name](row) for name, _ in columns if name in FIGURES}
         if row.implementation in against:
