@@ -42,13 +42,7 @@ from attention.implementations.calls import MlxRunner, call_signature, current_b
 from attention.implementations.error_budget import BudgetExceededError, ErrorBudget, ErrorUnknownError
 from attention.implementations.fp8 import PocFp8
 from attention.implementations.fused import Poc
-from attention.implementations.protocol import (
-    Implementation,
-    NeedsBuilding,
-    NeedsBuildingPerCall,
-    build,
-    needs_building,
-)
+from attention.implementations.protocol import Implementation, build, needs_building
 from attention.masks import Mask, of_workload
 from attention.measure.device import Device, probe
 from attention.measure.rounds import Clock
@@ -292,11 +286,11 @@ class Demo:
 
     def needs_building(self, workload: Workload, device: Device) -> bool:
         """Return whether a candidate has to be compiled before a trial is fair."""
-        return any(needs_building(one, workload, device) for one in self._compiled_candidates())
+        return any(needs_building(one, workload, device) for one in self.candidates.values())
 
     def build_for(self, workload: Workload, on_message: Callable[[str], None]) -> None:
         """Compile what a trial of the workload would call."""
-        for one in self._compiled_candidates():
+        for one in self.candidates.values():
             build(one, workload, on_message)
 
     def for_training(self) -> "Demo":
@@ -324,7 +318,7 @@ class Demo:
         """
         device = probe()
         task = task.with_informative_inputs(device.available_bytes // 2)
-        for one in self._compiled_candidates():
+        for one in self.candidates.values():
             if needs_building(one, task.workload, device):
                 build(one, task.workload, lambda text: on.emit_tuning(on.Message(level="info", text=text)))
         names = self._fitting(task.workload, device, task.needs)
@@ -353,9 +347,6 @@ class Demo:
         challenger = active.drift.challenger
         if challenger is not None:
             active.timed_pair(challenger, run, AccuracyCheck(task).error, self.candidates, self.clock, queued=queued)
-
-    def _compiled_candidates(self) -> list[Implementation]:
-        return [one for one in self.candidates.values() if isinstance(one, NeedsBuilding | NeedsBuildingPerCall)]
 
     def _class(self, workload: Workload, device: Device, needs: Needs) -> WorkloadClass:
         return class_of(workload, device, needs, self._max_error)
