@@ -39,13 +39,15 @@ def unfused_bytes(workload: Workload, needs: Needs = NO_NEEDS) -> int:
     )
 
 
-def with_tf32(path: str, dtype: str, backend: Backend, widened: bool = False) -> str:
+def with_tf32(path: str, dtype: str, backend: Backend, *, widens: bool = True) -> str:
     """Append TF32 to the name of a path whose float32 matrix products are MLX's on CUDA.
 
     TF32 has 10 of float32's 23 mantissa bits, which gives a relative error of about 1e-3 in the output. It is used
-    unless MLX_ENABLE_TF32=0 was set when the process started. `widened`: inputs are converted to float32.
+    unless MLX_ENABLE_TF32=0 was set when the process started. `widens`: the path converts inputs to float32 where
+    `computes_in_float32` holds.
     """
-    return f"{path}, TF32" if in_tf32("float32" if widened else dtype, backend) else path
+    multiplied = "float32" if widens and computes_in_float32(dtype, backend) else dtype
+    return f"{path}, TF32" if in_tf32(multiplied, backend) else path
 
 
 def in_tf32(dtype: str, backend: Backend) -> bool:
@@ -134,19 +136,21 @@ class Baseline:
 
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
         """Return the route, which is the same for every workload; quantized keys and values are dequantized first."""
-        needs, widened = needs_with_mask(workload, needs), workload.dtype == "float16"
+        needs = needs_with_mask(workload, needs)
         if workload.quantized:
             return Route(
-                path=with_tf32("dequantize, unfused", workload.dtype, device.backend, widened),
+                path=with_tf32("dequantize, unfused", workload.dtype, device.backend),
                 fused=False,
                 reason="dequantizes all keys and values, then separate steps, which build the whole score matrix",
                 predicted_bytes=dequantizing_bytes(workload, device.backend, needs),
             )
         return Route(
-            path=with_tf32("manual, unfused", workload.dtype, device.backend, widened),
+            path=with_tf32("manual, unfused", workload.dtype, device.backend),
             fused=False,
             reason="separate steps, which build the whole score matrix",
-            predicted_bytes=float32_bytes(workload, needs) if widened else unfused_bytes(workload, needs),
+            predicted_bytes=float32_bytes(workload, needs)
+            if workload.dtype == "float16"
+            else unfused_bytes(workload, needs),
         )
 
     def __call__(

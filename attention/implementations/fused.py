@@ -18,7 +18,7 @@ from attention.core.errors import KernelUnavailable
 from attention.core.route import FALLS_BACK, NO_NEEDS, Needs, Route, fitted, unsupported
 from attention.core.workload import Workload
 from attention.implementations.autotune.store import Store, candidate_fingerprint, class_of
-from attention.implementations.baseline import computes_in_float32, unfused_call_bytes, with_tf32
+from attention.implementations.baseline import unfused_call_bytes, with_tf32
 from attention.implementations.bounded.implementation import Practical
 from attention.implementations.calls import call_signature, current_backend, needs_with_mask, record_path
 from attention.implementations.mlx_sdpa import NO_SOFTCAP, MlxSdpa, attend_whole, is_call_widened, is_unfused
@@ -154,8 +154,7 @@ class Poc:
                 )
             path, reason = TO_SDPA, f"{own.reason}; {fallback.reason}"
         if not (fallback.fused or to_practical):
-            widened = computes_in_float32(workload.dtype, device.backend)
-            path = with_tf32(path, workload.dtype, device.backend, widened)
+            path = with_tf32(path, workload.dtype, device.backend)
         return structs.replace(fallback, path=path, reason=reason, fallback=True)
 
     def needs_building(self, workload: Workload, device: Device) -> bool:
@@ -298,8 +297,7 @@ def _sdpa_path(q: mx.array, k: KeyOrValue, v: KeyOrValue, mask: Mask) -> str:
     if backend != "cuda" or q.dtype == mx.bfloat16:
         return TO_SDPA
     workload, needs = call_signature(q, k, v, mask, None)
-    widened = computes_in_float32(workload.dtype, backend)
-    return with_tf32(TO_SDPA, workload.dtype, backend, widened) if is_unfused(workload, needs, backend) else TO_SDPA
+    return with_tf32(TO_SDPA, workload.dtype, backend) if is_unfused(workload, needs, backend) else TO_SDPA
 
 
 def _variant_for(kernel: Kernel, variant: str, workload: Workload) -> Attend | None:

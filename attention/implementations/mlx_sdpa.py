@@ -53,7 +53,7 @@ class MlxSdpa:
         path = "MLX SDPA, dense mask" if needs.pattern else "MLX SDPA, unfused" if refusal else "MLX SDPA, fused"
         if refusal:
             return Route(
-                path=with_tf32(path, workload.dtype, device.backend),
+                path=with_tf32(path, workload.dtype, device.backend, widens=False),
                 fused=False,
                 reason=refusal,
                 predicted_bytes=unfused_bytes(workload, needs),

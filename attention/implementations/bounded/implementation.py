@@ -84,8 +84,7 @@ class Practical:
         method, parts, needed = _parts(choice, workload, device, needs)
         path = f"{choice.forward.value} + {method.value} {parts.rows}"
         if choice.forward is Method.WHOLE:
-            widened = computes_in_float32(workload.dtype, device.backend)
-            path = with_tf32(path, workload.dtype, device.backend, widened)
+            path = with_tf32(path, workload.dtype, device.backend)
         if choice.forward.is_cut:
             path = LISTED_PATH if needs.pattern else _cut_path(method, parts, workload, device.backend)
         return Route(path=path, fused=False, reason=choice.reason, predicted_bytes=needed)
@@ -361,13 +360,12 @@ def _quantized_path(choice: Strategy, workload: Workload, backend: Backend) -> s
 def _whole_path(method: Method, dtype: DType, backend: Backend) -> str:
     """Return the path of MLX's SDPA on all rows and heads; its fused kernels do not use TF32."""
     path = SDPA_PATHS[method]
-    return path if method is Method.FUSED else with_tf32(path, dtype, backend, computes_in_float32(dtype, backend))
+    return path if method is Method.FUSED else with_tf32(path, dtype, backend)
 
 
 def _cut_path(method: Method, parts: Blocks, workload: Workload, backend: Backend) -> str:
     path = f"{method.value} {parts.rows} x {visible_keys(problem_size(workload, backend), parts)}"
-    widened = computes_in_float32(workload.dtype, backend)
-    return with_tf32(path, workload.dtype, backend, widened) if method is Method.SLICES else path
+    return with_tf32(path, workload.dtype, backend) if method is Method.SLICES else path
 
 
 def _parts(choice: Strategy, workload: Workload, device: Device, needs: Needs) -> tuple[Method, Blocks, int]:
