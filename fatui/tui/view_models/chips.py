@@ -31,10 +31,11 @@ PREDICTABLE: Final = prediction.PREDICTED
 
 
 class Shown(Struct, frozen=True):
-    """What the screen shows of the chips: each with its predictions, the chosen one first."""
+    """What the screen shows of the chips, the chosen one first."""
 
     chips: tuple[Chip, ...]
-    predictions: tuple[Prediction, ...]
+    predictions: tuple[tuple[Prediction, ...], ...]
+    """Those of each chip, in the order of the chips, of which two may be the same one with other figures."""
 
 
 def known_keys() -> tuple[str, ...]:
@@ -48,8 +49,7 @@ def shown(workload: Workload, names: Sequence[str], keys: Sequence[str], percent
     found = [chips()[key] for key in keys if key != NONE]
     if found and factors:
         found[0] = what_if(found[0], factors)
-    made = [predict(workload, name, chip) for chip in found for name in names]
-    return Shown(tuple(found), tuple(made))
+    return Shown(tuple(found), tuple(tuple(predict(workload, name, chip) for name in names) for chip in found))
 
 
 def plot(
@@ -68,8 +68,9 @@ def plot(
     if not roofs:
         return None
     points = [
-        (made.chips.index(_chip_of(made, each)), workload.flops / each.predicted_s, each)
-        for each in made.predictions
+        (number, workload.flops / each.predicted_s, each)
+        for number, predictions in enumerate(made.predictions)
+        for each in predictions
         if each.predicted_s
     ]
     measured, everything = roofline.measured_points(cases, names)
@@ -92,10 +93,6 @@ def plot(
     return Plot(x, y, (*lines, *measured), tuple(notes), cursor=at)
 
 
-def _chip_of(made: Shown, prediction: Prediction) -> Chip:
-    return next(chip for chip in made.chips if chip.key == prediction.chip)
-
-
 def _rates(workload: Workload, prediction: Prediction) -> tuple[float, float]:
     return workload.flops / (prediction.high_s or 1.0), workload.flops / (prediction.low_s or 1.0)
 
@@ -104,14 +101,14 @@ def words(workload: Workload, made: Shown, peaks: Peaks, cases: Sequence[Case] =
     """Describe each chip and what limits the case on it; this machine's measured figures come first."""
     lines = roofline.limit_words(workload, peaks, cases)
     said = [f"this machine, measured. {lines[0]}", *lines[1:]] if lines else []
-    for chip in made.chips:
+    for chip, predictions in zip(made.chips, made.predictions, strict=True):
         said.append(f"{chip_line(chip)}.")
-        for each in (each for each in made.predictions if each.chip == chip.key):
+        for each in predictions:
             if each.predicted_s is None:
                 said.append(f"  {each.implementation} {explained(each)}")
                 continue
             tokens = formatting.tokens_per_second(each.tokens_per_second)
             time = f"{formatting.seconds(each.predicted_s)} ({range_text(each)}), {tokens} tokens/s"
             said.append(f"  {each.implementation} predicted {time}; {explained(each)}")
-        said += [f"  {text}" for text in basis_texts([each for each in made.predictions if each.chip == chip.key])]
+        said += [f"  {text}" for text in basis_texts(predictions)]
     return said

@@ -37,6 +37,16 @@ def test_words_say_what_is_measured_and_what_is_predicted():
     assert "mlx predicted" in said and "Calibrated on" in said
 
 
+def test_a_chip_beside_itself_keeps_its_own_predictions():
+    made = chips.shown(PREFILL, ("mlx",), ("h200", "h200"), {"rate": 50})
+    plot = chips.plot(PREFILL, made, report_of().peaks)
+    assert plot is not None
+    assert [note.number for note in plot.notes if note.sign == chips.PREDICTED] == [0, 1]
+    said = chips.words(PREFILL, made, report_of().peaks)
+    changed, itself = (number for number, line in enumerate(said) if line.startswith("NVIDIA H200"))
+    assert [sum("mlx predicted" in line for line in part) for part in (said[changed:itself], said[itself:])] == [1, 1]
+
+
 async def test_a_slider_moves_the_case_and_a_figure_of_the_chip(stage):
     await stage.press("C")
     screen = stage.app.screen
