@@ -1,6 +1,7 @@
 """The block of a set-up: its time, its memory by implementation, and what will be refused, before it is run."""
 
 from collections.abc import Collection
+from functools import lru_cache
 from typing import Final
 
 from msgspec import Struct
@@ -127,7 +128,7 @@ def model_lines(plan: ModelPlan, timing: Timing) -> list[str]:
 
 def _model_memory(plan: ModelPlan, timing: Timing) -> list[str]:
     if isinstance(plan, StreamPlan):
-        return _stream_memory(plan)
+        return [_stream_memory(plan)]
     if timing.weights_bytes is None:
         return []
     text = ", ".join(f"{name} {formatting.size(size)}" for name, size in timing.needs.items())
@@ -135,7 +136,8 @@ def _model_memory(plan: ModelPlan, timing: Timing) -> list[str]:
     return [f"needs {formatting.size(timing.weights_bytes)} of weights{above}"]
 
 
-def _stream_memory(plan: StreamPlan) -> list[str]:
+@lru_cache(maxsize=1)  # a screen asks at each repaint, and a model's layers are in a file
+def _stream_memory(plan: StreamPlan) -> str:
     """Format the keys and values of all layers: those that are kept, and all of them."""
     from attention.mlx_lm.configuration import find_model
 
@@ -144,7 +146,7 @@ def _stream_memory(plan: StreamPlan) -> list[str]:
     kept, whole = (layers * each.key_value_bytes for each in (work.workload, work.full_workload(work.tokens)))
     every = f", full attention {formatting.size(whole)} at the last token" if FULL in plan.implementations else ""
     weights = " beside the weights" if work.model else ""
-    return [f"needs {formatting.size(kept)} of keys and values{every}{weights}"]
+    return f"needs {formatting.size(kept)} of keys and values{every}{weights}"
 
 
 def _model_time(plan: ModelPlan, timing: Timing) -> str:
