@@ -395,12 +395,11 @@ class Engine:
         if self.record.current_case is None:
             return
         consequence = REGROUPED if self._grouped else CUT if self._remote else RESTARTED
-        assignment = next_assignment(self.record, self._culprit, reason, self._dispatch, consequence)
+        assignment = next_assignment(self._assignment, self.record, self._culprit, reason, self._dispatch, consequence)
         if assignment is None:
             self._dispatch(on.RunDone())
         else:
-            kept = self._assignment
-            self._assignment = structs.replace(assignment, known=kept.known, cost_only=kept.cost_only)
+            self._assignment = assignment
 
 
 def _model_flops(work: Generation | FineTuning, weights_bytes: int) -> float:

@@ -349,7 +349,7 @@ class _LibraryRun:
                 return
             before = assignment
             if record.current_case is not None:
-                following = next_assignment(record, culprit, reason, dispatch)
+                following = next_assignment(assignment, record, culprit, reason, dispatch)
                 if following is None:
                     dispatch(on.RunDone())
                     return

@@ -6,6 +6,8 @@ import tempfile
 from collections.abc import Callable
 from typing import Final
 
+from msgspec import structs
+
 from attention.core import events as on
 from attention.core.errors import truncated
 from attention.core.plan import Assignment
@@ -43,6 +45,7 @@ def exit_reason(code: int, stderr: list[str]) -> str:
 
 
 def next_assignment(
+    assignment: Assignment,
     record: AnyRecord,
     culprit: str | None,
     reason: str,
@@ -52,6 +55,7 @@ def next_assignment(
     """Return the assignment of the next worker; None if no case is left.
 
     Args:
+        assignment: that of the worker that ended.
         record: the run so far, in which a case has begun.
         culprit: the implementation that the worker was running; its row fails.
         reason: how the worker ended.
@@ -71,7 +75,7 @@ def next_assignment(
     rows = record.cases[case].rows.values()
     failed = tuple(row.implementation for row in rows if row.ended and row.ended.status == "failed")
     peaks = record.peaks if record.peaks.matmul_flops_per_s else None
-    return Assignment(plan=record.plan, first_case=case, skip={case: failed}, peaks=peaks)
+    return structs.replace(assignment, first_case=case, skip={case: failed}, peaks=peaks)
 
 
 def refusal(culprit: str | None, reason: str) -> on.RunRefused:
