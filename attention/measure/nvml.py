@@ -5,18 +5,17 @@ from contextlib import suppress
 from typing import Any
 
 
-def open_device(visible: str | None = None) -> tuple[Any, Any] | None:
+def open_device() -> tuple[Any, Any] | None:
     """Return the library and the handle of the first visible device; None without the library, a driver or a device.
 
-    Args:
-        visible: the devices that CUDA sees; None: those of CUDA_VISIBLE_DEVICES. The library itself sees all of them.
+    The library itself sees all devices, also those that CUDA_VISIBLE_DEVICES hides.
     """
     with suppress(Exception):  # no pynvml, no driver, no device, or one that the library does not name
         import pynvml  # type: ignore[import-not-found, unused-ignore]
 
         nvml: Any = pynvml
         nvml.nvmlInit()
-        first = (os.environ.get("CUDA_VISIBLE_DEVICES", "") if visible is None else visible).split(",")[0].strip()
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
         if first.startswith(("GPU-", "MIG-")):
             return nvml, nvml.nvmlDeviceGetHandleByUUID(first)
         return nvml, nvml.nvmlDeviceGetHandleByIndex(int(first or 0))
