@@ -105,7 +105,7 @@ def _run_and_report(arguments: list[str]) -> int:
 
 
 def _code_of(error: Exception) -> int | None:
-    """Report a usage error, a missing backend or an unusable history; return its exit code, or None if it is none."""
+    """Report a wrong request, a missing backend, or an unusable history or machine; return its exit code, or None."""
     from attention.core.errors import NoBackendError, UsageError
     from fatui.storage.history import HistoryError, UnknownRun
 
@@ -121,7 +121,9 @@ def _code_of(error: Exception) -> int | None:
     if isinstance(error, HistoryError):
         print_line(error)
         return WRONG_USAGE if isinstance(error, UnknownRun) else FAILED
-    if type(error).__name__ == "RemoteError":  # its module need not be imported
+    from fatui.remote import RemoteError
+
+    if isinstance(error, RemoteError):
         print_line(error)
         return FAILED
     return None
