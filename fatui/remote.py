@@ -6,6 +6,7 @@ same as on this machine. An empty line a second from here says that this end sti
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import shlex
 import time
@@ -142,6 +143,7 @@ def _without_descriptions(value: Any) -> Any:
     return [_without_descriptions(each) for each in value] if isinstance(value, list | tuple) else value
 
 
+@functools.cache
 def own_greeting() -> Greeting:
     """Return what this machine says of itself."""
     from attention.kernels.common.cache import code_fingerprint

@@ -22,7 +22,6 @@ THERE: Final = ("doctor", "explain", "tune")
 """Commands that run on the other machine as a whole."""
 SSH_OPTIONS: Final = {"p": "PORT", "i": "FILE", "F": "FILE", "J": "HOST", "o": "OPTION"}
 """ssh's options that are handed on, each with what it takes."""
-PING_S: Final = 1.0
 EXAMPLE: Final = """examples:
   fatui remote gpu-box                            the app: sliders here, kernels there
   fatui remote gpu-box bench quick --seconds 3    rows, files and history here
@@ -140,6 +139,8 @@ def _run_there(remote: "Remote", words: Sequence[str]) -> int:
 
 def _ping(stream: IO[bytes]) -> None:
     """Write an empty line every second: the other end ends without."""
+    from fatui.remote import PING_S
+
     with contextlib.suppress(OSError, ValueError):
         while True:
             stream.write(b"\n")
