@@ -221,7 +221,6 @@ def _table(heads: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
         "speedup",
         *formatting.OVER.values(),
         ENERGY,
-        ENERGY,
         KV_ERROR,
         SENT,
         EXPOSED,
