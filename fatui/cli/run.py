@@ -15,7 +15,6 @@ from attention.core import events as on
 from attention.core.plan import AnyPlan, FineTuningPlan, GenerationPlan
 from attention.core.results import Report
 from attention.engine.record import AnyRecord, StreamRecord
-from attention.mlx_lm.configuration import check_mlx_lm
 from fatui import cli, formatting
 from fatui.cli.options import given_remote, print_dtype_reason
 from fatui.cli.output import STDOUT, Export, console, print_results, write_files
@@ -164,6 +163,8 @@ def run_model_plan(
     """
     remote = given_remote(arguments)
     if remote is None:
+        from attention.mlx_lm.configuration import check_mlx_lm
+
         check_mlx_lm()
     print_dtype_reason(arguments.dtype)
     return run_plan(plan, command, None, exports, remote)
