@@ -19,7 +19,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from msgspec import Struct
@@ -300,15 +300,3 @@ def least_squares(residuals: Callable[[Vector], Vector], start: Vector, steps: i
         if gained < 1e-9:
             return theta
     return theta
-
-
-def check(rows: Iterable[Measured], calibration: Calibration) -> list[dict[str, Any]]:
-    """Return predicted against measured for rows whose family is calibrated."""
-    made = []
-    for row in rows:
-        family = calibration.families.get(row.family)
-        if family is None:
-            continue
-        predicted = seconds(costs(row.workload, row.chip, row.path), family.constants)
-        made.append({"row": row, "predicted": predicted, "error": predicted / row.seconds - 1, "family": family})
-    return made

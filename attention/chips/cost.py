@@ -117,7 +117,7 @@ def predicted_path(implementation: str, workload: Workload, chip: Chip) -> Path 
 
 
 def costs(workload: Workload, chip: Chip, path: Path) -> Costs:
-    """Return what a call costs on a chip by a path.
+    """Return what a call, with the bounds of a mask only, costs on a chip by a path.
 
     Raises:
         ValueError: no tile of the kernel fits in the shared memory of a core.
@@ -197,9 +197,6 @@ def _visited(workload: Workload, chip: Chip, path: Path) -> tuple[float, float]:
     The bytes are of keys and values, which each tile of queries reads.
     """
     row_bytes = (workload.head_dim + workload.value_dim) * ITEM_BYTES[workload.dtype]
-    if workload.structured:
-        pairs = workload.pairs * (1 + TILE / max(TILE, workload.kv_seq))
-        return pairs, pairs / TILE * row_bytes
     planes, cores = workload.batch * workload.heads, int(chip.cores or 1)
     shift = workload.kv_seq - workload.seq  # the last query sees the last key
     found = []
