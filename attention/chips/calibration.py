@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from attention.chips.cost import TERMS, Costs, Path, costs, path_kind
 from attention.chips.table import Chip
 from attention.core.results import Report
+from attention.core.route import FALLS_BACK
 from attention.core.workload import Workload
 
 Vector = NDArray[np.float64]
@@ -147,7 +148,7 @@ def rows_of(report: Report, chip: Chip, file: str = "") -> list[Measured]:
         and row.call_s
         and row.implementation != "demo"
         and not case.workload.structured
-        and not (row.path or "").startswith("falls back")  # another implementation's kernel
+        and not (row.path or "").startswith(FALLS_BACK)  # another implementation's kernel
     ]
 
 

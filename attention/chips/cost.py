@@ -135,15 +135,18 @@ def costs(workload: Workload, chip: Chip, path: Path) -> Costs:
             cache=_over(resident * slowed, cycles),
         )
     pairs, read = _visited(workload, chip, path)
-    width = workload.flops / workload.pairs if workload.pairs else 0.0
     hidden = workload.scores - workload.pairs if workload.pass_ == "training" else 0
     return Costs(
-        matrix=_over(pairs * width, rate),
+        matrix=_over(pairs * _pair_flops(workload), rate),
         vector=_over(pairs, cycles),
         memory=memory,
         cache=_over(resident + read, cycles),
-        mask=_over(hidden * width, rate),
+        mask=_over(hidden * _pair_flops(workload), rate),
     )
+
+
+def _pair_flops(workload: Workload) -> float:
+    return workload.flops / workload.pairs if workload.pairs else 0.0
 
 
 def _over(amount: float, rate: float | None) -> float | None:
@@ -166,13 +169,12 @@ def _unfused(workload: Workload, chip: Chip, memory: float | None, resident: flo
     """Return the costs of matrix products with the whole score matrix between them."""
     item = 4 if workload.dtype in ("float32", "float16") else 2
     scores = workload.scores * item
-    width = workload.flops / workload.pairs if workload.pairs else 0.0
     in_cache = chip.cache_bytes is not None and 2 * scores < WARM * chip.cache_bytes
     passes = _over(scores, chip.bytes_per_s)
     if passes is not None and chip.cycles_per_s:
         passes = max(passes, scores / (PASS_BYTES[chip.backend] * chip.cycles_per_s))
     return Costs(
-        matrix=_over(workload.scores * width, chip.rate(workload.dtype)),
+        matrix=_over(workload.scores * _pair_flops(workload), chip.rate(workload.dtype)),
         memory=memory,
         cache=_over(resident + (scores if in_cache else 0.0), chip.cycles_per_s),
         scores=0.0 if in_cache else passes,

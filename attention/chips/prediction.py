@@ -113,7 +113,7 @@ def predict(workload: Workload, implementation: str, chip: Chip, given: Calibrat
     if needed and not (needed == ["matrix"] and workload.pass_ == "decode"):
         figure = "memory bandwidth" if needed[0] in ("memory", "scores", "mask") else "rate"
         return refused(f"no source states the {figure} of {chip.key}")
-    if chip.memory_bytes and workload.input_bytes + workload.output_bytes > chip.memory_bytes:
+    if chip.memory_bytes and workload.bytes_moved > chip.memory_bytes:
         return refused(f"its arrays do not fit in the memory of {chip.key}")
     predicted = seconds(found, family.constants)
     like = likeness(chip, family)

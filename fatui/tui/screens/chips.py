@@ -126,7 +126,7 @@ class Chips(ClosesOnce, Screen[None]):
         chart.show(chips.plot(workload, made, self.app.peaks, cases, names))
         titles = [chip.name + (" *" if chip.changed else "") for chip in made.chips]
         pane = self.query_one("#chart-pane")
-        pane.border_title = literal(f"Roofs: {', '.join(titles)}; ◎ predicted")
+        pane.border_title = literal(f"Roofs: {', '.join(titles)}; {chips.PREDICTED} predicted")
         pane.border_subtitle = "* with changed figures" if any(chip.changed for chip in made.chips) else ""
         self.query_one("#words", Static).update("\n".join(chips.words(workload, made, self.app.peaks, cases)))
 

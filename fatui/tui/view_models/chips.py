@@ -25,7 +25,7 @@ FACTORS: Final = {
 """The figures that sliders change, with their labels."""
 PERCENT: Final = (10, 25, 33, 50, 67, 75, 90, 100, 110, 125, 150, 200, 300, 400, 800)
 NONE: Final = "none"
-PREDICTED: Final = "◎"
+PREDICTED: Final = roofline.PREDICTED
 MAX_NAMES: Final = 4
 PREDICTABLE: Final = prediction.PREDICTED
 
