@@ -150,9 +150,10 @@ def load(on_message: Callable[[str], None] | None = None, parts: Iterable[str] |
 def _load_for(q: mx.array, k: mx.array | QuantizedArray, v: mx.array | QuantizedArray) -> None:
     """Load what a call needs, so that it is compiled in parallel; arguments are not checked yet."""
     from attention.kernels.cpu import build, quantized_call
+    from attention.masks import dtype_name
 
     queries = q.shape[2] if q.ndim == 4 else 0
-    needed = parts(str(q.dtype).rpartition(".")[2], queries, quantized=quantized_call.is_quantized(k, v))
+    needed = parts(dtype_name(q.dtype), queries, quantized=quantized_call.is_quantized(k, v))
     load(parts=needed & build.ALL)
 
 
