@@ -64,7 +64,7 @@ def quantize(x: mx.array, form: Format) -> Parts:
 def _is_fused(
     kv_format: KVFormat, keys: mx.array, values: mx.array, buffers: tuple[Sequence[mx.array], Sequence[mx.array]]
 ) -> bool:
-    if not (cpu.is_loaded(("quantized",)) or _loads()):
+    if not (_loads() or cpu.is_loaded(("quantized",))):
         return False
     pairs = (kv_format.key, keys, buffers[0]), (kv_format.value, values, buffers[1])
     return all(

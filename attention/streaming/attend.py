@@ -129,7 +129,7 @@ class Step:
             return None
         backend = current_backend()
         if backend == "cpu":
-            return backend if cpu.is_loaded(_PARTS) or _loads() else None
+            return backend if _loads() or cpu.is_loaded(_PARTS) else None
         return backend if backend == "cuda" else None
 
     def settle(self) -> None:
