@@ -104,12 +104,13 @@ def _energy(device: Device) -> DiagnosisItem:
     """Report whether rows have the energy of a token."""
     if energy_counter(device) is not None:
         return DiagnosisItem(topic="energy", text="counted by the device: rows have the energy of a token")
-    advice = None
+    where, advice = "", None
     if sys.platform == "darwin":
         advice = "pip install 'fatui[energy]'"
     elif device.backend == "cuda":
         advice = "pip install nvidia-ml-py"
-    where = f"; {POWERCAP} is missing, or for root alone" if device.backend == "cpu" and advice is None else ""
+    else:
+        where = f"; {POWERCAP} is missing, or for root alone"
     return DiagnosisItem(topic="energy", text=f"no counter can be read{where}: rows have no energy", advice=advice)
 
 
