@@ -76,8 +76,7 @@ def test_a_hub_that_does_not_answer_is_given_up():
 
 
 @pytest.mark.parametrize("command", ["model", slow("finetune"), slow("stream")])
-def test_without_a_network_a_name_is_one_line_and_code_2(command, capsys, monkeypatch):
-    monkeypatch.setattr(hub, "LOOK_UP_S", 5.0)
+def test_without_a_network_a_name_is_one_line_and_code_2(command, capsys):
     assert main([command, NAME]) == 2
     looking, problem = capsys.readouterr().err.splitlines()
     assert looking == f"fatui: looking for '{NAME}' on the hub"
