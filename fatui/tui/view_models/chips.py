@@ -62,8 +62,7 @@ def plot(
         for number, chip in enumerate(made.chips)
         if (rate := chip.rate(workload.dtype)) and chip.bytes_per_s
     ]
-    own = roofline.limits_of(workload, peaks)
-    if own is not None and peaks.flops_per_s and peaks.copy_bytes_per_s:
+    if peaks.flops_per_s and peaks.copy_bytes_per_s:
         roofs.append((peaks.flops_per_s, peaks.copy_bytes_per_s, roofline.ROOF))
     if not roofs:
         return None
