@@ -13,7 +13,6 @@ calibrates on half of the CPU's shapes, and predicts the other half.
 """
 
 import argparse
-import itertools
 import math
 import random
 import sys
@@ -31,14 +30,14 @@ from attention.chips.cost import Path as PathKind
 from attention.chips.prediction import LIMITS, Prediction, predict
 from attention.chips.table import Chip, chip_of_device, chips
 from attention.core.digest import digest_of
+from attention.core.plan import expand
 from attention.core.results import Report
 from attention.core.workload import Workload
 from attention.implementations.fused import Poc
 
-Grid = tuple[list[Workload], list[str] | dict[str, str], float]
-"""Cases, implementations, and the seconds of the rounds of a case."""
-CUDA: Final = ["baseline", "mlx", "practical", "poc", "torch"]
-CPU: Final = ["baseline", "mlx", "practical", "poc", "torch"]
+Grid = tuple[str, Sequence[Workload], list[str] | dict[str, str], float]
+"""Name, cases, implementations, and the seconds of the rounds of a case."""
+ALL: Final = ["baseline", "mlx", "practical", "poc", "torch"]
 
 
 class General(Poc):
@@ -54,152 +53,70 @@ class General(Poc):
         set_portable_only(True)
 
 
-def _cases(**fields: Any) -> list[Workload]:
+def _cases(**fields: Any) -> tuple[Workload, ...]:
     """Return every combination of the fields' values."""
-    lists = {name: value if isinstance(value, list) else [value] for name, value in fields.items()}
-    return [Workload(**dict(zip(lists, values, strict=True))) for values in itertools.product(*lists.values())]
+    return expand({}, {name: value if isinstance(value, list) else [value] for name, value in fields.items()})
 
 
-def cuda_grids() -> Iterator[tuple[str, Grid]]:
-    """Yield the grids of a GPU by name, the most important first."""
+def cuda_grids() -> Iterator[Grid]:
+    """Yield the grids of a GPU, the most important first."""
     both = ["causal", "none"]
-    yield (
-        "study",
-        (
-            [
-                *_cases(seq=[64, 128], head_dim=[32, 64]),
-                *_cases(batch=2, seq=128, head_dim=32),
-                *_cases(batch=4, seq=256, head_dim=[32, 64]),
-                *_cases(seq=512, head_dim=128, dtype="bfloat16"),
-                *_cases(seq=1024, heads=4, head_dim=[64, 256], dtype="bfloat16"),
-                *_cases(batch=4, seq=512, head_dim=64, mask="causal"),
-            ],
-            CUDA,
-            0.4,
-        ),
-    )
-    yield (
-        "prefill",
-        (
-            [
-                *_cases(seq=[2048, 8192], heads=16, head_dim=[64, 128, 256], dtype="bfloat16", mask=both),
-                *_cases(seq=[1024, 4096, 16384], heads=16, head_dim=[128, 256], dtype="bfloat16", mask="causal"),
-                *_cases(batch=4, seq=[1024, 4096], heads=16, head_dim=[64, 128], dtype="bfloat16", mask=both),
-                *_cases(seq=[512, 4096], heads=32, kv_heads=8, head_dim=128, mask="causal"),
-                *_cases(batch=8, seq=[512, 2048], heads=8, head_dim=[64, 128], mask="causal"),
-            ],
-            CUDA,
-            0.4,
-        ),
-    )
-    yield (
-        "training",
-        (
-            [
-                *_cases(
-                    seq=[1024, 4096],
-                    heads=16,
-                    head_dim=[64, 128, 256],
-                    dtype="bfloat16",
-                    mask="causal",
-                    pass_="training",
-                ),
-                *_cases(seq=[2048, 8192], heads=16, head_dim=128, dtype="bfloat16", mask=both, pass_="training"),
-                *_cases(
-                    batch=4, seq=[256, 1024], heads=8, head_dim=64, dtype="float16", mask="causal", pass_="training"
-                ),
-            ],
-            CUDA,
-            0.4,
-        ),
-    )
-    yield (
-        "decode",
-        (
-            [
-                *_cases(
-                    batch=[1, 16], kv_seq=[512, 2048, 8192, 32768], heads=32, kv_heads=8, head_dim=128, pass_="decode"
-                ),
-                *_cases(
-                    batch=[1, 8], kv_seq=[1024, 4096], heads=16, head_dim=[64, 256], dtype="bfloat16", pass_="decode"
-                ),
-            ],
-            CUDA,
-            0.3,
-        ),
-    )
-    yield (
-        "general",
-        (
-            [
-                *_cases(seq=[512, 2048, 8192], heads=16, head_dim=[64, 128], dtype="bfloat16", mask=both),
-                *_cases(seq=2048, heads=16, head_dim=256, dtype="bfloat16", mask="causal"),
-                *_cases(seq=[1024, 4096], heads=16, head_dim=128, dtype="bfloat16", mask="causal", pass_="training"),
-            ],
-            {"general": "benchmarks.chips:General"},
-            0.2,
-        ),
-    )
-    yield (
-        "float32",
-        (
-            _cases(seq=[512, 2048], heads=16, head_dim=[64, 128], dtype="float32", mask=both),
-            CUDA,
-            0.3,
-        ),
-    )
-    yield (
-        "long",
-        (
-            _cases(seq=32768, heads=8, head_dim=[64, 128], dtype="bfloat16", mask="causal"),
-            CUDA,
-            0.3,
-        ),
-    )
+    wide = {"heads": 16, "dtype": "bfloat16"}
+    training = {"mask": "causal", "pass_": "training"}
+    study = [
+        *_cases(seq=[64, 128], head_dim=[32, 64]),
+        *_cases(batch=2, seq=128, head_dim=32),
+        *_cases(batch=4, seq=256, head_dim=[32, 64]),
+        *_cases(seq=512, head_dim=128, dtype="bfloat16"),
+        *_cases(seq=1024, heads=4, head_dim=[64, 256], dtype="bfloat16"),
+        *_cases(batch=4, seq=512, head_dim=64, mask="causal"),
+    ]
+    yield "study", study, ALL, 0.4
+    prefill = [
+        *_cases(seq=[2048, 8192], head_dim=[64, 128, 256], mask=both, **wide),
+        *_cases(seq=[1024, 4096, 16384], head_dim=[128, 256], mask="causal", **wide),
+        *_cases(batch=4, seq=[1024, 4096], head_dim=[64, 128], mask=both, **wide),
+        *_cases(seq=[512, 4096], heads=32, kv_heads=8, head_dim=128, mask="causal"),
+        *_cases(batch=8, seq=[512, 2048], heads=8, head_dim=[64, 128], mask="causal"),
+    ]
+    yield "prefill", prefill, ALL, 0.4
+    trained = [
+        *_cases(seq=[1024, 4096], head_dim=[64, 128, 256], **wide, **training),
+        *_cases(seq=[2048, 8192], head_dim=128, mask=both, pass_="training", **wide),
+        *_cases(batch=4, seq=[256, 1024], heads=8, head_dim=64, dtype="float16", **training),
+    ]
+    yield "training", trained, ALL, 0.4
+    shared = {"heads": 32, "kv_heads": 8, "head_dim": 128}
+    decode = [
+        *_cases(batch=[1, 16], kv_seq=[512, 2048, 8192, 32768], pass_="decode", **shared),
+        *_cases(batch=[1, 8], kv_seq=[1024, 4096], head_dim=[64, 256], pass_="decode", **wide),
+    ]
+    yield "decode", decode, ALL, 0.3
+    general = [
+        *_cases(seq=[512, 2048, 8192], head_dim=[64, 128], mask=both, **wide),
+        *_cases(seq=2048, head_dim=256, mask="causal", **wide),
+        *_cases(seq=[1024, 4096], head_dim=128, **wide, **training),
+    ]
+    yield "general", general, {"general": "benchmarks.chips:General"}, 0.2
+    yield "float32", _cases(seq=[512, 2048], heads=16, head_dim=[64, 128], dtype="float32", mask=both), ALL, 0.3
+    yield "long", _cases(seq=32768, heads=8, head_dim=[64, 128], dtype="bfloat16", mask="causal"), ALL, 0.3
 
 
-def cpu_grids() -> Iterator[tuple[str, Grid]]:
-    """Yield the grids of a CPU by name: small shapes, which take MLX's products tens of milliseconds, and larger."""
+def cpu_grids() -> Iterator[Grid]:
+    """Yield the grids of a CPU: small shapes, which take MLX's products tens of milliseconds, and larger."""
     both, types, fast = ["none", "causal"], ["float32", "bfloat16"], ["poc", "torch"]
-    yield (
-        "forward",
-        (_cases(seq=[192, 256, 384, 512, 768, 1024], head_dim=[64, 128], dtype=types, mask=both), fast, 0.3),
-    )
-    yield (
-        "small",
-        (
-            [
-                *_cases(seq=[64, 96, 128, 192], heads=4, head_dim=[32, 64], dtype="float32", mask=both),
-                *_cases(batch=2, seq=[80, 160], heads=4, head_dim=64, dtype="float32"),
-            ],
-            CPU,
-            0.2,
-        ),
-    )
-    yield (
-        "decode",
-        (
-            _cases(
-                batch=[1, 4],
-                kv_seq=[1024, 2048, 4096, 8192],
-                heads=16,
-                kv_heads=4,
-                head_dim=128,
-                dtype=types,
-                pass_="decode",
-            ),
-            fast,
-            0.2,
-        ),
-    )
-    yield (
-        "training",
-        (
-            _cases(batch=[1, 2], seq=[128, 192, 256, 384], heads=8, head_dim=64, dtype=types, pass_="training"),
-            fast,
-            0.3,
-        ),
-    )
+    forward = _cases(seq=[192, 256, 384, 512, 768, 1024], head_dim=[64, 128], dtype=types, mask=both)
+    yield "forward", forward, fast, 0.3
+    small = [
+        *_cases(seq=[64, 96, 128, 192], heads=4, head_dim=[32, 64], dtype="float32", mask=both),
+        *_cases(batch=2, seq=[80, 160], heads=4, head_dim=64, dtype="float32"),
+    ]
+    yield "small", small, ALL, 0.2
+    shared = {"heads": 16, "kv_heads": 4, "head_dim": 128}
+    decode = _cases(batch=[1, 4], kv_seq=[1024, 2048, 4096, 8192], dtype=types, pass_="decode", **shared)
+    yield "decode", decode, fast, 0.2
+    training = _cases(batch=[1, 2], seq=[128, 192, 256, 384], heads=8, head_dim=64, dtype=types, pass_="training")
+    yield "training", training, fast, 0.3
 
 
 GRIDS: Final = {"cuda": cuda_grids, "cpu": cpu_grids}
@@ -209,7 +126,7 @@ def measure(backend: str, folder: Path, limit_s: float, only: str | None) -> int
     """Measure the grids of a backend into a folder; return the number of those that were left out."""
     folder.mkdir(parents=True, exist_ok=True)
     started, left_out = time.monotonic(), 0
-    for name, (cases, implementations, seconds) in GRIDS[backend]():
+    for name, cases, implementations, seconds in GRIDS[backend]():
         if only not in (None, name):
             continue
         spent = time.monotonic() - started
@@ -285,7 +202,7 @@ def decode_rows_of_docs() -> list[Measured]:
     """Return the rows of the documentation's table of decoding on an H100: 32 and 8 heads of 128 in bfloat16."""
     rows = []
     for (batch, keys), rates in DECODE_RATES.items():
-        (workload,) = _cases(
+        workload = Workload(
             batch=batch, kv_seq=keys, heads=32, kv_heads=8, head_dim=128, dtype="bfloat16", pass_="decode"
         )
         for name, rate in rates.items():
