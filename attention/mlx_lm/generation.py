@@ -331,10 +331,9 @@ class GenerationBench(CaseRunner[GenerationPlan]):
         prompt = 2 if decodes else min(work.prompt, COST_TOKENS)
         passes = work.generate if decodes else work.prompt / prompt
         few = structs.replace(work, phase="prefill", prompt=prompt, kv_format=DENSE)
-        vocabulary = int(self._configuration.fields.get("vocab_size", 256))
         times = []
         for layers in (1, 2):
-            run = PrefillRun(network, Prompts(few, vocabulary, self._plan.seed), layers=layers)
+            run = PrefillRun(network, self._prompts(few), layers=layers)
             take_sample(run, 1)  # compiles
             times.append(take_sample(run, 1))
         one, two = times
