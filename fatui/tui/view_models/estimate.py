@@ -36,9 +36,8 @@ def estimate_s(plan: Plan, pace: RunSpeed, device: str) -> float | None:
 
 def call_times(workload: Workload, names: Sequence[str], pace: RunSpeed, device: str) -> dict[str, float]:
     """Return seconds of a call of the implementations that earlier runs on the device allow to estimate."""
-    if not device or pace.device != device:
-        return {}
-    found = {name: scaled_call_s(pace.calls.get(kind_of_call(name, workload), []), workload.flops) for name in names}
+    known = known_times(pace, device).calls
+    found = {name: scaled_call_s(known.get(kind_of_call(name, workload), []), workload.flops) for name in names}
     return {name: seconds for name, seconds in found.items() if seconds is not None}
 
 
