@@ -180,11 +180,11 @@ class Advice:
         """
         crashes = 0
         while crashes < MAX_CRASHES:
-            if self._remote is not None and not await self._run_remotely(self._remote):
-                await asyncio.sleep(RETRY_S)
-                continue
             if self._remote is None:
                 await self._run_once()
+            elif not await self._run_remotely(self._remote):
+                await asyncio.sleep(RETRY_S)
+                continue
             if self.problem:
                 return
             crashes += 1
