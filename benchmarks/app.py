@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.pty_app import ROOT, PtyApp, Scheduled, scheduled
+from benchmarks.pty_app import ROOT, PtyApp, Scheduled, environment_for, scheduled
 
 FATUI: Final = (sys.executable, "-m", "fatui")
 PAINTED: Final = "Palette"
@@ -106,11 +106,8 @@ def first_paint(root: Path = ROOT) -> tuple[float, float]:
 def import_s(root: Path = ROOT) -> float:
     """Return the CPU seconds that the imports of the app take."""
     code = "import time; began = time.process_time(); import fatui.tui.app; print(time.process_time() - began)"
-    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    made = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, check=True, text=True
-    )
+    command = [sys.executable, "-c", code]
+    made = subprocess.run(command, cwd=root, env=environment_for(root), capture_output=True, check=True, text=True)
     return float(made.stdout)
 
 

@@ -35,15 +35,20 @@ def scheduled(pid: int) -> Scheduled:
     return Scheduled(sum(int(each[0]) for each in figures) / 1e9, sum(int(each[1]) for each in figures) / 1e9)
 
 
+def environment_for(root: Path) -> dict[str, str]:
+    """Return the environment of a program that takes its packages from a checkout."""
+    environment = {name: text for name, text in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return environment | {"TERM": "xterm-256color", "PYTHONPATH": os.pathsep.join(paths)}
+
+
 class PtyApp:
     """A program started in a pty; closing it ends its processes."""
 
     def __init__(self, *command: str, root: Path = ROOT) -> None:
         """Start a program with the packages of a checkout."""
         self.began = time.monotonic()
-        environment = {name: text for name, text in os.environ.items() if name not in ("COLUMNS", "LINES")}
-        paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment |= {"TERM": "xterm-256color", "PYTHONPATH": os.pathsep.join(paths)}
+        environment = environment_for(root)
         self.pid, self._file = pty.fork()
         if self.pid == 0:
             os.chdir(root)
