@@ -25,6 +25,7 @@ from fatui.report.stream_curves import (
 )
 from fatui.reproduce import stream_command
 from fatui.tui import actions
+from fatui.tui.painting import KeepsStyles
 from fatui.tui.screens.models import ROOMY, ModelScreen
 from fatui.tui.view_models import kv_format
 from fatui.tui.view_models.session import ModelSession
@@ -42,7 +43,7 @@ WIDE: Final = 110
 """Columns from which a second chart stands beside the first."""
 
 
-class StreamCurves(Widget):
+class StreamCurves(KeepsStyles):
     """Curves of the rows of a stream on common axes, measured and extrapolated, with a legend."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"curves--axis", *(f"curves--{name}" for name in ROW_NAMES)}
@@ -67,7 +68,7 @@ class StreamCurves(Widget):
 
     def render_line(self, y: int) -> Strip:
         """Draw the title, one row of the plot, the axis, or the legend."""
-        axis = self.get_component_rich_style("curves--axis")
+        axis = self.part_style("curves--axis")
         chart, (width, height) = self.chart, self._plot
         if y == 0:
             parts = [Segment(self._title, axis)]
@@ -83,7 +84,7 @@ class StreamCurves(Widget):
             words = lines[y - height - 2] if y - height - 2 < len(lines) else []
             parts = [Segment(" " * (LABEL_WIDTH + 1), axis)]
             parts += [Segment(f"{text}{GAP}", self._style(number, chart)) for text, number in words]
-        return Strip(parts).adjust_cell_length(self.size.width, self.rich_style)
+        return Strip(parts).adjust_cell_length(self.size.width, self.part_style())
 
     def _cells(self, chart: StreamChart) -> Cells:
         key = (chart, self._plot)
@@ -100,7 +101,7 @@ class StreamCurves(Widget):
 
     def _style(self, number: int, chart: StreamChart) -> Style:
         name = chart.curves[number].name if number >= 0 else ""
-        return self.get_component_rich_style(f"curves--{name}" if name in ROW_NAMES else "curves--axis")
+        return self.part_style(f"curves--{name}" if name in ROW_NAMES else "curves--axis")
 
 
 class Streaming(ModelScreen):
