@@ -16,6 +16,9 @@ FIGURES: Final = (
     *("bytes_per_s", "cache_bytes", "shared_bytes", "memory_bytes", "watts"),
 )
 """The figures of a chip; see chips.toml for their meaning."""
+RATES: Final = ("matrix16_flops", "matrix32_flops", "vector32_flops")
+MOVED: Final = {"rate": RATES, "cores": (*RATES, "cores")}
+"""The figures that a factor is of, where it is of several."""
 LANES: Final = {"cuda": 128, "metal": 128, "cpu": 32}
 """Float32 multiply-adds of a core in a cycle, for chips whose clock no source states."""
 MACHINE: Final = "this machine"
@@ -75,8 +78,7 @@ class Chip(Struct, frozen=True, kw_only=True):
         """
         figures: dict[str, float] = {}
         for name, factor in factors.items():
-            names = ("matrix16_flops", "matrix32_flops", "vector32_flops") if name in ("rate", "cores") else (name,)
-            for each in (*names, "cores") if name == "cores" else names:
+            for each in MOVED.get(name, (name,)):
                 value = figures.get(each, getattr(self, each))
                 if value is not None:
                     figures[each] = value * factor
