@@ -157,14 +157,14 @@ def _load_for(q: mx.array, k: mx.array | QuantizedArray, v: mx.array | Quantized
     load(parts=needed & build.ALL)
 
 
-def _with_parts(call: Callable[[Any], T]) -> T:
-    """Return what a function makes of the module; parts that it lacks are compiled, and loaded with the others."""
+def _with_parts(call: Callable[..., T], *arguments: object) -> T:
+    """Return what a function makes of the module and arguments; parts that it lacks are compiled, and loaded first."""
     if _module is None:
         load(parts=())
     while True:
         module = _module
         try:
-            return call(module)
+            return call(module, *arguments)
         except module.MissingPart as missing:
             load(parts=(str(missing),))
             if _module is module:
@@ -224,14 +224,13 @@ def flash_attention(
     listed = () if lists is None and alibi is None else (alibi, *_list_arguments(lists))
     options = (scale, causal, window or 0, softcap or 0.0, mask, items)
     if _quantized_call.is_quantized(k, v):
-        more = [listed] if listed else []
-        attended: mx.array = _with_parts(lambda module: _quantized_call.attend(module, q, k, v, options, *more)[0])
+        attended: mx.array = _with_parts(_quantized_call.attend, q, k, v, options, *([listed] if listed else []))[0]
         return attended
     module = _module
-    try:
+    try:  # at once, and without a closure: its variables would take 0.2 us of each call
         out: mx.array = module.flash_attention(q, k, v, *options, *listed)
     except module.MissingPart:
-        out = _with_parts(lambda module: module.flash_attention(q, k, v, *options, *listed))
+        out = _with_parts(lambda module, *arguments: module.flash_attention(*arguments), q, k, v, *options, *listed)
     return out
 
 
