@@ -3,6 +3,7 @@
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from attention.core.workload import Workload
@@ -151,3 +152,56 @@ def test_scores_larger_than_the_default_budget_stay_within_it(head_dim: int, pas
     workload = Workload(seq=seq, heads=8, head_dim=head_dim, dtype="bfloat16", pass_=pass_)  # type: ignore[arg-type]
     assert workload.scores * 2 > budget
     assert is_within(workload, budget)
+
+
+def rounded_to_tf32(array: np.ndarray) -> np.ndarray:
+    """Round float32 to nearest at TF32's 10 bits."""
+    bits = (array.astype(np.float32).view(np.uint32) + 0x1000) & np.uint32(0xFFFFE000)
+    return bits.view(np.float32)
+
+
+def rows_with_another_winner_in_tf32(heads: int, seq: int, dim: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Draw float16 queries and keys with scores near a million, a third of whose rows have another top key in TF32.
+
+    Whichever wins is at least 60 ahead of the next, in float64 and in TF32: weights are 0 or 1 in both.
+    """
+    rng = np.random.default_rng(7)
+    keys = (350 * rng.standard_normal((heads, seq, dim))).astype(np.float16)
+    queries = np.zeros_like(keys)
+    for head in range(heads):
+        taken: list[np.ndarray] = []
+        changed = 0
+        wide = keys[head].astype(np.float64)
+        while len(taken) < seq:
+            q = 350 * rng.standard_normal(dim)
+            first, second = np.argsort(wide @ q)[[-1, -2]]
+            apart = wide[first] - wide[second]
+            q = (q - apart * (apart @ q) / (apart @ apart)).astype(
+                np.float16
+            )  # their scores are equal but for rounding
+            scores = scale * (wide @ q.astype(np.float64))
+            in_tf32 = wide @ rounded_to_tf32(np.float32(scale) * q.astype(np.float32)).astype(np.float64)
+            gaps = [np.diff(np.sort(one)[-2:])[0] for one in (scores, in_tf32)]
+            other = scores.argmax() != in_tf32.argmax()
+            if min(gaps) > 60 and (other or 3 * changed >= len(taken)):
+                taken.append(q)
+                changed += other
+        assert 4 * changed >= seq
+        queries[head] = np.stack(taken)
+    return queries[None], keys[None]
+
+
+@pytest.mark.parametrize(
+    ("budget", "seq", "dim"), [(MIB, 64, 320), (4 * MIB, 256, 320), (SMALL, 256, 320), (MIB, 256, 64)]
+)
+def test_float16_gradients_have_the_outputs_winners(budget: int, seq: int, dim: int) -> None:
+    """Of scores near a million TF32 may choose another key: gradients that chose again were in the 1000s, not 0."""
+    scale = 0.7
+    queries, keys = rows_with_another_winner_in_tf32(4, seq, dim, scale)
+    q, k = mx.array(queries), mx.array(keys)
+    v, cotangent = (mx.random.normal(q.shape, key=mx.random.key(seed)).astype(q.dtype) for seed in (1, 2))
+    practical = Practical(budget)
+    (output,), (dq, dk, _) = mx.vjp(lambda *qkv: practical(*qkv, scale=scale, mask=Mask()), [q, k, v], [cotangent])
+    assert all(mx.isfinite(array).all().item() for array in (output, dq, dk))
+    assert mx.abs(dq).max().item() < 1  # each row has one weight of 1, in float32 and in TF32 alike
+    assert mx.abs(dk).max().item() < 1
