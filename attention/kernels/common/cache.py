@@ -54,6 +54,8 @@ class KernelRecord(TypedDict, total=False):
     """Name of the kernel for reports."""
     checked: dict[str, str]
     """Results of the kernel's self-checks, by machine."""
+    variant: str
+    """Instruction set that a library for a CPU is compiled for."""
     parts: list[str]
     """Parts of the latest library, where a record stands for what calls have needed so far."""
 

@@ -121,10 +121,14 @@ def fma_peak() -> float:
 
 
 def variant() -> str:
-    """Return the source variant for this processor: "amx", "avx512_bf16", "avx512", "avx2", "neon" or "plain"."""
-    from attention.kernels.cpu import build
+    """Return the instruction set that runs, or would: "amx", "avx512_bf16", "avx512", "avx2", "neon" or "plain".
 
-    return build.variant()
+    Raises:
+        KernelUnavailable: the kernel is not loaded, and cannot be compiled.
+    """
+    from attention.kernels.cpu import library
+
+    return library.variant()
 
 
 def load(on_message: Callable[[str], None] | None = None, parts: Iterable[str] | None = None) -> None:

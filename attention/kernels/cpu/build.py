@@ -177,21 +177,6 @@ def cpu_fingerprint() -> str:
     return f"{cpu_name()} {fields.get('flags') or fields.get('Features', '')}"
 
 
-def variant() -> str:
-    """Return the source variant for this processor: amx, avx512_bf16, avx512, avx2, neon or plain."""
-    features = cpu_features()
-    for name, needed in (
-        ("amx", {"amx_bf16", "avx512_bf16"}),
-        ("avx512_bf16", {"avx512_bf16"}),
-        ("avx512", {"avx512f"}),
-        ("avx2", {"avx2"}),
-        ("neon", {"neon"}),
-    ):
-        if needed <= features:
-            return name
-    return "plain"
-
-
 SOURCES = Path(__file__).parent
 MODULE = "fatui_cpu_kernel"
 SHARED = ("shared",)
@@ -213,6 +198,9 @@ KERNEL = (*SHARED, *(name for names in PARTS.values() for name in names))
 BINDING = ("module",)
 ROOM_BYTES = 16 << 20
 """Maximum bytes written by a compilation: assembly of two sources at a time, objects and the library."""
+VARIANTS = ("amx", "avx512_bf16", "avx512", "avx2", "neon", "plain")
+"""Instruction sets that the sources have text of their own for, as named in variant.cpp."""
+PREPROCESSOR_LIMIT_S = 10.0
 _HASH_LENGTH = 24
 """Hexadecimal digits of an object's hash."""
 
@@ -241,6 +229,29 @@ def _machine_flags() -> tuple[str, ...]:
 
 def _kernel_command(tools: Toolchain) -> tuple[str, ...]:
     return (*tools.compiler, *_SHARED_FLAGS, *_KERNEL_FLAGS, *_machine_flags(), *extra_flags())
+
+
+def compiled_for(tools: Toolchain) -> str:
+    """Return the instruction set that a library made now is compiled for, one of `VARIANTS`, or "unknown"."""
+    return _compiled_for(_kernel_command(tools), _common_dependencies(tools))
+
+
+def granted(name: str) -> str:
+    """Return the instruction set that runs of those that a library is compiled for: $FATUI_AMX=0 refuses AMX."""
+    refused = name == "amx" and os.environ.get("FATUI_AMX", "").startswith("0")
+    return "avx512_bf16" if refused else name
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_for(command: tuple[str, ...], _dependencies: bytes) -> str:
+    """Return the name that the compiler's macros select; starting the compiler takes some ms."""
+    words = (*command, "-DFATUI_NAME_ONLY", "-E", "-P", str(SOURCES / "variant.cpp"))
+    try:
+        text = subprocess.run(words, check=True, capture_output=True, text=True, timeout=PREPROCESSOR_LIMIT_S).stdout
+    except (OSError, subprocess.SubprocessError):
+        return _UNKNOWN  # the compilation will fail too, and say why
+    found = re.search(r'"(\w+)"', text)
+    return found[1] if found else _UNKNOWN
 
 
 def include_flags(tools: Toolchain) -> list[str]:

@@ -25,9 +25,10 @@ def availability(parts: Iterable[str] | None = None) -> tuple[bool, str]:
         parts: those that a call would need (`build.PARTS`); by default those that calls have needed so far, or all.
     """
     if _loaded is not None and _parts.issuperset(parts or ()):
-        return True, f"loaded ({build.variant()})"
+        return True, f"loaded ({variant()})"
     try:
-        whole = build.key(build.find())
+        tools = build.find()
+        whole = build.key(tools)
         used = _used(whole)
         key = build.key_with(whole, _wanted(used, (used or build.ALL) if parts is None else parts))
         cache.ensure_folder()
@@ -37,7 +38,25 @@ def availability(parts: Iterable[str] | None = None) -> tuple[bool, str]:
     if failure is not None:
         return False, failure
     state = "compiled" if _is_cached(key) else "compiles at first use"
-    return True, f"{state} ({build.variant()})"
+    return True, f"{state} ({_variant(tools, whole)})"
+
+
+def variant() -> str:
+    """Return the instruction set of the loaded library; before it is loaded, what it is or will be compiled for.
+
+    Raises:
+        KernelUnavailable: nothing is loaded, and nothing can be compiled.
+    """
+    if _loaded is not None:
+        return str(_loaded.variant())
+    tools = build.find()
+    return _variant(tools, build.key(tools))
+
+
+def _variant(tools: build.Toolchain, whole: str) -> str:
+    """Return what the latest library's record names; the compiler is started only if there is none."""
+    recorded = cache.read_record(build.key_with(whole, _used(whole) or build.ALL)).get("variant")
+    return build.granted(recorded if recorded in build.VARIANTS else build.compiled_for(tools))
 
 
 def has(parts: Iterable[str]) -> bool:
@@ -120,7 +139,7 @@ def _compile_and_try(
         raise KernelUnavailable(reason) from error
     ready = "The CPU attention kernel is ready"
     try:
-        cache.write_record(key, {"sha256": cache.digest(path)})
+        cache.write_record(key, {"sha256": cache.digest(path), "variant": build.compiled_for(tools)})
         if parts != build.ALL:
             cache.write_record(_latest(whole), {"parts": sorted(parts)})
     except (KernelUnavailable, OSError) as error:

@@ -34,6 +34,8 @@ namespace fatui {
 
 namespace mx = mlx::core;
 
+const char* variant();  // in variant.cpp
+
 // This library was linked without a part that a call needs. Python links one with it, and calls again.
 struct MissingPart : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -816,5 +818,6 @@ NB_MODULE(fatui_cpu_kernel, m) {
   m.def("workspace_bytes", &workspace, "Bytes above inputs and outputs, for shapes alone.");
   m.def("fma_peak", &fatui::fma_peak, "FLOP/s of multiply-adds in registers, float32, on all threads.");
   m.def("limit_threads", &fatui::limit_threads, "Limit the threads of calls, as a quota of CPU time does; 0: no limit.");
+  m.def("variant", &fatui::variant, "The instruction set that runs.");
   m.def("read_bandwidth", &read_bandwidth, "Bytes/s of a plain loop that reads two evaluated arrays, all threads.");
 }

@@ -54,7 +54,7 @@ def route(workload: Workload, needs: Needs) -> Route:
     when = "" if cpu.is_compiled(parts) else "; it is compiled at first use, which takes some seconds"
     lists = ", visiting the tiles of the mask's block lists" if workload.structured else ""
     packed = f", reading {workload.kv_format} packed, tile by tile" if quantized else ""
-    reason = f"flash attention in C++, for this processor's {variant}{packed}{lists}{when}"
+    reason = f"flash attention in C++, compiled for {variant}{packed}{lists}{when}"
     return Route(
         path=path,
         fused=True,

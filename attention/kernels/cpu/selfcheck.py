@@ -5,10 +5,11 @@ from typing import Final
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from attention.core.errors import KernelUnavailable
 from attention.core.kv_format import parse_kv_format
-from attention.kernels.common.selfcheck import exact, gradients, results
+from attention.kernels.common.selfcheck import Floats, exact, gradients, results
 from attention.kernels.cpu import quantized_call
 from attention.masks import dtype_name
 from attention.measure.reference import Rules
@@ -54,8 +55,75 @@ def _disagreement_quantized(module: ModuleType, dtype: mx.Dtype, text: str, quer
     return float(np.abs(exact(out) - expected).max())
 
 
+def _disagreement_appended(module: ModuleType, dtype: mx.Dtype, text: str) -> float:
+    """Return by how much new rows that a cache quantizes are further from their values than those of mx.quantize."""
+    kv = parse_kv_format(text)
+    assert kv is not None
+    before, rows = 3, 5
+    drawn = [mx.random.normal((1, 2, rows, 128), key=key).astype(dtype) for key in mx.random.split(mx.random.key(9))]
+    right = [quantized(x, form) for x, form in zip(drawn, (kv.key, kv.value), strict=True)]
+    buffers = [mx.zeros((1, 2, before + rows, part.shape[3]), part.dtype) for x in right for part in x.arrays]
+    codes = quantized_call.code(kv.key), quantized_call.code(kv.value)
+    made = module.append_quantized(buffers, *drawn, *codes, before, before + rows)[: len(buffers)]
+    worst = 0.0
+    for x, expected in zip(drawn, right, strict=True):
+        arrays, made = made[: len(expected.arrays)], made[len(expected.arrays) :]
+        found = expected.with_arrays([part[:, :, before:] for part in arrays])
+        errors = [float(np.abs(exact(each.dequantized()) - exact(x)).max()) for each in (found, expected)]
+        worst = max(worst, errors[0] - errors[1], key=lambda error: np.inf if np.isnan(error) else error)
+    return worst
+
+
+_FIRST, _WINDOW, _STEPS = 2, 5, 13
+
+
+def _disagreement_streamed(module: ModuleType, dtype: mx.Dtype) -> float:
+    """Return the largest difference in the outputs of a stream's steps with rotary positions, over two laps."""
+    width, pairs = 24, 8
+    keys = mx.random.split(mx.random.key(10), 3)
+    shapes = [(1, 4, _STEPS, width), (1, 2, _STEPS, width), (1, 2, _STEPS, width)]
+    q, k, v = (mx.random.normal(s, key=key).astype(dtype) for s, key in zip(shapes, keys, strict=True))
+    radians = np.logspace(0, -3, pairs)
+    by_float = mx.array(radians.astype(np.float32))
+    slots = [module.own_copy(x) for x in _evaluated(*(x[:, :, : _FIRST + _WINDOW] for x in (k, v)))]
+    options = ((0, 0, 0), (0, 0, 0), _FIRST, _WINDOW, _WINDOW)
+    mx.eval(by_float)
+    worst = 0.0
+    for position in range(_STEPS):
+        token = _evaluated(*(x[:, :, position : position + 1] for x in (q, k, v)))
+        oldest = max(0, position - _WINDOW) if position > _FIRST + _WINDOW else min(position, _FIRST)
+        out = module.stream_step(
+            *token, slots, *options, [(position, oldest)], RULES.scale, 0.0, by_float, False, False
+        )
+        if out is None:
+            return float("inf")
+        kept = [n for n in range(position + 1) if n < _FIRST or n > position - _WINDOW]
+        at = np.arange(len(kept))
+        turned_q, turned_k = (
+            _rotated(x, places, radians) for x, places in ((exact(token[0]), at[-1:]), (exact(k)[:, :, kept], at))
+        )
+        expected = results(turned_q, turned_k, exact(v)[:, :, kept], lambda b, h: Rules(scale=RULES.scale))[0]
+        worst = max(worst, float(np.abs(exact(out) - expected).max()), key=lambda x: np.inf if np.isnan(x) else x)
+    return worst
+
+
+def _evaluated(*arrays: mx.array) -> list[mx.array]:
+    copies = [mx.contiguous(array) for array in arrays]
+    mx.eval(copies)
+    return copies
+
+
+def _rotated(x: Floats, positions: NDArray[np.int64], radians: Floats) -> Floats:
+    """Return x (B, H, n, D) with its first dims rotated, as pairs of two halves, to their positions."""
+    pairs = len(radians)
+    angles = positions[:, None] * radians
+    low, high, rest = x[..., :pairs], x[..., pairs : 2 * pairs], x[..., 2 * pairs :]
+    turned = (low * np.cos(angles) - high * np.sin(angles), low * np.sin(angles) + high * np.cos(angles))
+    return np.concatenate([*turned, rest], -1)
+
+
 def run(module: ModuleType, parts: frozenset[str]) -> None:
-    """Check a compiled kernel in the dtypes that it has, and over quantized keys and values.
+    """Check a compiled kernel in the dtypes that it has, over quantized keys and values, and in streams.
 
     Raises:
         KernelUnavailable: a result differs from the reference by more than rounding.
@@ -75,3 +143,8 @@ def run(module: ModuleType, parts: frozenset[str]) -> None:
             for text in _FORMATS:
                 for queries in (1, 37) if "few" in parts else (37,):
                     check(_disagreement_quantized(module, dtype, text, queries), _TOLERANCE[dtype], text)
+        for dtype in _TOLERANCE if "quantized" in parts else []:  # caches append without a call of attention
+            for text in _FORMATS:
+                check(_disagreement_appended(module, dtype, text), 1e-6, f"quantization of {dtype} to {text}")
+        for dtype in dtypes if parts.issuperset({"few", "streams"}) else []:
+            check(_disagreement_streamed(module, dtype), _TOLERANCE[dtype], f"a stream of {dtype}")

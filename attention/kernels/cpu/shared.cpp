@@ -5,3 +5,4 @@
 #include "pool.cpp"
 #include "product.cpp"
 #include "scores.cpp"
+#include "variant.cpp"

@@ -1,13 +1,19 @@
 """The cache key of a compiled CPU kernel: its source, flags and tools, and the exact processor."""
 
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from attention.core.route import NO_NEEDS
+from attention.core.workload import Workload
 from attention.kernels import cpu
-from attention.kernels.cpu import build
+from attention.kernels.common import cache
+from attention.kernels.cpu import build, library, path
 
 pytestmark = pytest.mark.usefixtures("compiled_kernel")
 
@@ -75,14 +81,51 @@ def test_another_nanobind_in_the_same_place_is_compiled_anew(places, tmp_path):
     assert not set(before) & set(places(X86.format(""), tools=moved))
 
 
-def test_the_processor_gets_its_own_text(monkeypatch):
-    for features, name in (
-        ({"avx2", "avx512f", "avx512_bf16", "amx_bf16"}, "amx"),
-        ({"avx2", "avx512f", "avx512_bf16"}, "avx512_bf16"),
-        ({"avx2", "avx512f"}, "avx512"),
-        ({"avx2"}, "avx2"),
-        ({"neon"}, "neon"),
-        (set(), "plain"),
-    ):
-        monkeypatch.setattr(build, "cpu_features", lambda features=features: frozenset(features))
-        assert cpu.variant() == name
+@pytest.mark.skipif(build.platform.machine() != "x86_64", reason="these are x86's")
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("-march=x86-64", "plain"),
+        ("-march=znver3", "avx2"),
+        ("-march=skylake-avx512", "avx512"),
+        ("-march=cooperlake", "avx512_bf16"),
+        ("-march=cooperlake -mamx-tile -mamx-bf16", "amx"),
+    ],
+)
+def test_flags_decide_which_text_is_compiled(fresh, monkeypatch, flags, name):
+    monkeypatch.setenv("FATUI_KERNEL_CXXFLAGS", flags)
+    assert cpu.availability() == (True, f"compiles at first use ({name})")
+    assert path.route(Workload(dtype="float32"), NO_NEEDS).path == f"CPU kernel {name}"
+
+
+def test_a_compiler_that_does_not_run_has_no_text(fresh, monkeypatch):
+    monkeypatch.setenv("FATUI_KERNEL_CXXFLAGS", "-fno-such-option")
+    assert cpu.variant() == "unknown"
+
+
+def test_a_library_says_what_it_runs(own_folder, monkeypatch):
+    asked = cpu.variant()
+    assert asked in build.VARIANTS
+    cpu.load()
+    assert cpu.variant() == asked
+
+
+def test_later_processes_read_what_a_library_is_compiled_for(own_folder, monkeypatch):
+    cpu.load(parts={"float32"})
+    name = cpu.variant()
+    monkeypatch.setattr(library, "_loaded", None)
+    monkeypatch.setattr(build, "compiled_for", lambda tools: pytest.fail("a compiler was started"))
+    assert cpu.variant() == name
+    key = build.key_with(build.key(build.find()), frozenset({"float32"}))
+    monkeypatch.setattr(build, "compiled_for", lambda tools: "plain")
+    for hostile in ("\x1b[31mamx", ""):
+        cache.write_record(key, {**cache.read_record(key), "variant": hostile})
+        assert cpu.variant() == "plain"
+
+
+def test_a_refused_matrix_unit_is_not_named():
+    code = "from attention.kernels import cpu; print(cpu.variant()); cpu.load(); print(cpu.variant())"
+    environment = {**os.environ, "FATUI_AMX": "0"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    before, loaded = found.stdout.split()
+    assert before == loaded != "amx"

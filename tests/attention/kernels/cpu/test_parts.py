@@ -8,7 +8,7 @@ import pytest
 from attention.core.workload import Workload
 from attention.kernels import cpu
 from attention.kernels.common import cache
-from attention.kernels.cpu import build, library, path
+from attention.kernels.cpu import build, library, path, selfcheck
 
 pytestmark = [
     pytest.mark.usefixtures("compiled_kernel"),
@@ -127,8 +127,6 @@ def test_a_part_without_its_functions_is_no_endless_search(own_folder, monkeypat
 
 @pytest.mark.parametrize("part", ["float16", "bfloat16"])
 def test_the_self_check_tries_each_part(own_folder, part, monkeypatch):
-    from attention.kernels.cpu import selfcheck
-
     right, seen = selfcheck.results, []
     monkeypatch.setattr(selfcheck, "results", lambda *inputs: seen.append(inputs[0].shape) or right(*inputs))
     cpu.load(parts={part, "few", "quantized"})
@@ -136,6 +134,32 @@ def test_the_self_check_tries_each_part(own_folder, part, monkeypatch):
     monkeypatch.setattr(selfcheck, "results", lambda *inputs: [1.5 * each for each in right(*inputs)])
     with pytest.raises(cpu.KernelUnavailable, match="disagrees"):
         cpu.load(parts={"gradients"})
+
+
+class Wrong:
+    """A loaded kernel of which one function's results are off by one in their last numbers."""
+
+    def __init__(self, module, name):
+        self._module, self._name = module, name
+
+    def __getattr__(self, name):
+        right = getattr(self._module, name)
+        return right if name != self._name else lambda *arguments: self._changed(right(*arguments))
+
+    @staticmethod
+    def _changed(made):
+        return made + 1 if isinstance(made, mx.array) else [made[0] ^ (1 << 31), *made[1:]]
+
+
+@pytest.mark.parametrize(
+    ("parts", "function"),
+    [({"quantized"}, "append_quantized"), ({"float16", "few", "streams"}, "stream_step")],
+)
+def test_the_self_check_tries_what_is_no_attention(kernel, parts, function):
+    module = library.load()
+    selfcheck.run(module, frozenset(parts))
+    with pytest.raises(cpu.KernelUnavailable, match="disagrees"):
+        selfcheck.run(Wrong(module, function), frozenset(parts))
 
 
 def test_without_nanobinds_backend_it_is_compiled(monkeypatch):
