@@ -164,7 +164,7 @@ def rank_launches(ranks: int, hosts: Hosts | None, blas: Blas = "mlx") -> list[R
         raise UsageError(f"ranks: got {ranks} on {count} hosts; it takes a multiple of {count}")
     each = ranks // len(given.hosts)
     placed = [host for host in given.hosts for _ in range(each)]
-    free = iter(_free_ports(ranks + 1) if all(host.local for host in given.hosts) else [])
+    free = iter(free_ports(ranks + 1) if all(host.local for host in given.hosts) else [])
     addresses = []
     for rank, host in enumerate(placed):
         port = host.port + rank % each if host.port else next(free, STARTING_PORT + rank)
@@ -202,7 +202,7 @@ def _launch(setting: RankSetting, host: Host, hosts: Hosts) -> RankLaunch:
     return RankLaunch(setting=setting, host=host, command=(*SSH, host.name, script), where=f"{where} ({host.name})")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Return ports of this machine that nothing listens on."""
     sockets = [socket.socket() for _ in range(count)]
     try:

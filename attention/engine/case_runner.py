@@ -21,7 +21,7 @@ from attention.engine.progress import EMIT_INTERVAL_S, Emit, Progress
 from attention.implementations.protocol import Implementation, build, missing_feature, needs_building
 from attention.measure.conditions import ConditionsWatch
 from attention.measure.device import Device, environment, probe
-from attention.measure.energy import energy_counter, joules_per_call
+from attention.measure.energy import energy_counter, energy_of_calls
 from attention.measure.fingerprint import fingerprint, machine_state
 from attention.measure.rounds import Arm, Limits, TakesSamples, min_rounds_s, run_rounds, set_strides
 
@@ -229,20 +229,12 @@ class CaseRunner(ABC, Generic[P]):
             return
         for arm in self._sampled:
             self._progress.begin_step(arm.name, "energy")
-            made, began = 0, time.perf_counter()
-
-            def make_calls(arm: Arm = arm) -> int:
-                nonlocal made
-                more = arm.make_calls()
-                made += more
-                return more
-
             try:
-                joules = joules_per_call(make_calls, counter)
+                joules, call_s = energy_of_calls(arm.make_calls, counter)
             except Exception as error:
                 self._fail(arm.name, error)
                 continue
-            slower = (time.perf_counter() - began) / made / median(arm.valid_samples)
+            slower = call_s / median(arm.valid_samples)
             if slower > MAX_SLOWER:
                 self._progress.log(f"{arm.name}: no energy: its calls took {slower:.1f} times those of the rounds")
             elif joules is not None:

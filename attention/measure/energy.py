@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from attention.measure import nvml
 from attention.measure.device import Device
@@ -97,10 +97,19 @@ Marks = Sequence[tuple[float, float]]
 """Times in seconds, in order, each with what a count had reached."""
 
 
-def joules_per_call(
+class EnergyOfCalls(NamedTuple):
+    """What calls back to back took on average."""
+
+    joules: float | None
+    """Of one call; None if the counter stood still."""
+    call_s: float
+    """Of one call, in seconds."""
+
+
+def energy_of_calls(
     make_calls: Callable[[], int], counter: Counter, seconds: float = ENERGY_S, clock: Clock = time.perf_counter
-) -> float | None:
-    """Return the joules of one call, from calls back to back between two steps of a counter.
+) -> EnergyOfCalls:
+    """Measure the energy of calls back to back, between two steps of a counter.
 
     The counter is read in a thread, for a read may take milliseconds, in which the device would idle.
 
@@ -109,9 +118,6 @@ def joules_per_call(
         counter: of the device.
         seconds: minimum time between the two steps.
         clock: in seconds.
-
-    Returns:
-        None if the counter stands still.
     """
     ended = threading.Event()
     steps: list[tuple[float, float]] = []
@@ -134,7 +140,7 @@ def joules_per_call(
             calls.append((clock(), made))
             found = per_call(steps, calls, seconds)
             if found is not None or (calls[-1][0] - began > PATIENCE * seconds + LEAD_S and len(calls) > MIN_MARKS):
-                return found
+                return EnergyOfCalls(found, (calls[-1][0] - began) / made)
     finally:
         ended.set()
         thread.join()

@@ -128,12 +128,11 @@ class Judge:
     def _allowed(self, name: str, index: int, expected: Floats, plain: Floats) -> float:
         """Return the largest error that is accepted of a result."""
         largest = float(np.abs(expected).max(initial=0))
-        of_wide = max(
-            float(np.abs(rounded[index] - expected).max(initial=0)) for rounded in (self.in_float32, self.in_tf32)
+        of_plain, of_float32, of_tf32, of_shifted = (
+            np.abs(rounded - expected).max(initial=0)
+            for rounded in (plain, *(each[index] for each in (self.in_float32, self.in_tf32, self.shifted)))
         )
-        of_plain = float(np.abs(plain - expected).max(initial=0))
-        for error in (of_wide, np.abs(self.shifted[index] - expected).max(initial=0)):
-            of_plain = np.maximum(of_plain, error)  # NaN stays NaN
+        of_plain = np.maximum.reduce([of_plain, of_float32, of_tf32, of_shifted])  # NaN stays NaN
         for results in self.recomputed:
             if 0 < index < len(results):
                 error = np.abs(results[index] - expected).max(initial=0)
@@ -141,7 +140,7 @@ class Judge:
         if not np.isfinite(of_plain):  # plain attention overflowed in its type; float32 inside would not have
             if name in PEERS:
                 return np.inf
-            of_plain = np.fmax(0.05 * largest + 0.05, of_wide)
+            of_plain = np.fmax.reduce([0.05 * largest + 0.05, of_float32, of_tf32])
         dtype = self._result_dtype(index)
         slack = (2e-6 if dtype == mx.float32 else 2e-3) * (largest + 1)
         slack += SCORE_ROUNDING * max(self.problem.largest_score, self.largest_on_gpu) * largest

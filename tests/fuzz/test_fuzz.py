@@ -242,3 +242,15 @@ def test_a_small_fault_in_a_float32_gradient_is_still_found():
     problem = cases.problem(603, 93, "gradient")
     spoil = lambda output, v: output + 1e-4 * (v - mx.stop_gradient(v)).sum()  # noqa: E731
     assert Judge(problem).outcome("broken", Broken(spoil)).verdict == "inaccurate"
+
+
+@pytest.mark.parametrize("overflowing", ["in_float32", "in_tf32"])
+def test_an_overflow_of_either_wide_reference_counts_as_one(overflowing):
+    """Where float32 or TF32 gives NaN, plain attention does, and 5 % of the largest number are accepted."""
+    judge = Judge(cases.problem(1, 3, "forward"))
+    expected = judge.expected[0]
+    before = judge._allowed("poc", 0, expected, judge.plain[0])
+    judge.in_float32, judge.in_tf32 = judge.expected, [expected + 0.001]
+    setattr(judge, overflowing, [np.full_like(expected, np.nan)])
+    assert judge._allowed("poc", 0, expected, judge.plain[0]) > before + 0.1
+    assert judge._allowed("mlx", 0, expected, judge.plain[0]) == np.inf

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from fatui.rank_launch import free_ports
+
 ROOT = Path(__file__).parents[2]
 HOST = "loopback"
 SERVER = """Port {port}
@@ -57,12 +59,6 @@ def unavailable():
     if server_program() is None:
         missing.append("sshd")
     return f"needs {', '.join(missing)} (apt install openssh-server)" if missing else ""
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def server_program():
@@ -110,7 +106,7 @@ class Sshd:
             command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / name]
             subprocess.run(command, check=True, capture_output=True)
         shutil.copy(self.folder / "key.pub", self.folder / "authorized_keys")
-        self.port = free_port()
+        (self.port,) = free_ports(1)
         values = {"port": self.port, "folder": self.folder, "host": HOST}
         (self.folder / "sshd_config").write_text(SERVER.format(**values))
         (self.folder / "config").write_text(CLIENT.format(**values))

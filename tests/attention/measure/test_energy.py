@@ -14,7 +14,7 @@ from attention.engine.bench import Bench
 from attention.engine.record import record_of
 from attention.measure import energy, nvml
 from attention.measure.device import Device
-from attention.measure.energy import RaplCounter, energy_counter, joules_per_call, per_call
+from attention.measure.energy import RaplCounter, energy_counter, energy_of_calls, per_call
 from tests.support.marks import slow
 
 CPU = Device(backend="cpu", name="a CPU", cores=2, memory_bytes=1, available_bytes=1)
@@ -51,13 +51,16 @@ def test_a_slow_counter_is_read_while_the_device_computes():
         time.sleep(0.001)
         return 1
 
-    assert joules_per_call(make_calls, counter) > 0
+    joules, call_s = energy_of_calls(make_calls, counter)
+    assert joules is not None
+    assert joules > 0
+    assert call_s >= 0.001
     assert made > 2 * reads
 
 
 def test_a_counter_that_stands_still_gives_no_energy():
     began = time.perf_counter()
-    assert joules_per_call(lambda: time.sleep(0.01) or 1, lambda: 7.0, 0.02) is None
+    assert energy_of_calls(lambda: time.sleep(0.01) or 1, lambda: 7.0, 0.02).joules is None
     assert time.perf_counter() - began > energy.LEAD_S
 
 

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from fatui.cli.main import app_request
+from fatui.rank_launch import free_ports
 from fatui.storage.history import RunHistory
 from tests.support import sshd
 
@@ -36,7 +37,7 @@ def test_a_served_app_needs_no_terminal(monkeypatch):
 @pytest.fixture
 def served(tmp_path):
     """Serve the app, and yield the address."""
-    port = sshd.free_port()
+    (port,) = free_ports(1)
     command = [sys.executable, "-c", SERVE, f"{sys.executable} -m fatui quick", str(port)]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     with (tmp_path / "log").open("w") as log:
