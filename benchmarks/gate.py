@@ -1,13 +1,12 @@
-"""Count how often the gate of `fatui compare` passes runs of the same code, and fails runs with a planted slowdown.
+"""Count how often `fatui gate` passes the same code, and fails code with a planted slowdown.
 
-    python -m benchmarks.gate --count 100 --folder /tmp/gate                       # the same code
-    python -m benchmarks.gate --count 20 --delay 0.05 --folder /tmp/gate           # 5 % slower
+    python -m benchmarks.gate --count 100 --folder /tmp/gate                          # the same code
+    python -m benchmarks.gate --count 20 --delay 0.05 --folder /tmp/gate              # 5 % slower
     python -m benchmarks.gate --count 20 --delay 0.03 --seconds 20 --folder /tmp/gate
 
-A comparison is made of pairs of runs of `fatui bench`, one of the base and one of the changed code, in an order that
-alternates: `--pairs` of them, and further ones as long as a row is undecided, up to `--max-pairs`. The planted row is
-the implementation `Delayed` below: the baseline's work, and then a wait for a share of the time that it took. Runs are
-kept in the folder, so that the script continues where it was stopped; it prints a line for each comparison.
+The planted row is the implementation `Delayed` below: the baseline's work, and then a wait for a share of the time that
+it took. With `--lanes` several comparisons run side by side, each on two cores of its own. Runs are kept in the folder,
+and a line is printed for each comparison; none begins after `--limit` seconds.
 """
 
 import argparse
@@ -18,7 +17,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Final
 
 import mlx.core as mx
@@ -28,16 +29,18 @@ from attention.implementations.baseline import Baseline
 from attention.implementations.calls import MlxRunner
 from attention.measure.rounds import Runner
 
-DELAY: Final = "FATUI_GATE_DELAY"
-"""Environment variable of the share of its time that `Delayed` waits."""
-PLANTED: Final = "benchmarks.gate:Delayed"
+ROOT: Final = Path(__file__).parents[1]
 GATE_FAILED: Final = 4
+CORES: Final = 2
+"""Cores of a lane."""
+PLANTED: Final = "planted.py"
 ROW: Final = re.compile(r"^\| .* \| (?P<name>[^|]+) \| [^|]+ \| [^|]+ \| (?P<outcome>[A-Z]+) \|$", re.MULTILINE)
 
 
 class DelayedRunner(MlxRunner):
     """Calls of the baseline; each sample is followed by a wait for a share of the time that it took."""
 
+    delay = 0.0
     _began: float | None = None
 
     def queue(self) -> list[mx.array]:
@@ -51,7 +54,7 @@ class DelayedRunner(MlxRunner):
         super().wait(outputs)
         now = time.perf_counter()
         began, self._began = self._began or now, None
-        end = now + float(os.environ.get(DELAY, "0")) * (now - began)
+        end = now + self.delay * (now - began)
         while time.perf_counter() < end:
             pass
 
@@ -60,24 +63,41 @@ class Delayed(Baseline):
     """The baseline with a planted slowdown."""
 
     name = "delayed"
+    delay = 0.0
 
     def runner(self, workload: Workload, inputs: Sequence[Any], scale: float) -> Runner:
         """Bind the call."""
-        return DelayedRunner(self, workload, inputs, scale)
+        made = DelayedRunner(self, workload, inputs, scale)
+        made.delay = self.delay
+        return made
 
 
 def main() -> int:
     """Make the comparisons, and print how many passed."""
     options = _options()
     kind = f"{options.preset}-{options.seconds or 'own'}-s-{options.delay:g}"
-    counts: Counter[str] = Counter()
-    for number in range(options.count):
-        result = _comparison(options, options.folder / kind / f"{number:03}")
-        counts[result] += 1
-        print(f"{kind} {number + 1}: {result}; load {os.getloadavg()[0]:.1f}", flush=True)
-    passed = counts["passes"]
+    began, counts = time.monotonic(), Counter[str]()
+    lanes: SimpleQueue[list[int]] = SimpleQueue()
+    cores = sorted(os.sched_getaffinity(0))[-CORES * options.lanes :] if options.lanes > 1 else []
+    for lane in range(options.lanes):
+        lanes.put(cores[CORES * lane : CORES * (lane + 1)])
+
+    def compare(number: int) -> None:
+        if time.monotonic() - began > options.limit:
+            return
+        own = lanes.get()
+        started = time.monotonic()
+        result = _comparison(options, options.folder / kind / f"{number:03}", own)
+        lanes.put(own)
+        counts[result.partition(";")[0]] += 1
+        took = time.monotonic() - started
+        print(f"{kind} {number + 1}: {result}; {took:.0f} s, load {os.getloadavg()[0]:.1f}", flush=True)
+
+    with ThreadPoolExecutor(options.lanes) as pool:
+        list(pool.map(compare, range(options.count)))
+    made, passed = counts.total(), sum(count for result, count in counts.items() if result.startswith("passes"))
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-    print(f"{kind}: {passed} of {options.count} pass, {options.count - passed} fail ({reasons})")
+    print(f"{kind}: {passed} of {made} pass, {made - passed} fail ({reasons})")
     return 0
 
 
@@ -87,60 +107,37 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--delay", type=float, default=0.0, help="planted slowdown as a fraction; 0: the same code")
     parser.add_argument("--preset", default="quick")
     parser.add_argument("--seconds", type=float, help="of the rounds of a case (the preset's)")
-    parser.add_argument("--impl", help="implementations (the preset's)")
-    parser.add_argument("--pairs", type=int, default=3, help="pairs of runs of a comparison at least")
-    parser.add_argument("--max-pairs", type=int, default=8, help="pairs of runs at most")
+    parser.add_argument("--impl", default="baseline,poc,practical,demo", help="implementations beside the planted one")
+    parser.add_argument("--pairs", type=int, default=12, help="pairs of runs at most")
     parser.add_argument("--fail-on", default="slower:3%")
+    parser.add_argument("--lanes", type=int, default=1, help="comparisons side by side, on two cores each")
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no comparison begins")
     parser.add_argument("--folder", type=Path, required=True, help="where the runs are kept")
     return parser.parse_args()
 
 
-def _comparison(options: argparse.Namespace, folder: Path) -> str:
-    """Measure pairs until the gate is decided; return "passes", or the outcomes by which it fails."""
-    names = ("base", "new")
-    for name in names:
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    for pair in range(options.max_pairs):
-        for name in names if pair % 2 == 0 else names[::-1]:
-            file = folder / name / f"{pair}.json"
-            if not file.exists():
-                _measure(options, file, options.delay if name == "new" else 0.0)
-        if pair + 1 >= options.pairs:
-            result = _judge(options, folder)
-            if "UNDECIDED" not in result:
-                break
-    return result
-
-
-def _measure(options: argparse.Namespace, file: Path, delay: float) -> None:
-    implementations = options.impl or "baseline,poc,practical,demo"
+def _comparison(options: argparse.Namespace, folder: Path, cores: Sequence[int]) -> str:
+    """Compare two folders with the planted row; return "passes" or by which rows it fails, and the number of pairs."""
+    implementations = options.impl
+    for side, delay in (("base", 0.0), ("new", options.delay)):
+        (folder / side).mkdir(parents=True, exist_ok=True)
+        text = f"from benchmarks.gate import Delayed\n\n\nclass Planted(Delayed):\n    delay = {delay}\n"
+        (folder / side / PLANTED).write_text(text)
     if options.delay:
-        implementations += f",{PLANTED}"
-    command = [sys.executable, "-m", "fatui", "bench", options.preset, "--impl", implementations]
-    command += ["--seconds", str(options.seconds)] if options.seconds else []
-    made = file.with_suffix(".part")
-    environment = {**os.environ, DELAY: str(delay), "XDG_DATA_HOME": str(options.folder / "data")}
-    subprocess.run(
-        [*command, "--json", str(made)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        check=True,
-    )
-    made.rename(file)
-
-
-def _judge(options: argparse.Namespace, folder: Path) -> str:
-    sides = [str(folder / "base"), str(folder / "new")]
-    command = [sys.executable, "-m", "fatui", "compare", *sides, "--fail-on", options.fail_on, "--markdown", "-"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+        implementations += f",{PLANTED}:Planted"
+    bench = f"{options.preset} --impl {implementations}" + (f" --seconds {options.seconds}" if options.seconds else "")
+    command = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
+    command += [sys.executable, "-m", "fatui", "gate", str(folder / "base"), str(folder / "new"), "--bench", bench]
+    command += ["--fail-on", options.fail_on, "--pairs", str(options.pairs), "--keep", str(folder), "--markdown", "-"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode not in (0, GATE_FAILED):
-        raise RuntimeError(f"fatui compare ended with {done.returncode}: {done.stderr}")
-    if done.returncode == 0:
-        return "passes"
+        return f"ended with {done.returncode}: {done.stderr[-300:]}"
     rows = [(match["name"].strip(), match["outcome"]) for match in ROW.finditer(done.stdout)]
-    failing = [f"{name} {outcome}" for name, outcome in rows if outcome in ("SLOWER", "UNDECIDED")]
-    return ", ".join(failing)
+    named = {outcome: ", ".join(name for name, own in rows if own == outcome) for outcome in ("SLOWER", "UNDECIDED")}
+    open_rows = f", undecided {named['UNDECIDED']}" if named["UNDECIDED"] else ""
+    result = "passes" if done.returncode == 0 else f"{named['SLOWER']} slower"
+    return f"{result}; {done.stderr.count('fatui: pair ')} pairs{open_rows}"
 
 
 if __name__ == "__main__":

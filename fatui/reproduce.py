@@ -1,10 +1,12 @@
 """Run identities, and the commands that reproduce runs."""
 
+import os
 import secrets
 import shlex
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from attention.core.errors import UsageError
@@ -12,6 +14,7 @@ from attention.core.kv_format import DENSE
 from attention.core.plan import FineTuningPlan, GenerationPlan, Plan, RunOptions, StreamPlan
 from attention.core.results import Run
 from attention.core.stream import SHAPE
+from attention.engine.turns import TURNS
 from fatui.quantities import size_text
 from fatui.storage.presets import FIELDS, Preset, factor_cases
 
@@ -34,6 +37,7 @@ class RunIdentity:
             command=self._command,
             preset=self._preset,
             interrupted=interrupted,
+            in_turns=Path(turns).parent.name if (turns := os.environ.get(TURNS)) else None,
         )
 
 

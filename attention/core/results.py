@@ -463,6 +463,8 @@ class Run(Struct, frozen=True, kw_only=True):
     """The command that reproduces the run."""
     preset: str | None = None
     interrupted: bool = False
+    in_turns: str | None = None
+    """Runs with the same text here were measured in turns, round by round."""
 
 
 class Report(Struct, frozen=True, kw_only=True):

@@ -85,10 +85,13 @@ def speedup(reference: Sequence[float], times: Sequence[float], floor: NoiseFloo
 
     It is significant if the whole interval lies outside the noise floor; never without a floor.
     """
-    logs = log_ratios(reference, times)
-    if len(logs) < MIN_ROUNDS:
-        return None
-    return _ratio(*ratio_interval(logs), floor.floor if floor else math.inf)
+    return paired_ratio(reference, times, floor.floor if floor else math.inf)
+
+
+def paired_ratio(before: Sequence[float], after: Sequence[float], floor: float) -> Ratio | None:
+    """Return the ratio of times sampled in the same rounds, before over after; None for fewer than MIN_ROUNDS."""
+    logs = log_ratios(before, after)
+    return _ratio(*ratio_interval(logs), floor) if len(logs) >= MIN_ROUNDS else None
 
 
 def unpaired_ratio(before: Sequence[float], after: Sequence[float], floor: float = MIN_FLOOR) -> Ratio | None:
@@ -193,11 +196,12 @@ def geometric_mean(ratios: Sequence[Ratio]) -> Ratio | None:
     return _ratio(middle, middle - half, middle + half, MIN_FLOOR)
 
 
-def repeated_ratio(ratios: Sequence[Ratio], floor: float) -> Ratio | None:
+def repeated_ratio(ratios: Sequence[Ratio], floor: float, confidence: float = CONFIDENCE) -> Ratio | None:
     """Return the geometric mean of repeated measurements of one ratio; None without any.
 
     Its interval is the wider of two: that of their own intervals, as of independent ones, and Student's t of their
-    values, which has in it what changes from one measurement to the next. A single ratio keeps its own interval.
+    values, which has in it what changes from one measurement to the next. A single ratio keeps its own interval,
+    whatever the confidence.
     """
     if not ratios:
         return None
@@ -205,8 +209,9 @@ def repeated_ratio(ratios: Sequence[Ratio], floor: float) -> Ratio | None:
         (ratio,) = ratios
         return _ratio(math.log(ratio.value), math.log(ratio.low), math.log(ratio.high), floor)
     logs = [math.log(ratio.value) for ratio in ratios]
-    low, high = mean_interval(logs)
-    half = max((high - low) / 2, _joint_half_width(ratios))
+    low, high = mean_interval(logs, confidence)
+    widened = NormalDist().inv_cdf((1 + confidence) / 2) / NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    half = max((high - low) / 2, widened * _joint_half_width(ratios))
     middle = fmean(logs)
     return _ratio(middle, middle - half, middle + half, floor)
 

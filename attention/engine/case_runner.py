@@ -18,6 +18,7 @@ from attention.core.results import MIN_ROUNDS
 from attention.core.route import Route, unsupported, validated_route
 from attention.core.workload import COUNTERPARTS, Counterpart, Workload
 from attention.engine.progress import EMIT_INTERVAL_S, Emit, Progress
+from attention.engine.turns import Turns
 from attention.implementations.protocol import Implementation, build, missing_feature, needs_building
 from attention.measure.conditions import ConditionsWatch
 from attention.measure.device import Device, environment, probe
@@ -72,6 +73,7 @@ class CaseRunner(ABC, Generic[P]):
             UsageError, NoBackendError: nothing can run.
             DeviceStateUnknown: a row was reported as failed, and this process must not continue.
         """
+        self._turns = Turns()
         self._backend = (device := probe()).backend
         self._load_implementations()
         self._progress.emit(on.RunStarted(environment=environment(device), fingerprint=fingerprint(device)))
@@ -205,6 +207,7 @@ class CaseRunner(ABC, Generic[P]):
                 f"{min_rounds} rounds of these take about {estimated_s:.0f} s, longer than the {seconds:g} s of a case"
                 "; fewer would support no verdict"
             )
+        self._turns.pass_on()  # what another version has to prepare comes before the first round of either
         stream = SampleStream(self._progress, seconds, estimated_s, min_rounds, then_s)
         try:
             return run_rounds(
@@ -213,7 +216,8 @@ class CaseRunner(ABC, Generic[P]):
                 seed=self._plan.seed,
                 before=lambda arm: self._mark_running(reference if arm is again else arm, rows),
                 failed=lambda arm, error: self._drop_arm(arm, error, rows),
-                after=stream.collect,
+                after=lambda arms: self._after_round(stream, arms),
+                clock=self._turns.clock,
                 catch=BaseException,  # this process is the worker's own: sys.exit() in a call is a failure of its row
             )
         finally:
@@ -221,6 +225,11 @@ class CaseRunner(ABC, Generic[P]):
             self._sampled = [arm for arm in running if id(arm) in rows and arm.valid_samples]
             for arm in arms:
                 self._emit_arm_results(arm)
+
+    def _after_round(self, stream: "SampleStream", arms: list[Arm]) -> None:
+        """Collect the samples of a round; then it is another version's turn, if one is measured beside this."""
+        stream.collect(arms)
+        self._turns.pass_on()
 
     def _measure_energy(self, device: Device) -> None:
         """Measure the energy of a call of each sampled implementation, if the device counts it."""

@@ -31,7 +31,7 @@ differs, so "change" is that of the speedup over the baseline, whose code is ass
 both noise floors and beyond the change in the baseline's own time, and is "≈ 1" within them.
 
 With --fail-on each row is FASTER, SAME, SLOWER or UNDECIDED; the exit code is 4 if the gate fails. Folders, and names
-joined by commas, are compared as pairs of runs, in their order (docs/gate.md)."""
+joined by commas, are compared as pairs of runs, in their order. `fatui gate` makes such pairs itself (docs/gate.md)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("after", metavar="NEW", nargs="?", help="another")
     parser.add_argument("more", metavar="RUN", nargs="*", help="further ones, with --by device")
     parser.add_argument("--by", metavar="device", help="put runs of several machines side by side")
-    group = parser.add_argument_group("gate")
+    add_criteria(parser.add_argument_group("gate"))
+    parser.add_argument("--markdown", metavar="FILE", help="write the comparison as a Markdown table ('-' is stdout)")
+
+
+def add_criteria(group: "argparse._ActionsContainer") -> None:
+    """Add the options that say what fails a gate."""
     group.add_argument(
         "--fail-on",
         action="append",
@@ -50,8 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="slower:3%%, memory:10%% or inaccurate: what makes the exit code 4; may be repeated",
     )
     group.add_argument("--thresholds", metavar="FILE", help="the same as a TOML file, also for single implementations")
-    group.add_argument("--undecided", metavar="fail|pass", help="what rows do that the runs cannot decide (fail)")
-    parser.add_argument("--markdown", metavar="FILE", help="write the comparison as a Markdown table ('-' is stdout)")
+    group.add_argument("--undecided", metavar="fail|pass", help="what rows do that the runs cannot decide (pass)")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -69,24 +73,29 @@ def run(arguments: argparse.Namespace) -> int:
     from fatui.cli.options import Problems
     from fatui.cli.output import requested_exports
     from fatui.report.comparison import compare_pairs
-    from fatui.report.gate import judge, to_markdown
+    from fatui.report.gate import judge
 
     mistakes = Problems()
-    thresholds = mistakes.catch(lambda: _thresholds(arguments))
+    thresholds = mistakes.catch(lambda: given_thresholds(arguments))
     exports = mistakes.catch(lambda: requested_exports(arguments, ("markdown",))) or []
     mistakes.raise_all()
     assert thresholds is not None
     with cli.opened_history() as history:
         comparison = compare_pairs(_pairs(arguments, history))
-    gate = judge(comparison, thresholds)
-    code = _print_or_write(
-        comparison_table(comparison, gate if thresholds.judging else None), to_markdown(gate), exports
-    )
-    if thresholds.judging and not gate.passed:
-        for problem in gate.problems:
-            cli.print_line(problem)
-        return cli.GATE_FAILED
-    return code
+    return report_gate(judge(comparison, thresholds), exports)
+
+
+def report_gate(gate: "Gate", exports: "Sequence[Export]") -> int:
+    """Print a comparison and, if anything is judged, what fails and what is left open; return the exit code."""
+    from fatui.report.gate import to_markdown
+
+    judging = gate.thresholds.judging
+    code = _print_or_write(comparison_table(gate.comparison, gate if judging else None), to_markdown(gate), exports)
+    if not judging:
+        return code
+    for text in (*gate.problems, *gate.remarks):
+        cli.print_line(text)
+    return code if gate.passed else cli.GATE_FAILED
 
 
 def _side_by_side(arguments: argparse.Namespace) -> int:
@@ -138,7 +147,12 @@ def _machine_blocks(table: "MachineTable") -> "RenderableType":
     return Group(*blocks, *(Text(f"  {note}", style="dim") for note in (NOTE, *table.notes)))
 
 
-def _thresholds(arguments: argparse.Namespace) -> "Thresholds":
+def given_thresholds(arguments: argparse.Namespace) -> "Thresholds":
+    """Return the thresholds of `add_criteria`.
+
+    Raises:
+        UsageError: with every mistake.
+    """
     from msgspec import structs
 
     from fatui.report.gate import POLICIES, Thresholds, parse_criteria
@@ -235,6 +249,8 @@ def _basis(change: "RowChange") -> str:
     """Describe the reference of a case's changes, and how large a change must be to count."""
     from fatui import formatting
 
+    if change.in_turns:
+        return "measured in turns, round by round: times are compared as they are"
     if change.reference is None:
         return "no common baseline: the machine's own change cannot be separated from a row's"
     if change.drift is None:
@@ -254,7 +270,7 @@ def _word(change: "RowChange") -> str:
     few = change.before.collecting or change.after.collecting
     if few or change.ratio is None:
         return few or "no common baseline"
-    if change.implementation == change.reference:
+    if change.is_reference:
         return "reference"
     if not change.ratio.significant:
         return "same" if formatting.is_clear(change.ratio) else "unclear"

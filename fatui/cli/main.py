@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "presets": "list presets, show one, or check a file",
     "history": "list past runs, show one, or remove one",
     "compare": "compare past runs, row by row: two, pairs of them with a gate, or those of several machines",
+    "gate": "measure two versions of the code in turns, until it is decided whether one is slower",
     "tune": "let demo find the fastest candidate for a preset, show what it found, or forget it",
     "schema": "print the JSON Schema of result files",
     "report": "write what past runs found: tables, trends, charts, and which implementation to choose",

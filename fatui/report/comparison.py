@@ -2,8 +2,9 @@
 
 Between two runs the machine differs, by load, clocks or temperature, and all rows with it. The reference, whose code is
 assumed unchanged, measures by how much: a row's change is that of its speedup over the reference, and it counts only
-beyond the noise of both runs and beyond the change in the reference's own time. Of several pairs, measured one after
-the other, the change is the geometric mean, and its interval has in it how much the pairs differ.
+beyond the noise of both runs and beyond the change in the reference's own time. Runs that were measured in turns, round
+by round, need no reference: the machine was the same, and times are compared directly. Of several pairs, measured one
+after the other, the change is the geometric mean, and its interval has in it how much the pairs differ.
 """
 
 import math
@@ -33,7 +34,14 @@ AnyWorkload = Workload | Generation | FineTuning | Stream
 Outcome = Literal["FASTER", "SAME", "SLOWER", "UNDECIDED"]
 DEFAULT_TOLERANCE: Final = 0.05
 """The slowdown up to which a row counts as unchanged, unless one is given."""
-
+FEWEST_PAIRS: Final = 3
+"""From this number of pairs on, how much they differ decides."""
+MOST_PAIRS: Final = 12
+"""Pairs after which a gate ends; the looks at the pairs before are part of its error rate."""
+FALSE_ALARMS: Final = 0.005
+"""Largest probability that any row of unchanged code is called SLOWER at any look."""
+MISSES: Final = 0.02
+"""Largest probability that a row which is slower by the tolerance is called SAME at any look."""
 
 K = TypeVar("K", Case, ModelCase, FineTuningCase, StreamCase)
 
@@ -88,7 +96,8 @@ class RowChange(Struct, frozen=True, kw_only=True):
     ratio: Ratio | None
     """Speedup over the reference after, divided by that before; above 1 is faster after.
 
-    None if one run has no speedup for it, or the references differ; 1 for the reference itself.
+    None if one run has no speedup for it, or the references differ; 1 for the reference itself. Of runs measured in
+    turns it is the ratio of times.
     """
     noise: float
     """The larger of the noise floors before and after."""
@@ -100,24 +109,64 @@ class RowChange(Struct, frozen=True, kw_only=True):
     """The change of the reference's own time."""
     memory: float | None = None
     """Peak memory after over that before; None if one of them is not known."""
+    in_turns: bool = False
+    """Whether both runs of each pair were measured in turns."""
+    by_pair: tuple[Ratio, ...] = ()
+    """The ratio of each pair."""
 
-    def outcome(self, tolerance: float = DEFAULT_TOLERANCE) -> Outcome:
-        """Return whether the row got slower by more than a tolerance, by its interval and the floors.
+    @property
+    def is_reference(self) -> bool:
+        """Whether it is what the others are compared by, so that its own change cannot be seen."""
+        return self.implementation == self.reference and not self.in_turns
 
-        FASTER and SLOWER: the whole interval lies beyond the floor, and for SLOWER beyond the tolerance. SAME: the
-        interval excludes a slowdown beyond the tolerance, and so do the noise floors; the reference always. UNDECIDED:
-        neither is shown.
+    def judged_ratio(self, rows: int = 1) -> Ratio | None:
+        """Return the ratio with the interval that decides, if it is one of several rows that a gate judges.
+
+        Its ends have probabilities of their own, divided evenly (Bonferroni) among the looks at the pairs, and that of
+        a false alarm also among the rows. Of one or two pairs the interval is that of 95 %.
         """
-        if self.implementation == self.reference:
+        pairs = len(self.by_pair)
+        if pairs < FEWEST_PAIRS:
+            return self.ratio
+        looks = max(MOST_PAIRS, pairs) - FEWEST_PAIRS + 1
+        found = [
+            statistics.repeated_ratio(self.by_pair, self.floor, 1 - 2 * error / looks)
+            for error in (MISSES, FALSE_ALARMS / max(rows, 1))
+        ]
+        missing, alarming = found
+        assert missing is not None
+        assert alarming is not None
+        significant = missing.significant if missing.value > 1 else alarming.significant
+        return structs.replace(missing, high=alarming.high, significant=significant)
+
+    def outcome(self, tolerance: float = DEFAULT_TOLERANCE, rows: int = 1) -> Outcome:
+        """Return whether the row got slower, by its interval and the floors.
+
+        FASTER: the whole interval is faster, beyond the floor. SAME: it excludes a slowdown beyond the tolerance, and
+        so do the noise floors; the reference always. SLOWER: the whole interval is slower, beyond the floor, and does
+        not exclude the tolerance. UNDECIDED: none is shown.
+
+        Runs that were not measured in turns are SLOWER, too, if the whole interval of 95 % lies beyond the tolerance
+        and the floor; of one or two pairs, which cannot tell how much runs of the same code differ, only then.
+
+        Args:
+            tolerance: the slowdown to be found; 0.03 is 3 %.
+            rows: number of rows that are judged together.
+        """
+        if self.is_reference:
             return "SAME"
-        if self.ratio is None or self.ratio.low <= 0:
+        ratio = self.judged_ratio(rows)
+        if ratio is None or ratio.low <= 0:
             return "UNDECIDED"
-        least, most = 1 / self.ratio.high - 1, 1 / self.ratio.low - 1
-        if least > tolerance and least > self.floor:
-            return "SLOWER"
-        if self.ratio.significant and self.ratio.value > 1:
+        least, most = 1 / ratio.high - 1, 1 / ratio.low - 1
+        if ratio.significant and ratio.value > 1:
             return "FASTER"
-        return "SAME" if most <= tolerance and self.noise <= tolerance else "UNDECIDED"
+        if most <= tolerance:
+            return "SAME" if self.noise <= tolerance else "UNDECIDED"
+        shown = len(self.by_pair) >= FEWEST_PAIRS and least > self.floor
+        if not (shown or self.in_turns) and self.ratio:
+            shown = 1 / self.ratio.high - 1 > max(tolerance, self.floor)
+        return "SLOWER" if shown else "UNDECIDED"
 
 
 class Comparison(Struct, frozen=True, kw_only=True):
@@ -148,6 +197,7 @@ def compare(before: Report, after: Report) -> Comparison:
 
 def compare_pairs(pairs: Sequence[tuple[Report, Report]]) -> Comparison:
     """Compare runs that were measured in pairs, before and after, with at least one pair; rows are matched as above."""
+    in_turns = all(before.run.in_turns and before.run.in_turns == after.run.in_turns for before, after in pairs)
     matched: dict[RowKey, list[tuple[Found, Found]]] = {}
     firsts: dict[RowKey, None] = {}
     seconds: dict[RowKey, None] = {}
@@ -162,7 +212,7 @@ def compare_pairs(pairs: Sequence[tuple[Report, Report]]) -> Comparison:
     return Comparison(
         before=pairs[0][0],
         after=pairs[0][1],
-        changes=tuple(_change(matched[key]) for key in firsts if key in matched),
+        changes=tuple(_change(matched[key], in_turns) for key in firsts if key in matched),
         only_before=tuple(_name(key) for key in firsts if key not in matched),
         only_after=tuple(_name(key) for key in seconds if key not in matched),
         differences=tuple(differences),
@@ -179,8 +229,10 @@ def _name(key: RowKey) -> str:
     return f"{key[1]} on {key[0].label}"
 
 
-def _change(pairs: Sequence[tuple[Found, Found]]) -> RowChange:
+def _change(pairs: Sequence[tuple[Found, Found]], in_turns: bool) -> RowChange:
     """Return the change of one row over all pairs of runs that have it."""
+    if in_turns:
+        return _change_in_turns(pairs)
     cases = [(before[0], after[0]) for before, after in pairs]
     references = {case.reference for both in cases for case in both}
     reference = references.pop() if len(references) == 1 else None
@@ -189,7 +241,8 @@ def _change(pairs: Sequence[tuple[Found, Found]]) -> RowChange:
     drift = statistics.repeated_ratio([each for each in drifts if each], noise) if reference else None
     floor = max(noise, math.expm1(abs(math.log(drift.value)))) if drift else noise
     times = [_times(before[1], after[1], noise) for before, after in pairs]
-    ratios = [_beyond(before[1], after[1], floor) for before, after in pairs] if drift else []
+    found = [_beyond(before[1], after[1], floor) for before, after in pairs] if drift else []
+    ratios = [each for each in found if each]
     (case, row), (_, row_after) = _shown(pairs)
     return RowChange(
         workload=case.workload,
@@ -197,13 +250,50 @@ def _change(pairs: Sequence[tuple[Found, Found]]) -> RowChange:
         before=row,
         after=row_after,
         times=statistics.repeated_ratio([each for each in times if each], noise),
-        ratio=statistics.repeated_ratio([each for each in ratios if each], floor),
+        ratio=statistics.repeated_ratio(ratios, floor),
         noise=noise,
         floor=floor,
         reference=reference,
         drift=drift,
         memory=_growth([(before[1], after[1]) for before, after in pairs]),
+        by_pair=tuple(ratios),
     )
+
+
+def _change_in_turns(pairs: Sequence[tuple[Found, Found]]) -> RowChange:
+    """Return the change of one row over all pairs of runs that have it, measured in turns."""
+    floor = statistics.MIN_FLOOR
+    ratios = [each for before, after in pairs if (each := _round_by_round(before, after, floor))]
+    (case, row), (_, row_after) = _shown(pairs)
+    ratio = statistics.repeated_ratio(ratios, floor)
+    return RowChange(
+        workload=case.workload,
+        implementation=row.implementation,
+        before=row,
+        after=row_after,
+        times=ratio,
+        ratio=ratio,
+        noise=floor,
+        floor=floor,
+        reference=case.reference,
+        drift=None,
+        memory=_growth([(before[1], after[1]) for before, after in pairs]),
+        in_turns=True,
+        by_pair=tuple(ratios),
+    )
+
+
+def _round_by_round(before: Found, after: Found, floor: float) -> Ratio | None:
+    """Return the ratio of a row's times in the same rounds; that of the medians if it skipped rounds in a run."""
+    if all(_in_every_round(found) for found in (before, after)):
+        return statistics.paired_ratio(before[1].samples, after[1].samples, floor)
+    return _times(before[1], after[1], floor)
+
+
+def _in_every_round(found: Found) -> bool:
+    case, row = found
+    reference = _reference_row(case)
+    return reference is not None and len(reference.samples) == len(row.samples)
 
 
 def _floors(cases: Sequence[AnyCase]) -> list[NoiseFloor]:

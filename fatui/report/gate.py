@@ -7,6 +7,7 @@ from typing import Any, Final, Literal
 from msgspec import Struct, structs
 
 from attention.core.errors import UsageError, suggestion
+from attention.core.results import Ratio
 from fatui import formatting
 from fatui.report.comparison import DEFAULT_TOLERANCE, Comparison, Outcome, RowChange
 from fatui.untrusted_text import markdown_cell, one_line
@@ -39,7 +40,7 @@ class Thresholds(Struct, frozen=True, kw_only=True):
     """Largest growth of a row's peak memory; None: memory is not judged."""
     inaccurate: bool = False
     """Whether an inaccurate row fails."""
-    undecided: Policy = "fail"
+    undecided: Policy = "pass"
     """What happens to rows of which the runs show neither that they pass nor that they fail."""
     missing: Policy = "fail"
     """What happens to rows that only the first run has."""
@@ -65,6 +66,8 @@ class GateRow(Struct, frozen=True, kw_only=True):
 
     change: RowChange
     outcome: Outcome
+    ratio: Ratio | None = None
+    """The change with the interval by which it was judged, which is wider than that of a single row."""
     failures: tuple[str, ...] = ()
     """What fails the gate, in words."""
     undecided: tuple[str, ...] = ()
@@ -81,13 +84,22 @@ class Gate(Struct, frozen=True, kw_only=True):
     @property
     def problems(self) -> tuple[str, ...]:
         """Why the gate fails, a line each; none if it passes."""
-        lines = [(row, text) for row in self.rows for text in row.failures]
+        made = _lines((row, row.failures) for row in self.rows)
         if self.thresholds.undecided == "fail":
-            lines += [(row, text) for row in self.rows for text in row.undecided]
-        made = [f"{row.change.implementation} on {row.change.workload.label}: {text}" for row, text in lines]
+            made += _lines((row, row.undecided) for row in self.rows)
         if self.thresholds.missing == "fail":
             made += [f"{name}: only in the first run" for name in self.comparison.only_before]
         return tuple(made if self.rows or made else ["the runs have no row in common"])
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the runs leave open and does not fail the gate, a line each."""
+        return tuple(_lines((row, row.undecided) for row in self.rows) if self.thresholds.undecided == "pass" else ())
+
+    @property
+    def decided(self) -> bool:
+        """Whether further pairs of runs would change nothing: a row fails, or none is undecided."""
+        return any(row.failures for row in self.rows) or not any(row.undecided for row in self.rows)
 
     @property
     def passed(self) -> bool:
@@ -95,15 +107,23 @@ class Gate(Struct, frozen=True, kw_only=True):
         return not self.problems
 
 
+def _lines(found: Iterable[tuple[GateRow, Iterable[str]]]) -> list[str]:
+    return [
+        f"{row.change.implementation} on {row.change.workload.label}: {text}" for row, texts in found for text in texts
+    ]
+
+
 def judge(comparison: Comparison, thresholds: Thresholds) -> Gate:
     """Judge each row of a comparison."""
-    rows = tuple(_judged(change, thresholds) for change in comparison.changes)
+    timed = sum(change.ratio is not None and not change.is_reference for change in comparison.changes)
+    rows = tuple(_judged(change, thresholds, timed) for change in comparison.changes)
     return Gate(comparison=comparison, thresholds=thresholds, rows=rows)
 
 
-def _judged(change: RowChange, thresholds: Thresholds) -> GateRow:
+def _judged(change: RowChange, thresholds: Thresholds, timed: int) -> GateRow:
     slower, memory = thresholds.of(change.implementation)
-    outcome = change.outcome(DEFAULT_TOLERANCE if slower is None else slower)
+    outcome = change.outcome(DEFAULT_TOLERANCE if slower is None else slower, timed)
+    ratio = change.judged_ratio(timed)
     failures, undecided = [], []
     before, after = change.before.status, change.after.status
     if after not in MEASURED and before in MEASURED:
@@ -112,35 +132,35 @@ def _judged(change: RowChange, thresholds: Thresholds) -> GateRow:
         failures.append(f"inaccurate: {change.after.reason or 'beyond its tolerance'}")
     if after in MEASURED and before in MEASURED:
         if slower is not None and outcome == "SLOWER":
-            failures.append(f"slower by {slowdown_text(change)}, {formatting.percent(slower)} is allowed")
+            failures.append(f"slower by {slowdown_text(ratio)}; the limit is {formatting.percent(slower)}")
         elif slower is not None and outcome == "UNDECIDED":
-            undecided.append(_undecided_text(change, slower))
+            undecided.append(_undecided_text(change, ratio, slower))
         if memory is not None and (change.before.peak_bytes is None) != (change.after.peak_bytes is None):
             undecided.append("its memory is known in one of the runs only")
         elif memory is not None and change.memory is not None and change.memory > 1 + memory:
             grown = formatting.percent(change.memory - 1)
             failures.append(f"memory grew by {grown}, {formatting.percent(memory)} is allowed")
-    return GateRow(change=change, outcome=outcome, failures=tuple(failures), undecided=tuple(undecided))
+    return GateRow(change=change, outcome=outcome, ratio=ratio, failures=tuple(failures), undecided=tuple(undecided))
 
 
-def slowdown_text(change: RowChange) -> str:
+def slowdown_text(ratio: Ratio | None) -> str:
     """Return the interval of a row's slowdown: "-0.4 to 2.1 %"; above 0 it got slower."""
-    if change.ratio is None or change.ratio.low <= 0:
+    if ratio is None or ratio.low <= 0:
         return formatting.UNKNOWN
-    least, most = (100 * (1 / end - 1) for end in (change.ratio.high, change.ratio.low))
+    least, most = (100 * (1 / end - 1) for end in (ratio.high, ratio.low))
     return f"{least:.3g} to {most:.3g} %" if most < 1000 else "an unknown factor"
 
 
-def _undecided_text(change: RowChange, slower: float) -> str:
+def _undecided_text(change: RowChange, ratio: Ratio | None, slower: float) -> str:
     """Return why a row's outcome is open."""
     if change.reference is None:
         return "undecided: the runs have no common baseline"
-    if change.ratio is None:
+    if ratio is None:
         return "undecided: too few rounds"
-    text = f"undecided: slower by {slowdown_text(change)}"
+    text = f"undecided: slower by {slowdown_text(ratio)}"
     if change.noise > slower:
         text += f", with a noise floor of {formatting.percent(change.noise)}"
-    return f"{text}; {formatting.percent(slower)} is allowed; measure longer, or more pairs of runs"
+    return f"{text}; the limit is {formatting.percent(slower)}; measure longer, or more pairs of runs"
 
 
 def parse_criteria(texts: Sequence[str], base: Thresholds | None = None) -> Thresholds:
@@ -263,19 +283,19 @@ def to_markdown(gate: Gate) -> str:
     for row in gate.rows:
         change = row.change
         memory = formatting.UNKNOWN if change.memory is None else f"{100 * (change.memory - 1):+.1f} %"
-        cells = (change.workload.label, change.implementation, _slowdown_cell(change), memory, outcome_text(row))
+        cells = (change.workload.label, change.implementation, _slowdown_cell(row), memory, outcome_text(row))
         lines.append(f"| {' | '.join(markdown_cell(cell) for cell in cells)} |")
     notes = [f"only in the first run: {name}" for name in comparison.only_before]
     notes += [f"only in the second run: {name}" for name in comparison.only_after]
     notes += [f"{name}: edited since it was written" for name in comparison.edited]
     notes += [f"the runs differ in {text}" for text in comparison.differences]
     lines += ["", *(f"- **{markdown_cell(problem)}**" for problem in gate.problems)]
-    lines += [f"- {markdown_cell(note)}" for note in notes]
+    lines += [f"- {markdown_cell(note)}" for note in (*gate.remarks, *notes)]
     return "\n".join(lines).rstrip("\n") + "\n"
 
 
-def _slowdown_cell(change: RowChange) -> str:
-    return "reference" if change.implementation == change.reference else slowdown_text(change)
+def _slowdown_cell(row: GateRow) -> str:
+    return "reference" if row.change.is_reference else slowdown_text(row.ratio)
 
 
 def outcome_text(row: GateRow) -> str:

@@ -1,0 +1,134 @@
+"""`fatui gate`: measure two versions of the code in turns, pair of runs after pair, until every row is decided."""
+
+import argparse
+import shlex
+from typing import TYPE_CHECKING, Final
+
+from attention.core.errors import UsageError
+from fatui import cli
+from fatui.cli.compare import add_criteria
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from attention.core.results import Report
+    from fatui.report.gate import Gate, Thresholds
+
+DEFAULT_CRITERIA: Final = ("slower:3%", "inaccurate")
+EXAMPLE: Final = """examples:
+  fatui gate base/ new/ --bench 'quick --impl baseline,kernel.py:Fast'
+  fatui gate base/ new/ --fail-on slower:5% --fail-on memory:10% --markdown gate.md
+  fatui gate base/ new/ --thresholds gate.toml --keep runs/ --bench 'llama-7b --seconds 2'
+
+BASE and NEW are folders with two versions of the code. `fatui bench` runs in both, with the options of --bench: a round
+of one, then a round of the other. Pairs of runs are added until every row is shown to be slower, or not to be slower by
+as much as the limit, or until there are --pairs of them. Exit codes: 0 the gate passes, 4 it fails, 1 a run gave no
+results, 2 wrong usage, 130 interrupted (docs/gate.md)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's arguments."""
+    from fatui.report.comparison import MOST_PAIRS
+
+    parser.add_argument("before", metavar="BASE", help="the folder of the version to compare with")
+    parser.add_argument("after", metavar="NEW", help="the folder of the version to judge")
+    parser.add_argument(
+        "--bench", metavar="OPTIONS", default="quick", help="those of `fatui bench` in one text (quick)"
+    )
+    add_criteria(parser)
+    parser.add_argument(
+        "--pairs", type=int, default=MOST_PAIRS, metavar="N", help=f"pairs of runs at most ({MOST_PAIRS})"
+    )
+    parser.add_argument("--keep", metavar="FOLDER", help="keep the runs in its folders base and new")
+    parser.add_argument("--markdown", metavar="FILE", help="write the comparison as a Markdown table ('-' is stdout)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure pairs of runs until the gate is decided; print the judgement; return the exit code.
+
+    Raises:
+        UsageError: the request is wrong.
+    """
+    from tempfile import TemporaryDirectory
+
+    from attention.core.files import expand_home
+    from fatui.alternation import Ended
+    from fatui.cli.compare import given_thresholds, report_gate
+    from fatui.cli.options import Problems
+    from fatui.cli.output import requested_exports
+
+    mistakes = Problems()
+    if not (arguments.fail_on or arguments.thresholds):
+        arguments.fail_on = list(DEFAULT_CRITERIA)
+    thresholds = mistakes.catch(lambda: given_thresholds(arguments))
+    exports = mistakes.catch(lambda: requested_exports(arguments, ("markdown",))) or []
+    bench = mistakes.catch(lambda: _bench_options(arguments.bench))
+    folders = mistakes.catch(lambda: _folders(arguments))
+    mistakes.raise_all()
+    assert thresholds is not None
+    assert folders is not None
+    assert bench is not None
+    with TemporaryDirectory(prefix="fatui-gate-") as scratch:
+        kept = expand_home(arguments.keep or scratch)
+        try:
+            gate = _measure(folders, bench, arguments.pairs, thresholds, kept)
+        except Ended as ended:
+            cli.print_line(ended)
+            return cli.FAILED
+        return report_gate(gate, exports)
+
+
+def _folders(arguments: argparse.Namespace) -> "list[Path]":
+    """Return the two folders, after a check of them and of the number of pairs."""
+    from attention.core.files import expand_home
+    from fatui.report.comparison import FEWEST_PAIRS, MOST_PAIRS
+    from fatui.storage.history import is_folder
+
+    paths = [expand_home(name) for name in (arguments.before, arguments.after)]
+    problems = [f"{str(path)[:200]}: there is no such folder" for path in paths if not is_folder(path)]
+    if not FEWEST_PAIRS <= arguments.pairs <= MOST_PAIRS:
+        problems.append(f"--pairs: got {arguments.pairs}; it takes {FEWEST_PAIRS} to {MOST_PAIRS}")
+    if problems:
+        raise UsageError(*problems)
+    return paths
+
+
+def _bench_options(text: str) -> list[str]:
+    from fatui.cli.main import command_request
+
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"--bench: {error}: {text[:100]}") from None
+    try:
+        command_request("bench", words)
+    except UsageError as error:
+        raise UsageError(*(f"--bench: {problem}" for problem in error.problems)) from None
+    return words
+
+
+def _measure(
+    folders: "Sequence[Path]", bench: "Sequence[str]", most: int, thresholds: "Thresholds", kept: "Path"
+) -> "Gate":
+    """Measure pairs until they decide, or there are as many as allowed; the order within a pair alternates."""
+    from fatui.alternation import run_in_turns
+    from fatui.report.comparison import FEWEST_PAIRS, compare_pairs
+    from fatui.report.gate import judge
+    from fatui.storage.result_files import read
+
+    runs: list[tuple[Report, Report]] = []
+    for name in ("base", "new"):
+        (kept / name).mkdir(parents=True, exist_ok=True)
+    while True:
+        number = len(runs) + 1
+        files = [kept / name / f"{number:02}.json" for name in ("base", "new")]
+        sides = list(zip(folders, files, strict=True))
+        ordered = sides if number % 2 else sides[::-1]
+        run_in_turns([folder for folder, _ in ordered], bench, [file for _, file in ordered])
+        runs.append((read(files[0]), read(files[1])))
+        gate = judge(compare_pairs(runs), thresholds)
+        open_rows = sum(bool(row.undecided) for row in gate.rows)
+        cli.print_line(f"pair {number} of at most {most}: {open_rows} of {len(gate.rows)} rows undecided")
+        if number >= most or (number >= FEWEST_PAIRS and gate.decided):
+            return gate

@@ -1,0 +1,132 @@
+"""Two versions of the code that measure in turns, and the command `fatui gate` that compares them."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from attention.engine.turns import TURNS, Turns
+from fatui.alternation import Ended, run_in_turns
+from fatui.cli.main import main
+from fatui.storage.result_files import read
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = """
+import sys
+from pathlib import Path
+from attention.engine.turns import Turns
+{body}
+Path(sys.argv[-1]).write_text("measured")
+"""
+ROUNDS = """
+turns, log = Turns(), Path("../log")
+for number in range({rounds}):
+    with log.open("a") as file:
+        file.write("{name}%d " % number)
+    turns.pass_on()
+"""
+
+
+@pytest.fixture
+def versions(tmp_path, monkeypatch):
+    """Make folders whose `fatui` is a program of a few lines."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", ""))))
+
+    def make(**bodies: str) -> list[Path]:
+        for name, body in bodies.items():
+            (tmp_path / name / "fatui").mkdir(parents=True)
+            (tmp_path / name / "fatui" / "__init__.py").touch()
+            (tmp_path / name / "fatui" / "__main__.py").write_text(PROGRAM.format(body=body))
+        return [tmp_path / name for name in bodies]
+
+    return make
+
+
+def run(folders: list[Path]) -> str:
+    """Run the versions in turns; return what they logged."""
+    files = [folder.parent / f"{folder.name}.json" for folder in folders]
+    run_in_turns(folders, ["quick"], files)
+    assert all(file.read_text() == "measured" for file in files)
+    return (folders[0].parent / "log").read_text()
+
+
+def test_rounds_alternate(versions):
+    bodies = {name: ROUNDS.format(name=name, rounds=4) for name in "ab"}
+    assert run(versions(**bodies)) == "a0 b0 a1 b1 a2 b2 a3 b3 "
+
+
+def test_one_goes_on_alone_when_the_other_is_done(versions):
+    folders = versions(a=ROUNDS.format(name="a", rounds=1), b=ROUNDS.format(name="b", rounds=3))
+    assert run(folders) == "a0 b0 b1 b2 "
+
+
+def test_a_version_that_takes_no_turns_runs_alone(versions):
+    alone = 'Path("../log").open("a").write("old ")'
+    assert run(versions(a=ROUNDS.format(name="a", rounds=2), old=alone)) == "old a0 a1 "
+
+
+def test_a_worker_that_starts_again_takes_the_place_of_the_first(versions):
+    again = ROUNDS.format(name="b", rounds=1) + "turns._socket.close()\n" + ROUNDS.format(name="again", rounds=1)
+    assert run(versions(a=ROUNDS.format(name="a", rounds=3), b=again)).split()[:3] == ["a0", "b0", "a1"]
+
+
+def test_a_version_that_measures_nothing_is_named_with_its_last_line(versions):
+    folders = versions(a="", b='raise SystemExit("no such implementation: x")')
+    with pytest.raises(Ended, match=r"b: no run was measured: no such implementation: x$"):
+        run(folders)
+
+
+def test_without_others_nobody_waits(monkeypatch, tmp_path):
+    monkeypatch.delenv(TURNS, raising=False)
+    Turns().pass_on()
+    monkeypatch.setenv(TURNS, str(tmp_path / "gone"))
+    Turns().pass_on()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--bench", "quick --impl"], "--bench: argument --impl"),
+        (["--bench", "'quick"], "--bench: No closing quotation"),
+        (["--pairs", "2"], "--pairs: got 2; it takes 3 to 12"),
+        (["--fail-on", "slow"], "--fail-on: got 'slow'"),
+    ],
+)
+def test_wrong_options_are_one_line_each(arguments, problem, tmp_path, capsys):
+    assert main(["gate", str(tmp_path), str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert problem in error
+    assert error.count("\n") == 1
+
+
+def test_a_missing_folder_is_named(tmp_path, capsys):
+    assert main(["gate", str(tmp_path), str(tmp_path / "none")]) == 2
+    assert "none: there is no such folder" in capsys.readouterr().err
+
+
+PLANTED = """
+import time
+
+def planted(q, k, v, scale):
+    from attention import attention
+    import mlx.core as mx
+    out = attention(q, k, v, scale=scale)
+    mx.eval(out)
+    time.sleep({delay})
+    return out
+"""
+
+
+@pytest.mark.slow
+def test_a_slower_version_fails_the_gate(tmp_path, capsys):
+    folders = [tmp_path / name for name in ("base", "new")]
+    for folder, delay in zip(folders, (0.0, 0.02), strict=True):
+        folder.mkdir()
+        (folder / "planted.py").write_text(PLANTED.format(delay=delay))
+    bench = "--seq 64 --impl baseline,planted.py:planted --seconds 0.3"
+    code = main(["gate", *map(str, folders), "--bench", bench, "--keep", str(tmp_path / "runs"), "--pairs", "8"])
+    captured = capsys.readouterr()
+    assert code == 4, captured.err
+    assert "planted.py:planted on" in captured.err and "SLOWER" in captured.out
+    first, second = (read(tmp_path / "runs" / name / "01.json") for name in ("base", "new"))
+    assert first.run.in_turns and first.run.in_turns == second.run.in_turns
