@@ -1,6 +1,8 @@
 """Repaints of the app: as Textual would draw them, and of what changed only."""
 
+import gc
 import io
+import sys
 
 import pytest
 from rich.console import Console
@@ -9,6 +11,8 @@ from textual.geometry import Region
 from textual.strip import Strip
 
 from attention.core import events as on
+from fatui.tui import terminal
+from fatui.tui.app import FatuiApp, run_app
 from fatui.tui.painting import SparingCompositor
 from tests.support.stage import on_stage
 
@@ -87,3 +91,15 @@ async def test_kept_styles_follow_the_theme():
             stage.app.theme = "textual-light" if stage.app.theme != "textual-light" else "nord"
             await stage.pilot.pause()
             assert widget.part_style(part) == widget.get_component_rich_style(part) != before
+
+
+def test_the_collector_does_not_walk_what_stays(monkeypatch):
+    monkeypatch.setattr(FatuiApp, "run", lambda app: app.after_first_paint())
+    monkeypatch.setattr(terminal, "watch_terminal", lambda *handlers: None)
+    monkeypatch.setattr(sys, "setswitchinterval", lambda seconds: None)
+    gc.unfreeze()
+    try:
+        run_app()
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
