@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from statistics import NormalDist, fmean, median, stdev
+from statistics import NormalDist, fmean, median
 from typing import Final
 
 from attention.core.results import MIN_ROUNDS, Interval, NoiseFloor, Ratio
@@ -46,7 +46,7 @@ def student_t(probability: float, freedom: float) -> float:
 
 def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Return the interval of a mean by Student's t, 95 % by default; for two values or more."""
-    half = student_t((1 + confidence) / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    half = student_t((1 + confidence) / 2, len(values) - 1) * math.sqrt(_variance(values) / len(values))
     return fmean(values) - half, fmean(values) + half
 
 
@@ -104,13 +104,19 @@ def unpaired_ratio(before: Sequence[float], after: Sequence[float], floor: float
 
 def _welch(before: Sequence[float], after: Sequence[float], floor: float) -> Ratio:
     a, b = [math.log(x) for x in before], [math.log(x) for x in after]
-    va, vb = stdev(a) ** 2 / len(a), stdev(b) ** 2 / len(b)
+    va, vb = _variance(a) / len(a), _variance(b) / len(b)
     middle = fmean(a) - fmean(b)
     if va + vb == 0:
         return _ratio(middle, middle, middle, floor)
     freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
     half = student_t((1 + CONFIDENCE) / 2, freedom) * math.sqrt(va + vb)
     return _ratio(middle, middle - half, middle + half, floor)
+
+
+def _variance(values: Sequence[float]) -> float:
+    """Return the sample variance; `statistics.stdev` computes in fractions, which takes 20 times as long."""
+    mean = fmean(values)
+    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
 
 
 def ratio_of_medians(before: Interval, after: Interval, floor: float) -> Ratio | None:

@@ -92,9 +92,19 @@ class SparingScreen(Screen[R]):
 
 
 class KeepsStyles(Widget):
-    """Widget that keeps the styles of its parts until they change; Textual computes them anew for each repaint."""
+    """Widget that keeps the styles of its parts until they change; Textual computes them anew for each repaint.
 
+    Attributes:
+        room: the size of what is drawn, found once for all lines of a repaint; Textual asks the screen for each.
+    """
+
+    room = Size()
     _kept: dict[str, Style] | None = None
+
+    def render_lines(self, crop: Region) -> list[Strip]:
+        """Draw some lines."""
+        self.room = self.scrollable_content_region.size
+        return super().render_lines(crop)
 
     def part_style(self, part: str = "") -> Style:
         """Return the style of a component class, or the widget's own."""

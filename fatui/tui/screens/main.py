@@ -39,7 +39,7 @@ MIN_THREE_COLUMNS = (160, 40)
 MIN_FOUR_CHOICES = 76
 """Minimum columns at which all choices of the workload fit into one row."""
 TOO_SMALL = "fatui needs {0} x {1} characters.\nThis terminal has {2} x {3}; make it larger, or the letters smaller."
-TABLE_TICKS = 2
+TABLE_TICKS = 4
 """The table is repainted at every so many repaints of the trends."""
 PANES = {
     "implementations-pane": "setup",

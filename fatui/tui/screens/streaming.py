@@ -62,9 +62,9 @@ class StreamCurves(KeepsStyles):
 
     @property
     def _plot(self) -> tuple[int, int]:
-        width = max(10, self.size.width - LABEL_WIDTH - 2)
+        width = max(10, self.room.width - LABEL_WIDTH - 2)
         words = len(legend(self.chart, width)) if self.chart else 1
-        return width, max(MIN_PLOT_ROWS, self.size.height - ROWS_AROUND - words)
+        return width, max(MIN_PLOT_ROWS, self.room.height - ROWS_AROUND - words)
 
     def render_line(self, y: int) -> Strip:
         """Draw the title, one row of the plot, the axis, or the legend."""
@@ -84,7 +84,7 @@ class StreamCurves(KeepsStyles):
             words = lines[y - height - 2] if y - height - 2 < len(lines) else []
             parts = [Segment(" " * (LABEL_WIDTH + 1), axis)]
             parts += [Segment(f"{text}{GAP}", self._style(number, chart)) for text, number in words]
-        return Strip(parts).adjust_cell_length(self.size.width, self.part_style())
+        return Strip(parts).adjust_cell_length(self.room.width, self.part_style())
 
     def _cells(self, chart: StreamChart) -> Cells:
         key = (chart, self._plot)

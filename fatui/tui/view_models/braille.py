@@ -94,12 +94,12 @@ def stretched(points: Sequence[float], width: int) -> list[float]:
 def area(points: Sequence[float], high: float, columns: int, rows: int) -> list[str]:
     """Return rows of characters, from the top, filled from zero up to each value; what is above `high` is cut off."""
     steps = rows * DOWN
-    heights = [
-        min(max(round(value / high * steps), 1), steps) if value > 0 and high > 0 else 0
-        for value in stretched(points, columns * ACROSS)
-    ]
+    values = stretched(points, columns * ACROSS)
+    scale = steps / high if high > 0 else 0.0
+    heights = [(round(min(value * scale, steps)) or 1) if value > 0 < scale else 0 for value in values]
     drawn = []
     for row in range(rows - 1, -1, -1):
-        levels = [min(max(height - row * DOWN, 0), DOWN) for height in heights]
-        drawn.append("".join(FILLED[a][b] for a, b in zip(levels[::2], levels[1::2], strict=True)))
+        levels = [min(max(height - row * DOWN, 0), DOWN) for height in range(steps + 1)]
+        cells = zip(heights[::2], heights[1::2], strict=True)
+        drawn.append("".join(FILLED[levels[a]][levels[b]] for a, b in cells))
     return drawn

@@ -45,11 +45,11 @@ class TrendChart(KeepsStyles):
 
     @property
     def _line_width(self) -> int:
-        return max(4, self.size.width - LABEL_WIDTH - 2 * FIGURE_WIDTH - 2)
+        return max(4, self.room.width - LABEL_WIDTH - 2 * FIGURE_WIDTH - 2)
 
     @property
     def _rows_each(self) -> int:
-        return min(MAX_TREND_ROWS, max(1, (self.size.height - 1) // max(1, len(self.trends))))
+        return min(MAX_TREND_ROWS, max(1, (self.room.height - 1) // max(1, len(self.trends))))
 
     def render_line(self, y: int) -> Strip:
         """Draw the heading, or one row of one trend."""
@@ -57,11 +57,11 @@ class TrendChart(KeepsStyles):
             return self._strip(self._head())
         index, row = divmod(y - 1, self._rows_each)
         if index >= len(self.trends):
-            return Strip.blank(self.size.width, self.part_style())
+            return Strip.blank(self.room.width, self.part_style())
         return self._strip(self._trend(index, row))
 
     def _strip(self, segments: list[Segment]) -> Strip:
-        return Strip(segments).adjust_cell_length(self.size.width, self.part_style())
+        return Strip(segments).adjust_cell_length(self.room.width, self.part_style())
 
     def _head(self) -> list[Segment]:
         style = self.part_style("trend--head")
@@ -82,7 +82,7 @@ class TrendChart(KeepsStyles):
         words = row == rows - 1
         head = Segment(f"{trend.label if words else '':<{LABEL_WIDTH}.{LABEL_WIDTH}} ", label)
         if not trend.points:
-            return [head, Segment(clip(trend.note, self.size.width - LABEL_WIDTH - 1) if words else "", note)]
+            return [head, Segment(clip(trend.note, self.room.width - LABEL_WIDTH - 1) if words else "", note)]
         parts = [Segment(text, _on(line, band) if shaded else line) for text, shaded in self._lines(index)[row]]
         if words:
             parts.append(Segment(f" {trend.now:>{FIGURE_WIDTH}}{trend.best:>{FIGURE_WIDTH}}", figure))
@@ -161,13 +161,13 @@ class PlotView(KeepsStyles):
         """Draw one row."""
         if self.plot is None:
             text = self.empty if y == 0 else ""
-            return Strip([Segment(text, self.style_of(NOBODY))]).adjust_cell_length(self.size.width, self.part_style())
-        key = (self.plot, self.size)
+            return Strip([Segment(text, self.style_of(NOBODY))]).adjust_cell_length(self.room.width, self.part_style())
+        key = (self.plot, self.room)
         if self._drawn[0] != key:
-            self._drawn = key, drawn(self.plot, *self.size)
+            self._drawn = key, drawn(self.plot, *self.room)
         cells = self._drawn[1]
         parts = [Segment(glyph, self.style_of(number)) for glyph, number in cells[y]] if y < len(cells) else []
-        return Strip(parts).simplify().adjust_cell_length(self.size.width, self.part_style())
+        return Strip(parts).simplify().adjust_cell_length(self.room.width, self.part_style())
 
     def style_of(self, number: int) -> Style:
         """Return the style of a series, or of what is not one."""

@@ -10,6 +10,7 @@ from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
 
+from fatui.tui.painting import KeepsStyles
 from fatui.tui.widgets.row_table import clip
 
 
@@ -30,7 +31,7 @@ class Typing(Protocol):
         ...
 
 
-class Stepper(Widget, can_focus=True):
+class Stepper(KeepsStyles, can_focus=True):
     """A row in which the mouse wheel takes single steps, instead of scrolling the pane."""
 
     def action_step(self, count: int) -> None:
@@ -215,10 +216,9 @@ class Choice(Stepper):
 
     def render_line(self, y: int) -> Strip:
         """Draw the row."""
-        label = self.get_component_rich_style("choice--label")
-        value = self.get_component_rich_style("choice--value")
+        label, value = self.part_style("choice--label"), self.part_style("choice--value")
         parts = [Segment(f"{self.label} ", label), Segment(self.value_text, value)]
-        return Strip(parts).adjust_cell_length(self.size.width, self.rich_style)
+        return Strip(parts).adjust_cell_length(self.room.width, self.part_style())
 
 
 class Toggles(Widget, can_focus=True):

@@ -15,7 +15,7 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 from textual.widgets import Input
 
-from fatui.tui.painting import set_scroll_size
+from fatui.tui.painting import KeepsStyles, set_scroll_size
 from fatui.tui.terminal import literal
 from fatui.tui.view_models.journal import Log, LogLine
 from fatui.tui.widgets.row_table import clip
@@ -25,7 +25,7 @@ TIME_WIDTH: Final = 10
 """Columns of the time and the gap after it."""
 
 
-class LogView(ScrollView, can_focus=True):
+class LogView(ScrollView, KeepsStyles, can_focus=True):
     """View of a journal that wraps its lines and follows its end, unless scrolled up or paused.
 
     Attributes:
@@ -215,16 +215,16 @@ class LogView(ScrollView, can_focus=True):
         width = self._width
         row = y + self.scroll_offset.y
         if row >= len(self._rows):
-            return Strip.blank(width, self.rich_style)
+            return Strip.blank(width, self.part_style())
         index, text = self._rows[row]
         line = self._lines[index]
         first = self._starts[index] == row
         part = "cursor" if index == self.cursor else "match" if self._matches(line) else line.level
         parts = [
-            Segment(f"{line.at}  " if first else " " * TIME_WIDTH, self.get_component_rich_style("log--time")),
-            Segment(clip(text, width - TIME_WIDTH), self.get_component_rich_style(f"log--{part}")),
+            Segment(f"{line.at}  " if first else " " * TIME_WIDTH, self.part_style("log--time")),
+            Segment(clip(text, width - TIME_WIDTH), self.part_style(f"log--{part}")),
         ]
-        return Strip(parts).adjust_cell_length(width, self.rich_style)
+        return Strip(parts).adjust_cell_length(width, self.part_style())
 
 
 def _leveled(line: LogLine) -> str:

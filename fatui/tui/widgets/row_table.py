@@ -86,6 +86,8 @@ class RowTable(ScrollView, KeepsStyles, can_focus=True):
         self._cursor = 0
         self._widths: dict[str, int] = {}
         self._longest: dict[str, int] = {}
+        self._drawn: list[tuple[TableColumn, int]] = []
+        """The visible columns with their widths, found once for all lines of a repaint."""
 
     def show(self, lines: Sequence[TableLine], *, sorted_by: str = "", descending: bool = False) -> None:
         """Set the lines; the cursor stays on its line if that still exists."""
@@ -260,9 +262,15 @@ class RowTable(ScrollView, KeepsStyles, can_focus=True):
     def _width(self) -> int:
         return self.scrollable_content_region.width
 
-    def _text(self, columns: Sequence[TableColumn], cells: Mapping[str, str]) -> str:
+    def render_lines(self, crop: Region) -> list[Strip]:
+        """Draw some lines."""
+        columns = self.shown_columns
+        self._drawn = list(zip(columns, self._fitted(columns), strict=True))
+        return super().render_lines(crop)
+
+    def _text(self, cells: Mapping[str, str]) -> str:
         parts = []
-        for column, width in zip(columns, self._fitted(columns), strict=True):
+        for column, width in self._drawn:
             text = clip(cells.get(column.name, ""), width)
             parts.append(f"{text:>{width}}" if column.right else f"{text:<{width}}")
         return (" " * GAP).join(parts)
@@ -272,11 +280,11 @@ class RowTable(ScrollView, KeepsStyles, can_focus=True):
         titles = {
             column.name: column.title + (arrow if column.name == self.sorted_by else "") for column in self.columns
         }
-        return self._text(self.shown_columns, titles)
+        return self._text(titles)
 
     def render_line(self, y: int) -> Strip:
         """Draw the heading, which does not scroll, or one line."""
-        width = self._width
+        width = self.room.width
         if y == 0 and self.lines:
             return self._strip(self._head(), "head")
         index = y - 1 + self.scroll_offset.y
@@ -286,11 +294,11 @@ class RowTable(ScrollView, KeepsStyles, can_focus=True):
         if index >= len(self.lines):
             return Strip.blank(width, self.part_style())
         line = self.lines[index]
-        text = clip(line.span, width) if line.span is not None else self._text(self.shown_columns, line.cells)
+        text = clip(line.span, width) if line.span is not None else self._text(line.cells)
         if index == self._cursor and line.key is not None:
             return self._strip(text, "cursor" if self.has_focus else "cursor-unfocused")
         return self._strip(text, {"": "row", "head": "block"}.get(line.tone, line.tone))
 
     def _strip(self, text: str, part: str) -> Strip:
         style = self.part_style(f"table--{part}")
-        return Strip([Segment(text, style)]).adjust_cell_length(self._width, style)
+        return Strip([Segment(text, style)]).adjust_cell_length(self.room.width, style)

@@ -218,7 +218,7 @@ class Slider(Stepper):
 
     @property
     def _track_width(self) -> int:
-        return max(3, self.size.width - LABEL_WIDTH - VALUE_WIDTH - 2)
+        return max(3, self.room.width - LABEL_WIDTH - VALUE_WIDTH - 2)
 
     def _column(self, value: int) -> int:
         """Return the column of a value on the track; between two stops, interpolate its logarithm."""
@@ -250,8 +250,8 @@ class Slider(Stepper):
     def render_line(self, y: int) -> Strip:
         """Draw the row."""
         label, track, thumb, value = (
-            self.get_component_rich_style(f"slider--{part}") for part in ("label", "track", "thumb", "value")
+            self.part_style(f"slider--{part}") for part in ("label", "track", "thumb", "value")
         )
         marks = [Segment(char, thumb if char in "●◉┼" else track) for char in self._track()]
         ends = Segment(f"{self.label:<{LABEL_WIDTH}} ", label), Segment(f" {self.value_text:>{VALUE_WIDTH}}", value)
-        return Strip([ends[0], *marks, ends[1]]).adjust_cell_length(self.size.width, self.rich_style)
+        return Strip([ends[0], *marks, ends[1]]).adjust_cell_length(self.room.width, self.part_style())
