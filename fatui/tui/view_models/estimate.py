@@ -95,6 +95,12 @@ def learn_calls(pace: RunSpeed, device: str, timed: Sequence[tuple[str, float, f
     return structs.replace(pace if same else RunSpeed(), device=device, calls=calls)
 
 
+MAX_GROWTH: Final = 3.0
+"""An estimate that grows beyond this many times the least that was shown is shown as "more than" that."""
+SOON_S: Final = 2.0
+"""Less time left than this counts as this for that."""
+
+
 class Remaining(Struct, frozen=True):
     """The progress of a run, and its time left."""
 
@@ -104,18 +110,21 @@ class Remaining(Struct, frozen=True):
     """Seconds to the end; negative if the run takes longer than estimated."""
     case_s: float | None = None
     """Seconds to the end of the case."""
+    at_least: bool = False
+    """Whether the estimate is longer: it has grown by more than MAX_GROWTH."""
 
     @property
     def words(self) -> str:
-        """The time left as text: "10 s left"."""
-        return formatting.time_left(self.seconds)
+        """The time left as text: "10 s left", "more than 30 s left"."""
+        return f"{'more than ' if self.at_least else ''}{formatting.time_left(self.seconds)}"
 
 
 def remaining(session: AnySession) -> Remaining | None:
     """Return the estimate shown by both status line and progress bar; None before there is any.
 
     It is the worker's last estimate, counted down, but not less than an estimate of the case from earlier runs or a
-    timed call. There is none as long as the worker guesses, since no call was timed.
+    timed call, and not more than MAX_GROWTH times the least one before. There is none as long as the worker guesses,
+    since no call was timed.
     """
     known, progress = [], session.record.progress
     if progress is not None and progress.sure:
@@ -124,7 +133,10 @@ def remaining(session: AnySession) -> Remaining | None:
         known.append(session.expected_s + session.once_s - session.elapsed_s)
     if not known:
         return None
-    seconds = max(known)
+    estimated = max(known)
+    seconds = min(estimated, MAX_GROWTH * max(session.least_left_s, SOON_S))
+    session.least_left_s = min(session.least_left_s, max(estimated, 0.0))
     whole = session.elapsed_s + max(seconds, 0.0)
     case_s = progress.case_left_s(session.since_progress_s) if progress is not None and progress.sure else None
-    return Remaining(min(session.elapsed_s / whole, 0.99) if whole > 0 else 0.0, seconds, case_s)
+    done = min(session.elapsed_s / whole, 0.99) if whole > 0 else 0.0
+    return Remaining(done, seconds, min(case_s, seconds) if case_s else case_s, at_least=seconds < estimated)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import os
 import secrets
 import signal
@@ -91,6 +92,7 @@ class RunSession(Generic[P, C]):
         once_s: seconds before cases were restarted: provisional rounds and compilation, not repeated by the next run.
         expected_s: estimated maximum seconds from the start of the run to the end of its case, from earlier runs or a
             timed call; None without such an estimate, and once the case is complete.
+        least_left_s: the least time left that was shown.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class RunSession(Generic[P, C]):
         self._rounds_began: float | None = None
         self._ended: float | None = None
         self.rounds_s = self.once_s = 0.0
+        self.least_left_s = math.inf
         self._silence = Silence(self._clock)
 
     @property

@@ -62,3 +62,12 @@ def test_the_time_left_ends_near_the_truth(path):
     assert late
     for truth, seconds in late:
         assert truth / 2 - SOON_S <= seconds <= 2 * truth + 2 * SOON_S
+
+
+def test_an_estimate_that_jumps_is_shown_as_more_than_a_multiple():
+    plan, _, _ = recorded_runs.read(RUNS[0])
+    clock = Clock()
+    session = Session(plan, Log(lambda: AT), Silent, command="", expected_s=10.0, clock=clock, now=lambda: AT)
+    assert estimate.remaining(session).words == "10 s left"
+    session.expected_s = 100.0
+    assert estimate.remaining(session).words == "more than 30 s left"
