@@ -37,10 +37,10 @@ def time_calls(names: Sequence[str], workload: Workload, seed: int, progress: Pr
     for name in names:
         progress.mark_running(name)
         try:
-            call_s = _time_call(name, small, seed)
+            call_s = time_call(name, small, seed)
             timed = small
             if small != workload and (call_s is None or call_s * workload.flops / max(1, small.flops) <= MAX_CALL_S):
-                whole_s = _time_call(name, workload, seed)
+                whole_s = time_call(name, workload, seed)
                 call_s, timed = (whole_s, workload) if whole_s is not None else (call_s, small)
             if call_s is not None:
                 made = on.CallTimed(case=progress.case, implementation=name, flops=timed.flops, seconds=call_s)
@@ -70,11 +70,11 @@ def smaller(workload: Workload, flops: float) -> Workload:
     return made
 
 
-def _time_call(name: str, workload: Workload, seed: int) -> float | None:
-    """Return the seconds of the second call, as the first may compile; None if it would try candidates first."""
+def time_call(name: str, workload: Workload, seed: int, calls: int = 1) -> float | None:
+    """Return the seconds of the fastest of some calls after the first, which may compile; None if it tunes itself."""
     implementation = implementations.load_implementation(name)
     if isinstance(implementation, TunesItself) and not implementation.is_tuned(workload, probe()):
         return None
     runner = runner_for(implementation, workload, make_inputs(workload, seed), workload.scale)
     take_sample(runner, 1)
-    return take_sample(runner, 1)
+    return min(take_sample(runner, 1) for _ in range(calls))

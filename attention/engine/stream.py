@@ -5,7 +5,7 @@ import os
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -24,7 +24,7 @@ from attention.engine.peaks import measure_peaks
 from attention.engine.progress import EMIT_INTERVAL_S
 from attention.implementations.calls import take_path
 from attention.implementations.protocol import build
-from attention.measure.device import Device, probe
+from attention.measure.device import Device, environment, probe
 from attention.measure.rounds import gc_disabled
 
 if TYPE_CHECKING:
@@ -66,6 +66,35 @@ class StreamBench(CaseRunner[StreamPlan]):
             self._peaks = measure_peaks(device)
             self._progress.emit(on.PeaksMeasured(peaks=self._peaks))
         self._limit = self._plan.memory_limit_bytes or device.available_bytes
+
+    def measure_cost(self) -> None:
+        """Estimate the time of each row from a timed call, and report from where full attention is extrapolated.
+
+        What has to be compiled first is not timed.
+        """
+        self._device = device = probe()
+        self._load_implementations()
+        self._progress.emit(on.RunStarted(environment=environment(device)))
+        self._limit = self._plan.memory_limit_bytes or device.available_bytes
+        work, names = self._plan.cases[0], self._plan.ordered
+        self._progress.begin_case(0)
+        longest = self._longest(work)
+        if FULL in names and longest < work.tokens:
+            where = f"beyond token {longest:,} its keys and values are too large, and its figures are extrapolated"
+            self._progress.end_row(FULL, "refused", where)
+        if not self._needs_building(ATTENDS, work.workload, device):
+            seconds = sum(min(self._plan.seconds, each) for each in self._rows_s(names, work))
+            self._progress.emit(on.CaseTimeEstimated(case=0, seconds=seconds, implementations=len(names)))
+        self._progress.end_case("cost")
+        self._progress.emit(on.RunDone())
+
+    @abstractmethod
+    def _longest(self, work: Stream) -> int:
+        """Return the number of tokens whose keys and values full attention may keep."""
+
+    @abstractmethod
+    def _rows_s(self, names: Sequence[str], work: Stream) -> list[float]:
+        """Estimate the seconds of each row, if they were not limited, from timed calls."""
 
     def _run_case(self, case: int) -> str:
         work = self._plan.cases[case]
@@ -311,6 +340,20 @@ class AttentionStreamBench(StreamBench):
     def _measure(self, name: str, work: Stream) -> bool:
         return self._measure_full(work) if name == FULL else self._measure_streaming(work)
 
+    def _longest(self, work: Stream) -> int:
+        largest = min(MAX_CACHE_BYTES[self._device.backend], CACHE_SHARE * self._limit)
+        largest = self._limit if self._plan.force else largest
+        return int(largest // work.full_workload(1).kv_token_bytes)
+
+    def _rows_s(self, names: Sequence[str], work: Stream) -> list[float]:
+        from attention.engine.cost import time_call
+
+        call_s = time_call(ATTENDS, work.workload, self._plan.seed, MIN_CALLS) or 0.0
+        token_s = call_s / work.kept  # by key
+        lengths = [each for each in full_lengths(work.tokens) if each <= self._longest(work)]
+        full_s = sum(max(LENGTH_S, MIN_CALLS * token_s * each) for each in lengths if token_s * each <= MAX_CALL_S)
+        return [full_s if name == FULL else call_s * work.tokens / work.chunk for name in names]
+
     def _measure_streaming(self, work: Stream) -> bool:
         import mlx.core as mx
 
@@ -334,9 +377,7 @@ class AttentionStreamBench(StreamBench):
         import mlx.core as mx
 
         self._emit_route(FULL, work.full_workload(min(work.tokens, MIN_LENGTH)))
-        largest = min(MAX_CACHE_BYTES[self._device.backend], CACHE_SHARE * self._limit)
-        largest = self._limit if self._plan.force else largest
-        longest = int(largest // work.full_workload(1).kv_token_bytes)
+        longest = self._longest(work)
         blocks: list[StreamBlock] = []
         lengths = full_lengths(work.tokens)
         for number, length in enumerate(lengths):

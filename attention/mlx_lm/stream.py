@@ -1,7 +1,7 @@
 """Benchmark a stream of tokens through a model: time, memory and loss of each one, by how its tokens are kept."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
 
 import mlx.core as mx
@@ -9,8 +9,9 @@ import numpy as np
 
 from attention.core import events as on
 from attention.core.stream import FULL, RECOMPUTED, STREAMING, WINDOW, Stream
-from attention.engine.stream import ATTENDS, CACHE_SHARE, StreamBench
+from attention.engine.stream import ATTENDS, CACHE_SHARE, MIN_CALLS, StreamBench
 from attention.mlx_lm import configuration, text
+from attention.mlx_lm.generation import COST_TOKENS
 from attention.mlx_lm.network import Network
 from attention.mlx_lm.patch import replace_attention
 from attention.mlx_lm.streaming import make_prompt_cache
@@ -35,6 +36,23 @@ class ModelStreamBench(StreamBench):
             self._network.make()
         self._progress.emit(on.WeightsLoaded(case=self._progress.case, weights_bytes=self._network.weights_bytes))
         return self._tokens
+
+    def _longest(self, work: Stream) -> int:
+        assert work.model is not None
+        token_bytes = configuration.find_model(work.model).layers * work.full_workload(1).kv_token_bytes
+        return int(self._limit * (1 if self._plan.force else CACHE_SHARE) // token_bytes)
+
+    def _rows_s(self, names: Sequence[str], work: Stream) -> list[float]:
+        assert work.model is not None
+        found = configuration.find_model(work.model)
+        small = Network(found, work.dtype, min(2, found.layers), self._plan.seed)
+        small.make()
+        window = min(work.kept, work.tokens)
+        few = min(window, COST_TOKENS)
+        chunks_s = _pass_s(small, found.layers, work.chunk) * work.tokens / work.chunk
+        windows = min(MAX_RECOMPUTED, 1 + (work.tokens - window) // max(1, work.kept // 2))
+        again_s = _pass_s(small, found.layers, few) * window / few * windows if RECOMPUTED in names else 0.0
+        return [again_s if name == RECOMPUTED else chunks_s for name in names]
 
     def _measure(self, name: str, work: Stream) -> bool:
         workload = work.full_workload(min(work.tokens, work.kept)) if name == FULL else work.workload
@@ -70,9 +88,8 @@ class ModelStreamBench(StreamBench):
 
     def _fits(self, name: str, work: Stream) -> Callable[[int], bool]:
         """Return whether the cache may go on growing at a position."""
-        token_bytes = self._network.layers * work.full_workload(1).kv_token_bytes
-        limit = self._limit * (1 if self._plan.force else CACHE_SHARE)
-        return lambda position: name != FULL or (position + work.block_tokens) * token_bytes <= limit
+        longest = self._longest(work)
+        return lambda position: name != FULL or position + work.block_tokens <= longest
 
     def _recompute(self, work: Stream) -> bool:
         """Pass whole windows through the model: the cost of new tokens without a cache, and their loss.
@@ -111,6 +128,20 @@ class ModelStreamBench(StreamBench):
         """Whether the tokenizer puts a token of its own before a text: a recomputed window then begins with it too."""
         assert work.model is not None
         return text.begin_token(configuration.find_model(work.model)) == int(self._tokens[0])
+
+
+def _pass_s(network: Network, layers: int, tokens: int) -> float:
+    """Estimate the seconds of a pass of some tokens through all layers, from one and two of them."""
+    inputs, times = mx.zeros((1, tokens), mx.int32), []
+    for count in (1, 2):
+        with network.shortened(count) as model:
+            spent = []
+            for _ in range(1 + MIN_CALLS):  # the first compiles
+                began = time.perf_counter()
+                mx.eval(model(inputs, cache=network.cache()))
+                spent.append(time.perf_counter() - began)
+            times.append(min(spent[1:]))
+    return times[0] + max(times[1] - times[0], 0.0) * (layers - 1)
 
 
 def _loss(logits: mx.array, targets: mx.array) -> mx.array:

@@ -107,7 +107,7 @@ class Lab(App[int]):
     """
 
     REPAINT_S = 0.25
-    """Seconds between repaints of a run's trends; its table is repainted every second time."""
+    """Seconds between repaints of a run's trends; its table is repainted once a second."""
 
     def __init__(
         self,
@@ -283,11 +283,13 @@ class CostMeter:
 
     Attributes:
         timing: what is known of the latest plan.
+        models: what was timed of plans of models and streams; the times of other plans are in the remembered state.
         enabled: whether anything is timed.
     """
 
     def __init__(self, app: Lab) -> None:
         self.timing = Timing()
+        self.models: dict[ModelPlan, Timing] = {}
         self.enabled = False
         self._app = app
         self._plan: Plan | ModelPlan | None = None
@@ -298,7 +300,9 @@ class CostMeter:
 
     def of(self, plan: Plan | ModelPlan) -> Timing:
         """Return what is known of a plan."""
-        return self.timing if plan == self._plan else Timing()
+        if isinstance(plan, Plan) or plan not in self.models:
+            return self.timing if plan == self._plan else Timing()
+        return self.models[plan]
 
     def ask(self, plan: Plan | ModelPlan, changed: Callable[[], None]) -> None:
         """Time calls of a plan after a while, instead of those of an earlier one; `changed` is called at news."""
@@ -307,8 +311,10 @@ class CostMeter:
         if self._fitted is self._app.draft:
             return  # it may be another soon
         self.cancel()
-        self._plan, self.timing = plan, Timing()
+        self._plan, self.timing = plan, self.of(plan)
         app = self._app
+        if not isinstance(plan, Plan) and plan in self.models:
+            return
         known = estimate.known_times(app.remembered.pace, app.device_name)
         if isinstance(plan, Plan) and is_known(plan, known, self._untimed):
             return
@@ -355,6 +361,8 @@ class CostMeter:
             timing.running = False
         if isinstance(plan, Plan):
             self._untimed |= {kind for _, kind in costliest_kinds(plan)} - {kind for kind, *_ in timing.calls}
+        else:
+            self.models[plan] = timing
         if timing.calls and timing.device:
             remembered = self._app.remembered
             remembered.pace = estimate.learn_calls(remembered.pace, timing.device, timing.calls)

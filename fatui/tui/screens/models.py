@@ -12,7 +12,7 @@ from textual.widget import Widget
 from textual.widgets import Input, Static
 
 from attention.core.errors import NoBackendError, UsageError
-from attention.core.plan import MODEL_IMPLEMENTATIONS, FineTuningPlan, GenerationPlan, ModelPlan, StreamPlan
+from attention.core.plan import MODEL_IMPLEMENTATIONS, FineTuningPlan, GenerationPlan, ModelPlan
 from attention.core.results import Report
 from attention.core.workload import FineTuning, generations
 from attention.mlx_lm.configuration import bundled_names, check_mlx_lm, find_model
@@ -121,6 +121,8 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
     def __init__(self) -> None:
         super().__init__(classes="list-screen")
         self._cost_of: ModelPlan | None = None
+        self._drawn: object = None
+        """The run on the screen, its phase and its report, when it was drawn last."""
 
     def compose(self) -> ComposeResult:
         """Yield the choices, the run and the table."""
@@ -180,7 +182,18 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
         self.query_one(RowTable if self.report else "#model").focus()
         self._ask_cost()
         self._show()
-        self.set_interval(self.app.REPAINT_S, self._show)
+        self.set_interval(self.app.REPAINT_S, self._tick)
+
+    def _tick(self) -> None:
+        """Draw the run as long as it goes on, and once what it has ended with."""
+        session = self.session
+        active = session is not None and session.active
+        state = (session, session.phase if session else "", self.report)
+        if active or state != self._drawn:
+            if self._drawn is not None and not active:
+                self._ask_cost()  # the run ended the timing of calls
+            self._show()
+            self._drawn = state
 
     @property
     def session(self) -> ModelSession | None:
@@ -299,8 +312,7 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
             self._cost_of = None
             self.query_one(CostBlock).show([])
             return
-        if not isinstance(self._cost_of, StreamPlan):
-            self.app.costs.ask(self._cost_of, self._show_cost)
+        self.app.costs.ask(self._cost_of, self._show_cost)
         self._show_cost()
 
     def _show_cost(self) -> None:

@@ -150,11 +150,13 @@ def _stream_memory(plan: StreamPlan) -> str:
 
 
 def _model_time(plan: ModelPlan, timing: Timing) -> str:
-    if isinstance(plan, StreamPlan):
-        longest = formatting.duration(plan.seconds * len(plan.ordered) * len(plan.cases))
-        return f"takes at most {longest}: {formatting.duration(plan.seconds)} a row, less if its tokens are done sooner"
     if timing.running:
         return "takes: not known yet, a call is being timed"
     if timing.case_s:
-        return f"takes up to about {formatting.duration(sum(timing.case_s.values()))}, judging by a timed call"
+        about = f"takes up to about {formatting.duration(sum(timing.case_s.values()))}, judging by a timed call"
+        limit = f"; a row ends after {formatting.duration(plan.seconds)}" if isinstance(plan, StreamPlan) else ""
+        return f"{about}{limit}"
+    if isinstance(plan, StreamPlan) and not timing.problem:
+        longest = formatting.duration(plan.seconds * len(plan.ordered) * len(plan.cases))
+        return f"takes at most {longest}: {formatting.duration(plan.seconds)} a row, less if its tokens are done sooner"
     return f"takes: not known, {timing.problem or 'it is estimated from a timed call once the run has begun'}"

@@ -3,11 +3,13 @@
 import pytest
 
 from attention.core import events as on
-from attention.core.plan import Assignment, KnownTimes, Plan
+from attention.core.plan import Assignment, KnownTimes, Plan, StreamPlan
+from attention.core.stream import Stream
 from attention.core.workload import Workload
 from attention.engine.bench import Bench
 from attention.engine.cost import FIRST_FLOPS, MIN_LENGTH, smaller
 from attention.engine.progress import Forecast, costliest_cases, kind_of_call
+from attention.engine.stream import AttentionStreamBench
 
 SMALL = Workload(seq=64, heads=2, head_dim=32)
 
@@ -34,6 +36,16 @@ def test_what_would_be_refused_is_reported_and_not_timed():
     events = measured(plan)
     assert {event.implementation for event in events if isinstance(event, on.RowEnded)} == {"baseline", "mlx"}
     assert not any(isinstance(event, on.CallTimed) for event in events)
+
+
+def test_a_stream_is_estimated_and_says_from_where_it_is_extrapolated():
+    case = Stream(tokens=4096, window=64, heads=2, head_dim=32, dtype="float32")
+    plan, events = StreamPlan(cases=(case,), implementations=("full", "streaming"), memory_limit_bytes=2**20), []
+    AttentionStreamBench(Assignment(plan=plan, cost_only=True), plan, events.append).measure_cost()
+    (estimated,) = (event for event in events if isinstance(event, on.CaseTimeEstimated))
+    assert 0 < estimated.seconds <= 2 * plan.seconds and estimated.implementations == 2
+    (refused,) = (event for event in events if isinstance(event, on.RowEnded))
+    assert refused.implementation == "full" and refused.reason.startswith("beyond token 512 ")
 
 
 @pytest.mark.parametrize(

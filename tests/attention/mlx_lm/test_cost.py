@@ -7,11 +7,13 @@ import msgspec
 import pytest
 
 from attention.core import events as on
-from attention.core.plan import Assignment, FineTuningPlan, GenerationPlan
+from attention.core.plan import Assignment, FineTuningPlan, GenerationPlan, StreamPlan
+from attention.core.stream import Stream
 from attention.core.workload import FineTuning, generations
 from attention.measure.device import probe
 from attention.mlx_lm import generation
 from attention.mlx_lm.generation import GenerationBench
+from attention.mlx_lm.stream import ModelStreamBench
 
 CASES = generations(4, model="tiny-llama", prompts=(32, 64), batches=(1,), generate=4, dtype="float32")
 
@@ -24,6 +26,14 @@ def measured(**options):
 
 def of_kind(events, kind):
     return [event for event in events if isinstance(event, kind)]
+
+
+def test_a_stream_through_a_model_is_estimated():
+    case = Stream(model="tiny-llama", tokens=64, window=16, dtype="float32")
+    plan, events = StreamPlan(cases=(case,), implementations=("full", "recomputed", "streaming")), []
+    ModelStreamBench(Assignment(plan=plan, cost_only=True), plan, events.append).measure_cost()
+    (estimated,) = of_kind(events, on.CaseTimeEstimated)
+    assert 0 < estimated.seconds <= 3 * plan.seconds
 
 
 def test_each_case_of_a_model_is_estimated():

@@ -108,6 +108,16 @@ def test_a_stream_says_what_it_keeps():
     time, memory = cost.model_lines(plan, Timing())
     assert time == "takes at most 20 min 00 s: 10 min 00 s a row, less if its tokens are done sooner"
     assert memory == "needs 2.01 MiB of keys and values, full attention 195 MiB at the last token"
+    time, _ = cost.model_lines(plan, Timing(case_s={0: 50.0}))
+    assert time == "takes up to about 50 s, judging by a timed call; a row ends after 10 min 00 s"
+
+
+async def test_what_a_model_takes_is_still_known_after_a_run(stage):
+    plan = GenerationPlan(cases=generations(4, model="tiny-llama", prompts=(64,), generate=8, batches=(1,)))
+    stage.app.costs.enabled = True
+    stage.app.costs.models[plan] = Timing(case_s={0: 30.0})
+    stage.app.ask_cost()
+    assert stage.app.costs.of(plan).case_s == {0: 30.0}
 
 
 async def test_a_first_start_gets_a_size_that_fits(stage, monkeypatch):

@@ -23,7 +23,7 @@ async def finish(stage, screen):
     await stage.pilot.pause()
 
 
-async def test_a_model_is_set_up_run_shown_kept_and_exported(stage):
+async def test_a_model_is_set_up_run_shown_kept_and_exported(stage, monkeypatch):
     await stage.press("m")
     assert isinstance(stage.app.screen, Models)
     stage.find("#prompt", Choice).focus()
@@ -43,6 +43,11 @@ async def test_a_model_is_set_up_run_shown_kept_and_exported(stage):
     await finish(stage, "models")
     assert "estimated from 2 of 22 layers" in stage.seen()
     assert "2.00 ±" in stage.seen()
+    stage.app.screen._tick()
+    drawn = []
+    monkeypatch.setattr(Models, "_show", drawn.append)
+    stage.app.screen._tick()
+    assert not drawn, "a finished run is drawn once"
     await stage.settle(RunHistory().runs)  # a report is stored in a thread
     assert RunHistory().get("last").models[0].rows[0].attention_share.value > 0.5
     await stage.press("e")
