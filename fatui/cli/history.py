@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from fatui.storage.history import RunHistory
 
 ACTIONS: Final = ("list", "show", "rm", "add")
+MAX_PRESET_WIDTH: Final = 24
+"""Columns of a preset's name in the list, so that a long one hides no id."""
 EXAMPLE: Final = """examples:
   fatui history
   fatui history show last
@@ -73,6 +75,7 @@ def _list(history: "RunHistory") -> int:
 
     from fatui import formatting
     from fatui.cli.output import show
+    from fatui.untrusted_text import one_line
 
     runs = history.runs()
     if not runs:
@@ -80,11 +83,14 @@ def _list(history: "RunHistory") -> int:
         return cli.DONE
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
     for head in ("id", "started", "preset", "cases", "finding"):
-        table.add_column(head, no_wrap=head != "finding", justify="right" if head == "cases" else "left")
+        widest = MAX_PRESET_WIDTH if head == "preset" else None
+        table.add_column(
+            head, no_wrap=head != "finding", justify="right" if head == "cases" else "left", max_width=widest
+        )
     for line in runs:
         state = "interrupted; " if line.interrupted else ""
         started = formatting.started_text(line.started)
-        table.add_row(line.id, started, line.preset or "-", str(line.cases), state + line.finding)
+        table.add_row(line.id, started, one_line(line.preset or "-"), str(line.cases), state + line.finding)
     show(table)
     return cli.DONE
 

@@ -98,7 +98,7 @@ def chips_named(text: str) -> "list[Chip]":
     """
     from attention.chips.table import find_chips
 
-    return find_chips([part.strip() for part in text.split(",")])
+    return find_chips(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
 def given_factors(arguments: argparse.Namespace) -> dict[str, float]:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from msgspec import structs
 
 from fatui import storage
 from fatui.cli.main import main
@@ -82,6 +83,16 @@ def test_a_hostile_run_is_listed_with_its_text_in_sight(kept, capsys):
     assert "[/x][b]\\x1b[2J" in out
 
 
+def test_a_long_name_hides_no_id_in_the_list(tmp_path, capsys):
+    report = hostile.report("shapes", "another")
+    path = tmp_path / "long.json"
+    path.write_bytes(msgspec.json.encode(structs.replace(report, run=structs.replace(report.run, preset="p" * 300))))
+    assert main(["history", "add", str(path)]) == 0
+    capsys.readouterr()
+    assert main(["history"]) == 0
+    assert "another" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_command_prints_a_hostile_run(kind, kept, capsys):
     for arguments in (["history", "show", f"{kind}1"], ["compare", f"{kind}1", f"{kind}2"]):
@@ -89,7 +100,7 @@ def test_every_command_prints_a_hostile_run(kind, kept, capsys):
         assert "[/x]" in harmless(capsys.readouterr())
     assert main(["report", f"{kind}1", f"{kind}2"]) == 0
     assert "<script" not in as_html(harmless(capsys.readouterr()))
-    for name in ("json", "csv", "markdown"):
+    for name in ("json", "csv", "jsonl", "sql", "markdown"):
         assert main(["history", "show", f"{kind}1", f"--{name}", "-"]) == 0
         out = harmless(capsys.readouterr())
     assert "<script" not in as_html(out)

@@ -32,6 +32,12 @@ def test_json_has_each_prediction_with_its_interval(capsys):
         assert "call_s" not in each  # the name of a measured time
 
 
+def test_a_chip_named_twice_is_predicted_once(capsys):
+    assert main(["predict", *PREFILL, "--impl", "poc", "--chip", "h200, h100,h200", "--json", "-"]) == 0
+    made = json.loads(capsys.readouterr().out)["predictions"]
+    assert [each["chip"] for each in made] == ["h200", "h100"]
+
+
 def test_more_cores_make_a_prompt_shorter(capsys):
     times = []
     for further in ([], ["--cores", "2"]):
