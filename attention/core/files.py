@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Final
 
+NEW_FILE_MODE: Final = 0o666
 NO_HOME: Final = Path("/nonexistent")
 """Home folder of an account without one, as in Debian."""
 MAX_KEY_PARTS: Final = 100
@@ -79,6 +80,33 @@ def replace_file(path: Path, data: bytes, mode: int = 0o600) -> None:
         with contextlib.suppress(OSError):
             Path(name).unlink()
         raise
+
+
+def is_replaced(path: Path) -> bool:
+    """Whether a path is written by replacing its file; devices and pipes are written to in place."""
+    return path.is_file() or not path.exists()
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that a user named, by `replace_file`, with the mode of the old one; devices and pipes in place.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if not is_replaced(path):
+        path.write_bytes(data)
+        return
+    target = path.resolve()
+    replace_file(target, data, _mode_for(target))
+
+
+def _mode_for(target: Path) -> int:
+    try:
+        return target.stat().st_mode & 0o7777
+    except OSError:
+        mask = os.umask(0)
+        os.umask(mask)
+        return NEW_FILE_MODE & ~mask
 
 
 def read_bounded(path: Path, limit: int) -> bytes:

@@ -18,6 +18,7 @@ from msgspec import Struct, field, structs
 from attention.arguments import check_mask
 from attention.core.digest import sealed
 from attention.core.errors import UnsupportedError, UsageError
+from attention.core.files import write_whole
 from attention.core.results import Case, Peaks, Report, Row, Run, Summary
 from attention.core.route import Needs, Route
 from attention.core.statistics import median_interval
@@ -266,8 +267,12 @@ class Monitor:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the report as JSON, in the format of a benchmark's result file."""
-        Path(path).write_bytes(msgspec.json.format(sealed(self.report()), indent=2))
+        """Write the report as JSON, in the format of a benchmark's result file; as a whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        write_whole(Path(path), msgspec.json.format(sealed(self.report()), indent=2))
 
     def summary(self) -> str:
         """Return the statistics as lines of text, the most frequent call first."""

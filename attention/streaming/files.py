@@ -1,5 +1,6 @@
 """Saved states: a safetensors file whose metadata describe the state, with a digest of every array."""
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -58,7 +59,10 @@ def save(path: str | os.PathLike[str], arrays: dict[str, mx.array], description:
     metadata = {KEY: text, "sha256": digest(arrays, text)}
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as room:
         fresh = Path(room) / "state.safetensors"
-        mx.save_safetensors(str(fresh), arrays, metadata)
+        try:
+            mx.save_safetensors(str(fresh), arrays, metadata)
+        except RuntimeError as error:  # MLX does not say which of the system's errors it was
+            raise OSError(errno.EIO, f"{error_line(error)} (is the disk full?)", os.fspath(target)) from error
         fresh.replace(target)
 
 

@@ -53,6 +53,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"history {arguments.action}: it takes {wanted}")
     if arguments.action == "list" and arguments.id is not None:
         raise UsageError(f"history list: it takes nothing further, got '{arguments.id}'; `show ID` shows a run")
+    if arguments.action != "show":
+        from fatui.cli.output import FORMATS
+
+        given = [f"--{name}" for name in FORMATS if getattr(arguments, name) is not None]
+        if given:
+            raise UsageError(
+                f"history {arguments.action}: it takes no {given[0]}; `show ID {given[0]} FILE` exports a run"
+            )
     with cli.opened_history() as history:
         return _do(arguments, history)
 

@@ -13,11 +13,11 @@ from rich.segment import Segment
 from rich.text import Text
 
 from attention.core.errors import UsageError
+from attention.core.files import is_replaced, write_whole
 from attention.core.results import Report
 from fatui.report.export import check_parquet, to_csv, to_json, to_json_lines, to_markdown, to_parquet, to_sql
 from fatui.report.study import beside
 from fatui.report.table import report_table
-from fatui.storage import write_bytes_atomically
 from fatui.untrusted_text import MAX_SHOWN, escape_controls
 
 STDOUT: Final = "-"
@@ -79,13 +79,8 @@ def _problem(export: Export) -> str | None:
         return f"{option}: got '{export.target}'; it takes a file, or '-' for stdout"
     if not folder.is_dir():
         return f"{option}: {path} cannot be written: there is no folder {folder}"
-    replaceable = os.access(folder, os.W_OK | os.X_OK) if _is_replaced(path) else os.access(path, os.W_OK)
+    replaceable = os.access(folder, os.W_OK | os.X_OK) if is_replaced(path) else os.access(path, os.W_OK)
     return None if replaceable else f"{option}: {path} cannot be written: no permission"
-
-
-def _is_replaced(path: Path) -> bool:
-    """Whether a path is written by replacing its file; devices and pipes are written to in place."""
-    return path.is_file() or not path.exists()
 
 
 def write_files(report: Report, exports: Sequence[Export]) -> list[str]:
@@ -119,10 +114,7 @@ def write_text(export: Export, text: str | bytes) -> str | None:
         return None
     path, content = Path(export.target), text.encode() if isinstance(text, str) else text
     try:
-        if _is_replaced(path):
-            write_bytes_atomically(path, content)
-        else:
-            path.write_bytes(content)
+        write_whole(path, content)
     except OSError as error:
         kept = "; the existing file is unchanged" if path.is_file() else ""
         return f"--{export.format}: {path} could not be written: {error.strerror or error}{kept}"

@@ -1,13 +1,11 @@
 """Files of the user: run history, presets, settings and result files; here their folders, and atomic replacement."""
 
-import os
 from pathlib import Path
 from typing import Final
 
-from attention.core.files import cache_folder, replace_file, xdg
+from attention.core.files import cache_folder, write_whole, xdg
 
 NAME: Final = "fatui"
-NEW_FILE_MODE: Final = 0o666
 
 
 def config_dir() -> Path:
@@ -47,23 +45,4 @@ def write_atomically(path: Path, text: str) -> None:
     Raises:
         OSError: the text could not be written.
     """
-    write_bytes_atomically(path, text.encode())
-
-
-def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Replace a file as a whole, as `write_atomically` does.
-
-    Raises:
-        OSError: it could not be written.
-    """
-    target = path.resolve()
-    replace_file(target, content, _mode_for(target))
-
-
-def _mode_for(target: Path) -> int:
-    try:
-        return target.stat().st_mode & 0o7777
-    except OSError:
-        mask = os.umask(0)
-        os.umask(mask)
-        return NEW_FILE_MODE & ~mask
+    write_whole(path, text.encode())

@@ -1,6 +1,7 @@
 """The monitor counts every call once, times some, and writes a report that fatui can store."""
 
 import contextlib
+import os
 import time
 from pathlib import Path
 from statistics import median
@@ -161,6 +162,20 @@ def test_a_saved_run_is_shown_by_the_history(
     (tmp_path / "wrong.json").write_text("[]")
     assert main(["history", "add", str(tmp_path / "wrong.json")]) == 2
     assert main(["history", "add", str(tmp_path / "missing.json")]) == 2
+
+
+def test_a_full_disk_leaves_what_was_saved_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monitor = attention.monitor()
+    path = tmp_path / "run.json"
+    path.write_text("before")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        monitor.save(path)
+    assert path.read_text() == "before"
 
 
 class Program:

@@ -209,6 +209,28 @@ def test_a_loaded_state_is_the_saved_one(tmp_path):
     assert mx.array_equal(again.attend(q, k, v), state.attend(q, k, v))
 
 
+def test_a_full_disk_is_an_error_of_the_system(tmp_path):
+    """MLX raises RuntimeError; what was saved before stays."""
+    program = (
+        "import resource, signal, sys; from pathlib import Path; import mlx.core as mx\n"
+        "from attention import StreamingKV\n"
+        "mx.set_default_device(mx.cpu)\n"
+        "state = StreamingKV(2, 500)\n"
+        "state.append(*[mx.zeros((1, 2, 9, 64))] * 2)\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "try: state.save(sys.argv[1])\n"
+        "except OSError as error: print(error)"
+    )
+    (tmp_path / "state").write_text("before")
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "state")], capture_output=True, text=True, check=True
+    )
+    assert str(tmp_path / "state") in ran.stdout
+    assert len(ran.stdout.splitlines()) == 1
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+
+
 @pytest.mark.parametrize("damage", ["truncated", "a byte", "empty", "another file"])
 def test_a_damaged_file_is_refused_in_one_line(tmp_path, damage):
     """Nothing is loaded from a file that is not whole."""

@@ -266,6 +266,12 @@ def test_the_history_takes_no_word_that_it_would_ignore(capsys):
     assert told(capsys) == ["history list: it takes nothing further, got 'extra'; `show ID` shows a run"]
 
 
+@pytest.mark.parametrize("words", [["list"], ["rm", "1"], ["add", "missing.json"]])
+def test_the_history_takes_no_export_that_it_would_ignore(words, tmp_path, capsys):
+    assert main(["history", *words, "--json", str(tmp_path / "x.json")]) == 2
+    assert told(capsys) == [f"history {words[0]}: it takes no --json; `show ID --json FILE` exports a run"]
+
+
 def test_stdout_closed_early_is_no_error():
     with fatui("bench", "scaling") as process:
         assert process.stdout is not None and process.stderr is not None
