@@ -213,7 +213,9 @@ def _history() -> Iterator[DiagnosisItem]:
 def _speed(device: Device) -> Iterator[DiagnosisItem]:
     peaks = measure_peaks(device)
     copy = formatting.bytes_per_second(peaks.copy_bytes_per_s)
-    text = f"best matmul {formatting.flops(peaks.matmul_flops_per_s)}/s, best copy {copy}, measured now"
+    launch = formatting.seconds(peaks.queued_launch_s)
+    rates = f"best matmul {formatting.flops(peaks.matmul_flops_per_s)}/s, best copy {copy}"
+    text = f"{rates}, a launch in {launch}, measured now"
     yield DiagnosisItem(topic="peaks", text=text)
     if device.backend == "cpu":
         yield _blas()

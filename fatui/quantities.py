@@ -42,6 +42,22 @@ def parse_size(value: object, name: str) -> int:
     raise UsageError(f"{name}: got {value!r}; it takes a size such as '8 GiB', '512M' or a number of bytes")
 
 
+_TIME: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(ns|us|µs|ms|s)")
+_SECONDS: Final = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
+
+
+def parse_seconds(text: str, name: str) -> float:
+    """Parse a time with its unit, such as "12us" or "0.5 ms", into seconds.
+
+    Raises:
+        UsageError: naming the option, the value and the accepted format.
+    """
+    match = _TIME.fullmatch(text.strip())
+    if match and 0 < (seconds := float(match[1]) * _SECONDS[match[2]]) <= 1:
+        return seconds
+    raise UsageError(f"{name}: got '{text[:40]}'; it takes a time up to 1 s, such as 12us or 0.5ms")
+
+
 def size_text(size: int) -> str:
     """Format a size so that parse_size returns the same number: "8 GiB", or a plain number of bytes."""
     for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):

@@ -25,7 +25,7 @@ import numpy as np
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from attention.chips.cost import TERMS, Costs, Path, costs, path_kind
+from attention.chips.cost import TERMS, Costs, Path, costs, on_host, path_kind
 from attention.chips.table import Chip
 from attention.core.results import Report
 from attention.core.route import FALLS_BACK
@@ -86,6 +86,13 @@ class Measured:
     chip: Chip
     seconds: float
     file: str = ""
+    launch_s: float | None = None
+    """What the host launched a call in (`Peaks.queued_launch_s`); None if that was not measured."""
+
+    @property
+    def library(self) -> str:
+        """What launches its calls."""
+        return library_of(self.implementation)
 
     @property
     def family(self) -> str:
@@ -107,6 +114,8 @@ class Family(Struct, frozen=True):
     """Name of the chip."""
     vendor: str
     architecture: str
+    launch_s: float | None = None
+    """What the calibration's host launched a call in; None if its rows do not say."""
 
 
 class Calibration(Struct, frozen=True):
@@ -115,6 +124,11 @@ class Calibration(Struct, frozen=True):
     families: dict[str, Family]
     files: dict[str, str] = {}
     """Digests of the runs by file."""
+
+
+def library_of(implementation: str) -> str:
+    """Return the library that launches an implementation's calls; each takes a time of its own on a host."""
+    return "torch" if implementation == "torch" else "MLX"
 
 
 def family_of(implementation: str, path: Path, workload: Workload, backend: str) -> str:
@@ -141,6 +155,7 @@ def rows_of(report: Report, chip: Chip, file: str = "") -> list[Measured]:
             chip,
             min(row.samples, default=row.call_s.median) if disturbed else row.call_s.median,
             file,
+            report.peaks.queued_launch_s,
         )
         for case in report.cases
         for row in case.rows
@@ -172,7 +187,23 @@ def _family(rows: Sequence[Measured]) -> Family:
         chip=rows[0].chip.name,
         vendor=rows[0].chip.vendor,
         architecture=rows[0].chip.architecture,
+        launch_s=_common_launch_s(rows),
     )
+
+
+def _common_launch_s(rows: Sequence[Measured]) -> float | None:
+    """Return the median time of a launch on the hosts of rows; None if it is known of none, or they are torch's."""
+    known = [row.launch_s for row in rows if row.launch_s]
+    return median(known) if known and rows[0].library == "MLX" else None
+
+
+def _costs_of(rows: Sequence[Measured]) -> list[Costs]:
+    """Return the costs of rows on their hosts; one whose launches were not measured counts as the median host."""
+    common = _common_launch_s(rows)
+    return [
+        on_host(costs(row.workload, row.chip, row.path), (row.launch_s or common) / common if common else 1.0)
+        for row in rows
+    ]
 
 
 def conformal(errors: Sequence[float], coverage: float = COVERAGE) -> float:
@@ -187,13 +218,13 @@ def conformal(errors: Sequence[float], coverage: float = COVERAGE) -> float:
 def _left_out_errors(rows: Sequence[Measured]) -> list[float]:
     """Return the log errors of rows predicted by the other folds; equal cases stay together."""
     folds = min(FOLDS, len(rows))
+    found = _costs_of(rows)
     errors = [0.0] * len(rows)
     for fold in range(folds):
         kept = [row for index, row in enumerate(rows) if index % folds != fold]
         constants = _fit(kept)
         for index in range(fold, len(rows), folds):
-            row = rows[index]
-            errors[index] = math.log(seconds(costs(row.workload, row.chip, row.path), constants) / row.seconds)
+            errors[index] = math.log(seconds(found[index], constants) / rows[index].seconds)
     return errors
 
 
@@ -221,7 +252,7 @@ def _norm(values: Iterable[float], power: float) -> float:
 
 def _fit(rows: Sequence[Measured]) -> dict[str, float]:
     """Return the constants that predict the rows best."""
-    found = [costs(row.workload, row.chip, row.path) for row in rows]
+    found = _costs_of(rows)
     names = [name for name in TERMS if any(getattr(each, name) for each in found)]
     table = np.array([[getattr(each, name) or 0.0 for name in names] for each in found])
     measured = np.log([row.seconds for row in rows])

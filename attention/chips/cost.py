@@ -10,7 +10,7 @@ same inputs while they are timed.
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from attention.chips.table import Chip
 from attention.core.workload import ITEM_BYTES, Workload
@@ -114,6 +114,14 @@ def predicted_path(implementation: str, workload: Workload, chip: Chip) -> Path 
             widest = 256 if implementation == "torch" else 128
             return "fused" if half and same and workload.head_dim <= widest else "unfused"
     return None
+
+
+def on_host(found: Costs, factor: float) -> Costs:
+    """Return costs on a host that takes a multiple of the calibration's time for launches.
+
+    The start of kernels is among what it scales: a path of several kernels starts each when its host gets to it.
+    """
+    return found if factor == 1 else structs.replace(found, launch=factor * found.launch, start=factor * found.start)
 
 
 def costs(workload: Workload, chip: Chip, path: Path) -> Costs:

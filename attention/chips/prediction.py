@@ -6,16 +6,27 @@ assumption for the same architecture holds is checked (`python -m benchmarks.chi
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
+from statistics import median
 from typing import Final, Literal
 
 import msgspec
 from msgspec import Struct
 
-from attention.chips.calibration import COVERAGE, FIXED, Calibration, Family, family_of, parts, seconds
-from attention.chips.cost import TERMS, Path, costs, predicted_path
+from attention.chips.calibration import (
+    COVERAGE,
+    FIXED,
+    Calibration,
+    Family,
+    Measured,
+    family_of,
+    library_of,
+    parts,
+    seconds,
+)
+from attention.chips.cost import TERMS, Path, costs, on_host, predicted_path
 from attention.chips.table import Chip
 from attention.core.workload import Workload
 
@@ -30,8 +41,10 @@ WIDENING: Final[dict[Likeness, float]] = {
 HOSTS: Final = math.log(1.4)
 """How far hosts of the same GPU differ in the time of a launch, in logarithms: seen on those of H200s.
 
-Added in quadrature by the share of the launch in the predicted time.
+Added in quadrature by the share of the launch in the predicted time, unless the host's launches were measured.
 """
+KNOWN_HOST: Final = math.log(1.1)
+"""The same for a host whose launches were measured; an assumption."""
 LIMITS: Final = {
     "launch": "the launch of a call",
     "start": "the start of kernels",
@@ -75,6 +88,8 @@ class Prediction(Struct, frozen=True, kw_only=True, tag=True, tag_field="type"):
     calibrated_rows: int = 0
     median_error: float | None = None
     """Of the calibration's rows predicted by each other, on its own chip."""
+    host: float | None = None
+    """Time of a launch on the host over that of the calibration's; None: taken to be the same."""
     reason: str | None = None
     """Why there is no prediction."""
 
@@ -86,11 +101,28 @@ def calibration() -> Calibration:
     return msgspec.json.decode(text, type=Calibration)
 
 
-def predict(workload: Workload, implementation: str, chip: Chip, given: Calibration | None = None) -> Prediction:
-    """Predict the time of a call; one without `predicted_s` has the reason."""
+def predict(
+    workload: Workload,
+    implementation: str,
+    chip: Chip,
+    given: Calibration | None = None,
+    *,
+    launch_s: float | None = None,
+    hosts: Mapping[str, float] | None = None,
+) -> Prediction:
+    """Predict the time of a call; one without `predicted_s` has the reason.
+
+    Args:
+        workload: the call.
+        implementation: what computes it.
+        chip: the chip.
+        given: the calibration; the package's by default.
+        launch_s: what the host launches a call of MLX in, `queued_launch_s` of its runs' peaks, if that is known.
+        hosts: the host's time of a launch over that of the calibration's host, by library, if that is known.
+    """
     known = given or calibration()
     if implementation == "demo":
-        return _fastest(workload, chip, known)
+        return _fastest(workload, chip, known, launch_s, hosts)
 
     def refused(reason: str) -> Prediction:
         return Prediction(workload=workload, implementation=implementation, chip=chip.key, reason=reason)
@@ -115,11 +147,15 @@ def predict(workload: Workload, implementation: str, chip: Chip, given: Calibrat
         return refused(f"no source states the {figure} of {chip.key}")
     if chip.memory_bytes and workload.bytes_moved > chip.memory_bytes:
         return refused(f"its arrays do not fit in the memory of {chip.key}")
+    host = (hosts or {}).get(library_of(implementation))
+    if host is None and launch_s and family.launch_s:
+        host = launch_s / family.launch_s
+    found = on_host(found, host or 1.0)
     predicted = seconds(found, family.constants)
     like = likeness(chip, family)
     shares = parts(found, family.constants)
     fixed = sum(shares.get(name, 0.0) for name in FIXED)  # which of the two is the host's, few rows tell
-    half = math.hypot(family.half_width, WIDENING[like], HOSTS * min(1.0, fixed / predicted))
+    half = math.hypot(family.half_width, WIDENING[like], (KNOWN_HOST if host else HOSTS) * min(1.0, fixed / predicted))
     return Prediction(
         workload=workload,
         implementation=implementation,
@@ -135,7 +171,21 @@ def predict(workload: Workload, implementation: str, chip: Chip, given: Calibrat
         calibrated_on=family.chip,
         calibrated_rows=family.rows,
         median_error=family.median_error,
+        host=host,
     )
+
+
+def hosts_of(smallest: Sequence[Measured], known: Calibration) -> dict[str, float]:
+    """Return what a host takes for launches over the calibration's, by library, from rows that launches limit.
+
+    Which rows those are, the caller says: they are no longer a test of the predictions made with it.
+    """
+    ratios: dict[str, list[float]] = {}
+    for row in smallest:
+        predicted = predict(row.workload, row.implementation, row.chip, known).predicted_s
+        if predicted is not None:
+            ratios.setdefault(row.library, []).append(row.seconds / predicted)
+    return {library: median(found) for library, found in ratios.items()}
 
 
 def _unpredicted(implementation: str, workload: Workload) -> str:
@@ -147,8 +197,10 @@ def _unpredicted(implementation: str, workload: Workload) -> str:
     return f"{implementation} is not predicted for such a call{known}"
 
 
-def _fastest(workload: Workload, chip: Chip, known: Calibration) -> Prediction:
-    made = [predict(workload, name, chip, known) for name in TRIED]
+def _fastest(
+    workload: Workload, chip: Chip, known: Calibration, launch_s: float | None, hosts: Mapping[str, float] | None
+) -> Prediction:
+    made = [predict(workload, name, chip, known, launch_s=launch_s, hosts=hosts) for name in TRIED]
     best = min(made, key=lambda each: each.predicted_s or math.inf)
     return msgspec.structs.replace(best, implementation="demo")
 

@@ -361,6 +361,8 @@ class Peaks(Struct, frozen=True, kw_only=True):
     """Bytes read plus bytes written per second."""
     launch_s: float | None = None
     """Seconds of the shortest evaluated call, of an operation on one number."""
+    queued_launch_s: float | None = None
+    """Seconds a call of many such operations that are evaluated together: how fast the host launches work."""
 
     @property
     def flops_per_s(self) -> float | None:

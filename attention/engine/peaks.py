@@ -22,6 +22,8 @@ NUMPY_SIZE: Final = 768
 NUMPY_REPEATS: Final = 20
 REPEATS: Final = 3
 LAUNCHES: Final = 50
+QUEUED: Final = 200
+"""Operations that are launched one after the other, and evaluated together."""
 
 
 def measure_peaks(device: Device, seconds: float = 0.6) -> Peaks:
@@ -43,6 +45,7 @@ def measure_peaks(device: Device, seconds: float = 0.6) -> Peaks:
         fma_flops_per_s=_fma(device),
         copy_bytes_per_s=_best_copy(device),
         launch_s=_launch_s(),
+        queued_launch_s=_queued_launch_s(),
     )
 
 
@@ -111,6 +114,14 @@ def _launch_s() -> float:
 
     one = mx.ones(1)
     return _fastest_s(lambda: mx.eval(one + one), LAUNCHES)
+
+
+def _queued_launch_s() -> float:
+    """Return the seconds a call of additions to one number that are evaluated together."""
+    import mlx.core as mx
+
+    one = mx.ones(1)
+    return _fastest_s(lambda: mx.eval([one + one for _ in range(QUEUED)]), LAUNCHES) / QUEUED
 
 
 def _fastest_s(call: Callable[[], object], repeats: int = REPEATS) -> float:

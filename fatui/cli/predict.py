@@ -23,6 +23,7 @@ EXAMPLE: Final = """examples:
   fatui predict llama-7b --chip m4-max,b200
   fatui predict --seq 8192 --head-dim 128 --mask causal --dtype bfloat16 --impl poc,mlx --chip h100
   fatui predict llama-7b --chip h200 --bandwidth 2 --shared 0.5
+  fatui predict quick --chip h100 --launch 1.2us
   fatui predict --chips
 
 Predictions are not measurements: each has a 90 % interval, wider the less the chip is like the one of the calibration.
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what if", "factors of the chips' figures; 1 leaves a figure as it is")
     for name, text in WHAT_IF.items():
         group.add_argument(f"--{name}", type=float, metavar="FACTOR", help=text)
+    group.add_argument("--launch", metavar="TIME", help="what the chip's host launches a call in, as its doctor says")
     parser.add_argument("--json", metavar="FILE", help="write the predictions as JSON; '-' is stdout")
     parser.add_argument("--markdown", metavar="FILE", help="write the predictions as Markdown; '-' is stdout")
 
@@ -57,23 +59,29 @@ def run(arguments: argparse.Namespace) -> int:
     from fatui.report.predictions import basis_lines, predictions_table
 
     exports = requested_exports(arguments, ("json", "markdown"))
-    cases, names, chips = _request(arguments)
-    made = [predict(case, name, chip) for case in cases for chip in chips for name in names]
+    cases, names, chips, launch_s = _request(arguments)
+    made = [predict(case, name, chip, launch_s=launch_s) for case in cases for chip in chips for name in names]
     if not exports or all(export.target != "-" for export in exports):
         for case in cases:
             show(predictions_table(case.label, [each for each in made if each.workload == case]), "")
         for line in basis_lines(made, chips):
             show(line)
+    unscaled = dict.fromkeys(each.implementation for each in made if each.predicted_s and each.host is None)
+    if launch_s and unscaled:
+        cli.print_line(f"--launch changes nothing for {', '.join(unscaled)}: their calibration has no such figure")
     problems = _write(made, exports)
     for problem in problems:
         cli.print_line(problem)
     return cli.FAILED if problems or all(each.predicted_s is None for each in made) else cli.DONE
 
 
-def _request(arguments: argparse.Namespace) -> "tuple[tuple[Workload, ...], tuple[str, ...], list[Chip]]":
-    """Return cases, implementations and chips, and report all mistakes at once."""
+def _request(
+    arguments: argparse.Namespace,
+) -> "tuple[tuple[Workload, ...], tuple[str, ...], list[Chip], float | None]":
+    """Return cases, implementations, chips and the time of a launch, and report all mistakes at once."""
     from attention.chips.prediction import PREDICTED, what_if
     from fatui.cli.options import Problems, given_values, parse_names, with_overrides
+    from fatui.quantities import parse_seconds
     from fatui.storage.presets import load
 
     mistakes = Problems()
@@ -86,8 +94,9 @@ def _request(arguments: argparse.Namespace) -> "tuple[tuple[Workload, ...], tupl
         names = tuple(name for name in names if name in PREDICTED)
     found = mistakes.catch(lambda: chips_named(arguments.chip or DEFAULT_CHIPS))
     factors = mistakes.catch(lambda: given_factors(arguments)) or {}
+    launch_s = mistakes.catch(lambda: parse_seconds(arguments.launch, "--launch")) if arguments.launch else None
     mistakes.raise_all()
-    return cases or (), names, [what_if(chip, factors) for chip in found or []]
+    return cases or (), names, [what_if(chip, factors) for chip in found or []], launch_s
 
 
 def chips_named(text: str) -> "list[Chip]":

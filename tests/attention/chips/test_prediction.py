@@ -7,8 +7,8 @@ import pytest
 from msgspec import structs
 
 from attention.chips.calibration import Calibration, Family, Measured, calibrate, conformal, rows_of, seconds
-from attention.chips.cost import costs, path_kind, predicted_path
-from attention.chips.prediction import WIDENING, calibration, explained, predict, what_if
+from attention.chips.cost import costs, on_host, path_kind, predicted_path
+from attention.chips.prediction import WIDENING, calibration, explained, hosts_of, predict, what_if
 from attention.chips.table import chips
 from attention.core.results import Conditions
 from attention.core.workload import Workload
@@ -124,6 +124,41 @@ def test_a_fit_finds_a_term_far_from_peak_rates():
     (family,) = calibrate(rows).families.values()
     assert family.constants["vector"] == pytest.approx(far["vector"], rel=0.1)
     assert family.median_error < 0.05
+
+
+SMALL = Workload(seq=256, heads=8, head_dim=128, dtype="bfloat16")
+
+
+@pytest.mark.parametrize(("workload", "factor"), [(SMALL, 0.5), (PREFILL, 1.0)])
+def test_a_fast_host_shortens_what_its_launches_limit(workload, factor):
+    known = structs.replace(KNOWN, families={key: structs.replace(FAMILY, launch_s=2e-6) for key in KNOWN.families})
+    usual = predict(workload, "poc", H200, known)
+    fast = predict(workload, "poc", H200, known, launch_s=1e-6)
+    assert fast.predicted_s / usual.predicted_s == pytest.approx(factor, rel=0.01)
+    assert (usual.host, fast.host) == (None, 0.5)
+    assert fast.high_s / fast.low_s <= usual.high_s / usual.low_s
+    assert predict(workload, "poc", H200, known, hosts={"MLX": 0.5}).predicted_s == fast.predicted_s
+    assert predict(workload, "poc", H200, known, hosts={"torch": 0.5}).predicted_s == usual.predicted_s
+    assert predict(workload, "poc", H200, KNOWN, launch_s=1e-6).host is None  # its calibration does not know its host
+
+
+def test_rows_of_hosts_with_different_launches_give_the_same_constants():
+    shapes = [Workload(seq=seq, heads=8, head_dim=64, dtype="bfloat16") for seq in (64, 128, 256, 512, 4096, 8192)]
+    rows = []
+    for launch_s in (1e-6, 2e-6, 4e-6):
+        found = [(shape, costs(shape, H200, "Hopper")) for shape in shapes]
+        times = [seconds(on_host(each, launch_s / 2e-6), TRUE) for _, each in found]
+        rows += [
+            Measured(shape, "poc", "Hopper", H200, s, "", launch_s) for (shape, _), s in zip(found, times, strict=True)
+        ]
+    (family,) = calibrate(rows).families.values()
+    assert (family.launch_s, family.median_error) == (2e-6, pytest.approx(0, abs=0.02))
+    assert seconds(costs(SMALL, H200, "Hopper"), family.constants) == pytest.approx(TRUE["launch"], rel=0.05)
+
+
+def test_a_hosts_launches_follow_from_rows_that_they_limit():
+    rows = [Measured(SMALL, name, "fused", H200, 1e-5) for name in ("mlx", "flex")]
+    assert hosts_of(rows, KNOWN) == {"MLX": pytest.approx(0.5, rel=0.01)}
 
 
 def test_a_row_that_falls_back_is_not_of_its_implementations_kernels():

@@ -47,6 +47,11 @@ def test_more_cores_make_a_prompt_shorter(capsys):
     assert times[1] < 0.7 * times[0]
 
 
+def test_a_launch_that_the_calibration_cannot_use_is_said(capsys):
+    assert main(["predict", "--seq", "64", "--impl", "torch", "--chip", "h100", "--launch", "1us"]) == 0
+    assert "--launch changes nothing for torch" in capsys.readouterr().err
+
+
 def test_chips_are_listed_with_the_source_of_each_figure(capsys):
     assert main(["predict", "--chips"]) == 0
     out = capsys.readouterr().out
@@ -61,6 +66,8 @@ def test_chips_are_listed_with_the_source_of_each_figure(capsys):
         (["--rate", "nan"], "--rate: got nan"),
         (["--impl", "basline"], "implementations: got 'basline'"),
         (["--seq", "0"], "seq: got 0"),
+        (["--launch", "12"], "--launch: got '12'; it takes a time"),
+        (["--launch", "2s"], "--launch: got '2s'; it takes a time up to 1 s"),
     ],
 )
 def test_mistakes_are_one_line_each(arguments, problem, capsys):
