@@ -380,6 +380,7 @@ def _phase(session: ModelSession | None) -> str:
 
 
 WHOLE: Final = "all"
+ONE_DEVICE: Final = ("1",)
 
 
 class Models(ModelScreen):
@@ -390,7 +391,7 @@ class Models(ModelScreen):
     NAME = "models"
 
     def choices(self) -> list[Choice]:
-        """Return the choices of prompt lengths, generated tokens, layers, batch, dtype and K/V; others can be typed."""
+        """Return the choices of prompt lengths, tokens, layers, batch, dtype, K/V and devices; others can be typed."""
         return [
             Choice("prompt", ("512", "128", "2048", "8192", "512,2048", "2048,8192"), id="prompt", typed_option=str),
             Choice("generate", ("64", "8", "16", "256"), id="generate", typed_option=str),
@@ -398,6 +399,7 @@ class Models(ModelScreen):
             Choice("batch", ("1", "4", "16"), id="batch", typed_option=str),
             Choice("type", self.dtypes(), id="dtype"),
             Choice("K/V bits", kv_format.options(()), id="kv_format", typing=kv_format, say=self._say_format),
+            Choice("devices", ONE_DEVICE, id="ranks"),
         ]
 
     @on(Mount)
@@ -411,6 +413,18 @@ class Models(ModelScreen):
             return
         same = dict(zip(choice.options, offered, strict=True))
         choice.show(tuple(same.get(value, value) for value in choice.values), options=offered)
+
+    def _offer_devices(self) -> None:
+        """Offer as many devices as this machine has, or the remote one, once that is known."""
+        choice, device = self.query_one("#ranks", Choice), self.app.advice.device
+        offered = tuple(map(str, range(1, (device.max_ranks if device else 1) + 1)))
+        if choice.options != offered:
+            choice.show(choice.values, options=offered)
+        choice.display = offered != ONE_DEVICE or choice.values != ONE_DEVICE  # of one there is nothing to choose
+
+    def _show(self) -> None:
+        self._offer_devices()
+        super()._show()
 
     def _say_format(self, text: str) -> str:
         return kv_format.say(text, self.query_one("#dtype", Choice).value)  # type: ignore[arg-type]  # one of its options
@@ -432,6 +446,7 @@ class Models(ModelScreen):
             generate=self.numbers("generate")[0],
             measured_layers=None if layers == WHOLE else int(layers),
             dtype=self.chosen("dtype"),
+            ranks=int(self.chosen("ranks")),
         )
         return GenerationPlan(cases=cases, implementations=self.implementations)
 

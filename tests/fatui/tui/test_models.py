@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 from textual.widgets import Input, OptionList
 
 from attention.core import events as on
@@ -193,6 +194,23 @@ async def test_cache_formats_have_groups_that_fit_the_model():
         play_generation(stage.engine)
         await finish(stage, "models")
         assert "K/V int4:32" in stage.seen()
+
+
+async def test_a_model_is_measured_on_several_devices(stage):
+    await stage.press("m")
+    devices = stage.find("#ranks", Choice)
+    known = stage.app.advice.device
+    stage.app.advice.device = structs.replace(known, backend="metal")
+    stage.app.screen._show()
+    assert not devices.display  # of one device there is nothing to choose
+    stage.app.advice.device = structs.replace(known, backend="cuda", count=4)
+    stage.app.screen._show()
+    await stage.pilot.pause()
+    assert devices.options == ("1", "2", "3", "4")
+    devices.focus()
+    await stage.press("right", "r")
+    assert {case.ranks for case in stage.engine.record.plan.cases} == {2}
+    assert "--ranks 2" in stage.app.runs.models["models"].command
 
 
 def texts(table, column):
