@@ -262,7 +262,7 @@ class Engine:
 
     async def _run_group(self, mark: int, launches: "list[RankLaunch]") -> str:
         """Run a group; a failure of one rank ends all of them, and is reported with its cause."""
-        from fatui.rank_group import RankProcesses
+        from fatui.rank_group import RankProcesses, StartError
 
         group = RankProcesses(launches, self.mark)
         self.record.ranks.clear()
@@ -270,6 +270,9 @@ class Engine:
             await group.start(mark)
             self._signal, self.process_id = group.signal, group.first.process.pid
             await self._until(group.follow(msgspec.json.encode(self._assignment), self._take))
+        except StartError as error:
+            self._fatal = True
+            return str(error)
         finally:
             await group.end()
             kill_marked(self.mark)

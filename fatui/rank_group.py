@@ -69,6 +69,7 @@ class GroupWatch:
         self._ranks = [RankState() for _ in launches]
         self._starting_beats = self._joining_beats = 0
         self._noticed_s: float | None = None
+        self._preparing: str | None = None
         self.faults: list[Fault] = []
 
     @property
@@ -83,6 +84,7 @@ class GroupWatch:
             return None
         cause = min(self.faults, key=lambda fault: fault.weight)
         running = cause.running or next((fault.running for fault in self.faults if fault.running), None)
+        running = running or self._preparing
         running = running or next((rank.alive.running for rank in self._ranks if rank.alive and rank.alive.busy), None)
         return Fault(weight=cause.weight, reason=cause.reason, running=running, fatal=cause.fatal)
 
@@ -99,6 +101,8 @@ class GroupWatch:
                 state.alive = event
                 if event.silent_link_s is not None and event.silent_link_s > SILENT_LINK_S:
                     self._notice(3, self._link_reason(rank, event.silent_link_s))
+            case on.StepStarted():  # of rank 0; its report, once a second, may be of the step before
+                self._preparing = None if event.step == "rounds" else event.implementation
             case on.RankFailed():
                 reason = f"{where}: {event.reason}"
                 self._notice(5 if event.lost_peer else 0, reason, running=event.running, fatal=event.fatal)
@@ -192,6 +196,10 @@ def _differences(one: on.RankStarted, other: on.RankStarted) -> list[tuple[str, 
     return [(what, mine, theirs) for what, mine, theirs in pairs if mine != theirs]
 
 
+class StartError(RuntimeError):
+    """A rank's command cannot be started on this machine; the message is one line."""
+
+
 class RankProcesses:
     """The processes of one group."""
 
@@ -206,11 +214,18 @@ class RankProcesses:
         return self._workers[0]
 
     async def start(self, mark: int) -> None:
-        """Start all ranks; rank 0, if on this machine, marks the running implementation in a file."""
+        """Start all ranks; rank 0, if on this machine, marks the running implementation in a file.
+
+        Raises:
+            StartError: a command cannot be started, such as ssh where there is none.
+        """
         for launch in self._launches:
             marking = launch.setting.rank == 0 and launch.host.local
             command = with_mark(launch, mark).command if marking else launch.command
-            self._workers.append(await Worker.start(command, self._run, (mark,) if marking else ()))
+            try:
+                self._workers.append(await Worker.start(command, self._run, (mark,) if marking else ()))
+            except OSError as error:
+                raise StartError(f"{launch.where}: {command[0]} cannot be started: {error.strerror}") from error
 
     async def follow(self, assignment: bytes, take: Callable[[on.AnyEvent], None]) -> None:
         """Hand on the ranks' events until rank 0 has ended well, or the group has failed.

@@ -174,9 +174,15 @@ def _join_and_run(
     assignment = msgspec.json.decode(sys.stdin.buffer.readline(), type=Assignment)
     threading.Thread(target=_exit_with_parent, args=(setting.orphan_s,), daemon=True).start()
     threading.Thread(target=_beat, args=(setting, emit, status), daemon=True).start()
-    if setting.ranks == 1:  # on another host
+    if setting.ranks == 1:  # on another host, which has no file for marks: a crash must have its name before it
         status.joined = True
-        return _run(assignment, emit, mark)
+
+        def report(number: int) -> None:
+            status.busy = number > 0
+            status.running = assignment.plan.ordered[number - 1] if number else None
+            emit(_alive(setting, status))
+
+        return _run(assignment, emit, report)
     group = join(setting, backend_of(setting, device))
     status.joined = True
     hosts = {address.rpartition(":")[0] for address in setting.addresses}
@@ -222,25 +228,26 @@ def own_gpu(setting: RankSetting, visible: str | None) -> str:
 
 def _beat(setting: RankSetting, emit: Emit, status: "RankStatus") -> None:
     """Report once a second that this process runs, and whether the rank before it is reachable."""
-    import mlx.core as mx
-
     from attention.engine.ranks import LinkCheck
 
     link = LinkCheck(setting.addresses, setting.rank) if setting.addresses else None
     while True:
-        silent_link_s = link.beat() if link else None
-        emit(
-            on.RankAlive(
-                rank=setting.rank,
-                commands=status.commands,
-                busy=status.busy,
-                joined=status.joined,
-                running=status.running,
-                silent_link_s=silent_link_s,
-                active_bytes=mx.get_active_memory() if status.joined else None,
-            )
-        )
+        emit(_alive(setting, status, link.beat() if link else None))
         time.sleep(HEARTBEAT_S)
+
+
+def _alive(setting: RankSetting, status: "RankStatus", silent_link_s: float | None = None) -> on.RankAlive:
+    import mlx.core as mx
+
+    return on.RankAlive(
+        rank=setting.rank,
+        commands=status.commands,
+        busy=status.busy,
+        joined=status.joined,
+        running=status.running,
+        silent_link_s=silent_link_s,
+        active_bytes=mx.get_active_memory() if status.joined else None,
+    )
 
 
 def _private_stdout() -> BinaryIO:

@@ -95,6 +95,15 @@ def test_a_command_that_does_not_arrive_is_noticed(pair: Watched) -> None:
     assert pair.verdict().startswith("nothing that rank 0 sends has reached rank 1")
 
 
+def test_a_crash_is_of_the_step_that_began_after_the_last_report(pair: Watched) -> None:
+    pair.watch.take(0, alive(0, busy=True, running="baseline"))
+    pair.watch.take(0, on.StepStarted(case=0, implementation="poc", step="first call"))
+    pair.watch.end(0, 255, "the engine ended with code 255")
+    pair.clock.now += rank_group.GRACE_S
+    assert pair.watch.verdict is not None
+    assert pair.watch.verdict.running == "poc"
+
+
 def test_a_long_command_that_both_execute_is_no_fault(pair: Watched) -> None:
     pair.beat(1000, alive(0, busy=True), alive(1, busy=True))
     assert not pair.verdict()

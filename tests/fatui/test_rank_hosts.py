@@ -76,3 +76,30 @@ def test_a_cut_link_costs_a_row_within_15_s_and_leaves_no_rank(hosts: TwoHosts) 
     assert "the link 10.213.77." in (ran.row("Sleeps").reason or "")
     assert ran.row("Prints").status == ran.row("baseline").status == "ok"
     assert not ran.left_over()
+
+
+def test_a_link_cut_in_the_middle_of_a_transfer_costs_a_row(tmp_path: Path) -> None:
+    events: list[tuple[float, on.AnyEvent]] = []
+    cut_s: list[float] = []
+    with TwoHosts(tmp_path, bytes_per_s=1e6) as hosts, hosts.reachable_by_ssh():
+
+        def cut() -> None:
+            hosts.cut()
+            cut_s.append(time.monotonic())
+
+        def listen(event: on.AnyEvent) -> None:
+            events.append((time.monotonic(), event))
+            if isinstance(event, on.StepStarted) and event.implementation.endswith("Sleeps") and not cut_s:
+                asyncio.get_running_loop().call_later(1.0, cut)  # of the 4 s that keys and values take
+            elif isinstance(event, on.RowEnded):
+                hosts.mend()
+
+        engine = Engine(plan("Sleeps", "Prints", cases=(WIDE,), hostfile=hosts.hostfile()), listen, peaks=PEAKS)
+        asyncio.run(asyncio.wait_for(engine.run(), 300))
+    ran = Ran(engine, events)
+    assert not any(isinstance(event, on.FirstCall) and event.implementation.endswith("Sleeps") for _, event in events)
+    ended = next(at for at, event in events if isinstance(event, on.RowEnded))
+    assert ended - cut_s[0] < 15
+    assert "the link 10.213.77." in (ran.row("Sleeps").reason or "")
+    assert ran.row("baseline").status == "ok"
+    assert not ran.left_over()

@@ -17,6 +17,7 @@ from attention.core.workload import Workload, generations
 from fatui import rank_launch
 from fatui.engine_process import Engine
 from fatui.rank_launch import RankLaunch
+from tests.support.sshd import instead_of_ssh
 
 PLANTED = Path(__file__).parents[1] / "support" / "planted.py"
 RING = Path(__file__).parents[1] / "support" / "ring_of_two.json"
@@ -125,6 +126,47 @@ def test_each_failure_is_reported_within_15_s(faulty_run: Ran) -> None:
             steps[event.implementation] = at
         elif isinstance(event, on.RowEnded):
             assert at - steps[event.implementation] < 15
+
+
+@pytest.mark.slow
+def test_a_crash_on_the_only_host_costs_one_row(tmp_path: Path) -> None:
+    with instead_of_ssh(tmp_path):
+        ran = run(plan("KilledAtOnce", "Prints", cases=(SMALL,), hosts=("127.0.0.2",)))
+    assert ran.row("KilledAtOnce").status == "failed"
+    assert ran.row("baseline").status == ran.row("Prints").status == "ok"
+
+
+def test_hosts_without_ssh_are_refused_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused = run(plan(cases=(SMALL,), hosts=("127.0.0.2",))).engine.record.refused
+    assert refused is not None
+    assert "rank 0 (127.0.0.2): ssh cannot be started: No such file or directory" in refused.reason
+
+
+STEP_ON_TWO = Workload(kv_seq=512, heads=2, head_dim=16, dtype="float32", pass_="decode", ranks=2)
+WHILE_MERGING = {
+    "KilledWhileMerging": "rank 1: killed by signal 9 (SIGKILL)",
+    "StoppedWhileMerging": "rank 1 has not answered for",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [STEP_ON_TWO, ON_TWO], ids=["decode step", "prefill"])
+def test_a_rank_lost_while_it_waits_for_others_costs_one_row(case: Workload) -> None:
+    ran = run(plan(*WHILE_MERGING, cases=(case,)))
+    late_s = {}
+    for at, event in ran.events:
+        if isinstance(event, on.StepStarted):
+            late_s[event.implementation] = at
+        elif isinstance(event, on.RowEnded):
+            assert at - late_s[event.implementation] < 15
+    for name, words in WHILE_MERGING.items():
+        row = ran.row(name)
+        assert row.status == "failed"
+        assert (row.reason or "").startswith(words)
+        assert "\n" not in (row.reason or "")
+    assert ran.row("baseline").status == "ok", ran.row("baseline").reason
+    assert not ran.left_over()
 
 
 @pytest.mark.slow

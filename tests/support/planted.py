@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import psutil
 from msgspec import structs
 
 from attention.core.route import NO_NEEDS, Needs, Route
@@ -367,6 +368,52 @@ class ExitsOnRankOne(OnRankOne):
 
     def misbehave(self) -> None:
         sys.exit("planted exit")
+
+
+class WhileMerging(Planted):
+    """Rank 0 is late with its part of a call, and signals rank 1, which waits for it in the middle of the call."""
+
+    late_call = 6
+    signal = signal.SIGKILL
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._part: tuple[object, ...] | None = None
+
+    def __call__(self, q: mx.array, k: mx.array, *arrays: mx.array, **options: Any) -> mx.array:
+        self.begin(q, k)
+        return super().__call__(q, k, *arrays, **options)
+
+    def with_logsumexp(self, q: mx.array, k: mx.array, *arrays: mx.array, **options: Any) -> tuple[mx.array, mx.array]:
+        """Compute output and logsumexp, as ranks do that have a part of the keys."""
+        self.begin(q, k)
+        return super().with_logsumexp(q, k, *arrays, **options)
+
+    def begin(self, q: mx.array, k: mx.array) -> None:
+        """Count a call of the ranks together, of which the first is one; on one device the arrays are whole."""
+        self._part = self._part or (q.shape, k.shape)
+        if (q.shape, k.shape) != self._part:
+            return
+        self.late_call -= 1
+        if os.environ.get("MLX_RANK") == "0" and self.late_call == 0:
+            time.sleep(0.5)
+            os.kill(other_rank(), self.signal)
+
+
+def other_rank() -> int:
+    """Return the process id of rank 1 on this machine."""
+    ranks = psutil.Process().parent().children()
+    return next(each.pid for each in ranks if any('"rank":1,' in word for word in each.cmdline()))
+
+
+class KilledWhileMerging(WhileMerging):
+    """It dies there as if killed by the system."""
+
+
+class StoppedWhileMerging(WhileMerging):
+    """It stops there, and never goes on."""
+
+    signal = signal.SIGSTOP
 
 
 class OtherRouteOnRankOne(Planted):
