@@ -8,6 +8,7 @@ import mlx.core as mx
 from msgspec import Struct
 
 from attention.core.errors import UsageError
+from attention.core.forking import check_not_forked
 from attention.core.kv_format import DEFAULT_GROUP, DENSE, FIXED, Format, KVFormat, parse_format
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class QuantizedArray(Struct, frozen=True, eq=False):
 
     def dequantized(self, dtype: mx.Dtype | None = None) -> mx.array:
         """Return the array in a dtype, by default its own; each value is computed in float32, and rounded once."""
+        check_not_forked()
         form, fixed = self.format, self.constant_integers()
         scales, biases = fixed.scales, fixed.biases
         if biases is not None:  # otherwise MLX computes in the dtype of the scales, and rounds twice
@@ -174,11 +176,13 @@ def quantized(
 
     Raises:
         UsageError: no such format, a width that the group size does not divide, or parts of other shapes or dtypes.
+        ForkedError: attention was computed before this process was forked.
     """
     if isinstance(x, QuantizedArray):
         return x
     form = _format(format, bits, group_size, mode)
     if isinstance(x, mx.array):
+        check_not_forked()
         return _quantize(x, form)
     return _wrap(x, form, dtype)
 

@@ -10,13 +10,14 @@ import mlx.core as mx
 from msgspec import structs
 
 from attention.core.errors import UnsupportedError, UsageError
+from attention.core.forking import check_not_forked
 from attention.core.kv_format import parse_kv_format
 from attention.core.mask_text import MaskSpec, parse_mask
 from attention.core.route import Needs
 from attention.core.workload import DTYPES, DType, Workload
 from attention.implementations.protocol import Implementation, ProvidesRunner, ReturnsLogsumexp, missing_feature
 from attention.masks import Mask, Pattern, as_4d, dtype_name, of_workload
-from attention.measure.device import Backend, check_not_forked
+from attention.measure.device import Backend
 from attention.measure.rounds import Runner
 from attention.quantized_kv import KeyOrValue, arrays_of, kv_format_of, quantized
 

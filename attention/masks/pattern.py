@@ -8,6 +8,7 @@ import numpy as np
 from msgspec import Struct
 
 from attention.core.errors import UsageError
+from attention.core.forking import check_not_forked
 from attention.masks import block_list as lists
 from attention.masks.block_list import BlockList
 from attention.masks.tiles import PARTIAL, Array, Candidates, Grid, Span, Tiles, everywhere, intersection, union
@@ -123,6 +124,7 @@ class Pattern(Struct, frozen=True, dict=True):
 
     def dense(self, shape: Shape) -> "mx.array":
         """Return the mask as a bool array that broadcasts to (B, H, Lq, Lk), which it may be as large as."""
+        check_not_forked()
         batch, heads, *lengths = shape
         return self.part((lengths[0], lengths[1]), range(batch), range(heads), range(lengths[0]), range(lengths[1]))
 

@@ -18,13 +18,14 @@ from msgspec import Struct
 
 from attention.core.bounded_dict import BoundedDict
 from attention.core.errors import KernelUnavailable, UnsupportedError
+from attention.core.forking import check_not_forked
 from attention.core.kv_format import KVFormat
 from attention.implementations.calls import call_hooks, call_through_hooks, current_backend, record_path, with_logsumexp
 from attention.implementations.fused import Poc
 from attention.implementations.protocol import Implementation, ReturnsLogsumexp
 from attention.kernels import cpu
 from attention.masks import Mask
-from attention.measure.device import Backend, check_not_forked
+from attention.measure.device import Backend
 from attention.quantized_kv import KeyOrValue, arrays_of, quantized
 from attention.streaming.rope import Rope
 from attention.streaming.slots import Layout, Row

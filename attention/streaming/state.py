@@ -10,6 +10,7 @@ from msgspec import Struct, structs
 from numpy.typing import NDArray
 
 from attention.core.errors import KernelUnavailable, UsageError, error_line
+from attention.core.forking import check_not_forked
 from attention.core.kv_format import DENSE, KVFormat, parse_kv_format
 from attention.core.numbers import check_numbers, shown_value
 from attention.implementations import load_implementation
@@ -157,6 +158,7 @@ class StreamingKV:
 
     def evaluated(self) -> "StreamingKV":
         """Evaluate all arrays; return the state."""
+        check_not_forked()
         self._flush()
         self._fused.settle()
         mx.eval([array for one in self._kept.values() for array in one.arrays])
@@ -321,6 +323,7 @@ class StreamingKV:
 
     def _groups(self, k: mx.array, v: mx.array, lengths: Sequence[int] | None) -> list[Rows]:
         """Check new tokens, and return the rows of the batch in groups of equal lengths."""
+        check_not_forked()
         self._fused.settle()
         self._check(k, v, lengths)
         batch, tokens = k.shape[0], k.shape[2]
@@ -713,6 +716,7 @@ class StreamingKV:
             UsageError: the file is not a saved state, or was damaged: one line.
             OSError: it cannot be read.
         """
+        check_not_forked()
         arrays, description = files.load(path)
         try:
             return cls.of_description(arrays, description)

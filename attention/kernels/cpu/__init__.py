@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, TypeVar
 
 from attention.core.errors import KernelUnavailable
+from attention.core.forking import check_not_forked
 from attention.kernels.common import check_bounds
-from attention.measure.device import check_not_forked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
