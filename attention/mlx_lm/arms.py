@@ -320,7 +320,8 @@ class SharedPass:
         mx.reset_peak_memory()
         run.observer = self
         try:
-            whole_s = take_sample(run, 1, self._clock)
+            with patch_points.models_causal_mask().held():  # which each implementation replaces, in each layer
+                whole_s = take_sample(run, 1, self._clock)
         finally:
             run.observer = None
             self._pending = None
