@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import expm1
 from statistics import median
-from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol, cast, runtime_checkable
 
 from msgspec import Struct, field
 
@@ -79,8 +79,8 @@ Clock = Callable[[], float]
 
 def take_sample(runner: TimedCall, calls: int, clock: Clock = time.perf_counter) -> float:
     """Queue independent calls, evaluate every output, and return the seconds per call."""
-    if isinstance(runner, TakesSamples):
-        return runner.take_sample(calls)
+    if hasattr(runner, "take_sample"):  # isinstance of a protocol takes 10 us
+        return cast("TakesSamples", runner).take_sample(calls)
     started = clock()
     runner.wait([runner.queue() for _ in range(calls)])
     return (clock() - started) / calls
