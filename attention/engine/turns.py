@@ -29,6 +29,11 @@ class Turns:
                 self._socket.connect(path)
             self._wait()
 
+    @property
+    def alone(self) -> bool:
+        """Whether there are no others."""
+        return self._socket is None
+
     def pass_on(self) -> None:
         """Give the turn to the next worker, and wait until it comes back."""
         if self._socket is not None:

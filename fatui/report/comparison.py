@@ -9,7 +9,7 @@ after the other, the change is the geometric mean, and its interval has in it ho
 
 import math
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import Final, Literal, TypeVar
 
 from msgspec import Struct, structs
@@ -122,22 +122,22 @@ class RowChange(Struct, frozen=True, kw_only=True):
     def judged_ratio(self, rows: int = 1) -> Ratio | None:
         """Return the ratio with the interval that decides, if it is one of several rows that a gate judges.
 
-        Its ends have probabilities of their own, divided evenly (Bonferroni) among the looks at the pairs, and that of
-        a false alarm also among the rows. Of one or two pairs the interval is that of 95 %.
+        It is Student's t of the pairs' changes. Its ends have probabilities of their own, divided evenly (Bonferroni)
+        among the looks at the pairs, and that of a false alarm also among the rows. Of one or two pairs the interval is
+        that of 95 %.
         """
         pairs = len(self.by_pair)
         if pairs < FEWEST_PAIRS:
             return self.ratio
         looks = max(MOST_PAIRS, pairs) - FEWEST_PAIRS + 1
-        found = [
-            statistics.repeated_ratio(self.by_pair, self.floor, 1 - 2 * error / looks)
-            for error in (MISSES, FALSE_ALARMS / max(rows, 1))
-        ]
-        missing, alarming = found
-        assert missing is not None
-        assert alarming is not None
-        significant = missing.significant if missing.value > 1 else alarming.significant
-        return structs.replace(missing, high=alarming.high, significant=significant)
+        logs = [math.log(ratio.value) for ratio in self.by_pair]
+        low, _ = statistics.mean_interval(logs, 1 - 2 * MISSES / looks)
+        _, high = statistics.mean_interval(logs, 1 - 2 * FALSE_ALARMS / (max(rows, 1) * looks))
+        edge = math.log1p(self.floor)
+        middle = fmean(logs)
+        return Ratio(
+            value=math.exp(middle), low=math.exp(low), high=math.exp(high), significant=low > edge or high < -edge
+        )
 
     def outcome(self, tolerance: float = DEFAULT_TOLERANCE, rows: int = 1) -> Outcome:
         """Return whether the row got slower, by its interval and the floors.
