@@ -54,7 +54,7 @@ class Bench(CaseRunner[Plan]):
     def _prepare_all(self, device: Device) -> None:
         if self._member:
             self._progress.log(f"{self._ranks} ranks with {self._member.conditions.text}")
-        if self._assignment.peaks is None and self._turns.alone:  # versions are compared with each other, not with rates
+        if self._assignment.peaks is None and self._turns.alone:  # two versions are compared with each other
             self._measure_peaks(device)
 
     def _on_tuning_event(self, event: on.TuningEvent | on.Message) -> None:
