@@ -154,16 +154,16 @@ def test_scores_larger_than_the_default_budget_stay_within_it(head_dim: int, pas
     assert is_within(workload, budget)
 
 
-def rounded_to_tf32(array: np.ndarray) -> np.ndarray:
-    """Round float32 to nearest at TF32's 10 bits."""
-    bits = (array.astype(np.float32).view(np.uint32) + 0x1000) & np.uint32(0xFFFFE000)
+def in_tf32(array: np.ndarray, half: int) -> np.ndarray:
+    """Cut float32 to TF32's 10 bits, rounded to nearest if `half` is 0x1000, or cut off if it is 0."""
+    bits = (array.astype(np.float32).view(np.uint32) + half) & np.uint32(0xFFFFE000)
     return bits.view(np.float32)
 
 
 def rows_with_another_winner_in_tf32(heads: int, seq: int, dim: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """Draw float16 queries and keys with scores near a million, a third of whose rows have another top key in TF32.
 
-    Whichever wins is at least 60 ahead of the next, in float64 and in TF32: weights are 0 or 1 in both.
+    Whichever wins is at least 60 ahead of the next, in float64 and however TF32 rounds: weights are 0 or 1.
     """
     rng = np.random.default_rng(7)
     keys = (350 * rng.standard_normal((heads, seq, dim))).astype(np.float16)
@@ -180,9 +180,10 @@ def rows_with_another_winner_in_tf32(heads: int, seq: int, dim: int, scale: floa
                 np.float16
             )  # their scores are equal but for rounding
             scores = scale * (wide @ q.astype(np.float64))
-            in_tf32 = wide @ rounded_to_tf32(np.float32(scale) * q.astype(np.float32)).astype(np.float64)
-            gaps = [np.diff(np.sort(one)[-2:])[0] for one in (scores, in_tf32)]
-            other = scores.argmax() != in_tf32.argmax()
+            scaled = np.float32(scale) * q.astype(np.float32)
+            nearest, cut = (wide @ in_tf32(scaled, half).astype(np.float64) for half in (0x1000, 0))
+            gaps = [np.diff(np.sort(one)[-2:])[0] for one in (scores, nearest, cut)]
+            other = scores.argmax() != nearest.argmax()
             if min(gaps) > 60 and (other or 3 * changed >= len(taken)):
                 taken.append(q)
                 changed += other
