@@ -18,7 +18,7 @@ from attention.core.results import MIN_ROUNDS
 from attention.core.route import Route, unsupported, validated_route
 from attention.core.workload import COUNTERPARTS, Counterpart, Workload
 from attention.engine.progress import EMIT_INTERVAL_S, Emit, Progress
-from attention.engine.turns import Turns
+from attention.engine.turns import TURNS, Turns
 from attention.implementations.protocol import Implementation, build, missing_feature, needs_building
 from attention.measure.conditions import ConditionsWatch
 from attention.measure.device import Device, environment, probe
@@ -63,6 +63,7 @@ class CaseRunner(ABC, Generic[P]):
         self._plan = plan
         self._member = member
         self._progress = Progress(plan, assignment.first_case, emit, mark, assignment.known)
+        self._turns = Turns(None)
         self._sampled: list[Arm] = []
         """The rows' arms that were sampled to the end of the latest rounds."""
 
@@ -73,7 +74,7 @@ class CaseRunner(ABC, Generic[P]):
             UsageError, NoBackendError: nothing can run.
             DeviceStateUnknown: a row was reported as failed, and this process must not continue.
         """
-        self._turns = Turns()
+        self._turns = Turns(os.environ.get(TURNS))
         self._backend = (device := probe()).backend
         self._load_implementations()
         self._progress.emit(on.RunStarted(environment=environment(device), fingerprint=fingerprint(device)))

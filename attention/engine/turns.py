@@ -6,7 +6,6 @@ slows the machine for longer than a round slows both versions alike. A worker th
 and with it its turn.
 """
 
-import os
 import socket
 import time
 from contextlib import suppress
@@ -19,11 +18,11 @@ TURNS: Final = "FATUI_TURNS"
 class Turns:
     """A worker's place among those that take turns; without others nothing waits."""
 
-    def __init__(self) -> None:
-        """Connect, and wait for the first turn."""
+    def __init__(self, path: str | None) -> None:
+        """Connect to a socket, if there is one, and wait for the first turn."""
         self._waited_s = 0.0
         self._socket: socket.socket | None = None
-        if path := os.environ.get(TURNS):
+        if path:
             self._socket = socket.socket(socket.AF_UNIX)
             with suppress(OSError):  # nobody hands out turns any more
                 self._socket.connect(path)

@@ -5,21 +5,22 @@ from pathlib import Path
 
 import pytest
 
-from attention.engine.turns import TURNS, Turns
+from attention.engine.turns import Turns
 from fatui.alternation import Ended, run_in_turns
 from fatui.cli.main import main
 from fatui.storage.result_files import read
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
+import os
 import sys
 from pathlib import Path
-from attention.engine.turns import Turns
+from attention.engine.turns import TURNS, Turns
 {body}
 Path(sys.argv[-1]).write_text("measured")
 """
 ROUNDS = """
-turns, log = Turns(), Path("../log")
+turns, log = Turns(os.environ[TURNS]), Path("../log")
 for number in range({rounds}):
     with log.open("a") as file:
         file.write("{name}%d " % number)
@@ -76,11 +77,11 @@ def test_a_version_that_measures_nothing_is_named_with_its_last_line(versions):
         run(folders)
 
 
-def test_without_others_nobody_waits(monkeypatch, tmp_path):
-    monkeypatch.delenv(TURNS, raising=False)
-    Turns().pass_on()
-    monkeypatch.setenv(TURNS, str(tmp_path / "gone"))
-    Turns().pass_on()
+def test_without_others_nobody_waits(tmp_path):
+    for path in (None, str(tmp_path / "gone")):
+        turns = Turns(path)
+        turns.pass_on()
+        assert turns.alone
 
 
 @pytest.mark.parametrize(
