@@ -232,7 +232,7 @@ def explained(prediction: Prediction) -> str:
         return f"not predicted: {prediction.reason}."
     ranked = sorted(prediction.shares.items(), key=lambda item: -item[1])
     whole = prediction.predicted_s
-    names = [f"{LIMITS[name]} {value / whole:.0%}" for name, value in ranked[1:3] if value / whole >= 0.05]
+    names = [f"{LIMITS[name]} {100 * value / whole:.0f} %" for name, value in ranked[1:3] if value / whole >= 0.05]
     beside = f" (alone, {' and '.join(names)} of the time)" if names else ""
     return f"limited by {prediction.limit}{beside}."
 

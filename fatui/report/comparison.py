@@ -29,6 +29,7 @@ from attention.core.results import (
 from attention.core.stream import Stream
 from attention.core.workload import FineTuning, Generation, Workload
 from attention.engine.record import UNITY
+from fatui import formatting
 
 AnyWorkload = Workload | Generation | FineTuning | Stream
 Outcome = Literal["FASTER", "SAME", "SLOWER", "UNDECIDED"]
@@ -340,10 +341,15 @@ def _beyond(before: Row, after: Row, floor: float) -> Ratio | None:
     return statistics.ratio_of_speedups(before.speedup, after.speedup, floor)
 
 
+FIELD_NAMES: Final = {"mlx": "MLX", "blas": "BLAS", "memory_bytes": "memory", "os": "system", "python": "Python"}
+
+
 def _differences(before: Report, after: Report) -> tuple[str, ...]:
     differences = []
     for name in before.environment.__struct_fields__:
         first, second = getattr(before.environment, name), getattr(after.environment, name)
         if first != second:
-            differences.append(f"{name}: {first or 'unknown'}, then {second or 'unknown'}")
+            say = formatting.size if name == "memory_bytes" else str
+            words = [say(value) if value else "unknown" for value in (first, second)]
+            differences.append(f"{FIELD_NAMES.get(name, name)}: {words[0]}, then {words[1]}")
     return tuple(differences)

@@ -84,10 +84,12 @@ MAIN: Final = (
         for number, (title, letter) in enumerate(zip(PANE_TITLES, OPTION_LETTERS, strict=True), 1)
     ),
 )
+HELP: Final = "app.explain_keys"
+"""The action whose key is at the right end of every key bar."""
 ANYWHERE: Final = (
     Action("theme", "t", "Theme", "Choose a theme", "app.change_theme"),
     Action("jump", "semicolon", "Jump", "Label all that can be reached; the letter goes there", "app.jump"),
-    Action("help", "question_mark", "Help", "The keys of this screen", "app.explain_keys"),
+    Action("help", "question_mark", "Help", "The keys of this screen", HELP),
     Action("quit", "q", "Quit", "Quit; asks first while a run is active", "app.leave"),
 )
 
@@ -118,6 +120,7 @@ PRESETS: Final = (
 HISTORY: Final = (
     Action("history_mark", "space", "Mark", "Mark the run for a comparison, two at most", "screen.mark"),
     Action("history_compare", "c", "Compare", "Compare the marked runs, or the marked one and this", "screen.compare"),
+    Action("history_file", "f", "File", "Compare the run under the cursor with a result file", "screen.file"),
     Action("history_delete", "d,delete", "Delete", "Delete the run; can be undone", "screen.delete"),
     Action("history_undo", "u", "Undo", "Restore what was deleted last", "screen.undo"),
     *_of_table("history", reference=False),
@@ -149,8 +152,8 @@ def _of_models(screen: str) -> tuple[Action, ...]:
         Action(f"{screen}_run", "r", "Run", "Run what is set up here", "screen.run"),
         Action(f"{screen}_stop", "x", "Stop", "Stop the run and keep what was measured", "app.stop_run"),
         Action(f"{screen}_pane", "right_square_bracket,left_square_bracket", "Table", pane, "screen.other_pane"),
-        *_of_table(screen),
         BACK,
+        *_of_table(screen),
         Action(f"{screen}_export", "e", "Export", EXPORT, "app.export"),
         Action(f"{screen}_copy", "c", "Copy", "Copy the table to the clipboard", "app.copy_table"),
         Action(f"{screen}_verdict", "y", "Copy verdict", "Copy the verdict as Markdown", "app.copy_verdict"),
@@ -198,20 +201,20 @@ SHOWN_KEYS: Final = {
     "right_square_bracket": "]",
     "left_square_bracket": "[",
 }
-IDLE_BAR: Final = ("run", "run_again", "sweep", "presets", "save_as", "history", "doctor", "help", "quit")
-RUNNING_BAR: Final = ("stop", "export", "copy", "sort", "pause", "help", "quit")
+IDLE_BAR: Final = ("run", "sweep", "presets", "history", "quit", "run_again", "save_as", "doctor", "help")
+RUNNING_BAR: Final = ("stop", "export", "copy", "sort", "pause", "quit", "help")
 DONE_BAR: Final = (
     "run",
     "longer",
     "export",
     "copy",
-    "presets",
     "history",
     "scaling",
-    "help",
     "quit",
+    "presets",
     "sort",
     "save_as",
+    "help",
 )
 
 
@@ -230,8 +233,9 @@ def closing(name: str, action: str = "back") -> Binding:
 
 
 def bar(actions: tuple[Action, ...], keys: dict[str, str]) -> tuple[tuple[str, str, str], ...]:
-    """Return the entries of a key bar for some actions."""
-    return tuple((keys[action.name], action.label, action.does) for action in actions)
+    """Return the entries of a key bar for some actions, and for the help."""
+    shown = *actions, next(action for action in ANYWHERE if action.does == HELP)
+    return tuple((keys[action.name], action.label, action.does) for action in shown)
 
 
 def shown(key: str) -> str:

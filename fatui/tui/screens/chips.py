@@ -24,7 +24,7 @@ from fatui.tui.widgets.slider import Slider
 from fatui.tui.widgets.workload_pane import LABELS, shown_workload
 
 AXES: Final = ("batch", "seq", "head_dim", "heads")
-ROOMY: Final = 22
+ROOMY: Final = 30
 """Minimum terminal rows at which the roofs are drawn."""
 NO_CASE: Final = "The values on the sliders make no case."
 DEFAULT_CHIPS: Final = ("h200", "m4-max")
@@ -124,10 +124,9 @@ class Chips(ClosesOnce, Screen[None]):
         status.show("Chips · predicted, not measured", workload.label)
         chart.empty = "No source states the rate and the bandwidth of these chips."
         chart.show(chips.plot(workload, made, self.app.peaks, cases, names))
-        titles = [chip.name + (" *" if chip.changed else "") for chip in made.chips]
         pane = self.query_one("#chart-pane")
-        pane.border_title = literal(f"Roofs: {', '.join(titles)}; {chips.PREDICTED} predicted")
-        pane.border_subtitle = "* with changed figures" if any(chip.changed for chip in made.chips) else ""
+        pane.border_title = literal(chips.title(workload, made))
+        pane.border_subtitle = literal(chips.legend(made, cases, names))
         self.query_one("#words", Static).update("\n".join(chips.words(workload, made, self.app.peaks, cases)))
 
     def _cases(self) -> tuple[Case, ...]:

@@ -1,17 +1,20 @@
 """The history screen (open, compare or delete past runs), and the screen that compares two of them."""
 
 import asyncio
+from pathlib import Path
 from typing import ClassVar
 
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.screen import Screen
-from textual.widgets import Static
+from textual.widgets import Input, Static
 
+from attention.core.errors import UsageError
 from attention.core.results import Report, Row
 from fatui import formatting
 from fatui.report import comparison
+from fatui.storage import result_files
 from fatui.storage.history import HistoryError, RunSummary
 from fatui.storage.history import RunHistory as Runs
 from fatui.tui import actions
@@ -35,6 +38,7 @@ RUN_COLUMNS = (
     TableColumn(name="device", title="device", right=False, rank=5, widest=28),
     TableColumn(name="id", title="id", right=False, rank=6),
 )
+FILE = "a file that e or --json wrote, here or on another machine; enter compares the run under the cursor with it"
 NO_RUNS = "No runs yet; finished runs appear here."
 CHANGE_COLUMNS = (
     TableColumn(name="implementation", title="", right=False, widest=16),
@@ -72,12 +76,14 @@ class History(HasTable, ClosesOnce, Screen[Report]):
         yield Static(classes="notice", markup=False)
         pane = TablePane(RUN_COLUMNS, empty=NO_RUNS, table="runs", id="history-pane")
         pane.border_title = "History"
+        yield Input(placeholder=FILE, id="file")
         yield pane
         yield KeyBar(keys=(("enter", "Open", "screen.open"), *actions.bar(actions.HISTORY, self.app.keys)))
 
     async def on_mount(self) -> None:
         """Read the runs."""
-        self.query_one(".notice").display = False
+        self.query_one(".notice").display = self.query_one("#file").display = False
+        self.query_one(RowTable).focus()
         await self._read()
 
     async def _read(self) -> None:
@@ -142,6 +148,37 @@ class History(HasTable, ClosesOnce, Screen[Report]):
         if before and after:
             self.app.push_screen(Compare(before, after))
 
+    def action_file(self) -> None:
+        """Show the input for a result file."""
+        if self._chosen is None:
+            self.app.tell("there is no run here to compare a file with")
+            return
+        box = self.query_one("#file", Input)
+        box.display = True
+        box.focus()
+
+    @on(Input.Submitted, "#file")
+    async def _compare_with(self, event: Input.Submitted) -> None:
+        """Compare the run under the cursor with that of a file, the older one first."""
+        event.stop()
+        path = Path(event.value.strip()).expanduser()
+        try:
+            theirs = await asyncio.to_thread(result_files.read, path)
+        except UsageError as error:
+            self.app.tell("; ".join(error.problems), "warning")
+            return
+        own = await self._get(self._chosen) if self._chosen else None
+        if own is not None:
+            self._close_file()
+            self.app.push_screen(Compare(*sorted((own, theirs), key=lambda each: each.run.started)))
+
+    def _close_file(self) -> bool:
+        """Hide the input for a result file; return whether it was open."""
+        box = self.query_one("#file", Input)
+        was_open, box.display = box.display, False
+        self.query_one(RowTable).focus()
+        return was_open
+
     async def action_delete(self) -> None:
         """Delete the run under the cursor."""
         name = self._chosen
@@ -172,8 +209,8 @@ class History(HasTable, ClosesOnce, Screen[Report]):
         await self._read()
 
     def action_back(self) -> None:
-        """Close the filter, or the screen without opening a run."""
-        if not self.query_one(TablePane).clear_filter():
+        """Close the filter or the input for a file, or the screen without opening a run."""
+        if not self.query_one(TablePane).clear_filter() and not self._close_file():
             self.dismiss()
 
 
@@ -290,7 +327,7 @@ def _basis(change: comparison.RowChange) -> str:
         return f"too few rounds of {change.reference} to know the machine's own change"
     return (
         f"{change.reference} itself {formatting.speedup_text(change.drift)} · "
-        f"a change counts beyond {formatting.percent(change.floor)}"
+        f"counts beyond {formatting.percent(change.floor)}"
     )
 
 

@@ -13,7 +13,7 @@ from attention.core.workload import Workload
 from fatui import formatting
 from fatui.report.predictions import basis_texts, chip_line, range_text
 from fatui.tui.view_models import roofline
-from fatui.tui.view_models.plot import Line, Note, Plot, Point, decades
+from fatui.tui.view_models.plot import Line, Note, Plot, Point, decades, mark_of
 
 FACTORS: Final = {
     "bandwidth": "bandwidth",
@@ -55,15 +55,18 @@ def shown(workload: Workload, names: Sequence[str], keys: Sequence[str], percent
 def plot(
     workload: Workload, made: Shown, peaks: Peaks, cases: Sequence[Case] = (), names: Sequence[str] = ()
 ) -> Plot | None:
-    """Return FLOP/s over FLOP/byte: a roof for each chip with the case on it, this machine's with what was measured."""
-    at = roofline.intensity(workload)
+    """Return FLOP/s over FLOP/byte: a roof for each chip with the case on it, this machine's with what was measured.
+
+    A case on several devices has the roofs of as many.
+    """
+    at, count = roofline.intensity(workload), workload.ranks
     roofs = [
-        (rate, chip.bytes_per_s, number)
+        (rate * count, chip.bytes_per_s * count, number)
         for number, chip in enumerate(made.chips)
         if (rate := chip.rate(workload.dtype)) and chip.bytes_per_s
     ]
     if peaks.flops_per_s and peaks.copy_bytes_per_s:
-        roofs.append((peaks.flops_per_s, peaks.copy_bytes_per_s, roofline.ROOF))
+        roofs.append((peaks.flops_per_s * count, peaks.copy_bytes_per_s * count, roofline.ROOF))
     if not roofs:
         return None
     points = [
@@ -90,6 +93,22 @@ def plot(
     titles = {number: chip.key for number, chip in enumerate(made.chips)} | {roofline.ROOF: "this machine"}
     notes += [Note(x.high, rate, " ", titles[number], number) for rate, _, number in roofs]
     return Plot(x, y, (*lines, *measured), tuple(notes), cursor=at)
+
+
+def title(workload: Workload, made: Shown) -> str:
+    """Format what the plot shows: "FLOP/s over FLOP/byte · NVIDIA H200 SXM, Apple M4 Max", or of several of each."""
+    names = ", ".join(chip.name + (" *" if chip.changed else "") for chip in made.chips)
+    several = f" · {workload.ranks} of each" if workload.ranks > 1 else ""
+    return f"FLOP/s over FLOP/byte · {names}{several}"
+
+
+def legend(made: Shown, cases: Sequence[Case], names: Sequence[str]) -> str:
+    """Explain the marks of the plot."""
+    there = {row.implementation for case in cases for row in case.rows}
+    measured = "  ".join(f"{mark_of(number)} {name}" for number, name in enumerate(names) if name in there)
+    parts = [f"{PREDICTED} predicted", f"measured here: {measured}" if measured else ""]
+    parts.append("* with changed figures" if any(chip.changed for chip in made.chips) else "")
+    return " · ".join(filter(None, parts))
 
 
 def _rates(workload: Workload, prediction: Prediction) -> tuple[float, float]:

@@ -111,7 +111,7 @@ def lines_of(report: Report, reference: str | None, width: int, *, curves: bool 
     lines: list[TableLine] = []
     for index, case in enumerate(cases):
         if len(cases) > 1:
-            lines.append(table_lines.block_head(index, case, f" · time {calls[index]}" if several else ""))
+            lines.append(table_lines.block_head(index, case, f" · {calls[index]}" if several else ""))
         lines += _case_lines(index, case, columns[index], reference)
         notes = [*model_notes(case), *rank_notes(case), *formatting.same_paths(case), *_reasons(case)]
         lines += [_note(line) for note in notes for line in textwrap.wrap(note, max(width - 2, 20))]

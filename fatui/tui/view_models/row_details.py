@@ -43,7 +43,9 @@ def hanging(name: str, text: str, indent: int, width: int = WIDTH) -> str:
 
 
 def _samples(row: Row) -> tuple[str, str]:
-    ended = ENDED_BY.get(row.stopped_by or "", row.stopped_by or formatting.UNKNOWN)
+    if row.stopped_by is None:
+        return "samples", f"{len(row.samples)} so far"
+    ended = ENDED_BY.get(row.stopped_by, row.stopped_by)
     return "samples", f"{len(row.samples)}, {ended}"
 
 

@@ -10,6 +10,7 @@ from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
 
+from fatui.tui.actions import HELP
 from fatui.tui.painting import KeepsStyles
 from fatui.tui.widgets.row_table import clip
 
@@ -53,7 +54,7 @@ PALETTE = "^p Palette"
 
 
 class KeyBar(Widget):
-    """Row of keys with their labels; a click runs the key's action."""
+    """Row of keys with their labels; a click runs the key's action. The help and the palette are at its right end."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {"keys--key", "keys--label"}
     DEFAULT_CSS = "KeyBar { height: 1; dock: bottom; }"
@@ -68,9 +69,21 @@ class KeyBar(Widget):
             self.keys = keys
             self.refresh()
 
+    @property
+    def _help(self) -> str:
+        """The key of the help with its label; empty without one."""
+        return next((f"{key} {label}  " for key, label, action in self.keys if action == HELP), "")
+
+    @property
+    def _end(self) -> int:
+        """Columns of the right end."""
+        return len(self._help) + len(PALETTE) + 1
+
     def _fitting(self) -> tuple[tuple[str, str, str], ...]:
-        room, fitting = self.size.width - len(PALETTE) - 2, []
+        room, fitting = self.size.width - self._end - 1, []
         for key, label, action in self.keys:
+            if action == HELP:
+                continue
             room -= len(key) + len(label) + 3
             if room < 0:
                 break
@@ -84,7 +97,9 @@ class KeyBar(Widget):
         for key, label, _ in self._fitting():
             parts += [Segment(f" {key}", key_style), Segment(f" {label} ", label_style)]
         used = sum(len(part.text) for part in parts)
-        parts.append(Segment(" " * max(1, self.size.width - used - len(PALETTE) - 1), label_style))
+        parts.append(Segment(" " * max(1, self.size.width - used - self._end), label_style))
+        key, _, label = self._help.partition(" ")
+        parts += [Segment(key, key_style), Segment(f" {label}" if label else "", label_style)]
         parts += [Segment("^p", key_style), Segment(PALETTE[2:] + " ", label_style)]
         return Strip(parts).adjust_cell_length(self.size.width, label_style)
 
@@ -98,6 +113,8 @@ class KeyBar(Widget):
                 return
         if event.x >= self.size.width - len(PALETTE) - 1:
             self.app.action_command_palette()
+        elif event.x >= self.size.width - self._end:
+            await self.run_action(HELP)
 
 
 TABS = (("setup", "Set up"), ("live", "Live"), ("results", "Results"), ("log", "Log"))

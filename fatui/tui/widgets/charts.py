@@ -70,8 +70,8 @@ class TrendChart(KeepsStyles):
         if not scale.words:
             return [Segment(words, style)]
         now, best = scale.columns
-        width = LABEL_WIDTH + 1 + self._line_width
-        return [Segment(f"{clip(words, width):<{width}} {now:>{FIGURE_WIDTH}}{best:>{FIGURE_WIDTH}}", style)]
+        room = LABEL_WIDTH + 2 + self._line_width + FIGURE_WIDTH - len(now)
+        return [Segment(f"{clip(words, room - 1):<{room}}{now}{best:>{FIGURE_WIDTH}}", style)]
 
     def _trend(self, index: int, row: int) -> list[Segment]:
         """Draw one row of a trend, counted from its top; the last one has the label and the figures."""

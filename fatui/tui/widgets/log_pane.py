@@ -21,6 +21,7 @@ from fatui.tui.view_models.journal import Log, LogLine
 from fatui.tui.widgets.row_table import clip
 
 LEVELS: Final = ("info", "warning", "error")
+EMPTY: Final = "What happens in a run is written here: steps, paths, problems."
 TIME_WIDTH: Final = 10
 """Columns of the time and the gap after it."""
 
@@ -214,6 +215,8 @@ class LogView(ScrollView, KeepsStyles, can_focus=True):
         """Draw one row; the level is shown as a word as well as by colour."""
         width = self._width
         row = y + self.scroll_offset.y
+        if not self._rows and not self._lines and row == 0 and not self.needle:
+            return Strip([Segment(EMPTY, self.part_style("log--time"))]).adjust_cell_length(width, self.part_style())
         if row >= len(self._rows):
             return Strip.blank(width, self.part_style())
         index, text = self._rows[row]

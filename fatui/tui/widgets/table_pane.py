@@ -115,7 +115,7 @@ class TablePane(Vertical):
     @property
     def sortable(self) -> list[tuple[str, str]]:
         """The columns that can order the rows, each with its title."""
-        names = {name for line in self._given for name in line.figures}
+        names = {name for line in self._given for name, figure in line.figures.items() if figure is not None}
         return [(each.name, each.title or each.name) for each in self.table.columns if each.name in names]
 
     def choose_order(self, by: str | None) -> None:

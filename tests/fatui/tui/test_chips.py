@@ -1,5 +1,8 @@
 """The Chips screen: the case on chips that are not here."""
 
+import pytest
+
+from attention.core.results import Peaks
 from attention.core.workload import Workload
 from fatui.tui.screens.chips import Chips
 from fatui.tui.view_models import chips
@@ -70,3 +73,14 @@ async def test_a_short_terminal_has_the_controls_without_the_roofs():
         await stage.press("C")
         assert not stage.app.screen.query_one("#chart-pane").display
         assert "What limits it" in stage.seen() and "heads" in stage.seen()
+
+
+def test_a_case_on_several_devices_has_the_roofs_of_as_many():
+    one, two = (Workload(seq=512, heads=8, ranks=ranks) for ranks in (1, 2))
+    peaks = Peaks(matmul_flops_per_s=60e9, fma_flops_per_s=900e9, copy_bytes_per_s=12e9)
+    tops = []
+    for case in (one, two):
+        made = chips.shown(case, ("poc",), ("h200", chips.NONE), {})
+        tops.append([max(point.y for point in line.points) for line in chips.plot(case, made, peaks).lines[:2]])
+    assert tops[1] == pytest.approx([2 * top for top in tops[0]])
+    assert "2 of each" in chips.title(two, made)

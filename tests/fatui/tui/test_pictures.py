@@ -210,8 +210,9 @@ def test_other_screens(snap_compare, size, steps):
 
 
 @pytest.mark.slow
-def test_jump_mode(snap_compare):
-    picture(snap_compare, (120, 40), jump, paints=True)
+@pytest.mark.parametrize("size", [*SIZES, WIDE], ids=lambda size: f"{size[0]}x{size[1]}")
+def test_jump_mode(snap_compare, size):
+    picture(snap_compare, size, jump, paints=True)
 
 
 def test_a_sweep_at_120_x_40(snap_compare):

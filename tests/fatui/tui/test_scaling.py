@@ -139,7 +139,7 @@ async def test_a_click_moves_the_cursor_to_the_nearest_value(stage):
 async def test_with_one_axis_only_keys_that_do_something_are_offered(stage):
     await scaled(stage)
     offered = [label for _, label, _ in stage.find(KeyBar).keys]
-    assert offered == ["Figure", "Log scale", "Back"]
+    assert offered == ["Figure", "Log scale", "Back", "Help"]
     await stage.press("a", "i", "v")
     assert "tokens/s over seq" in stage.seen() and not stage.find("#map-pane").display
 

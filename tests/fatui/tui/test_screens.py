@@ -11,15 +11,17 @@ from textual.widgets import Input, Static
 
 from attention.core.workload import Workload
 from fatui import storage
+from fatui.report.export import to_json
 from fatui.storage import presets
 from fatui.storage.history import RunHistory
 from fatui.tui import actions, terminal
 from fatui.tui.screens.closing import ClosesOnce
 from fatui.tui.screens.dialogs import RowDetails
+from fatui.tui.screens.history import Compare
 from fatui.tui.screens.main import MainScreen
 from fatui.tui.widgets.row_table import RowTable
 from fatui.tui.widgets.slider import Slider
-from tests.support.sample_runs import plan_of, report_of
+from tests.support.sample_runs import compared, plan_of, report_of
 from tests.support.stage import on_stage
 
 
@@ -303,3 +305,19 @@ async def test_keys_pressed_before_a_dialog_is_gone_do_nothing(stage, name):
         dialog.action_close()
     await stage.pilot.pause()
     assert stage.app.screen is below
+
+
+async def test_a_run_is_compared_with_a_file_of_another_device(stage, tmp_path):
+    before, after = compared(device="Apple M4")
+    RunHistory().add(before)
+    (tmp_path / "m4.json").write_text(to_json(after))
+    await stage.press("h")
+    await stage.settle(lambda: stage.find(RowTable).key is not None)
+    await stage.press("f")
+    stage.find("#file", Input).value = str(tmp_path / "none.json")
+    await stage.press("enter")
+    assert "none.json: cannot be read: No such file or directory" in stage.app.journal.text()
+    stage.find("#file", Input).value = str(tmp_path / "m4.json")
+    await stage.press("enter")
+    await stage.settle(lambda: isinstance(stage.app.screen, Compare))
+    assert "The runs differ in device: AMD EPYC 9R14, then Apple M4" in stage.seen()

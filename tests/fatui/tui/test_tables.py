@@ -86,7 +86,7 @@ async def test_compare_shows_drift_and_the_change_beyond_it(size):
         stage.app.push_screen(Compare(*compared(mlx="0.33.0", blas="MKL")))
         await stage.pilot.pause()
         seen = stage.seen()
-        assert "mlx: 0.32.4, then 0.33.0" in seen and "blas: OpenBLAS, then MKL" in seen
+        assert "MLX: 0.32.4, then 0.33.0" in seen and "BLAS: OpenBLAS, then MKL" in seen
         assert "beyond the drift" in seen and "baseline itself ≈ 1" in seen and "same" in seen
         await stage.press("down", "enter")
         assert isinstance(stage.app.screen, ChangeDetails) and "first call" in stage.seen()
@@ -110,7 +110,7 @@ async def test_the_history_is_ordered_and_filtered(stage):
     stage.find("#history-pane").order_by("seconds", True)
     assert keys(table.lines) == ["0" * 8, "1" * 8, "2" * 8]
     await stage.press("slash", *"scaling", "enter")
-    assert keys(table.lines) == ["1" * 8] and not stage.app.screen.query(Input)
+    assert keys(table.lines) == ["1" * 8] and not stage.app.screen.query(".filter")
     await stage.press("escape")
     assert len(table.lines) == 3
     await stage.press("escape")
