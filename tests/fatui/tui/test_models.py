@@ -168,6 +168,7 @@ async def test_a_model_of_the_history_opens_on_its_own_screen(stage):
     stage.app.runs.model_reports.clear()
     await stage.press("h")
     assert isinstance(stage.app.screen, HistoryScreen)
+    await stage.settle(lambda: stage.find(RowTable).key is not None)  # the runs are read in a thread
     await stage.press("enter")
     await stage.settle(lambda: isinstance(stage.app.screen, Models))
     assert "prefill" in stage.seen()
