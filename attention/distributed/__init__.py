@@ -5,6 +5,7 @@ Importing this package imports no MLX; its functions do.
 
 from typing import TYPE_CHECKING, Any
 
+from attention.core.errors import UsageError
 from attention.distributed.decision import Decision, Link, Option, decide
 from attention.distributed.layout import LAYOUTS, Kind, Layout, check_layout_name, make_layout
 from attention.distributed.shards import Shards, check_layout, layout_for, own_rows, shard, unshard
@@ -89,7 +90,8 @@ def attention(
 
     Raises:
         UsageError: invalid arguments.
-        UnsupportedError: a mask that ranks cannot compute from their parts, or the implementation does not take it.
+        UnsupportedError: keys and values are not dense, ranks cannot compute the mask from their parts, or the
+            implementation does not take it.
     """
     from attention.arguments import (
         check_mask_of_shape,
@@ -99,16 +101,26 @@ def attention(
         find_implementation,
     )
     from attention.core.numbers import check_numbers
-    from attention.distributed.attend import Problem, attend, check_local, check_supported
+    from attention.distributed.attend import (
+        Problem,
+        attend,
+        check_dense,
+        check_local,
+        check_supported,
+        layout_of_equal_rows,
+        with_a_row,
+    )
 
+    if not hasattr(group, "size"):
+        raise UsageError(f"group: got {group!r}; it takes a group, such as mx.distributed.init() returns")
     chosen = find_implementation(implementation)
+    check_dense(k, v)
     if not isinstance(layout, Layout):
-        layout = make_layout(q.shape[2] * group.size(), group.size(), check_layout_name(layout))
+        layout = layout_of_equal_rows(q, check_layout_name(layout), group.size())
     keys = layout if key_layout is None else key_layout
     for each in (layout, keys):
         check_layout(each, group)
-    if k.shape[2] and q.shape[2]:
-        check_shapes(q, k, v)
+    check_shapes(*map(with_a_row, (q, k, v)))  # on ranks without rows or keys too: all raise, or none
     for name, array, its, what in (("q", q, layout, "rows"), ("k", k, keys, "keys"), ("v", v, keys, "values")):
         check_local(name, array, its.rows(group.rank()), what)
     factor, cap = check_numbers(scale, softcap, q.shape[-1])
@@ -116,7 +128,8 @@ def attention(
     found = check_score_mod(
         score_mod, check_mask_of_shape(mask, window, (q.shape[0], heads, layout.seq, keys.seq)), heads
     )
-    check_support(chosen, found, return_lse or not layout.is_sharded, False)
+    merges = layout.kind == "replicated" and keys.is_sharded and group.size() > 1
+    check_support(chosen, found, return_lse or merges, False)
     problem = Problem(chosen, factor, found, cap, layout, keys, group, return_lse)
     check_supported(problem)
     out, lse = attend(q, k, v, problem)

@@ -27,13 +27,15 @@ from attention.distributed.exchange import (
     intersection,
     make_exchange,
 )
-from attention.distributed.layout import Chunk, Layout
+from attention.distributed.layout import Chunk, Kind, Layout, make_layout
 from attention.distributed.merging import merged
 from attention.distributed.movement import joined, needed, places_of
 from attention.implementations.calls import call_through_hooks, current_backend, with_logsumexp
 from attention.implementations.protocol import Implementation
 from attention.masks import Mask, Pattern, causal, of_pattern, window
 from attention.masks.section import Section
+from attention.quantized_kv import QuantizedArray
+from attention.streaming import StreamingKV
 
 MIN_PIECE_BYTES = 4 << 20
 """Bytes of keys and values received below which a piece is not worth launches of its own."""
@@ -177,6 +179,7 @@ def _attend_context(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -> 
             for call in exchange.calls[rank]
         ]
         if not made:  # a rank without rows
+            _refuse_as_others(rows, keys, values, problem)
             made = [(mx.zeros((*rows.shape[:3], v.shape[3]), q.dtype), mx.zeros(rows.shape[:3]))]
         outs.append(joined([out for out, _ in made], 2))
         sums.append(joined([lse for _, lse in made if lse is not None], 2) if problem.return_lse else None)
@@ -197,6 +200,23 @@ def head_pieces(k: mx.array, v: mx.array, exchange: Exchange, mask: Mask) -> lis
         return [(0, heads)]
     first = max(1, heads // 8)
     return [(0, first), (first, heads)]
+
+
+def _refuse_as_others(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -> None:
+    """Queue nothing on a rank without rows or keys, but raise what the implementation raises on the others.
+
+    They would raise it before their part of a collective, for which this rank would wait.
+
+    Raises:
+        UnsupportedError: the implementation does not take calls of this kind.
+    """
+    one_of_each = (with_a_row(x[:, :, :0]) for x in (q, k, v))
+    mask = problem.mask
+    array = None if mask.array is None else mx.zeros((1, 1), mask.array.dtype)
+    few = Mask(causal=mask.causal, window=mask.window, array=array)
+    implementation = problem.implementation
+    called = with_logsumexp(implementation) if problem.return_lse or not problem.rows.is_sharded else implementation
+    called(*one_of_each, scale=problem.scale, mask=few, softcap=problem.softcap)
 
 
 def _attend_call(
@@ -261,6 +281,7 @@ def _attend_own_keys(q: mx.array, k: mx.array, v: mx.array, problem: Problem) ->
     )
     collectives.count_call("split keys")
     if not found:
+        _refuse_as_others(q, k, v, problem)
         shape = (*q.shape[:3], v.shape[3])
         # with a gradient, as on other ranks, though it is zero
         token = q.reshape(-1)[:1]
@@ -283,7 +304,8 @@ def _own_share(
     wanted, edge = (intersection(owned, chunks(seen, lengths)) for chunks in (_visible_to_all, _visible_to_some))
     if edge == wanted or not edge:
         return wanted, tuple(places_of(owned, wanted)), None
-    whole = seen.pattern or (causal() if seen.window is None else window(seen.window))
+    bounds = causal() if seen.window is None else window(seen.window)
+    whole = bounds if seen.pattern is None else seen.pattern
     return edge, tuple(places_of(owned, edge)), Section(whole, lengths, ((0, lengths[0]),), edge)
 
 
@@ -315,6 +337,38 @@ def check_supported(problem: Problem) -> None:
         raise UnsupportedError("distributed: score_mod with split keys; it takes rows in a layout of chunks")
     if not mask.positional and mask.pattern is None:
         raise UnsupportedError("distributed: score_mod without a causal mask; it takes mask='causal' or a window")
+
+
+def check_dense(k: object, v: object) -> None:
+    """Raise UnsupportedError for keys or values that ranks do not take, such as quantized ones."""
+    for name, given in (("k", k), ("v", v)):
+        if isinstance(given, QuantizedArray | StreamingKV):
+            raise UnsupportedError(f"distributed: {name} is a {type(given).__name__}; with a group it takes an array")
+
+
+def layout_of_equal_rows(q: mx.array, kind: Kind, ranks: int) -> Layout:
+    """Return the layout of a name, if every rank has as many rows as this one.
+
+    Raises:
+        UsageError: the layout cannot have as many on each.
+    """
+    if not isinstance(q, mx.array) or q.ndim != 4:
+        raise UsageError("q: it takes an mlx.core.array (batch, heads, length, width)")
+    rows = int(q.shape[2])
+    whole = rows if kind in ("heads", "replicated") else rows * ranks
+    made = make_layout(whole, ranks, kind)
+    if any(made.rows(rank) != rows for rank in range(ranks)):
+        raise UsageError(
+            f"layout: {kind} of {whole} rows does not give each of {ranks} ranks {rows}; it takes a Layout"
+        )
+    return made
+
+
+def with_a_row(x: Any) -> Any:
+    """Return an array of rows, or of a rank without rows another of its kind with one."""
+    if not isinstance(x, mx.array) or x.ndim != 4 or x.shape[2]:
+        return x
+    return mx.zeros((*x.shape[:2], 1, x.shape[3]), x.dtype)
 
 
 def check_local(name: str, array: mx.array, rows: int, what: str) -> None:

@@ -16,7 +16,7 @@ from msgspec import Struct, structs
 
 from attention.core.errors import UsageError
 from attention.core.workload import ITEM_BYTES, Workload
-from attention.distributed.layout import Kind, Layout, make_layout
+from attention.distributed.layout import Kind, Layout, check_ranks, check_weights, make_layout
 
 Method = Literal["context", "heads", "split keys", "alone"]
 DEFAULT_BYTES_PER_S: Final = 300e9
@@ -123,8 +123,10 @@ def decide(
             the decision says.
 
     Raises:
-        UsageError: the requested method is not possible, with the reason.
+        UsageError: the requested method is not possible, with the reason, or an argument is out of range.
     """
+    check_ranks(ranks)
+    check_weights(weights, ranks)
     own_link = link or Link()
     options = [
         _finished(option, workload, own_link, flops_per_s, weights)

@@ -131,8 +131,7 @@ def make_layout(
     check_layout_name(kind)
     if type(seq) is not int or seq < 1:
         raise UsageError(f"seq: got {seq!r}; it takes a whole number from 1")
-    if type(ranks) is not int or not 1 <= ranks <= MAX_RANKS:
-        raise UsageError(f"ranks: got {ranks!r}; it takes a whole number from 1 to {MAX_RANKS}")
+    check_ranks(ranks)
     shares = check_weights(weights, ranks)
     if kind in ("heads", "replicated"):
         return Layout(kind, seq, (((0, seq),),) * ranks)
@@ -144,6 +143,12 @@ def make_layout(
     else:
         chunks = [union([cut]) for cut in _cuts(seq, shares)]
     return Layout(kind, seq, tuple(chunks))
+
+
+def check_ranks(ranks: int) -> None:
+    """Raise UsageError unless a number of ranks is in range."""
+    if type(ranks) is not int or not 1 <= ranks <= MAX_RANKS:
+        raise UsageError(f"ranks: got {ranks!r}; it takes a whole number from 1 to {MAX_RANKS}")
 
 
 def check_weights(weights: Sequence[float] | None, ranks: int) -> list[float]:

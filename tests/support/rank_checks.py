@@ -13,8 +13,10 @@ import mlx.core as mx
 import numpy as np
 
 from attention import attention, distributed, masks
+from attention.core.errors import UnsupportedError
 from attention.distributed import Layout, collectives, movement
 from attention.distributed.peers import RowPlan
+from attention.implementations.baseline import Baseline
 from attention.masks import Pattern
 from tests.support import kernel_oracle as oracle
 from tests.support.kernel_oracle import Options
@@ -151,7 +153,39 @@ def few(group) -> None:
     self_attention(group, "zigzag", 300, mx.float32, mask="causal", weights=[1 + n for n in range(group.size())])
     decode(group, "contiguous", 1, 301, mask="causal")
     decode(group, "zigzag", 3, 301, window=40)
+    decode(group, "contiguous", 2, 301, mask=masks.causal() & masks.documents([150, 151]))
+    decode(group, "zigzag", 3, 301, mask=masks.window(40) | masks.prefix(5))
+    refusals(group)
     by_plan(group)
+
+
+def refusals(group) -> None:
+    """What an implementation refuses on ranks with rows, it refuses on those without: these would wait for ever."""
+    whole = [mx.zeros((1, heads, 1, DIM)) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    rows = distributed.shard(*whole, group, "contiguous")
+    split = {"layout": distributed.make_layout(1, group.size(), "replicated"), "key_layout": rows.layout}
+    for name, q, options in (("rows", rows.q, {"layout": rows.layout}), ("keys", whole[0], split)):
+        try:
+            attention(q, rows.k, rows.v, group=group, implementation=NoSoftcap(), softcap=5.0, **options)
+            failures.append(f"rank {group.rank()}: a call without {name} was not refused")
+        except UnsupportedError:
+            pass
+
+
+class NoSoftcap(Baseline):
+    """The baseline, which refuses a softcap when it is called."""
+
+    def __call__(self, *arrays: mx.array, softcap: float | None = None, **options) -> mx.array:
+        self.refuse(softcap)
+        return super().__call__(*arrays, **options)
+
+    def with_logsumexp(self, *arrays: mx.array, softcap: float | None = None, **options) -> tuple[mx.array, mx.array]:
+        self.refuse(softcap)
+        return super().with_logsumexp(*arrays, **options)
+
+    def refuse(self, softcap: float | None) -> None:
+        if softcap is not None:
+            raise UnsupportedError("planted: it has no softcap")
 
 
 def by_plan(group) -> None:
