@@ -2,7 +2,7 @@
 
 import math
 from functools import cache
-from typing import TYPE_CHECKING, TypeGuard, cast
+from typing import TYPE_CHECKING, TypeGuard
 
 from msgspec import structs
 
@@ -10,7 +10,7 @@ from attention import masks
 from attention.core.errors import NoBackendError, UnsupportedError, UsageError, suggestion
 from attention.core.numbers import is_number, shown_value
 from attention.core.workload import DTYPES
-from attention.implementations import load_implementation
+from attention.implementations import found_implementation
 from attention.implementations.protocol import Implementation, ReturnsLogsumexp
 from attention.masks import Alibi, Mask, Pattern, Shape, dtype_name
 
@@ -32,18 +32,7 @@ def find_implementation(implementation: object) -> Implementation:
         import mlx.core  # noqa: F401
     except ImportError as error:
         raise NoBackendError(f"MLX cannot be imported: {error}") from error
-    if isinstance(implementation, str):
-        return load_implementation(implementation)
-    if isinstance(implementation, type) or not _is_implementation(implementation):
-        raise UsageError(
-            f"implementation: got {implementation!r}; it takes a name, or an object with a name, a route and a call"
-        )
-    return cast("Implementation", implementation)
-
-
-def _is_implementation(given: object) -> bool:
-    """Return whether an object satisfies the protocol; ten times as fast as `isinstance`."""
-    return callable(given) and hasattr(given, "name") and hasattr(given, "route")
+    return found_implementation(implementation)
 
 
 def check_shapes(q: object, k: object, v: object) -> bool:
@@ -144,7 +133,9 @@ def _check_kind(mask: object) -> None:
 
     if isinstance(mask, str) and mask != "causal":
         hint = suggestion(mask, ["causal"])
-        raise UsageError(f"mask: got '{mask}'; it takes None, 'causal', a mask of attention.masks or an array{hint}")
+        raise UsageError(
+            f"mask: got {shown_value(mask)}; it takes None, 'causal', a mask of attention.masks or an array{hint}"
+        )
     if mask is not None and not isinstance(mask, str | mx.array | Pattern):
         raise UsageError(
             f"mask: got {_kind(mask)}; it takes None, 'causal', a mask of attention.masks or an mlx.core.array"

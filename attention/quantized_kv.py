@@ -10,6 +10,7 @@ from msgspec import Struct
 from attention.core.errors import UsageError
 from attention.core.forking import check_not_forked
 from attention.core.kv_format import DEFAULT_GROUP, DENSE, FIXED, Format, KVFormat, parse_format
+from attention.core.numbers import shown_value
 
 if TYPE_CHECKING:
     import numpy as np
@@ -181,6 +182,8 @@ def quantized(
     if isinstance(x, QuantizedArray):
         return x
     form = _format(format, bits, group_size, mode)
+    if dtype is not None and dtype not in FLOATS:
+        raise UsageError(f"dtype: got {shown_value(dtype)}; it takes float32, float16 or bfloat16, or None")
     if isinstance(x, mx.array):
         check_not_forked()
         return _quantize(x, form)
@@ -191,8 +194,10 @@ def _format(given: str | Format | None, bits: int | None, group_size: int | None
     if given is not None:
         if bits is not None or group_size is not None or mode != "affine":
             raise UsageError("format: got it together with bits, group_size or mode; it takes the place of all three")
+        if not isinstance(given, str | Format):
+            raise UsageError(f"format: got {shown_value(given)}; it takes None or a name, as 'int8' or 'int4:32'")
         return parse_format(given) if isinstance(given, str) else given
-    fixed = FIXED.get(mode, (4, DEFAULT_GROUP))
+    fixed = FIXED.get(mode, (4, DEFAULT_GROUP)) if isinstance(mode, str) else (0, 0)
     return Format(
         mode,  # type: ignore[arg-type]  # checked by Format
         fixed[0] if bits is None else bits,

@@ -6,6 +6,7 @@ from typing import Final, Literal
 from msgspec import Struct
 
 from attention.core.errors import UsageError
+from attention.core.numbers import shown_value
 
 Mode = Literal["affine", "mxfp8", "mxfp4", "nvfp4"]
 
@@ -36,16 +37,18 @@ class Format(Struct, frozen=True):
     def __post_init__(self) -> None:
         """Raise UsageError unless `mx.quantize` has the format."""
         if self.mode == "affine":
-            if self.bits not in AFFINE_BITS:
-                raise UsageError(f"bits: got {self.bits}; it takes {', '.join(map(str, AFFINE_BITS))}")
-            if self.group_size not in AFFINE_GROUPS:
-                raise UsageError(f"group_size: got {self.group_size}; it takes {', '.join(map(str, AFFINE_GROUPS))}")
-        elif self.mode not in FIXED:
-            raise UsageError(f"mode: got {self.mode!r}; it takes affine, {', '.join(FIXED)}")
+            for name, value, taken in (
+                ("bits", self.bits, AFFINE_BITS),
+                ("group_size", self.group_size, AFFINE_GROUPS),
+            ):
+                if type(value) is not int or value not in taken:
+                    raise UsageError(f"{name}: got {shown_value(value)}; it takes {', '.join(map(str, taken))}")
+        elif self.mode not in [*FIXED]:  # of any type
+            raise UsageError(f"mode: got {shown_value(self.mode)}; it takes affine, {', '.join(FIXED)}")
         elif (self.bits, self.group_size) != FIXED[self.mode]:
             bits, group = FIXED[self.mode]
             raise UsageError(
-                f"mode {self.mode}: got {self.bits} bits in groups of {self.group_size}; "
+                f"mode {self.mode}: got {shown_value(self.bits)} bits in groups of {shown_value(self.group_size)}; "
                 f"it takes {bits} bits in groups of {group}"
             )
 

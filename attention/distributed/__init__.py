@@ -100,7 +100,7 @@ def attention(
         check_support,
         find_implementation,
     )
-    from attention.core.numbers import check_numbers
+    from attention.core.numbers import check_numbers, shown_value
     from attention.distributed.attend import (
         Problem,
         attend,
@@ -111,8 +111,8 @@ def attention(
         with_a_row,
     )
 
-    if not hasattr(group, "size"):
-        raise UsageError(f"group: got {group!r}; it takes a group, such as mx.distributed.init() returns")
+    if not all(callable(getattr(group, name, None)) for name in ("size", "rank")):
+        raise UsageError(f"group: got {shown_value(group)}; it takes a group, such as mx.distributed.init() returns")
     chosen = find_implementation(implementation)
     check_dense(k, v)
     if not isinstance(layout, Layout):

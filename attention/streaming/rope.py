@@ -1,16 +1,21 @@
 """Rotary positions whose keys stay as they were rotated: a query is rotated to where its distances are right."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import mlx.core as mx
 import numpy as np
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from attention.core.errors import UsageError
 from attention.core.numbers import is_number, shown_value
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+MAX_DIMS: Final = 65_536
+LEAST, LARGEST = 1e-30, 1e30
+"""Bounds of base and scale, between which angles stay in float32's range."""
 
 
 class Rope(Struct, frozen=True, eq=False):
@@ -26,11 +31,16 @@ class Rope(Struct, frozen=True, eq=False):
 
     def __post_init__(self) -> None:
         """Raise UsageError unless the parts fit together."""
-        if type(self.dims) is not int or self.dims < 2 or self.dims % 2:
-            raise UsageError(f"rope: got dims {self.dims!r}; it takes an even number from 2")
+        if type(self.dims) is not int or not 2 <= self.dims <= MAX_DIMS or self.dims % 2:
+            raise UsageError(f"rope: got dims {shown_value(self.dims)}; it takes an even number from 2 to {MAX_DIMS:,}")
         for name, value in (("base", self.base), ("scale", self.scale)):
-            if not is_number(value) or not 0 < value < float("inf"):
-                raise UsageError(f"rope: got {name} {shown_value(value)}; it takes a finite number above 0")
+            if not is_number(value) or not LEAST <= value <= LARGEST:
+                raise UsageError(
+                    f"rope: got {name} {shown_value(value)}; it takes a number from {LEAST:g} to {LARGEST:g}"
+                )
+            structs.force_setattr(self, name, float(value))
+        if type(self.traditional) is not bool:
+            raise UsageError(f"rope: got traditional {shown_value(self.traditional)}; it takes True or False")
         if self.freqs is not None and not isinstance(self.freqs, mx.array):
             raise UsageError(f"rope: got freqs of type {type(self.freqs).__name__}; it takes None or an mlx.core.array")
         if self.freqs is not None and tuple(self.freqs.shape) != (self.dims // 2,):

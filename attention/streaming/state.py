@@ -13,7 +13,7 @@ from attention.core.errors import KernelUnavailable, UsageError, error_line
 from attention.core.forking import check_not_forked
 from attention.core.kv_format import DENSE, KVFormat, parse_kv_format
 from attention.core.numbers import check_numbers, shown_value
-from attention.implementations import load_implementation
+from attention.implementations import found_implementation
 from attention.implementations.protocol import Implementation
 from attention.masks import Mask, dtype_name
 from attention.quantized_kv import FLOATS
@@ -226,7 +226,7 @@ class StreamingKV:
             stepped = self._step(q, k, v, factor, cap, rotated, implementation)
             if stepped is not None:
                 return stepped
-        chosen = load_implementation(implementation) if isinstance(implementation, str) else implementation
+        chosen = found_implementation(implementation)
         return self._attend(q, k, v, lengths, rotated, Settings(chosen, factor, cap, sinks))
 
     def attend_pending(

@@ -71,6 +71,8 @@ def test_a_window_implies_causal() -> None:
             {"mask": "casual"},
             "mask: got 'casual'; it takes None, 'causal', a mask of attention.masks or an array (did you mean",
         ),
+        ({"mask": "\x1b[2J"}, "mask: got '\\x1b[2J'; it takes None"),
+        ({"group": mx.array(3)}, "group: got array(3, dtype=int32); it takes a group"),
         ({"mask": 3}, "mask: got int; it takes None, 'causal', a mask of attention.masks or an mlx.core.array"),
         ({"mask": mx.ones((5, 6))}, "mask: got shape (5, 6); it takes one that broadcasts"),
         ({"mask": mx.ones((5, 7), mx.int8)}, "mask: got an array of int8; it takes bool"),

@@ -167,3 +167,20 @@ def test_the_examples_of_the_page_run():
     runner = doctest.DocTestRunner()
     runner.run(doctest.DocTestParser().get_doctest(text, {}, page.name, str(page), 0))
     assert (runner.failures, runner.tries > 5) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"format": 8}, "format: got 8; it takes None or a name"),
+        ({"bits": "\x1b[31m"}, r"bits: got '\\x1b\[31m'; it takes 8, 6"),
+        ({"bits": 4.0}, "bits: got 4.0; it takes 8, 6"),
+        ({"group_size": 10**400}, "group_size: got a number of thousands of digits|group_size: got 10+…; it takes 32"),
+        ({"mode": ["affine"]}, r"mode: got \['affine'\]; it takes affine"),
+        ({"dtype": "float16"}, "dtype: got 'float16'; it takes float32"),
+    ],
+    ids=["format", "escape codes", "float", "huge", "list", "dtype"],
+)
+def test_invalid_formats_are_named(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        quantized(mx.zeros((1, 1, 3, 64)), **arguments)

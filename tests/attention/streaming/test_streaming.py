@@ -270,6 +270,19 @@ def test_invalid_settings(arguments, message):
         StreamingKV(**arguments)
 
 
+def test_whole_numbers_of_any_size_are_bases():
+    x = mx.ones((1, 1, 3, 8))
+    turned = [StreamingKV(2, 4, rope=Rope(8, base=base)).attend(x, x, x) for base in (10**20, 1e20)]
+    assert mx.array_equal(*turned)
+
+
+@pytest.mark.parametrize("value", [3, None, StreamingKV, [1]])
+def test_an_invalid_implementation_is_named(value):
+    x = mx.ones((1, 1, 3, 8))
+    with pytest.raises(UsageError, match=r"implementation: got .*; it takes a name, or an object"):
+        StreamingKV(2, 4).attend(x, x, x, implementation=value)
+
+
 def test_new_tokens_are_like_the_first_ones():
     """Another shape or dtype than that of the first call is refused."""
     state = StreamingKV()
@@ -361,11 +374,18 @@ def test_invalid_arguments_of_a_call(arguments, message, tokens):
     assert state.position == 9
 
 
-@pytest.mark.parametrize("wrong", [{"base": 0}, {"base": -1.0}, {"scale": "x"}, {"freqs": [1.0, 2.0]}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"base": 0}, {"base": -1.0}, {"base": 10**400}, {"scale": "x"}, {"scale": 1e31}, {"freqs": [1.0, 2.0]}),
+        *({"dims": 10**30}, {"traditional": "no"}),
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
 def test_invalid_rope(wrong):
     """A bad field is named."""
     with pytest.raises(UsageError, match=f"rope: got {next(iter(wrong))} "):
-        Rope(4, **wrong)
+        Rope(**{"dims": 4, **wrong})
 
 
 class Streams(RuleBasedStateMachine):
