@@ -22,7 +22,7 @@ from attention.engine.turns import TURNS, Turns
 from attention.implementations.protocol import Implementation, build, missing_feature, needs_building
 from attention.measure.conditions import ConditionsWatch
 from attention.measure.device import Device, environment, probe
-from attention.measure.energy import energy_counter, energy_of_calls
+from attention.measure.energy import energy_counter, energy_of_calls, power_limit_w
 from attention.measure.fingerprint import fingerprint, machine_state
 from attention.measure.rounds import Arm, Limits, TakesSamples, min_rounds_s, run_rounds, set_strides
 
@@ -35,6 +35,8 @@ Mark = Callable[[int], None]
 MAX_SLOWER: Final = 1.5
 """Calls whose energy is measured and that take more than this multiple of those in the rounds give none: the device
 idled, or was not alone."""
+MAX_POWER: Final = 1.05
+"""Multiple of the device's power limit beyond which an energy counts as wrong."""
 MAX_EXTENSION: Final = 1.5
 """If the minimum number of rounds takes this multiple of a case's time limit, that is announced beforehand."""
 NO_MARK: Final[Mark] = lambda number: None  # noqa: E731
@@ -237,16 +239,19 @@ class CaseRunner(ABC, Generic[P]):
         counter = energy_counter(device) if self._member is None else None
         if counter is None:
             return
+        limit_w = power_limit_w(device)
         for arm in self._sampled:
             self._progress.begin_step(arm.name, "energy")
             try:
-                joules, call_s = energy_of_calls(arm.make_calls, counter)
+                joules, call_s, watts = energy_of_calls(arm.make_calls, counter)
             except Exception as error:
                 self._fail(arm.name, error)
                 continue
             slower = call_s / median(arm.valid_samples)
             if slower > MAX_SLOWER:
                 self._progress.log(f"{arm.name}: no energy: its calls took {slower:.1f} times those of the rounds")
+            elif watts and limit_w and watts > MAX_POWER * limit_w:
+                self._progress.log(f"{arm.name}: no energy: {watts:.0f} W, beyond the {limit_w:.0f} W of the device")
             elif joules is not None:
                 event = on.EnergyMeasured(case=self._progress.case, implementation=arm.name, joules=joules)
                 self._progress.emit(event)

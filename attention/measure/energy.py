@@ -43,6 +43,17 @@ def energy_counter(device: Device) -> Counter | None:
     return None
 
 
+def power_limit_w(device: Device) -> float | None:
+    """Return the watts beyond which a counter of energy cannot be right: the GPU's limit; None if no driver says."""
+    if device.backend != "cuda":
+        return None
+    with suppress(Exception):
+        library, handle = nvml.open_device() or (None, None)
+        assert library is not None
+        return float(library.nvmlDeviceGetPowerManagementLimit(handle)) / 1e3
+    return None
+
+
 def _nvml() -> Counter:
     library, handle = nvml.open_device() or (None, None)
     assert library is not None
@@ -104,6 +115,8 @@ class EnergyOfCalls(NamedTuple):
     """Of one call; None if the counter stood still."""
     call_s: float
     """Of one call, in seconds."""
+    watts: float | None = None
+    """Between the two steps of the counter."""
 
 
 def energy_of_calls(
@@ -140,7 +153,7 @@ def energy_of_calls(
             calls.append((clock(), made))
             found = per_call(steps, calls, seconds)
             if found is not None or (calls[-1][0] - began > PATIENCE * seconds + LEAD_S and len(calls) > MIN_MARKS):
-                return EnergyOfCalls(found, (calls[-1][0] - began) / made)
+                return EnergyOfCalls(found, (calls[-1][0] - began) / made, watts_of(steps, calls) if found else None)
     finally:
         ended.set()
         thread.join()
@@ -154,10 +167,20 @@ def per_call(steps: Marks, calls: Marks, seconds: float) -> float | None:
         calls: when calls had been made, and their number.
         seconds: minimum time between the two steps; None is returned for less.
     """
-    passed = [step for step in steps if step[0] <= calls[-1][0]]
+    passed = _passed(steps, calls)
     if len(passed) < 2 or passed[-1][0] - passed[0][0] < seconds:
         return None
     return (passed[-1][1] - passed[0][1]) / (_at(passed[-1][0], calls) - _at(passed[0][0], calls))
+
+
+def watts_of(steps: Marks, calls: Marks) -> float:
+    """Return the power between the first step of a counter and the last one that calls have passed."""
+    passed = _passed(steps, calls)
+    return (passed[-1][1] - passed[0][1]) / (passed[-1][0] - passed[0][0])
+
+
+def _passed(steps: Marks, calls: Marks) -> Marks:
+    return [step for step in steps if step[0] <= calls[-1][0]]
 
 
 def _at(time_s: float, calls: Marks) -> float:

@@ -14,7 +14,7 @@ from attention.engine.bench import Bench
 from attention.engine.record import record_of
 from attention.measure import energy, nvml
 from attention.measure.device import Device
-from attention.measure.energy import RaplCounter, energy_counter, energy_of_calls, per_call
+from attention.measure.energy import RaplCounter, energy_counter, energy_of_calls, per_call, watts_of
 from tests.support.marks import slow
 
 CPU = Device(backend="cpu", name="a CPU", cores=2, memory_bytes=1, available_bytes=1)
@@ -26,6 +26,7 @@ def test_the_energy_of_a_call_is_its_power_times_its_time(step_s, call_s):
     calls = [(0.003 + number * call_s, number) for number in range(int(3 / call_s))]
     steps = [(number * step_s, 50 * number * step_s) for number in range(1, int(2.5 / step_s))]
     assert per_call(steps, calls, 0.25) == pytest.approx(50 * call_s)
+    assert watts_of(steps, calls) == pytest.approx(50)
 
 
 def test_a_window_ends_at_the_last_step_that_calls_have_passed():
@@ -51,7 +52,9 @@ def test_a_slow_counter_is_read_while_the_device_computes():
         time.sleep(0.001)
         return 1
 
-    joules, call_s = energy_of_calls(make_calls, counter)
+    joules, call_s, watts = energy_of_calls(make_calls, counter)
+    assert watts is not None
+    assert watts > 0
     assert joules is not None
     assert joules > 0
     assert call_s >= 0.001
@@ -98,12 +101,21 @@ def test_the_gpu_is_the_first_that_cuda_sees(visible, taken, monkeypatch):
     assert (found and found[1]) == taken
 
 
-@pytest.mark.parametrize("max_slower", [1e6, slow(0.0)])
-def test_rows_have_the_energy_of_a_token(max_slower, monkeypatch):
-    """With a counter of 50 W whose steps are 1 ms, and the real calls; those slower than the rounds' have none."""
+@pytest.mark.parametrize(
+    ("max_slower", "limit_w", "problem"),
+    [
+        (1e6, 200.0, None),
+        slow(0.0, 200.0, "no energy: its calls took"),
+        (1e6, 10.0, "W, beyond the 10 W of the device"),
+    ],
+)
+def test_rows_have_the_energy_of_a_token(max_slower, limit_w, problem, monkeypatch):
+    """With a counter of 50 W whose steps are 1 ms, and the real calls; none if they are slower than the rounds', or
+    if the device cannot take 50 W."""
     counter = lambda: 50 * round(time.monotonic(), 3)  # noqa: E731
     monkeypatch.setattr(case_runner, "energy_counter", lambda device: counter)
     monkeypatch.setattr(case_runner, "MAX_SLOWER", max_slower)
+    monkeypatch.setattr(case_runner, "power_limit_w", lambda device: limit_w)
     plan = Plan(
         cases=(Workload(seq=16, heads=2, head_dim=16, dtype="float32"),),
         implementations=("baseline", "mlx"),
@@ -113,9 +125,10 @@ def test_rows_have_the_energy_of_a_token(max_slower, monkeypatch):
     peaks = Peaks(matmul_flops_per_s=1e10, copy_bytes_per_s=1e10)
     Bench(Assignment(plan=plan, peaks=peaks), plan, record.apply).run()
     for row in record.case(0).rows:
-        if max_slower:
+        if problem is None:
             assert 0.05 < row.joules_per_token * 16 / (50 * row.call_s.median) < 20  # of another load than the rounds'
         else:
             assert row.joules_per_token is None
-    said = [message.text for message in record.log if "no energy: its calls took" in message.text]
-    assert bool(said) is not bool(max_slower)
+    said = [message.text for message in record.log if "no energy" in message.text]
+    assert len(said) == (2 if problem else 0)
+    assert all(problem in text for text in said)
