@@ -58,7 +58,7 @@ def compiler() -> tuple[str, ...]:
     """
     wished = os.environ.get("CXX")
     for command in [wished] if wished else ["c++", "g++", "clang++"]:
-        words = shlex.split(command)
+        words = _split(command, "CXX")
         found = shutil.which(words[0]) if words else None
         if found:
             return (found, *words[1:])
@@ -212,7 +212,19 @@ _SHARED_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden")
 
 def extra_flags() -> tuple[str, ...]:
     """Return `$FATUI_KERNEL_CXXFLAGS`, added to every compilation and the link (used by the sanitizer build)."""
-    return tuple(shlex.split(os.environ.get("FATUI_KERNEL_CXXFLAGS", "")))
+    return tuple(_split(os.environ.get("FATUI_KERNEL_CXXFLAGS", ""), "FATUI_KERNEL_CXXFLAGS"))
+
+
+def _split(text: str, variable: str) -> list[str]:
+    """Split the value of a variable as a shell does.
+
+    Raises:
+        KernelUnavailable: a quotation is not closed.
+    """
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise KernelUnavailable(f"${variable} is no list of words: {error}") from error
 
 
 def kernel_flags() -> tuple[str, ...]:
@@ -232,8 +244,15 @@ def _kernel_command(tools: Toolchain) -> tuple[str, ...]:
 
 
 def compiled_for(tools: Toolchain) -> str:
-    """Return the instruction set that a library made now is compiled for, one of `VARIANTS`, or "unknown"."""
-    return _compiled_for(_kernel_command(tools), _common_dependencies(tools))
+    """Return the instruction set that a library made now is compiled for, one of `VARIANTS`.
+
+    Raises:
+        KernelUnavailable: the compiler does not run, or refuses its flags.
+    """
+    name, problem = _compiled_for(_kernel_command(tools), _common_dependencies(tools))
+    if problem:
+        raise KernelUnavailable(problem)
+    return name
 
 
 def granted(name: str) -> str:
@@ -243,15 +262,23 @@ def granted(name: str) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled_for(command: tuple[str, ...], _dependencies: bytes) -> str:
-    """Return the name that the compiler's macros select; starting the compiler takes some ms."""
+def _compiled_for(command: tuple[str, ...], _dependencies: bytes) -> tuple[str, str]:
+    """Return the name that the compiler's macros select, and what is wrong; starting the compiler takes some ms.
+
+    Raises:
+        KernelUnavailable: the compiler did not answer, which is not remembered.
+    """
     words = (*command, "-DFATUI_NAME_ONLY", "-E", "-P", str(SOURCES / "variant.cpp"))
     try:
         text = subprocess.run(words, check=True, capture_output=True, text=True, timeout=PREPROCESSOR_LIMIT_S).stdout
-    except (OSError, subprocess.SubprocessError):
-        return _UNKNOWN  # the compilation will fail too, and say why
+    except subprocess.CalledProcessError as error:
+        return "", f"compiling failed: {_first_error(error)}"
+    except (OSError, subprocess.SubprocessError) as error:
+        raise KernelUnavailable(f"the compiler could not be started: {error}") from error
     found = re.search(r'"(\w+)"', text)
-    return found[1] if found else _UNKNOWN
+    if found is None or found[1] not in VARIANTS:
+        return "", f"{command[0]} is no C++ compiler"
+    return found[1], ""
 
 
 def include_flags(tools: Toolchain) -> list[str]:
@@ -322,9 +349,13 @@ def run(command: tuple[str, ...]) -> None:
     except OSError as error:
         raise KernelUnavailable(f"the compiler could not be started: {error}") from error
     except subprocess.CalledProcessError as error:
-        lines = [line for line in (error.stderr or "").splitlines() if "error" in line.lower()]
-        what = lines[0].strip() if lines else f"exit status {error.returncode}"
-        raise KernelUnavailable(f"compiling failed: {what}") from error
+        raise KernelUnavailable(f"compiling failed: {_first_error(error)}") from error
+
+
+def _first_error(error: subprocess.CalledProcessError) -> str:
+    """Return the first line of a compiler's output that names an error."""
+    lines = [line for line in (error.stderr or "").splitlines() if "error" in line.lower()]
+    return lines[0].strip() if lines else f"exit status {error.returncode}"
 
 
 def _included(text: Path) -> list[Path]:

@@ -32,13 +32,12 @@ def availability(parts: Iterable[str] | None = None) -> tuple[bool, str]:
         used = _used(whole)
         key = build.key_with(whole, _wanted(used, (used or build.ALL) if parts is None else parts))
         cache.ensure_folder()
+        if (failure := cache.failure(key)) is not None:
+            return False, failure
+        name = _variant(tools, whole)
     except KernelUnavailable as unavailable:
         return False, str(unavailable)
-    failure = cache.failure(key)
-    if failure is not None:
-        return False, failure
-    state = "compiled" if _is_cached(key) else "compiles at first use"
-    return True, f"{state} ({_variant(tools, whole)})"
+    return True, f"{'compiled' if _is_cached(key) else 'compiles at first use'} ({name})"
 
 
 def variant() -> str:

@@ -1,6 +1,7 @@
 """The cache key of a compiled CPU kernel: its source, flags and tools, and the exact processor."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -98,9 +99,22 @@ def test_flags_decide_which_text_is_compiled(fresh, monkeypatch, flags, name):
     assert path.route(Workload(dtype="float32"), NO_NEEDS).path == f"CPU kernel {name}"
 
 
-def test_a_compiler_that_does_not_run_has_no_text(fresh, monkeypatch):
-    monkeypatch.setenv("FATUI_KERNEL_CXXFLAGS", "-fno-such-option")
-    assert cpu.variant() == "unknown"
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("FATUI_KERNEL_CXXFLAGS", "-fno-such-option", "no-such-option"),
+        ("FATUI_KERNEL_CXXFLAGS", "'", r"\$FATUI_KERNEL_CXXFLAGS is no list of words: No closing quotation"),
+        ("CXX", "'", r"\$CXX is no list of words: No closing quotation"),
+        ("CXX", "true", "true is no C\\+\\+ compiler"),
+        ("CXX", "false", "compiling failed: exit status 1"),
+    ],
+)
+def test_no_path_is_named_for_a_compiler_that_cannot_make_it(fresh, monkeypatch, variable, value, reason):
+    monkeypatch.setenv(variable, value)
+    usable, why = cpu.availability()
+    assert not usable
+    assert re.search(reason, why)
+    assert not path.route(Workload(dtype="float32"), NO_NEEDS).supported
 
 
 def test_a_library_says_what_it_runs(own_folder, monkeypatch):
