@@ -243,6 +243,8 @@ class FatuiApp(Lab):
             self.tell(pending, "warning")
         else:
             self.runs.start()
+            if self.runs.active:
+                self.main.leave_sliders()
 
     def action_run_again(self) -> None:
         """Run again what is shown, or the last run on this machine."""
@@ -335,6 +337,8 @@ class FatuiApp(Lab):
             "svg": lambda: picture,
             "log": self.journal.text,
         }
+        if "html" in endings:  # whose charts take seconds
+            self.notify(f"writing {stem.name}", timeout=2, markup=False)
         written, problems = await asyncio.to_thread(write_all, stem, {ending: writers[ending] for ending in endings})
         for problem in problems:
             self.tell(problem, "error")

@@ -344,6 +344,7 @@ class CostMeter:
         if self._task is not None:
             self._task.cancel()
             self._task = None
+            self.timing.running = False
         self._plan = None
 
     async def _measure(self, plan: Plan | ModelPlan, timing: Timing, changed: Callable[[], None]) -> None:
@@ -430,6 +431,7 @@ class RunController:
         app.journal.write(f"run of {app.draft.title()}: {self.session.command}")
         self._go(self.session)
         app.main.open_tab("live")
+        app.main.show_draft()  # no call is timed any more
         app.main.show_run()
 
     def run_longer(self) -> None:

@@ -1,6 +1,8 @@
 """The history screen (open, compare or delete past runs), and the screen that compares two of them."""
 
 import asyncio
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -205,8 +207,10 @@ class History(HasTable, ClosesOnce, Screen[Report]):
         except HistoryError as error:
             self.app.tell(str(error), "error")
             return
-        self._deleted.pop()
+        restored = self._deleted.pop().run.id
         await self._read()
+        self.app.clear_notifications()  # one says that it is deleted
+        self.app.tell(f"run {restored} is back")
 
     def action_back(self) -> None:
         """Close the filter or the input for a file, or the screen without opening a run."""
@@ -272,8 +276,10 @@ class Compare(HasTable, ClosesOnce, Screen[None]):
         self._show()
 
     def _show(self) -> None:
-        over = f" · beyond the change of {self._reference}" if self._reference else ""
-        self.query_one(StatusLine).show("Comparison of two runs", f"above 1 is faster after{over}")
+        over = f" beyond the change of {self._reference}" if self._reference else ""
+        self.query_one(StatusLine).show(
+            f"Comparison of two runs{_outcomes(self._comparison.changes)}", f"above 1: the second is faster{over}"
+        )
         lines: list[TableLine] = []
         label = ""
         for change in self._comparison.changes:
@@ -317,6 +323,13 @@ class Compare(HasTable, ClosesOnce, Screen[None]):
         """Close the filter, or go back."""
         if not self.query_one(TablePane).clear_filter():
             self.dismiss()
+
+
+def _outcomes(changes: Sequence[comparison.RowChange]) -> str:
+    """Count the outcomes of the rows besides the references: " · the second: 1 faster, 2 undecided"."""
+    counts = Counter(change.outcome().lower() for change in changes if change.implementation != change.reference)
+    words = ", ".join(f"{count} {word}" for word, count in counts.most_common())
+    return f" · the second: {words}" if words else ""
 
 
 def _basis(change: comparison.RowChange) -> str:

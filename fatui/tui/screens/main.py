@@ -352,6 +352,13 @@ class MainScreen(HasTable, SparingScreen[None]):
         self.query_one(f"#{name}").remove_class("-away")
         self._go_to(name)
 
+    def leave_sliders(self) -> None:
+        """Go from the workload to the comparison, where digits go to panes and enter opens a row."""
+        pane = self._focused_pane()
+        there = "comparison" in self._reachable_panes and not self.has_class("-narrow") and self._maximised is None
+        if pane is not None and pane.id == "workload" and there:
+            self.query_one(FOCUS["comparison"]).focus()
+
     @property
     def _reachable_panes(self) -> list[str]:
         """The names of the panes that are not hidden."""

@@ -150,7 +150,13 @@ class Choice(Stepper):
         self.refresh()
 
     def on_key(self, event: events.Key) -> None:
-        """Collect typed text into an option; digits may end in a k, which multiplies by 1024."""
+        """Collect typed text into an option; digits may end in a k, which multiplies by 1024. Enter ends the text."""
+        if self._typed and event.key == "enter":  # as on a slider, and does not go on to the next option
+            self._typed = ""
+            event.stop()
+            event.prevent_default()
+            self.refresh()
+            return
         if self._typing is not None:
             self._type_text(event, self._typing)
         if self._typed_option is None:

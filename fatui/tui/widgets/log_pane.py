@@ -86,6 +86,8 @@ class LogView(ScrollView, KeepsStyles, can_focus=True):
 
     def update_lines(self) -> None:
         """Show the lines added to the journal since the last call."""
+        if self._lines and self._width != self._wrapped_to:
+            self.on_resize()  # a scroll bar has come, which posts no event
         if self.paused or self._read == self.journal.count:
             return
         fresh = [line for line in self.journal.since(self._read) if self._passes(line)]

@@ -182,6 +182,8 @@ async def test_choices_turn_and_a_window_may_be_typed(stage):
     assert stage.app.draft.mask == "causal"
     await stage.press("3", "0", "0")
     assert stage.app.draft.mask == "window:300"
+    await stage.press("enter")
+    assert stage.app.draft.mask == "window:300", "enter ends the text"
     stage.find("#choice-pass_", Choice).focus()
     await stage.press("end")
     assert stage.app.draft.pass_ == "decode"
@@ -397,3 +399,10 @@ def test_a_peer_outside_mlx_runs_on_one_device_only():
     routes = answer(request, DEVICE).routes
     assert routes["torch"].reason == "torch computes outside MLX, on one device"
     assert routes["mlx"].path.startswith("x2 ")
+
+
+async def test_a_run_leaves_the_slider_so_that_digits_go_to_panes(stage):
+    await stage.press("2", "r")
+    assert stage.app.focused.id == "comparison-table"
+    await stage.press("5")
+    await stage.settle(lambda: stage.app.focused.id == "log-view")
