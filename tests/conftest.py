@@ -1,16 +1,21 @@
 """Settings of a session: no folder of the user's; one cache folder, so that the kernel is compiled once; little garbage
-collection; no compiler.
+collection; no compiler; samples of large products of parameters; a summary of tests that take too long.
 
 Compiled objects outlive the session, in pytest's own cache folder; their names are hashes of what they depend on.
 """
 
 import gc
 import os
+import resource
 import shutil
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.support.sampling import samples
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # two workers' BLAS threads wait for each other, spinning
 
@@ -28,6 +33,9 @@ USER_FOLDERS = {
 KEPT_FOLDERS = ("MPLCONFIGDIR",)
 """Variables of folders that outlive the session: without its list, matplotlib looks for fonts for a second."""
 HOME_OF_SESSION = "FATUI_TESTS_HOME"
+MAX_CPU_S = 3.0
+"""Seconds of CPU time, child processes included, above which a test of the default run is named in the summary."""
+CPU_S = "cpu_s"
 _made = pytest.StashKey[list[str]]()
 
 
@@ -68,10 +76,35 @@ def pytest_configure(config: pytest.Config) -> None:
             _copy_objects(kept, Path(os.environ[FOLDER]) / "kernels")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    """Collect folders backwards in every other worker, so that no two rewrite the assertions of the same file."""
+    report = yield
+    if int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 2 and isinstance(collector, pytest.Dir):
+        report.result.reverse()
+    return report
+
+
+def _mark_unsampled(items: list[pytest.Item]) -> None:
+    """Mark as slow what `sampled(share)` leaves out of a test's products of parameters."""
+    sampled = {
+        item.nodeid: (item, mark.args[0])
+        for item in items
+        if (mark := item.get_closest_marker("sampled")) and not item.get_closest_marker("slow")
+    }
+    chosen = samples((name, share, item.callspec.params) for name, (item, share) in sampled.items())
+    for name, (item, _) in sampled.items():
+        if name not in chosen:
+            item.add_marker("slow")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests that need a CUDA device where there is none; skipping a thousand takes seconds."""
+    """Sample products, and leave out tests that need a CUDA device where there is none; skipping them takes seconds."""
     import mlx.core as mx
 
+    items.sort(key=lambda item: item.path)  # the same in all workers
+    _mark_unsampled(items)
     if not mx.cuda.is_available():
         needing = [item for item in items if item.get_closest_marker("gpu")]
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
@@ -105,6 +138,37 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     else:
         mx.disable_compile()
         os.environ["MLX_DISABLE_COMPILE"] = "1"
+
+
+def _cpu_s() -> float:
+    """Return the CPU time of this process and its ended children."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """Keep the CPU time of a test, without that of its fixtures, for the summary."""
+    began = _cpu_s()
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append((CPU_S, _cpu_s() - began))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the tests that take too long for the default run."""
+    long = [
+        (dict(report.user_properties)[CPU_S], report.nodeid)
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+        if report.when == "call" and "slow" not in report.keywords and "gpu" not in report.keywords
+        if dict(report.user_properties).get(CPU_S, 0.0) > MAX_CPU_S
+    ]
+    if long:
+        terminalreporter.section(f"tests of more than {MAX_CPU_S:g} s of CPU time, to be shortened or marked slow")
+    for seconds, name in sorted(long, reverse=True):
+        terminalreporter.line(f"{seconds:5.1f} s  {name}")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

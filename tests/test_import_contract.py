@@ -36,10 +36,18 @@ def sources(root: Path) -> dict[str, Path]:
     return {module_name(path, root): path for path in found}
 
 
+def statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """All statements, those inside others too: a tenth of the nodes that `ast.walk` gives."""
+    for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+        for node in getattr(tree, name, ()):
+            yield node
+            yield from statements(node)
+
+
 def imports_of(name: str, path: Path, modules: dict[str, Path]) -> Iterator[Import]:
     """All imports of a module: at its top, inside functions, and for type checkers."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in statements(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield Import(name, alias.name if alias.name in modules else alias.name.partition(".")[0], node.lineno)

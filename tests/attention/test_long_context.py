@@ -61,6 +61,7 @@ def test_a_graph_has_few_thousand_tiles_whatever_the_budget(budget: int) -> None
     assert max(tiles(LONG, Practical(budget), head_dim=128).values()) <= 8192
 
 
+@pytest.mark.slow
 def test_a_quarter_of_a_million_tokens_can_be_traced() -> None:
     assert seconds_to_trace(LONG, Practical(256 * MIB), "forward") < 60  # of processor time; it takes a few
 
@@ -71,6 +72,7 @@ def test_a_quarter_of_a_million_tokens_can_be_transformed(mode: str) -> None:
     assert seconds_to_trace(LONG, Practical(256 * MIB), mode) < 120  # of processor time; a minute would be long
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("mode", ["forward", "gradient"])
 def test_no_array_is_read_by_as_many_nodes_as_there_are_tiles(mode: str, tmp_path: Path) -> None:
     # mx.compile compares the readers of an array with each other, and moves them in lists: quadratic in their number

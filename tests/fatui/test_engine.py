@@ -55,6 +55,7 @@ def masked_run() -> Engine:
     return run(plan("KnowsNoPatterns", cases=MASKED))
 
 
+@pytest.mark.slow
 def test_a_masked_case_is_measured_beside_its_dense_shape(masked_run: Engine) -> None:
     first, second = (row(masked_run.record.case(index), "baseline") for index in (0, 1))
     assert first.over_dense is None
@@ -237,6 +238,7 @@ def test_what_an_implementation_prints_is_no_event(one_run: Engine) -> None:
     assert not one_run.record.log
 
 
+@pytest.mark.slow
 def test_building_happens_once_after_a_first_look_at_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "PREVIEW_S", 0.05)
     monkeypatch.setattr(bench, "measure_peaks", lambda device: PEAKS)
@@ -287,6 +289,7 @@ def test_stopping_ends_the_worker_in_a_second_and_keeps_rows() -> None:
     assert row(engine.record.case(0), "baseline").stopped_by == "interrupted"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("planted", ["IgnoresSignals", slow("Stuck"), slow("Pauses")])
 def test_stopping_ends_a_worker_that_is_stuck_in_a_call(planted: str) -> None:
     engine = Engine(plan(planted), peaks=PEAKS)

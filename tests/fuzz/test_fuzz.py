@@ -36,6 +36,7 @@ def failures(family: str, mode: str, number: int, seed: int = 1) -> list[str]:
     return found
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("number", [0, 1, slow(2), slow(3)])
 @pytest.mark.parametrize("mode", ["forward", "gradient"])
 def test_random_calls_are_right(mode, number):
@@ -46,16 +47,19 @@ def theme(number: int) -> str:
     return edges.THEMES[number % len(edges.THEMES)].__name__
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("number", [0, 1, 2, 25, 4, 5, 39, 7, 8, 9, 10], ids=theme)
 def test_calls_at_the_limits_are_right(number):
     assert failures("edges", "forward", number) == []
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("number", [11, 36, 26, 18], ids=theme)
 def test_gradients_at_the_limits_are_right(number):
     assert failures("edges", "gradient", number) == []
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("number", [0, 1, *map(slow, range(2, 5))])
 @pytest.mark.parametrize("mode", ["forward", "gradient"])
 def test_calls_with_masks_as_values_are_right(mode, number):
@@ -72,6 +76,7 @@ CANCELLING = [
 ]
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("case", CANCELLING, ids=str)
 def test_gradients_that_cancel_are_right(case):
     family, number, seed = case

@@ -109,6 +109,7 @@ def test_a_fit_finds_the_constants_that_rows_were_made_with():
     assert seconds(costs(other, H200, "Hopper"), family.constants) == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_fit_finds_a_term_far_from_peak_rates():
     draw = random.Random(5)
     far = {"launch": 8e-6, "start": 4e-6, "matrix": 1.5, "vector": 40.0, "memory": 1.1, "cache": 0.02, "power": 2.0}

@@ -65,6 +65,7 @@ def result():
     return here({**SMALL, "mask": ["none", "causal"]}, {**named, "class": Own, "object": Own()})
 
 
+@pytest.mark.slow
 def test_rows_are_those_of_the_sweep(result):
     assert [case.workload.mask for case in result.cases] == ["none", "causal"]
     assert len(result) == len(list(result)) == 10
@@ -134,6 +135,7 @@ def test_without_a_baseline_the_first_is_the_reference():
     assert case.reference == "fused"
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize(
     "given", [{"old": "baseline", "new": "baseline"}, {"mine": "baseline", "baseline": fused}, {"a": fused, "b": fused}]
 )

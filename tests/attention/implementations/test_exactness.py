@@ -36,6 +36,7 @@ def test_rows_whose_first_keys_are_hidden_keep_their_mean(budget: int | None, si
         assert np.allclose(np.array(got), np.array(seen.mean(axis=0)), atol=1e-5)
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("hidden", [slow(-1e9), float(np.finfo(np.float32).min)])
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_rows_hidden_by_large_numbers_have_the_mean_gradient(budget: int | None, hidden: float) -> None:
@@ -67,6 +68,7 @@ def test_float16_scores_beyond_its_range_are_right(implementation: object) -> No
     assert np.allclose(np.array(got), np.array(wanted), atol=5e-3)
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("shape", [(1, 4, 60, 70), (2, 1, 60, 70), (60, 70), (60, 1), (70,), (2, 4, 1, 1)], ids=str)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize(
@@ -201,6 +203,7 @@ def test_second_derivatives_and_tangents_are_those_of_float64(implementation: ob
     assert tangent.item() == pytest.approx(along(q).item(), rel=1e-3)
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("kind", [None, "causal", "bool", "add"])
 @pytest.mark.parametrize("scale", [0.3, -0.3])
 def test_torch_has_its_gradients_and_signs(scale: float, kind: str | None) -> None:
@@ -303,6 +306,7 @@ def test_a_number_of_a_mask_that_is_clipped_has_its_gradient() -> None:
     assert np.allclose(gradient("baseline"), gradient("practical"), atol=0.02)
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("arithmetic", ["wide", slow("wide float32")])
 def test_blocks_as_on_cuda_are_right(monkeypatch: pytest.MonkeyPatch, arithmetic: str, softcap: float | None) -> None:

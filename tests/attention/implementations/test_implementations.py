@@ -106,6 +106,7 @@ def calls_of(names: Iterable[str]) -> list[Any]:
     return made
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize(("name", "example"), calls_of(IMPLEMENTATIONS))
 def test_the_output_is_float64s_or_the_route_refuses(name: str, example: Example) -> None:
     check_output(name, example)
@@ -129,6 +130,7 @@ def check_output(name: str, example: Example) -> None:
     np.testing.assert_allclose(to_numpy(out), example.exact()[0], atol=TOLERANCE[example.dtype])
 
 
+@pytest.mark.sampled(0.35)
 @pytest.mark.parametrize(("name", "example"), calls_of(DIFFERENTIABLE))
 def test_gradients_are_float64s(name: str, example: Example) -> None:
     check_gradients(name, example)

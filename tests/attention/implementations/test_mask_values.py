@@ -67,6 +67,7 @@ def test_the_logsumexp_is_that_of_the_masked_scores(implementation, mask):
     np.testing.assert_allclose(np.array(lse), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("implementation", ["practical", SMALL, "poc"], ids=named)
 @pytest.mark.parametrize("added", [False, True])
 def test_the_logsumexp_has_a_gradient(implementation, added):
@@ -107,6 +108,7 @@ def test_a_mask_string_is_routed_as_a_pattern(name):
         assert route.predicted_bytes >= dense.predicted_bytes + 512 * 512
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("implementation", ["baseline", "poc", SMALL], ids=named)
 @pytest.mark.parametrize("axes", [(0, 0), slow((None, 0)), slow((0, None))], ids=str)
 def test_slopes_are_mapped(implementation, axes):

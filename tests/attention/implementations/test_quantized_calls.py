@@ -274,6 +274,7 @@ def test_poc_says_that_a_kernel_takes_no_quantized_ones(monkeypatch):
     assert_right(out, q, k, v, kernel_oracle.Options(scale=1 / 8))
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("seq", [1, 100])
 def test_practical_stays_within_its_budget(seq):
     workload = Workload(seq=seq, kv_seq=3000, heads=4, kv_heads=2, head_dim=128, dtype="bfloat16", kv_format="int4")
@@ -287,6 +288,7 @@ def test_practical_stays_within_its_budget(seq):
         assert peak <= predicted
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("mask", ["none", "causal", "bool"])
 @pytest.mark.parametrize("form", ["int4+int8", "mxfp8"])
 def test_slices_for_a_gpu_are_right(plant, monkeypatch, form, mask):
@@ -334,6 +336,7 @@ def test_backends_have_their_own_ways(plant, backend, seq, fused, path):
     assert softcapped.path != "dequantized in slices"
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("form", ["int4", "mxfp8"])
 def test_unfused_paths_predict_what_they_need(form, dtype):

@@ -114,6 +114,7 @@ def assert_same(model: Any, layout: str, kv_format: str, chunks: Chunks, impleme
         assert_close(got, wanted)
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize(
     ("layout", "kv_format"), [*zip(LAYOUTS, FORMATS, strict=False), ("rotating", "nvfp4"), ("batch", "int3:32")]
 )
@@ -147,6 +148,7 @@ def test_logits_agree_in_bfloat16(layout: str) -> None:
     assert_same(tiny("llama", mx.bfloat16, num_hidden_layers=1), layout, "int8:32+int4:32", CHUNKS)
 
 
+@pytest.mark.sampled(0.35)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_mlx_lms_own_attention_reads_one_affine_format(layout: str) -> None:
     model = tiny("llama", num_hidden_layers=1)
@@ -154,6 +156,7 @@ def test_mlx_lms_own_attention_reads_one_affine_format(layout: str) -> None:
     np.testing.assert_allclose(logits(model, [packed(layout, "int6:32")], CHUNKS), wanted, atol=TOLERANCE[mx.float32])
 
 
+@pytest.mark.sampled(0.35)
 @pytest.mark.parametrize(("window", "keep", "chunk"), [(8, 0, 25), (8, 4, 25), (24, 4, 24), (5, 4, 1), (1, 0, 7)])
 def test_a_window_may_be_smaller_than_a_chunk(
     window: int, keep: int, chunk: int, monkeypatch: pytest.MonkeyPatch
@@ -338,6 +341,7 @@ def test_a_batch_takes_one_format() -> None:
         caches_of_two[0].merge([caches_of_two[0], KVCache()])
 
 
+@pytest.mark.sampled(0.35)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_files_and_copies_continue_where_the_cache_was(layout: str, tmp_path: Path) -> None:
     model = tiny("qwen2")

@@ -154,6 +154,7 @@ def test_a_fine_tuning_ends_with_its_time():
     assert row.stopped_by == "time"
 
 
+@pytest.mark.slow
 def test_demo_is_tuned_for_training_by_the_step_that_trains():
     work = FineTuning(model="tiny-llama", seq=24, batch=2, iters=2, rank=2, layers=4, tuned_layers=2, dtype="float32")
     record, told = watched(FineTuningBench, FineTuningPlan(cases=(work,), implementations=("mlx", "demo"), seconds=60))

@@ -157,6 +157,7 @@ def tuned_experts(monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_is_tuned_from_the_same_weights(tuned_experts: Any) -> None:
     baseline, ours = tuned_experts()
     assert baseline.losses[0] == pytest.approx(ours.losses[0], rel=1e-6)

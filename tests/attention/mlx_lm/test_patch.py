@@ -80,6 +80,7 @@ MASKS = {
 }
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("mask", [mask if mask in ("causal", "additive") else slow(mask) for mask in MASKS])
 @pytest.mark.parametrize("kind", ["plain", "sinks", "wide values", "cache slices", "quantized"])
 @pytest.mark.parametrize("budget", [None, 32 << 10], ids=["whole", "in blocks"])

@@ -120,6 +120,7 @@ def test_arrays_that_are_gone_are_forgotten():
     assert base.create_causal_mask.__module__ == "mlx_lm.models.base"
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize(("rows", "offset"), [(80, 0), (70, 30), (3, 100)])
 @pytest.mark.parametrize(

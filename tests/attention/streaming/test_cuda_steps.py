@@ -39,6 +39,7 @@ class Computed:
         return (weights @ seen.astype(mx.float32)).astype(q.dtype)
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("rope", [None, ROPES["halves"], ROPES["adjacent"]], ids=["none", "halves", "adjacent"])
 @pytest.mark.parametrize("rotated", [False, True])
 def test_slots_positions_and_runs(monkeypatch, rope, rotated):

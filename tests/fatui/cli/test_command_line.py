@@ -244,6 +244,7 @@ def test_a_full_disk_on_export_keeps_the_old_file(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["out.json"]
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("environment", [{}, {"TERM": "dumb"}])
 def test_the_app_without_a_terminal_is_one_line_and_exit_code_2(environment):
     with fatui("quick", **environment) as process:
@@ -296,6 +297,7 @@ def test_stdout_on_a_full_device_is_reported():
     assert b"No space left" in done.stderr and b"Traceback" not in done.stderr
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_within_a_second_and_keeps_results(number, tmp_path):
     target = tmp_path / "out.json"

@@ -6,6 +6,8 @@ import sqlite3
 import sys
 import time
 
+import pytest
+
 from attention.core import events as on
 from benchmarks.pty_app import PtyApp
 from fatui import storage
@@ -35,6 +37,7 @@ async def test_an_implementation_that_dies_costs_its_row_only(stage):
     assert [row.status for row in stage.app.report.cases[0].rows] == ["ok", "failed", "ok", "ok"]
 
 
+@pytest.mark.slow
 async def test_a_driver_that_breaks_leaves_the_app_and_the_rows(stage):
     await stage.press("r")
     stage.engine.begin()
@@ -56,6 +59,7 @@ async def test_a_run_that_is_refused_says_why(stage):
     assert "nothing could run: MLX is not installed" in stage.seen()
 
 
+@pytest.mark.slow
 async def test_a_newer_history_is_reported_and_the_report_stays(stage):
     folder = storage.data_dir()
     folder.mkdir(parents=True)
@@ -127,6 +131,7 @@ def test_a_terminal_that_hangs_up_without_signal_ends_the_app():
         assert ended
 
 
+@pytest.mark.slow
 async def test_a_failure_too_long_for_its_row_ends_in_an_ellipsis(stage):
     await stage.press("r")
     stage.engine.begin()
@@ -139,6 +144,7 @@ async def test_a_failure_too_long_for_its_row_ends_in_an_ellipsis(stage):
     assert "…" in line
 
 
+@pytest.mark.slow
 async def test_too_few_rounds_are_said_and_earn_nothing(stage):
     await stage.press("r")
     stage.engine.begin()

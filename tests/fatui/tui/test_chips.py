@@ -50,6 +50,7 @@ def test_a_chip_beside_itself_keeps_its_own_predictions():
     assert [sum("mlx predicted" in line for line in part) for part in (said[changed:itself], said[itself:])] == [1, 1]
 
 
+@pytest.mark.slow
 async def test_a_slider_moves_the_case_and_a_figure_of_the_chip(stage):
     await stage.press("C")
     screen = stage.app.screen

@@ -2,6 +2,8 @@
 
 import asyncio
 
+import pytest
+
 from attention.core import events as on
 from attention.core.plan import GenerationPlan, KnownTimes, Plan, StreamPlan
 from attention.core.results import Environment
@@ -94,6 +96,7 @@ async def test_calls_are_timed_once_the_set_up_has_settled(stage, monkeypatch):
     assert len(asked) == 1
 
 
+@pytest.mark.slow
 async def test_a_run_ends_the_timing_of_calls(stage):
     stage.app.costs.enabled = True
     stage.app.set_draft(stage.app.draft.set_axis("seq", (1024,)))
@@ -132,6 +135,7 @@ async def test_a_first_start_gets_a_size_that_fits(stage, monkeypatch):
     assert not stage.app.draft.changed
 
 
+@pytest.mark.slow
 async def test_what_was_changed_meanwhile_stays(stage, monkeypatch):
     answer = asyncio.Event()
 
@@ -147,6 +151,7 @@ async def test_what_was_changed_meanwhile_stays(stage, monkeypatch):
     assert stage.app.draft.axes["seq"] == (1024,)
 
 
+@pytest.mark.slow
 async def test_a_run_ends_the_search_for_a_size(stage, monkeypatch):
     monkeypatch.setattr(fitting, "find", lambda make: asyncio.sleep(60))
     stage.app.costs.fit()

@@ -1,5 +1,6 @@
 """The first screen: the last run on this machine, or what a first run will tell."""
 
+import pytest
 from msgspec import structs
 
 from attention.core.workload import Workload
@@ -82,6 +83,7 @@ async def test_the_last_verdict_is_opened_and_run_again():
         assert stage.app.session.plan.implementations == ("baseline", "poc", "practical")
 
 
+@pytest.mark.slow
 async def test_a_run_is_run_again_as_it_was_after_the_sliders_moved(stage):
     await stage.run_to_the_end()
     plan = stage.app.session.plan

@@ -45,6 +45,7 @@ def test_other_texts_do_not_begin_a_format(text: str) -> None:
     assert not begins("int8", text)
 
 
+@pytest.mark.slow
 async def test_the_wheel_ends_a_typed_text() -> None:
     async with on_stage() as stage:
         choice = stage.find("#choice-kv_format", Choice)
@@ -55,6 +56,7 @@ async def test_the_wheel_ends_a_typed_text() -> None:
         assert choice.value_text == "‹3›"
 
 
+@pytest.mark.slow
 async def test_another_dtype_draws_the_bits_of_what_is_not_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     async with on_stage() as stage:
         choice, drawn = stage.find("#choice-kv_format", Choice), []
@@ -92,6 +94,7 @@ async def test_a_width_that_no_group_divides_is_reported() -> None:
         assert stage.app.draft.kv_format == "int8:32"
 
 
+@pytest.mark.slow
 async def test_a_sweep_takes_several_formats() -> None:
     async with on_stage() as stage:
         await stage.press("s")

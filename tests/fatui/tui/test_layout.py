@@ -26,6 +26,7 @@ async def test_from_160_columns_panes_are_side_by_side():
         assert "6 Row · poc" in stage.seen() and "why poc" in stage.seen()
 
 
+@pytest.mark.slow
 async def test_below_160_columns_there_is_no_row_pane(stage):
     assert not stage.find("#row").display
     await stage.press("6")
@@ -42,6 +43,7 @@ async def test_hiding_a_pane_leaves_no_hole():
         assert at(stage, "row").width == at(stage, "live").width + at(stage, "comparison").width
 
 
+@pytest.mark.slow
 async def test_a_maximised_pane_follows_the_focus(stage):
     await stage.run_to_the_end()
     stage.find("#comparison-table").focus()
@@ -57,6 +59,7 @@ async def test_a_maximised_pane_follows_the_focus(stage):
     assert stage.find("#comparison").display and stage.find("#left").display
 
 
+@pytest.mark.slow
 async def test_a_maximised_pane_does_not_hide_the_run():
     async with on_stage(size=(80, 24)) as stage:
         await stage.press("z")
@@ -66,6 +69,7 @@ async def test_a_maximised_pane_does_not_hide_the_run():
         assert stage.find("#live").region.height > 10
 
 
+@pytest.mark.slow
 async def test_numbers_go_to_panes_and_on_a_slider_with_alt(stage):
     await stage.press("4")
     await stage.pilot.pause()
@@ -86,6 +90,7 @@ async def test_numbers_go_to_panes_and_on_a_slider_with_alt(stage):
     assert stage.app.focused.id == "live"
 
 
+@pytest.mark.slow
 async def test_a_number_brings_a_hidden_pane_back(stage):
     stage.find("#live").focus()
     await stage.press("Z")
@@ -95,6 +100,7 @@ async def test_a_number_brings_a_hidden_pane_back(stage):
     assert stage.find("#live").display and stage.app.focused.id == "live"
 
 
+@pytest.mark.slow
 async def test_up_and_down_go_between_controls_as_between_rows(stage):
     stage.find("#axis-batch").focus()
     await stage.press("j", "down")
@@ -118,6 +124,7 @@ async def test_jump_mode_labels_all_that_can_be_reached(stage):
     assert stage.app.focused is picker and picker._cursor == 2
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("key", ["escape", "semicolon"])
 async def test_jump_mode_closes_without_going_anywhere(stage, key):
     before = stage.app.focused

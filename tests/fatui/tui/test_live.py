@@ -44,6 +44,7 @@ async def start(stage, rounds=(), factor=None):
     return stage.app.session
 
 
+@pytest.mark.slow
 async def test_v_changes_the_scale_and_is_remembered(stage):
     await start(stage, [12])
     assert "tokens/s · 0 to 800 K" in stage.seen()
@@ -73,11 +74,13 @@ async def test_ratios_have_a_noise_band_and_a_narrowing_interval(stage):
     assert poc.now.startswith("49.3 ±")
 
 
+@pytest.mark.slow
 async def test_too_few_rounds_have_no_ratio_but_their_number(stage):
     session = await start(stage, [3])
     assert rate_chart(session, "ratio")[1][1].note == "collecting: 3 of 6 rounds"
 
 
+@pytest.mark.slow
 async def test_a_row_that_ended_says_why_in_every_view(stage):
     session = await start(stage, [6])
     stage.engine.tell(on.RowEnded(case=0, implementation="poc", status="failed", reason="killed by signal 9"))
@@ -85,6 +88,7 @@ async def test_a_row_that_ended_says_why_in_every_view(stage):
         assert rate_chart(session, view)[1][1].note == "failed: killed by signal 9"
 
 
+@pytest.mark.slow
 async def test_the_predicted_memory_is_a_line_that_fits_on_the_scale(stage):
     session = await start(stage, [6])
     scale, trends = memory_chart(session)
@@ -94,6 +98,7 @@ async def test_the_predicted_memory_is_a_line_that_fits_on_the_scale(stage):
     assert "line: 5.5 MiB predicted" in scale.words
 
 
+@pytest.mark.slow
 async def test_each_rank_has_a_trend_of_its_memory(stage):
     session = await start(stage, [6])
     for size in (2**20, 2**21):
@@ -102,6 +107,7 @@ async def test_each_rank_has_a_trend_of_its_memory(stage):
     assert [trend.points for trend in ranks] == [(2**20, 2**21)]
 
 
+@pytest.mark.slow
 async def test_energy_per_token_is_shown_where_there_is_a_sensor(stage):
     session = await start(stage, [6])
     assert energy_text(session, None) == ""
@@ -151,6 +157,7 @@ def test_a_case_is_on_its_roof_and_rows_are_below():
     assert "poc at" in words[1] and "Unfused" in words[2] and "poc" not in words[2]
 
 
+@pytest.mark.slow
 async def test_the_roofline_follows_the_sliders_before_a_run():
     async with on_stage() as stage:
         await stage.press("i")

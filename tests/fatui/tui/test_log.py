@@ -52,6 +52,7 @@ async def test_the_log_is_filtered_paused_and_goes_on(stage):
     assert "plum" in stage.seen()
 
 
+@pytest.mark.slow
 async def test_trials_and_switches_are_reported_while_the_run_goes_on(stage):
     await stage.press("r")
     stage.engine.begin()
@@ -71,6 +72,7 @@ async def test_trials_and_switches_are_reported_while_the_run_goes_on(stage):
     assert stage.app.runs.active
 
 
+@pytest.mark.slow
 async def test_long_lines_wrap_and_open_whole(stage):
     words = " ".join(f"word{number}" for number in range(60))
     stage.app.journal.write(words)
@@ -108,6 +110,7 @@ async def test_a_search_goes_from_match_to_match_and_hides_nothing(stage):
     assert "later" in stage.seen()
 
 
+@pytest.mark.slow
 async def test_a_notification_does_not_cover_the_log():
     app = make_app()
     with impatient(app):

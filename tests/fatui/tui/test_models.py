@@ -94,6 +94,7 @@ async def test_a_run_goes_on_without_its_screen_and_blocks_others(stage):
     assert "fastest" in stage.seen()
 
 
+@pytest.mark.slow
 async def test_stopping_keeps_what_was_measured(stage):
     await stage.press("f", "r")
     stage.engine.begin()
@@ -136,6 +137,7 @@ async def test_a_models_folder_is_accepted_and_another_refused(tmp_path):
         assert stage.engine.record.plan.cases[0].layers == 3
 
 
+@pytest.mark.slow
 async def test_a_model_says_how_long_it_takes_before_its_rounds(stage):
     await stage.press("m", "r")
     stage.engine.begin()
@@ -159,6 +161,7 @@ async def test_what_cannot_run_is_reported(stage):
     assert "models" not in stage.app.runs.models
 
 
+@pytest.mark.slow
 async def test_a_model_of_the_history_opens_on_its_own_screen(stage):
     await stage.press("m", "r")
     play_generation(stage.engine)
@@ -174,6 +177,7 @@ async def test_a_model_of_the_history_opens_on_its_own_screen(stage):
     assert "prefill" in stage.seen()
 
 
+@pytest.mark.slow
 async def test_cache_formats_have_groups_that_fit_the_model():
     async with on_stage() as stage:
         await stage.press("m")
@@ -218,6 +222,7 @@ def texts(table, column):
     return [line.cells[column] for line in table.lines if line.key]
 
 
+@pytest.mark.slow
 async def test_the_table_of_a_model_is_filtered_and_opened(stage):
     await stage.press("m", "r")
     play_generation(stage.engine)
@@ -244,6 +249,7 @@ async def test_the_table_of_a_model_is_filtered_and_opened(stage):
     assert stage.find("#model").has_focus
 
 
+@pytest.mark.slow
 async def test_a_row_of_a_fine_tuning_opens_with_its_losses(stage):
     await stage.press("f", "r")
     play_tuning(stage.engine)
@@ -253,6 +259,7 @@ async def test_a_row_of_a_fine_tuning_opens_with_its_losses(stage):
     assert "5.750 → 3.000" in stage.seen() and "of an iteration" in stage.seen()
 
 
+@pytest.mark.slow
 async def test_on_a_short_terminal_the_table_replaces_the_setup():
     async with on_stage(size=(80, 24)) as stage:
         await stage.press("m", "r")

@@ -38,6 +38,7 @@ async def running(stage):
     await stage.pilot.pause()
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 55)])
 async def test_a_repaint_is_what_textual_draws(size):
     async with on_stage(size=size) as stage:

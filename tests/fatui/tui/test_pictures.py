@@ -163,6 +163,7 @@ async def streaming(app, pilot, engines, clock):
     app.screen._show()
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize(
     ("steps", "size"),
     [
@@ -192,6 +193,7 @@ EARLIER = ((swept, SIZES[1]), (scaled, SIZES[1]))
 """Those with a test of their own below."""
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize(
     ("steps", "size"),
     [
@@ -215,18 +217,22 @@ def test_jump_mode(snap_compare, size):
     picture(snap_compare, size, jump, paints=True)
 
 
+@pytest.mark.slow
 def test_a_sweep_at_120_x_40(snap_compare):
     picture(snap_compare, (120, 40), swept)
 
 
+@pytest.mark.slow
 def test_a_mask_at_120_x_40(snap_compare):
     picture(snap_compare, (120, 40), masked)
 
 
+@pytest.mark.slow
 def test_quantized_keys_and_values_at_120_x_40(snap_compare):
     picture(snap_compare, (120, 40), quantized)
 
 
+@pytest.mark.slow
 def test_scaling_at_120_x_40(snap_compare):
     picture(snap_compare, (120, 40), scaled)
 
@@ -236,6 +242,7 @@ def test_without_colour(snap_compare, monkeypatch):
     picture(snap_compare, (120, 40), done)
 
 
+@pytest.mark.slow
 def test_in_the_colours_of_the_terminal(snap_compare):
     async def steps(app, pilot, engines, clock):
         app.theme = "ansi-dark"

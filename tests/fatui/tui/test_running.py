@@ -57,12 +57,14 @@ async def test_quit_in_mid_run_asks_once_and_stay_goes_on(stage):
     assert stage.engine.stopped
 
 
+@pytest.mark.slow
 async def test_quit_without_a_run_does_not_ask(stage):
     await stage.press("q")
     await stage.settle(lambda: stage.app._exit)
     assert stage.app._exit
 
 
+@pytest.mark.slow
 async def test_a_second_start_is_refused_in_words(stage):
     await stage.press("r", "r")
     assert "a run is in progress" in stage.app.journal.text()
@@ -86,6 +88,7 @@ async def test_a_sweep_has_a_block_a_case_and_a_mean(stage):
     assert stage.find("#comparison-table", RowTable).lines[-1].key == "1:demo"
 
 
+@pytest.mark.slow
 async def test_the_table_is_sorted_by_a_column_and_reversed(stage):
     await stage.run_to_the_end()
     table = stage.find("#comparison-table", RowTable)
@@ -103,12 +106,14 @@ async def test_the_table_is_sorted_by_a_column_and_reversed(stage):
     assert names() == ["baseline", "practical", "demo", "poc"]
 
 
+@pytest.mark.slow
 async def test_the_best_rows_have_a_star_also_without_colour(stage):
     await stage.run_to_the_end()
     row = next(line for line in stage.seen().splitlines() if "│poc " in line and "★" in line)
     assert "49" in row
 
 
+@pytest.mark.slow
 async def test_the_time_left_is_counted_down_between_events(stage):
     await stage.press("r")
     stage.engine.begin()
@@ -124,6 +129,7 @@ async def test_the_time_left_is_counted_down_between_events(stage):
     assert stage.seen().count("5 s over the estimate") == 2
 
 
+@pytest.mark.slow
 async def test_the_estimate_before_the_start_and_after_it_agree(stage):
     await stage.run_to_the_end()
     await stage.settle(lambda: stage.app.remembered.pace.device == "Test CPU")
@@ -139,6 +145,7 @@ async def test_the_estimate_before_the_start_and_after_it_agree(stage):
     assert stage.seen().count(f"{words} left") == 2
 
 
+@pytest.mark.slow
 async def test_enter_stays_where_leaving_is_asked_about(stage):
     await stage.press("r", "q")
     assert isinstance(stage.app.screen, Question)
@@ -147,6 +154,7 @@ async def test_enter_stays_where_leaving_is_asked_about(stage):
     assert not stage.engine.stopped
 
 
+@pytest.mark.slow
 async def test_a_run_that_is_opened_leaves_nothing_of_the_one_before(stage):
     await stage.run_to_the_end()
     past = stage.app.report
@@ -188,6 +196,7 @@ async def test_the_hint_follows_the_page_and_names_a_hidden_sort(stage):
     assert "2 of" in hint and "sorted by tokens/s" in hint
 
 
+@pytest.mark.slow
 async def test_a_stage_stands_under_verdict_and_not_under_path(stage):
     await stage.press("r")
     stage.engine.begin()

@@ -107,6 +107,7 @@ async def scaled(stage, lengths=LENGTHS):
     await stage.press("g")
 
 
+@pytest.mark.slow
 async def test_tab_turns_through_the_figures(stage):
     await scaled(stage)
     titles = []
@@ -128,6 +129,7 @@ async def test_the_cursor_reads_a_point_and_enter_opens_its_row(stage):
     assert (dialog._case.workload.seq, dialog._row.implementation) == (256, "poc")
 
 
+@pytest.mark.slow
 async def test_a_click_moves_the_cursor_to_the_nearest_value(stage):
     await scaled(stage)
     chart = stage.find("#chart", CurveChart)
@@ -136,6 +138,7 @@ async def test_a_click_moves_the_cursor_to_the_nearest_value(stage):
     assert "seq 512 ·" in stage.seen()
 
 
+@pytest.mark.slow
 async def test_with_one_axis_only_keys_that_do_something_are_offered(stage):
     await scaled(stage)
     offered = [label for _, label, _ in stage.find(KeyBar).keys]
@@ -144,6 +147,7 @@ async def test_with_one_axis_only_keys_that_do_something_are_offered(stage):
     assert "tokens/s over seq" in stage.seen() and not stage.find("#map-pane").display
 
 
+@pytest.mark.slow
 async def test_a_short_terminal_turns_from_rows_to_the_map():
     async with on_stage(size=(80, 24)) as stage:
         grid = tuple(Workload(seq=seq, batch=batch) for seq in (64, 128) for batch in (1, 2))

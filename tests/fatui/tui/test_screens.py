@@ -61,6 +61,7 @@ async def test_a_name_is_judged_while_it_is_typed(stage):
     assert "hides the bundled one" in str(verdict.content)
 
 
+@pytest.mark.slow
 async def test_presets_are_renamed_deleted_and_brought_back(stage):
     await save_as(stage, "mine")
     await stage.press("p")
@@ -84,6 +85,7 @@ async def test_escape_leaves_the_renaming_before_the_screen(stage):
     assert stage.app.screen is stage.app.main
 
 
+@pytest.mark.slow
 async def test_bundled_presets_stay_and_broken_ones_are_shown(stage):
     folder = storage.own_presets()
     folder.mkdir(parents=True)
@@ -99,6 +101,7 @@ async def test_bundled_presets_stay_and_broken_ones_are_shown(stage):
     assert "is bundled" in stage.app.journal.text()
 
 
+@pytest.mark.slow
 async def test_a_preset_given_at_the_start_is_loaded_and_run():
     async with on_stage(preset="seed-table", run=True) as stage:
         await stage.settle(lambda: stage.app.session is not None)
@@ -113,6 +116,7 @@ async def test_an_unknown_preset_is_reported_and_nothing_runs():
         assert stage.app.session is None
 
 
+@pytest.mark.slow
 async def test_a_preset_of_odd_cases_says_that_a_slider_leaves_them():
     async with on_stage(preset="seed-table") as stage:
         await stage.settle(lambda: stage.app.draft.preset == "seed-table")
@@ -155,6 +159,7 @@ async def test_scaling_draws_a_map_a_chart_and_names_crossovers(stage):
     assert "from 0" in stage.seen() and "Speedup of poc over baseline" in stage.seen()
 
 
+@pytest.mark.slow
 async def test_scaling_over_random_blocks_names_the_break_even(stage):
     draft = stage.app.draft.toggle_sweep().set_choice("mask", ("blocks:1", "blocks:0.5", "blocks:0.1"))
     stage.app.set_draft(draft.set_axis("seq", (1280,)))
@@ -168,6 +173,7 @@ async def test_scaling_over_random_blocks_names_the_break_even(stage):
     assert "tokens/s over mask" in stage.seen()
 
 
+@pytest.mark.slow
 async def test_scaling_over_formats_names_those_that_gain(stage):
     formats = tuple(Workload(seq=256, kv_format=each) for each in ("none", "int4", "int8", "int3"))
     stage.app.runs.show_past(report_of(plan_of(formats)))
@@ -178,6 +184,7 @@ async def test_scaling_over_formats_names_those_that_gain(stage):
     assert "it loses with int3" in seen
 
 
+@pytest.mark.slow
 async def test_scaling_without_a_sweep_says_how_to_get_one(stage):
     await stage.press("g")
     assert "No run yet" in stage.seen()
@@ -229,6 +236,7 @@ async def test_export_judges_the_folder_while_it_is_typed(stage):
     assert not list(Path.cwd().glob("fatui-*"))
 
 
+@pytest.mark.slow
 async def test_export_without_a_run_says_so(stage):
     await stage.press("e")
     assert "nothing was run yet" in stage.app.journal.text()
@@ -248,6 +256,7 @@ async def test_copy_claims_success_only_where_a_program_took_it(monkeypatch):
         assert "| poc" in taken[0]
 
 
+@pytest.mark.slow
 async def test_a_row_opens_with_its_samples_and_its_command(stage):
     await stage.run_to_the_end()
     stage.find("#comparison-table", RowTable).focus()
@@ -293,6 +302,7 @@ def test_every_screen_that_closes_does_so_once():
     assert [each for each in ours if not issubclass(each, ClosesOnce)] == [MainScreen]
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("name", [None, "models"])
 async def test_keys_pressed_before_a_dialog_is_gone_do_nothing(stage, name):
     if name:

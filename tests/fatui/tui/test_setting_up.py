@@ -22,6 +22,7 @@ from fatui.tui.widgets.slider import Slider
 from tests.support.stage import DEVICE, advise, on_stage
 
 
+@pytest.mark.slow
 async def test_seconds_have_a_slider_with_expected_precision(stage):
     stage.app.remembered.pace = RunSpeed(
         device="Test CPU", calls={"poc float16 forward": [(Workload().flops, 0.002)]}, width_1s=0.08
@@ -49,6 +50,7 @@ async def test_memory_and_time_stand_beside_the_implementation(stage):
     assert "needs up to" not in stage.seen()
 
 
+@pytest.mark.slow
 async def test_short_terminals_fold_controls_at_their_defaults():
     async with on_stage(size=(80, 24)) as stage:
         assert "at their defaults, u shows them: K/V heads, devices, seconds" in stage.seen()
@@ -135,6 +137,7 @@ async def test_a_slider_ignores_letters_and_keeps_digits_to_itself(stage):
     assert stage.app.draft.axes["batch"] == (6144,)
 
 
+@pytest.mark.slow
 async def test_a_number_without_enter_is_not_in_a_sweep(stage):
     await stage.press("s")
     stage.find("#axis-seq", Slider).focus()
@@ -146,6 +149,7 @@ async def test_a_number_without_enter_is_not_in_a_sweep(stage):
     assert not stage.find("#workload").border_subtitle
 
 
+@pytest.mark.slow
 async def test_nothing_runs_or_sweeps_while_a_number_is_typed(stage):
     stage.find("#axis-seq", Slider).focus()
     await stage.press("2", "s", "r", "space")
@@ -176,6 +180,7 @@ async def test_a_sweep_that_cannot_run_says_why_and_does_not_start(stage):
     assert stage.app.session is None
 
 
+@pytest.mark.slow
 async def test_choices_turn_and_a_window_may_be_typed(stage):
     stage.find("#choice-mask", Choice).focus()
     await stage.press("right")
@@ -204,6 +209,7 @@ async def test_each_implementation_says_what_would_happen(stage):
     assert "cannot: softcap" in seen
 
 
+@pytest.mark.slow
 async def test_an_old_answer_is_marked_as_one_until_the_next_comes(stage):
     advise(stage.app)
     stage.find("#axis-seq", Slider).focus()
@@ -224,6 +230,7 @@ async def test_space_takes_an_implementation_out_and_none_cannot_run(stage):
     assert stage.app.session is None
 
 
+@pytest.mark.slow
 async def test_a_machine_without_a_backend_is_reported_in_words(stage):
     stage.app.advice.device = None
     stage.app.advice.problem = "MLX has no backend on this machine; install one"
@@ -254,6 +261,7 @@ async def test_a_mask_has_sliders_and_a_picture_and_none_folds_them(stage):
     assert not editor.display
 
 
+@pytest.mark.slow
 async def test_a_sweep_over_densities_is_marked_on_the_slider(stage):
     stage.app.set_draft(stage.app.draft.set_choice("mask", ("blocks:0.25",)))
     await stage.press("s")
@@ -264,6 +272,7 @@ async def test_a_sweep_over_densities_is_marked_on_the_slider(stage):
     assert stage.app.draft.choices("mask") == ("blocks:0.05", "blocks:0.1")
 
 
+@pytest.mark.slow
 async def test_a_sweep_takes_several_types_masks_and_passes(stage):
     await stage.press("s")
     stage.find("#choice-dtype", Choice).focus()
@@ -283,6 +292,7 @@ async def test_a_sweep_takes_several_types_masks_and_passes(stage):
     assert [stage.app.draft.choices(name) for name in ("dtype", "mask")] == [("float16",), ("none",)]
 
 
+@pytest.mark.slow
 async def test_one_that_tries_says_what_its_last_trial_chose(stage):
     untried = Route(path="not tried yet", fused=True, reason="tries them on first use", predicted_bytes=1)
     advise(stage.app, demo=untried)
@@ -302,6 +312,7 @@ async def focused_panes(stage, key, count):
     return seen
 
 
+@pytest.mark.slow
 async def test_bracket_keys_go_through_all_panes_and_round_again(stage):
     stage.find("#implementations").focus()
     order = ["workload", "live", "home", "log", "implementations-pane"]
@@ -327,6 +338,7 @@ async def test_a_sweep_of_one_value_is_still_the_preset(stage):
     assert stage.app.session.preset == "quick"
 
 
+@pytest.mark.slow
 async def test_a_reverted_change_restores_the_presets_name(stage):
     stage.app.load_preset("quick")
     stage.find("#axis-seq").focus()
@@ -336,6 +348,7 @@ async def test_a_reverted_change_restores_the_presets_name(stage):
     assert stage.app.draft.title() == "quick"
 
 
+@pytest.mark.slow
 async def test_a_choice_in_a_sweep_shows_what_will_run(stage):
     await stage.press("s")
     choice = stage.find("#choice-mask", Choice)
@@ -347,6 +360,7 @@ async def test_a_choice_in_a_sweep_shows_what_will_run(stage):
     assert "2 values ‹●causal›" in stage.seen()
 
 
+@pytest.mark.slow
 async def test_needs_of_a_sweep_are_those_of_its_largest_case(stage):
     cases = tuple(Workload(seq=seq) for seq in (64, 128, 256))
     question = AdviceRequest(number=1, workload=cases[0], names=("baseline", "practical"), others=cases[1:])
@@ -375,6 +389,7 @@ def test_every_format_of_an_export_is_named_in_its_help():
     assert set(FORMATS) <= set(words)
 
 
+@pytest.mark.slow
 async def test_the_slider_of_devices_divides_the_call_among_ranks(stage):
     slider = stage.find("#axis-ranks", Slider)
     assert slider.display

@@ -44,6 +44,7 @@ async def test_config_errors_are_all_reported_and_the_rest_applies():
         assert stage.app.keys["stop"] == "f6"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["theme = [", slow("\xff\xfe"), slow("keys = 3"), slow("[keys]\nrun='a'\nstop='a'")])
 async def test_the_app_starts_with_a_config_file_that_is_no_toml(text):
     config("")
@@ -52,6 +53,7 @@ async def test_the_app_starts_with_a_config_file_that_is_no_toml(text):
         assert "config.toml" in stage.app.journal.text()
 
 
+@pytest.mark.slow
 async def test_layout_theme_and_workload_come_back():
     async with on_stage() as stage:
         stage.find("#axis-seq", Slider).focus()
@@ -78,6 +80,7 @@ async def test_a_damaged_state_file_is_reported_and_replaced():
         assert "the app starts with its defaults" in stage.app.journal.text()
 
 
+@pytest.mark.slow
 async def test_a_folder_that_cannot_be_written_costs_the_layout_only(monkeypatch):
     def full(path, text):
         raise OSError(28, "No space left on device")
@@ -89,6 +92,7 @@ async def test_a_folder_that_cannot_be_written_costs_the_layout_only(monkeypatch
         assert "No space left on device" in stage.app.farewell
 
 
+@pytest.mark.slow
 async def test_below_60_by_16_it_says_what_it_needs_and_comes_back():
     async with on_stage(size=(59, 15)) as stage:
         assert "fatui needs 60 x 16 characters" in stage.seen() and "59 x 15" in stage.seen()
@@ -98,6 +102,7 @@ async def test_below_60_by_16_it_says_what_it_needs_and_comes_back():
         await stage.settle(lambda: "4 Home" in stage.seen() and "[Set up]" not in stage.seen())
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize(
     "size", [(60, 16), (80, 24), slow((100, 30)), slow((110, 32)), slow((120, 40)), slow((300, 100))]
 )
@@ -120,6 +125,7 @@ async def test_a_narrow_terminal_follows_the_run_through_its_tabs():
         assert "[Log]" in stage.seen()
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize(("size", "times"), [((80, 24), 1), ((120, 40), 0)])
 async def test_a_tab_restyles_the_screen_at_most_once(monkeypatch, size, times):
     async with on_stage(size=size) as stage:
@@ -135,6 +141,7 @@ async def test_a_tab_restyles_the_screen_at_most_once(monkeypatch, size, times):
         assert stage.app.main.tab == "log"
 
 
+@pytest.mark.slow
 async def test_ascii_draws_nothing_else():
     async with on_stage(ascii=True) as stage:
         await stage.run_to_the_end()
@@ -166,6 +173,7 @@ async def test_configured_keys_of_screens_work_and_show_in_help():
         assert stage.app.screen is stage.app.main
 
 
+@pytest.mark.slow
 async def test_a_key_that_two_actions_of_one_screen_have_is_reported():
     config("[keys]\npresets_undo = 'f8'\nhistory_undo = 'f8'\nquit = 'f8'\n")
     async with on_stage() as stage:

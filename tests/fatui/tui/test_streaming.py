@@ -80,6 +80,7 @@ async def test_a_past_stream_opens_with_its_curves_at_any_size(private_folders, 
         assert below != drawn
 
 
+@pytest.mark.slow
 async def test_a_stream_is_compared_with_one_of_its_rows(stage):
     stage.app.open_report(stream_report("tiny-llama"))
     await stage.settle(lambda: isinstance(stage.app.screen, Streaming))

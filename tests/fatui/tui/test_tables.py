@@ -80,6 +80,7 @@ async def test_the_comparison_is_filtered_and_shown_over_another_row(stage):
     assert table.lines[0].cells["speedup"] == "1"
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 55)])
 async def test_compare_shows_drift_and_the_change_beyond_it(size):
     async with on_stage(size=size) as stage:
@@ -100,6 +101,7 @@ async def test_compare_shows_drift_and_the_change_beyond_it(size):
         assert stage.app.screen is stage.app.main
 
 
+@pytest.mark.slow
 async def test_the_history_is_ordered_and_filtered(stage):
     for number, preset in enumerate(("quick", "scaling", "quick")):
         run = structs.replace(run_of(preset=preset, identity=f"{number}" * 8), seconds=float(3 - number))
@@ -117,6 +119,7 @@ async def test_the_history_is_ordered_and_filtered(stage):
     assert stage.app.screen is stage.app.main
 
 
+@pytest.mark.slow
 async def test_presets_are_filtered_and_ordered(stage):
     await stage.press("p")
     table = stage.find("#preset-list", RowTable)
@@ -129,6 +132,7 @@ async def test_presets_are_filtered_and_ordered(stage):
     assert cases == sorted(cases, reverse=True)
 
 
+@pytest.mark.slow
 async def test_notes_below_the_last_row_are_scrolled_to():
     async with on_stage(size=(80, 24)) as stage:
         stage.app.open_report(stream_report("tiny-llama"))

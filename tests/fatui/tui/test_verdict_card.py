@@ -29,6 +29,7 @@ async def test_the_card_has_the_verdict_the_losses_and_the_offers(stage):
     assert "measures longer · d explains" in seen
 
 
+@pytest.mark.slow
 async def test_many_doubts_leave_room_for_the_keys(stage):
     await finished(stage)
     card = stage.find(VerdictCard)
@@ -40,6 +41,7 @@ async def test_many_doubts_leave_room_for_the_keys(stage):
     assert "d explains" in " ".join(" ".join(lines).split())
 
 
+@pytest.mark.slow
 async def test_the_trust_line_warns_of_other_processes(stage):
     await finished(stage, Conditions(cores=2, other_cores=1.3, busiest=("cc1plus",), other_engines=1))
     assert "another fatui measures too · others used 1.3 cores (cc1plus)" in stage.seen()
@@ -50,6 +52,7 @@ async def test_the_trust_line_warns_of_other_processes(stage):
     assert stage.app.screen is stage.app.main
 
 
+@pytest.mark.slow
 async def test_there_is_no_card_while_a_run_is_active(stage):
     await finished(stage)
     await stage.press("r")
@@ -82,11 +85,13 @@ def before_seconds(report):
     return float(words[words.index("--seconds") + 1]) if "--seconds" in words else 6.0
 
 
+@pytest.mark.slow
 async def test_plus_needs_a_run_of_this_session(stage):
     await stage.press("+")
     assert "cannot measure longer" in stage.app.journal.text()
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize(("key", "begins"), [("y", "**Use poc"), ("Y", "fatui bench")])
 async def test_the_verdict_and_the_command_are_copied(stage, monkeypatch, key, begins):
     copied = []
@@ -97,6 +102,7 @@ async def test_the_verdict_and_the_command_are_copied(stage, monkeypatch, key, b
     assert copied[0].startswith(begins)
 
 
+@pytest.mark.slow
 async def test_a_noisy_run_names_the_key_that_measures_longer(stage):
     await finished(stage)
     report = stage.app.report

@@ -75,6 +75,7 @@ def outcomes(field: str, sky: str, seeds: range = SEEDS) -> list[Outcome]:
 seeded = pytest.mark.parametrize("seeds", [SEEDS, pytest.param(MANY_SEEDS, marks=pytest.mark.slow)], ids=len)
 
 
+@pytest.mark.sampled(0.35)
 @pytest.mark.parametrize("sky", SKIES)
 @pytest.mark.parametrize("field", FIELDS)
 @seeded

@@ -1,5 +1,6 @@
 """Block sizes: pure arithmetic, for any shape."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,6 +47,7 @@ def test_a_tile_fits_its_budget_wherever_any_tile_can(shape: ProblemSize, budget
         assert visible_tiles(shape, blocks) * 4 * GRAPH_BYTES > MAX_GRAPH_BYTES
 
 
+@pytest.mark.slow
 @given(shapes, budgets)
 def test_tiles_and_their_graph_take_about_as_much_memory(shape: ProblemSize, budget: int) -> None:
     blocks = choose_blocks(shape, budget)

@@ -48,6 +48,7 @@ def test_no_shape_takes_more_than_its_budget(workload: Workload, mebibytes: int)
     assert excess(Practical(mebibytes * MIB), workload) <= mebibytes * MIB
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("mebibytes", [1, slow(5)])
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
 @pytest.mark.parametrize("query_type", ["float32", "float16"])
@@ -70,6 +71,7 @@ def test_an_array_mask_for_every_head_stays_within_the_budget(
     assert mx.get_peak_memory() - before - workload.output_bytes <= mebibytes * MIB
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("mebibytes", [1, slow(5), slow(10)])
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -103,6 +103,7 @@ def test_many_shapes_strides_and_masks(call, name):
     assert_right_at_random(call, name)
 
 
+@pytest.mark.sampled(0.25)
 @dtypes
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9])
 @pytest.mark.parametrize("layout", range(4))
@@ -138,6 +139,7 @@ def options_of(kind, lq, lk):
     }[kind]
 
 
+@pytest.mark.sampled(0.25)
 @pytest.mark.parametrize("kind", ["full", "window", "bool", "added"])
 @pytest.mark.parametrize("negative", [False, True])
 @pytest.mark.parametrize(("dtype", "exponent"), SCORE_EXPONENTS, ids=str)

@@ -95,6 +95,7 @@ def assert_right(q, k, v, mask, *, slopes=None, array=None, softcap=None, seed=0
 dtypes = pytest.mark.parametrize("dtype", kernel_oracle.DTYPES.values(), ids=kernel_oracle.DTYPES)
 
 
+@pytest.mark.sampled(0.5)
 @dtypes
 @pytest.mark.parametrize("kind", ["tiles", "band", "noise", "rows"])
 def test_listed_tiles_give_what_the_mask_gives(dtype, kind):
@@ -109,6 +110,7 @@ def test_planes_repeat_over_batch_and_heads(planes, queries):
     assert_right(*qkv(*shape, mx.float32), mask_of("tiles", (*planes, *shape[3:5])))
 
 
+@pytest.mark.sampled(0.5)
 @dtypes
 @pytest.mark.parametrize("rows", [(8, 2, 1), slow((8, 8, 1)), slow((16, 1, 1)), (4, 1, 3), (6, 2, 21), slow((2, 1, 9))])
 def test_few_queries_against_long_lists(dtype, rows):

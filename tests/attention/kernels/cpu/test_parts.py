@@ -44,6 +44,7 @@ CALLS = {
 }
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("call", CALLS)
 def test_a_call_gets_what_it_needs_and_computes_the_same(own_folder, call):
     cpu.load(parts=())
@@ -56,6 +57,7 @@ def test_a_call_gets_what_it_needs_and_computes_the_same(own_folder, call):
     assert mx.array_equal(found, CALLS[call]()).item()
 
 
+@pytest.mark.sampled(0.35)
 @pytest.mark.parametrize("queries", [1, 8, 9, 63, 64, 65, 72, 73, 128, 130, 256, 264, 265])
 def test_the_parts_of_a_workload_are_those_of_its_calls(own_folder, queries):
     for pass_ in ("forward", "training"):
@@ -98,6 +100,7 @@ def test_parts_stay_together_from_process_to_process(own_folder):
     assert loaded_again() == build.ALL
 
 
+@pytest.mark.sampled(0.35)
 @pytest.mark.parametrize("parts", [["no such part"], "float16", [1], None, {"float16": 1}])
 def test_a_hostile_record_of_parts_counts_as_none(own_folder, parts):
     cpu.load(parts={"float16"})
@@ -125,6 +128,7 @@ def test_a_part_without_its_functions_is_no_endless_search(own_folder, monkeypat
         CALLS["few"]()
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("part", ["float16", "bfloat16"])
 def test_the_self_check_tries_each_part(own_folder, part, monkeypatch):
     right, seen = selfcheck.results, []

@@ -37,6 +37,7 @@ def is_found(mutant: Mutant) -> bool:
     return any(item.startswith(mutant.found_by) for item in found)
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("mutant", QUICK, ids=lambda mutant: mutant.name)
 def test_a_planted_fault_is_found_for_its_own_reason(mutant):
     assert is_found(mutant)

@@ -42,6 +42,7 @@ def test_first_keys_hidden_and_low_scores(queries, shift):
     assert np.allclose(np.array(found), np.array(v[:, :, 400:].mean(axis=2, keepdims=True)), atol=2e-6)
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("queries", [FEW, MANY])
 @pytest.mark.parametrize("scale", [1e-30, 2.0**-3, 0.7 * 2.0**40, 1e28])
 def test_scores_of_any_size(queries, scale):
@@ -60,6 +61,7 @@ def test_a_row_that_a_finite_mask_hides_is_a_mean(value):
     assert np.allclose(np.array(found), np.array(v.mean(axis=2, keepdims=True)), atol=2e-6)
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("value", [-1e9, float(mx.finfo(mx.float32).min)])
 def test_gradients_of_rows_that_a_finite_mask_hides(value):
     """The weights of such a row sum to 1, and so does its contribution to dV for a cotangent of 1."""
@@ -91,6 +93,7 @@ def test_a_mask_and_a_score_whose_sum_overflows_hide_no_row():
     assert np.allclose(np.array(found), np.array(v.mean(axis=2, keepdims=True)), atol=2e-6)
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize(
     ("transform", "shape"),
     [

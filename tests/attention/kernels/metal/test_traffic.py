@@ -37,6 +37,7 @@ def launches(shape: CallShape, kind: Kind) -> list[Launched]:
     return [one for one in device.launches if one.kernel != "join"]
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("kind", [KINDS["full"], WINDOW_AND_MASK], ids=["full", "window and mask"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float16"), pytest.param(256, "float32", marks=pytest.mark.slow)])
