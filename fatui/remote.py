@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import functools
 import hashlib
+import re
 import shlex
 import time
 import uuid
@@ -36,6 +37,9 @@ KEPT_ALIVE: Final = ("-o", "ServerAliveInterval=3", "-o", "ServerAliveCountMax=3
 SSH_FAILED: Final = 255
 MAX_JUNK_LINES: Final = 1000
 """Lines that a login shell may print before the greeting."""
+BRACKETED: Final = re.compile(r"(ssh://)?(?P<user>[^\[\]]+@)?\[(?P<address>[^\[\]@/]+)\](:(?P<port>[0-9]{1,5}))?/?")
+"""An IPv6 address in brackets, as in a URL."""
+PORT_WITHOUT_SCHEME: Final = re.compile(r"[^:/\[\]]+:[0-9]+")
 REMEDIES: Final = {
     "permission denied": "ssh must log in without asking: ssh-copy-id {host}, or ssh-add",
     "host key verification failed": "log in by hand once: ssh {host}",
@@ -76,7 +80,7 @@ class Remote(Struct, frozen=True, kw_only=True):
     """A machine that ssh reaches."""
 
     host: str
-    """As ssh takes it: a name of its config, USER@HOST, or ssh://USER@HOST:PORT."""
+    """As ssh takes it: a name of its config, USER@HOST, or ssh://USER@HOST:PORT; also [ADDRESS]:PORT of IPv6."""
     python: str | None = None
     """The interpreter there, or the folder of its virtual environment; None: the one whose `fatui` is on the path."""
     ssh: tuple[str, ...] = ()
@@ -89,12 +93,24 @@ class Remote(Struct, frozen=True, kw_only=True):
     @property
     def name(self) -> str:
         """The host without user and port."""
-        return self.host.removeprefix("ssh://").rpartition("@")[2].partition(":")[0]
+        if bracketed := BRACKETED.fullmatch(self.host):
+            return bracketed["address"]
+        host = self.host.removeprefix("ssh://").rpartition("@")[2]
+        return host.partition(":")[0].rstrip("/") if self.host.startswith("ssh://") else host
+
+    @property
+    def _destination(self) -> tuple[str, ...]:
+        """What ssh gets: an address in brackets, which it takes in no form, without them, and the port as an option."""
+        bracketed = BRACKETED.fullmatch(self.host)
+        if bracketed is None:
+            return ("--", self.host)
+        port = ("-p", bracketed["port"]) if bracketed["port"] else ()
+        return (*port, "--", f"{bracketed['user'] or ''}{bracketed['address']}")
 
     def command(self, service: Service, *words: str) -> tuple[str, ...]:
         """Return the local command that starts a service there."""
         script = f"cd {shlex.quote(str(Path.cwd()))} 2>/dev/null; {self._start(('remote', '--serve', service, *words))}"
-        return (*SSH[:1], *self.ssh, *SSH[1:], *KEPT_ALIVE, "-T", "--", self.host, shlex.join(["sh", "-c", script]))
+        return (*SSH[:1], *self.ssh, *SSH[1:], *KEPT_ALIVE, "-T", *self._destination, shlex.join(["sh", "-c", script]))
 
     def _start(self, words: tuple[str, ...]) -> str:
         """Return the line of sh that becomes fatui."""
@@ -122,7 +138,12 @@ def parse_remote(host: str, python: str | None = None, ssh: tuple[str, ...] = ()
         UsageError: the name is none.
     """
     remote = Remote(host=host, python=python, ssh=ssh)
-    if not remote.name or host.startswith("-") or not host.isprintable() or " " in host:
+    name = remote.name
+    if PORT_WITHOUT_SCHEME.fullmatch(host):
+        raise UsageError(
+            f"remote: got '{truncated(host)}'; with a port it takes ssh://{truncated(host)}, or -p PORT HOST"
+        )
+    if not name or host.startswith("-") or not host.isprintable() or " " in host or {"[", "]"} & set(name):
         raise UsageError(
             f"remote: got '{truncated(host)}'; it takes a name of ssh's config, USER@HOST, or ssh://HOST:PORT"
         )

@@ -29,7 +29,8 @@ EXAMPLE: Final = """examples:
   fatui remote --python '~/venv' me@10.0.0.7 llama-7b --run
   fatui remote -p 2222 gpu-box bench --seq 8192 --mask causal
 
-HOST is what ssh takes: a name of its config, USER@HOST, or ssh://USER@HOST:PORT. ssh must log in without asking.
+HOST is what ssh takes: a name of its config, USER@HOST, or ssh://USER@HOST:PORT; also [ADDRESS]:PORT of IPv6.
+ssh must log in without asking.
 fatui of the same version has to be installed there, with MLX for its device.
 Exit codes: those of the command; 1 if the machine cannot be reached or used, 2 wrong usage."""
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,8 +28,9 @@ from fatui.storage.history import RunHistory, summary_of
 from fatui.tui import advisor
 from fatui.tui.app import FatuiApp
 from fatui.tui.view_models.cost import Timing
-from tests.support import sshd
+from tests.support import sshd, two_hosts
 from tests.support.marks import slow
+from tests.support.patience import patient
 
 PLANTED = Path(__file__).parents[1] / "support" / "planted.py"
 PEAKS = Peaks(matmul_flops_per_s=1e10, copy_bytes_per_s=1e10)
@@ -86,13 +88,31 @@ def there(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("host", "name"), [("gpu-box", "gpu-box"), ("me@gpu-box", "gpu-box"), ("ssh://me@10.0.0.7:2222", "10.0.0.7")]
+    ("host", "name", "given"),
+    [
+        ("gpu-box", "gpu-box", "-- gpu-box"),
+        ("me@gpu-box", "gpu-box", "-- me@gpu-box"),
+        ("ssh://me@10.0.0.7:2222", "10.0.0.7", "-- ssh://me@10.0.0.7:2222"),
+        ("ssh://gpu-box/", "gpu-box", "-- ssh://gpu-box/"),
+        ("::1", "::1", "-- ::1"),
+        ("me@fe80::1%eth0", "fe80::1%eth0", "-- me@fe80::1%eth0"),
+        ("[::1]", "::1", "-- ::1"),
+        ("me@[fe80::1%eth0]:2222", "fe80::1%eth0", "-p 2222 -- me@fe80::1%eth0"),
+        ("ssh://me@[::1]:2222", "::1", "-p 2222 -- me@::1"),
+    ],
 )
-def test_the_name_of_a_machine_is_without_user_and_port(host, name):
-    assert parse_remote(host).name == name
+def test_the_name_of_a_machine_is_without_user_and_port(host, name, given):
+    remote = parse_remote(host)
+    assert remote.name == name
+    assert f"-T {given} sh" in " ".join(remote.command("greet"))
 
 
-@pytest.mark.parametrize("host", ["", "-oProxyCommand=x", "a b", "me@", "a\nb"])
+def test_a_port_after_a_name_is_written_as_ssh_takes_it():
+    with pytest.raises(UsageError, match="it takes ssh://gpu-box:2222, or -p PORT HOST"):
+        parse_remote("gpu-box:2222")
+
+
+@pytest.mark.parametrize("host", ["", "-oProxyCommand=x", "a b", "me@", "a\nb", "[::1", "[]", "ssh://"])
 def test_what_is_no_machine_is_refused(host):
     with pytest.raises(UsageError, match="remote: got"):
         parse_remote(host)
@@ -292,6 +312,44 @@ def test_a_cut_connection_costs_one_row(case, loopback):
         ended = next(at for at, event in listen.events if isinstance(event, on.RowEnded))
         assert ended - listen.at < 60
         server.cut()
+    assert ends(remote)
+
+
+SSH_INSIDE = """#!/bin/sh
+exec ip netns exec {namespace} {ssh} "$@"
+"""
+far = [*real, pytest.mark.skipif(bool(two_hosts.unavailable()), reason=two_hosts.unavailable() or "available")]
+
+
+@pytest.fixture
+def over_a_network(tmp_path):
+    """Return a real server in another network namespace, behind a link with delay and loss, and that as a host."""
+    with two_hosts.TwoHosts(tmp_path, delay_s=0.01, loss=0.01) as hosts:
+        here, there = hosts.names
+        program = SSH_INSIDE.format(namespace=here, ssh=shutil.which("ssh"))
+        inside = ("ip", "netns", "exec", there)
+        with sshd.Sshd(tmp_path, two_hosts.ADDRESSES[1], inside) as server, sshd.instead_of_ssh(tmp_path, program):
+            remote = Remote(host=sshd.HOST, python=sshd.remote_python(tmp_path), ssh=server.options)
+            yield hosts, server, remote
+
+
+@pytest.mark.parametrize("case", [pytest.param("killed", marks=far), pytest.param("link cut", marks=far)])
+def test_a_connection_cut_between_two_machines_costs_one_row(case, over_a_network):
+    hosts, server, remote = over_a_network
+    listen = Cut(server, "SleepsLong", server.cut if case == "killed" else hosts.cut)
+
+    def mend_after_the_row(event):
+        listen(event)
+        if isinstance(event, on.RowEnded):
+            hosts.mend()
+
+    engine = Engine(plan("SleepsLong", "Prints", seconds=3), mend_after_the_row, peaks=PEAKS, remote=remote)
+    asyncio.run(asyncio.wait_for(engine.run(), 180))
+    assert "the connection to loopback was cut" in lost_row(engine.record.case(0)).reason
+    assert engine.record.done
+    assert "connected to loopback again" in listen.texts
+    ended = next(at for at, event in listen.events if isinstance(event, on.RowEnded))
+    assert ended - listen.at < patient(20)
     assert ends(remote)
 
 

@@ -1,13 +1,13 @@
 """An ssh server on this machine for one test, with keys and a configuration of its own; and a program in ssh's place.
 
-The server is OpenSSH's, on a free port of 127.0.0.1, for the user that runs the tests. Its host is `loopback`.
+The server is OpenSSH's, for the user that runs the tests, on a free port of 127.0.0.1, where its host is `loopback`, or
+of an address in a network namespace.
 """
 
 import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,7 +20,7 @@ from fatui.rank_launch import free_ports
 ROOT = Path(__file__).parents[2]
 HOST = "loopback"
 SERVER = """Port {port}
-ListenAddress 127.0.0.1
+ListenAddress {address}
 HostKey {folder}/host_key
 AuthorizedKeysFile {folder}/authorized_keys
 PidFile {folder}/pid
@@ -31,7 +31,7 @@ KbdInteractiveAuthentication no
 PermitRootLogin prohibit-password
 """
 CLIENT = """Host {host}
-    HostName 127.0.0.1
+    HostName {address}
     Port {port}
     IdentityFile {folder}/key
     IdentitiesOnly yes
@@ -96,8 +96,9 @@ class Sshd:
         options: of ssh, for its client.
     """
 
-    def __init__(self, folder):
-        self.folder = Path(folder)
+    def __init__(self, folder, address="127.0.0.1", inside=()):
+        """Create it; `inside` is a command that executes others where the address is."""
+        self.folder, self._address, self._inside = Path(folder), address, inside
         self.options = ("-F", str(self.folder / "config"))
         self._process = None
 
@@ -107,7 +108,7 @@ class Sshd:
             subprocess.run(command, check=True, capture_output=True)
         shutil.copy(self.folder / "key.pub", self.folder / "authorized_keys")
         (self.port,) = free_ports(1)
-        values = {"port": self.port, "folder": self.folder, "host": HOST}
+        values = {"port": self.port, "folder": self.folder, "host": HOST, "address": self._address}
         (self.folder / "sshd_config").write_text(SERVER.format(**values))
         (self.folder / "config").write_text(CLIENT.format(**values))
         if os.geteuid() == 0:
@@ -121,16 +122,15 @@ class Sshd:
 
     def start(self):
         """Start the server, and wait until it answers."""
-        log = str(self.folder / "log")
-        self._process = subprocess.Popen(
-            [server_program(), "-D", "-f", str(self.folder / "sshd_config"), "-E", log], start_new_session=True
-        )
+        log = self.folder / "log"
+        log.write_text("")
+        command = [*self._inside, server_program(), "-D", "-f", str(self.folder / "sshd_config"), "-E", str(log)]
+        self._process = subprocess.Popen(command, start_new_session=True)
         for _ in range(200):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)) as connection:
-                if connection.recv(4).startswith(b"SSH"):
-                    return
+            if "Server listening" in log.read_text():
+                return
             time.sleep(0.05)
-        raise AssertionError(Path(log).read_text())
+        raise AssertionError(log.read_text())
 
     def stop(self):
         """Stop the server; connections go on."""
