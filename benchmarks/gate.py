@@ -3,14 +3,19 @@
     python -m benchmarks.gate --count 100 --folder /tmp/gate                          # the same code
     python -m benchmarks.gate --count 20 --delay 0.05 --folder /tmp/gate              # 5 % slower
     python -m benchmarks.gate --count 20 --delay 0.03 --seconds 20 --folder /tmp/gate
+    python -m benchmarks.gate --count 2000 --resample /tmp/gate [--delay 0.05]        # comparisons of kept pairs
 
 The planted row is the implementation `Delayed` below: the baseline's work, and then a wait for a share of the time that
 it took. With `--lanes` several comparisons run side by side, each on two cores of its own. Runs are kept in the folder,
 and a line is printed for each comparison; none begins after `--limit` seconds.
+
+`--resample` draws the pairs of each comparison at random from those that were kept, and changes base and new at random,
+which for the same code is as good as another measurement; `--delay` makes one row of each slower.
 """
 
 import argparse
 import os
+import random
 import re
 import subprocess
 import sys
@@ -23,11 +28,15 @@ from queue import SimpleQueue
 from typing import Any, Final
 
 import mlx.core as mx
+from msgspec import structs
 
 from attention.core.workload import Workload
 from attention.implementations.baseline import Baseline
 from attention.implementations.calls import MlxRunner
 from attention.measure.rounds import Runner
+from fatui.report.comparison import FEWEST_PAIRS, RowChange, compare
+from fatui.report.gate import parse_criteria
+from fatui.storage.result_files import read
 
 ROOT: Final = Path(__file__).parents[1]
 GATE_FAILED: Final = 4
@@ -75,6 +84,8 @@ class Delayed(Baseline):
 def main() -> int:
     """Make the comparisons, and print how many passed."""
     options = _options()
+    if options.resample is not None:
+        return _resample(options)
     kind = f"{options.preset}-{options.seconds or 'own'}-s-{options.delay:g}"
     began, counts = time.monotonic(), Counter[str]()
     lanes: SimpleQueue[list[int]] = SimpleQueue()
@@ -112,8 +123,66 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--fail-on", default="slower:3%")
     parser.add_argument("--lanes", type=int, default=1, help="comparisons side by side, on two cores each")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no comparison begins")
-    parser.add_argument("--folder", type=Path, required=True, help="where the runs are kept")
-    return parser.parse_args()
+    parser.add_argument("--folder", type=Path, help="where the runs are kept")
+    parser.add_argument("--resample", type=Path, help="a folder of kept runs to draw comparisons from")
+    options = parser.parse_args()
+    if (options.folder is None) is (options.resample is None):
+        parser.error("it takes --folder or --resample")
+    return options
+
+
+def _resample(options: argparse.Namespace) -> int:
+    """Judge comparisons of kept pairs of the same code, and print how they end."""
+    pairs = _kept_pairs(options.resample)
+    slower = parse_criteria([options.fail_on]).slower or 0.0
+    draw, counts, used = random.Random(0), Counter[str](), 0
+    for _ in range(options.count):
+        delayed = draw.choice(sorted(pairs[0])) if options.delay else None
+        drawn = []
+        for found in draw.choices(pairs, k=options.pairs):
+            swapped = draw.random() < 0.5
+            drawn.append(
+                {name: _changed(each, swapped, options.delay * (name == delayed)) for name, each in found.items()}
+            )
+        for number in range(FEWEST_PAIRS, options.pairs + 1):
+            outcomes = {
+                name: structs.replace(each, by_pair=tuple(one[name].by_pair[0] for one in drawn[:number])).outcome(
+                    slower, len(drawn[0])
+                )
+                for name, each in drawn[0].items()
+            }
+            if "SLOWER" in outcomes.values() or "UNDECIDED" not in outcomes.values():
+                break
+        used += number
+        alarm = ", ".join(name for name, outcome in outcomes.items() if outcome == "SLOWER" and name != delayed)
+        counts["another row SLOWER" if alarm else "passes" if "SLOWER" not in outcomes.values() else "fails"] += 1
+        counts["with undecided rows"] += "UNDECIDED" in outcomes.values()
+    each = used / options.count
+    print(f"{options.count} comparisons drawn from {len(pairs)} pairs, {each:.1f} pairs each: {dict(counts)}")
+    return 0
+
+
+def _kept_pairs(folder: Path) -> list[dict[str, RowChange]]:
+    """Return the rows of each kept pair, without planted ones; pairs that lack one of the first pair's are left out."""
+    found: list[dict[str, RowChange]] = []
+    for base in sorted(folder.rglob("base/*.json")):
+        new = base.parents[1] / "new" / base.name
+        if new.exists():
+            changes = compare(read(base), read(new)).changes
+            rows = {
+                each.implementation: each for each in changes if each.by_pair and PLANTED not in each.implementation
+            }
+            if not found or set(rows) == set(found[0]):
+                found.append(rows)
+    return found
+
+
+def _changed(change: RowChange, swapped: bool, delay: float) -> RowChange:
+    (ratio,) = change.by_pair
+    low, high = (1 / ratio.high, 1 / ratio.low) if swapped else (ratio.low, ratio.high)
+    value, share = 1 / ratio.value if swapped else ratio.value, 1 + delay
+    made = structs.replace(ratio, value=value / share, low=low / share, high=high / share)
+    return structs.replace(change, ratio=made, by_pair=(made,))
 
 
 def _comparison(options: argparse.Namespace, folder: Path, cores: Sequence[int]) -> str:

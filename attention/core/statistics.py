@@ -206,8 +206,8 @@ def repeated_ratio(ratios: Sequence[Ratio], floor: float, confidence: float = CO
     """Return the geometric mean of repeated measurements of one ratio; None without any.
 
     Its interval is the wider of two: that of their own intervals, as of independent ones, and Student's t of their
-    values, which has in it what changes from one measurement to the next. A single ratio keeps its own interval,
-    whatever the confidence.
+    values, which has in it what changes from one measurement to the next, and has the confidence. A single ratio keeps
+    its own interval.
     """
     if not ratios:
         return None
@@ -216,8 +216,7 @@ def repeated_ratio(ratios: Sequence[Ratio], floor: float, confidence: float = CO
         return _ratio(math.log(ratio.value), math.log(ratio.low), math.log(ratio.high), floor)
     logs = [math.log(ratio.value) for ratio in ratios]
     low, high = mean_interval(logs, confidence)
-    widened = NormalDist().inv_cdf((1 + confidence) / 2) / NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    half = max((high - low) / 2, widened * _joint_half_width(ratios))
+    half = max((high - low) / 2, _joint_half_width(ratios))
     middle = fmean(logs)
     return _ratio(middle, middle - half, middle + half, floor)
 

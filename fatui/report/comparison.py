@@ -9,7 +9,7 @@ after the other, the change is the geometric mean, and its interval has in it ho
 
 import math
 from collections.abc import Sequence
-from statistics import fmean, median
+from statistics import median
 from typing import Final, Literal, TypeVar
 
 from msgspec import Struct, structs
@@ -35,7 +35,7 @@ AnyWorkload = Workload | Generation | FineTuning | Stream
 Outcome = Literal["FASTER", "SAME", "SLOWER", "UNDECIDED"]
 DEFAULT_TOLERANCE: Final = 0.05
 """The slowdown up to which a row counts as unchanged, unless one is given."""
-FEWEST_PAIRS: Final = 3
+FEWEST_PAIRS: Final = 5
 """From this number of pairs on, how much they differ decides."""
 MOST_PAIRS: Final = 12
 """Pairs after which a gate ends; the looks at the pairs before are part of its error rate."""
@@ -123,22 +123,21 @@ class RowChange(Struct, frozen=True, kw_only=True):
     def judged_ratio(self, rows: int = 1) -> Ratio | None:
         """Return the ratio with the interval that decides, if it is one of several rows that a gate judges.
 
-        It is Student's t of the pairs' changes. Its ends have probabilities of their own, divided evenly (Bonferroni)
-        among the looks at the pairs, and that of a false alarm also among the rows. Of one or two pairs the interval is
-        that of 95 %.
+        The ends of Student's t of the pairs' changes have probabilities of their own, divided evenly (Bonferroni) among
+        the looks at the pairs, and that of a false alarm also among the rows. Of one or two pairs the interval is that
+        of 95 %.
         """
         pairs = len(self.by_pair)
         if pairs < FEWEST_PAIRS:
             return self.ratio
         looks = max(MOST_PAIRS, pairs) - FEWEST_PAIRS + 1
-        logs = [math.log(ratio.value) for ratio in self.by_pair]
-        low, _ = statistics.mean_interval(logs, 1 - 2 * MISSES / looks)
-        _, high = statistics.mean_interval(logs, 1 - 2 * FALSE_ALARMS / (max(rows, 1) * looks))
-        edge = math.log1p(self.floor)
-        middle = fmean(logs)
-        return Ratio(
-            value=math.exp(middle), low=math.exp(low), high=math.exp(high), significant=low > edge or high < -edge
-        )
+        missing = statistics.repeated_ratio(self.by_pair, self.floor, 1 - 2 * MISSES / looks)
+        alarming = statistics.repeated_ratio(self.by_pair, self.floor, 1 - 2 * FALSE_ALARMS / (max(rows, 1) * looks))
+        assert missing is not None
+        assert alarming is not None
+        faster = missing.value > 1
+        significant = missing.significant if faster else alarming.significant
+        return structs.replace(missing, high=alarming.high, significant=significant)
 
     def outcome(self, tolerance: float = DEFAULT_TOLERANCE, rows: int = 1) -> Outcome:
         """Return whether the row got slower, by its interval and the floors.
