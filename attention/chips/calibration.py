@@ -267,7 +267,7 @@ def _fit(rows: Sequence[Measured]) -> dict[str, float]:
         errors = _log_times(table, theta) - measured
         size = np.abs(errors)
         robust = np.where(size <= HUBER, errors, np.sign(errors) * np.sqrt(np.maximum(0.0, HUBER * (2 * size - HUBER))))
-        return np.concatenate([robust, PRIOR * (theta - start) / spreads])
+        return np.concatenate([robust, PRIOR * (theta - start) / spreads], axis=-1)
 
     found_ones = [least_squares(residuals, begin) for begin in _beginnings(start, measured, _log_times(table, start))]
     if min(float(np.median(np.abs(_log_times(table, found) - measured))) for found in found_ones) > POOR:
@@ -298,26 +298,33 @@ def _alone(start: Vector, table: Vector, measured: Vector) -> list[Vector]:
 
 
 def _log_times(table: Vector, theta: Vector) -> Vector:
-    """Return the logarithms of predicted times; the first columns are launch and start, the last parameter log p."""
-    power = float(np.exp(np.clip(theta[-1], 0.0, 3.0)))
-    times = table * np.exp(theta[:-1])
-    work = times[:, len(FIXED) :]
-    longest = np.maximum(work.max(axis=1), 1e-12)
-    worked = longest * ((work / longest[:, None]) ** power).sum(axis=1) ** (1 / power)
-    both = np.stack([times[:, 0], times[:, 1] + worked])
-    highest = both.max(axis=0)
-    made: Vector = np.log(highest) + np.log(((both / highest) ** OVERLAP).sum(axis=0)) / OVERLAP
+    """Return the logarithms of predicted times, rows of the table along the last axis, for any number of thetas.
+
+    The first columns of the table are launch and start, the last parameter is log p.
+    """
+    power = np.exp(np.clip(theta[..., -1:], 0.0, 3.0))
+    times = table * np.exp(theta[..., None, :-1])
+    work = times[..., len(FIXED) :]
+    longest = np.maximum(work.max(axis=-1), 1e-12)
+    worked = longest * ((work / longest[..., None]) ** power[..., None]).sum(axis=-1) ** (1 / power)
+    launched, worked = times[..., 0], times[..., 1] + worked
+    highest = np.maximum(launched, worked)
+    made: Vector = np.log(highest) + np.log((launched / highest) ** OVERLAP + (worked / highest) ** OVERLAP) / OVERLAP
     return made
 
 
 def least_squares(residuals: Callable[[Vector], Vector], start: Vector, steps: int = 100) -> Vector:
-    """Minimise a sum of squares by damped Gauss-Newton steps with a numerical Jacobian."""
+    """Minimise a sum of squares by damped Gauss-Newton steps with a numerical Jacobian.
+
+    Args:
+        residuals: of one theta, or of several along the first axis.
+        start: where to begin.
+        steps: maximum number of steps.
+    """
     theta, damping = start.copy(), 1e-2
     current = residuals(theta)
     for _ in range(steps):
-        jacobian = np.stack(
-            [(residuals(theta + shift) - current) / 1e-5 for shift in 1e-5 * np.eye(len(theta))], axis=1
-        )
+        jacobian = ((residuals(theta + 1e-5 * np.eye(len(theta))) - current) / 1e-5).T
         normal, gradient = jacobian.T @ jacobian, jacobian.T @ current
         while damping < 1e8:
             step = np.linalg.solve(normal + damping * np.diag(np.diag(normal) + 1e-9), -gradient)
