@@ -57,6 +57,39 @@ struct Consumer : Position {
     softmax(scores, rows, problem.scale_log2);
   }
 
+#if HALVES
+  // Where the keys of key tile `tile` start of which this consumer sees any, if those are in one half: 0 or HALF_KEYS; else -1.
+  DEVICE int seen_half(int tile, const Problem& problem) const {
+    const int middle = tile * BLOCK_N + HALF_KEYS;
+    if (problem.last_seen_by(top() + WARPGROUP_ROWS - 1) <= middle) return 0;
+    return problem.first_seen_by(top()) >= middle ? HALF_KEYS : -1;
+  }
+
+  // Processes the half of tile `n` from key `from` on. `key` is its K tile, then that of the next tile.
+  DEVICE void attend_half(int from, u32& key, const Problem& problem, Output& out, Rows& rows) {
+    const u32 place = from == 0 ? 0 : HALF_BYTES;
+    HalfScores scores;
+    HalfWeights weights;
+    start_half_scores(scores, query, key + place);
+    pass_turn();
+    wgmma_wait<0>();
+    settle(scores);
+    release_keys();
+    mask_scores(scores, problem, row(), n * BLOCK_N + from);
+    softmax(scores, rows, problem.scale_log2);
+    scale_output(out, rows.rescale);
+    pack_weights(weights, scores);
+    const u32 value = await_values();
+    if (n > least()) key = await_keys();
+    wait_turn();
+    start_output(out, weights, value + place);
+    wgmma_wait<0>();
+    settle(out);
+    release_values();
+    --n;
+  }
+#endif
+
   // Writes the rows of the work before `place`, or their part of a split tile; the last part to finish combines them.
   DEVICE void finish(Output& out, Rows& rows, const Schedule& place, const Problem& problem, const Results& results) const {
     const Part part(same_in_warp(place.part()));
@@ -74,60 +107,93 @@ struct Consumer : Position {
 // Processes the key tiles of a consumer's work, at least one, with overlap inside the consumer.
 DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Output& out, Rows& rows) {
   if constexpr (!WINDOW) consumer.pass_unseen(consumer.skips);
-  Scores scores;
-  Weights weights;
-  start_scores(scores, consumer.query, consumer.await_keys());
-  consumer.weigh<0>(scores, problem, rows);
-  u32 value = consumer.await_values();
-  pack_weights(weights, scores);
+  int least = consumer.least();
+#if HALVES
+  u32 half_key = consumer.await_keys();
+  const int first_half = consumer.seen_half(consumer.n, problem);
+  if (first_half >= 0) consumer.attend_half(first_half, half_key, problem, out, rows);
+  if (consumer.n < least) return;
+  const int last_half = consumer.seen_half(least, problem);
+  least += last_half >= 0;
+  if (consumer.n >= least)
+#endif
+  {
+    Scores scores;
+    Weights weights;
+    start_scores(scores, consumer.query, consumer.await_keys());
+    consumer.weigh<0>(scores, problem, rows);
+    if constexpr (HALVES) scale_output(out, rows.rescale);  // of a half before
+    u32 value = consumer.await_values();
+    pack_weights(weights, scores);
 #pragma unroll 1
-  while (consumer.n > consumer.least()) {
-    --consumer.n;
-    const u32 key = consumer.await_keys();
-    start_scores(scores, consumer.query, key);
+    while (consumer.n > least) {
+      --consumer.n;
+      const u32 key = consumer.await_keys();
+      start_scores(scores, consumer.query, key);
+      start_output(out, weights, value);
+      consumer.weigh<1>(scores, problem, rows);
+      // Waiting for the next V here ends the basic block. Otherwise ptxas moves the wait for P V up, before the exponentials,
+      // and the softmax no longer overlaps with the wgmmas.
+      const u32 used = consumer.memory.value_empty(consumer.values.stage);
+      consumer.values.advance();
+      value = consumer.await_values();
+      wgmma_wait<0>();
+      settle(out);
+      release(used);
+      scale_output(out, rows.rescale);
+      pack_weights(weights, scores);
+    }
     start_output(out, weights, value);
-    consumer.weigh<1>(scores, problem, rows);
-    // Waiting for the next V here ends the basic block. Otherwise ptxas moves the wait for P V up, before the exponentials,
-    // and the softmax no longer overlaps with the wgmmas.
-    const u32 used = consumer.memory.value_empty(consumer.values.stage);
-    consumer.values.advance();
-    value = consumer.await_values();
     wgmma_wait<0>();
     settle(out);
-    release(used);
-    scale_output(out, rows.rescale);
-    pack_weights(weights, scores);
+    consumer.release_values();
   }
-  start_output(out, weights, value);
-  wgmma_wait<0>();
-  settle(out);
-  consumer.release_values();
+#if HALVES
+  if (last_half >= 0) {
+    consumer.n = consumer.least();
+    half_key = consumer.await_keys();
+    consumer.attend_half(last_half, half_key, problem, out, rows);
+  }
+#endif
 }
 
 // Processes the key tiles of a consumer's work without overlap inside the consumer: consumers overlap with each other.
 DEVICE void attend_in_turns(Consumer& consumer, const Problem& problem, Output& out, Rows& rows) {
   if constexpr (!WINDOW) consumer.pass_unseen(consumer.skips);
   consumer.wait_turn();
-  Scores scores;
-  Weights weights;
   u32 key = consumer.await_keys();
+  int least = consumer.least();
+#if HALVES
+  const int first_half = consumer.seen_half(consumer.n, problem);
+  if (first_half >= 0) consumer.attend_half(first_half, key, problem, out, rows);
+  const int last_half = consumer.n < least ? -1 : consumer.seen_half(least, problem);
+  least += last_half >= 0;
+  if (consumer.n >= least)
+#endif
+  {
+    Scores scores;
+    Weights weights;
 #pragma unroll 1
-  for (const int last = consumer.n; consumer.n >= consumer.least(); --consumer.n) {
-    start_scores(scores, consumer.query, key);
-    consumer.pass_turn();
-    if (consumer.n < last) consumer.release_values();
-    consumer.weigh<0>(scores, problem, rows);
-    scale_output(out, rows.rescale);
-    pack_weights(weights, scores);
-    const u32 value = consumer.await_values();
-    // before the turn, so that nothing delays the next scores
-    if (consumer.n > consumer.least()) key = consumer.await_keys();
-    consumer.wait_turn();
-    start_output(out, weights, value);
-    wgmma_wait<0>();
-    settle(out);
+    for (const int last = consumer.n; consumer.n >= least; --consumer.n) {
+      start_scores(scores, consumer.query, key);
+      consumer.pass_turn();
+      if (consumer.n < last) consumer.release_values();
+      consumer.weigh<0>(scores, problem, rows);
+      scale_output(out, rows.rescale);
+      pack_weights(weights, scores);
+      const u32 value = consumer.await_values();
+      // before the turn, so that nothing delays the next scores
+      if (consumer.n > consumer.least()) key = consumer.await_keys();
+      consumer.wait_turn();
+      start_output(out, weights, value);
+      wgmma_wait<0>();
+      settle(out);
+    }
+    consumer.release_values();
   }
-  consumer.release_values();
+#if HALVES
+  if (last_half >= 0) consumer.attend_half(last_half, key, problem, out, rows);
+#endif
   consumer.pass_turn();
 }
 

@@ -83,6 +83,11 @@ class Forward:
         bits = self.stages * self.block_m * self.block_n // 8 if self.lists else 0
         return 1024 + 2 * self.head_dim * (self.query_stages * self.block_m + 2 * self.stages * self.block_n) + bits
 
+    @property
+    def halves(self) -> bool:
+        """Whether a consumer leaves out the half of a key tile that is masked for all its queries."""
+        return self.window and self.block_n == 128 and not (self.softcap or self.alibi)
+
     @functools.cached_property
     def program(self) -> Program:
         """The source of the kernel."""
@@ -99,10 +104,13 @@ class Forward:
             "LISTS": self.lists,
             "ALIBI": self.alibi,
             "GATHERED": self.gathered,
+            "HALVES": self.halves,
             "BFLOAT16": self.element == "bf16",
         }
+        half = wgmma("wgmma_half_scores", self.block_n // 2, self.element, a_in_registers=False, transpose_b=False)
         products = (
             wgmma("wgmma_scores", self.block_n, self.element, a_in_registers=False, transpose_b=False),
+            *([half] if self.halves else []),
             wgmma("wgmma_output", self.head_dim, self.element, a_in_registers=True, transpose_b=True),
         )
         return Program(

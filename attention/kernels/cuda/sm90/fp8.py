@@ -63,6 +63,7 @@ class Fp8Forward(Forward):
             "SOFTCAP": False,
             "ALIBI": False,
             "GATHERED": False,
+            "HALVES": False,
             "QUERY_STAGES": self.query_stages,
             "OVERLAP": self.overlap,
             "LISTS": False,

@@ -79,12 +79,33 @@ DEVICE void start_scores(Scores& scores, u32 query, u32 key) {
   wgmma_commit();
 }
 
+#if HALVES
+// Scores of the half of a key tile that starts at `key`.
+constexpr int HALF_KEYS = BLOCK_N / 2;
+constexpr u32 HALF_BYTES = HALF_KEYS * 128;  // from the first half to the second, in each chunk of a tile
+using HalfScores = float[HALF_KEYS / 2];
+using HalfWeights = u32[HALF_KEYS / 16][4];
+
+DEVICE void start_half_scores(HalfScores& scores, u32 query, u32 key) {
+  const u64 query_tile = matrix_descriptor(query, 0), key_tile = matrix_descriptor(key, 0);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < HEAD_DIM / 16; ++step) {
+    const int chunk = step / 4, offset = step % 4 * 32;
+    wgmma_half_scores(scores, advance(query_tile, chunk * QueryTile::CHUNK_BYTES + offset),
+                      advance(key_tile, chunk * KeyTile::CHUNK_BYTES + offset), step > 0);
+  }
+  wgmma_commit();
+}
+#endif
+
 #if !FP8
-DEVICE void start_output(Output& output, const Weights& weights, u32 value) {
+template <int STEPS>
+DEVICE void start_output(Output& output, const u32 (&weights)[STEPS][4], u32 value) {
   const u64 value_tile = matrix_descriptor(value, KeyTile::CHUNK_BYTES);
   wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < BLOCK_N / 16; ++step) {
+  for (int step = 0; step < STEPS; ++step) {
     wgmma_output(output, weights[step], advance(value_tile, step * 2048), true);
   }
   wgmma_commit();
@@ -111,7 +132,8 @@ DEVICE void add_biases(Scores& scores, const Problem& problem, float slope, int 
 }
 
 // Masks scores of the thread's rows, `row` and `row` + 8, by causality and window. `first_key` is the first of the tile.
-DEVICE void mask_scores(Scores& scores, const Problem& problem, int row, int first_key) {
+template <int COUNT>
+DEVICE void mask_scores(float (&scores)[COUNT], const Problem& problem, int row, int first_key) {
   static_assert(BLOCK_N <= 128);
   constexpr bool BY_BITS = CAUSAL && !SOFTCAP;  // with a softcap the bits can be registers too many; else masked tiles are rare
   const int column = first_key + 2 * (threadIdx.x % 4);
@@ -121,7 +143,7 @@ DEVICE void mask_scores(Scores& scores, const Problem& problem, int row, int fir
     const int last = problem.last_seen_by(row + 8 * r) - column;
     const u32 seen = BY_BITS ? elements_within(first, last) : 0;
 #pragma unroll
-    for (int i = 2 * r; i < BLOCK_N / 2; i += i % 2 ? 3 : 1) {
+    for (int i = 2 * r; i < COUNT; i += i % 2 ? 3 : 1) {
       const int key = 8 * (i / 4) + i % 2;
       const bool hidden = BY_BITS ? !(seen & 1u << (i / 4 * 2 + i % 2)) : key >= last || (WINDOW && key < first);
       if (hidden) scores[i] = MINUS_INFINITY;
@@ -164,13 +186,14 @@ DEVICE void mask_listed(Scores& scores, const Problem& problem, const Listed& li
 }
 
 // Online softmax: converts scores to weights relative to the running row maximum; updates sum and rescale.
-DEVICE void softmax(Scores& scores, Rows& rows, float scale_log2) {
+template <int COUNT>
+DEVICE void softmax(float (&scores)[COUNT], Rows& rows, float scale_log2) {
   float base[2], shift[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float largest = rows.max[r];
 #pragma unroll
-    for (int i = 2 * r; i < BLOCK_N / 2; i += 4) largest = fmaxf(largest, fmaxf(scores[i], scores[i + 1]));
+    for (int i = 2 * r; i < COUNT; i += 4) largest = fmaxf(largest, fmaxf(scores[i], scores[i + 1]));
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
     base[r] = largest == MINUS_INFINITY ? 0 : largest;  // fully masked so far
@@ -181,14 +204,14 @@ DEVICE void softmax(Scores& scores, Rows& rows, float scale_log2) {
   const bool large = fmaxf(fabsf(shift[0]), fabsf(shift[1])) > LARGE_EXPONENT;
   if ((!SOFTCAP || ALIBI) && __builtin_expect(__any_sync(~0u, large), 0)) {
 #pragma unroll
-    for (int i = 0; i < BLOCK_N / 2; ++i) scores[i] -= base[i / 2 % 2];
+    for (int i = 0; i < COUNT; ++i) scores[i] -= base[i / 2 % 2];
     shift[0] = shift[1] = 0;
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float even = 0, odd = 0;
 #pragma unroll
-    for (int i = 2 * r; i < BLOCK_N / 2; i += 4) {
+    for (int i = 2 * r; i < COUNT; i += 4) {
       even += scores[i] = exp2_fast(scores[i] * scale_log2 - shift[r]);
       odd += scores[i + 1] = exp2_fast(scores[i + 1] * scale_log2 - shift[r]);
     }
@@ -197,9 +220,10 @@ DEVICE void softmax(Scores& scores, Rows& rows, float scale_log2) {
 }
 
 // Accumulators of S already have the layout of a wgmma left operand in registers and only need packing.
-DEVICE void pack_weights(Weights& weights, const Scores& scores) {
+template <int COUNT>
+DEVICE void pack_weights(u32 (&weights)[COUNT / 8][4], const float (&scores)[COUNT]) {
 #pragma unroll
-  for (int i = 0; i < BLOCK_N / 4; ++i) weights[i / 4][i % 4] = pack(scores[2 * i], scores[2 * i + 1]);
+  for (int i = 0; i < COUNT / 2; ++i) weights[i / 4][i % 4] = pack(scores[2 * i], scores[2 * i + 1]);
 }
 
 // Divides by the row sums (fully masked rows are 0), and writes the rows' logsumexp and stats if requested.
