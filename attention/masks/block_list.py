@@ -38,6 +38,14 @@ class Expression(Protocol):
         """Return a range of key tiles of each row tile that are surely full; None if unknown."""
         ...
 
+    def row_intervals(self, grid: Grid) -> Span | None:
+        """Return the keys [low, high) that each row sees, int32 (batches, Lq); None if they need not be adjacent."""
+        ...
+
+    def block_flags(self, grid: Grid) -> "BlockFlags | None":
+        """Return the blocks that the mask consists of, if tiles divide them; otherwise None."""
+        ...
+
     def classify(self, tiles: Tiles) -> tuple[Array, Array]:
         """Return the state of each tile, and for partial tiles the bits of the parts that decide them."""
         ...
@@ -49,6 +57,41 @@ class Expression(Protocol):
     def bits(self, tiles: Tiles, needed: int) -> Array:
         """Return the packed bits (tiles, block_q, words) of the needed parts combined."""
         ...
+
+
+class BlockFlags(Struct, frozen=True, eq=False):
+    """Blocks of `tall` row tiles and `wide` key tiles each; those at the edges may have fewer."""
+
+    flags: Array
+    """bool (batches, heads, rows of blocks, blocks)."""
+    tall: int
+    wide: int
+
+
+class Builder(Protocol):
+    """Compiled code that makes the lists of some masks as `build` does, in less time."""
+
+    def of_blocks(self, blocks: BlockFlags, grid: Grid) -> tuple[Array, Array]:
+        """Return offsets and entries of whole blocks."""
+        ...
+
+    def of_intervals(self, low: Array, high: Array, grid: Grid) -> tuple[Array, Array, Array, int]:
+        """Return offsets, entries, bits and the number of visible pairs of rows that see the keys [low, high)."""
+        ...
+
+
+_builder: Builder | None = None
+
+
+def use_builder(builder: Builder | None) -> None:
+    """Make patterns' lists by compiled code from now on, or by NumPy: the same tiles, with bits in another order."""
+    global _builder  # noqa: PLW0603  one a process
+    _builder = builder
+
+
+def current_builder() -> Builder | None:
+    """Return the compiled code in use."""
+    return _builder
 
 
 class BlockLists(Struct, frozen=True, eq=False):
@@ -196,9 +239,12 @@ class BlockList(Struct, frozen=True, eq=False):
         return f"{head}\n{self.picture()}"
 
 
-def build(mask: Expression, grid: Grid) -> BlockList:
-    """Build the block list of a mask."""
+def build(mask: Expression, grid: Grid, builder: Builder | None = None) -> BlockList:
+    """Build the block list of a mask, by compiled code if a builder is given that takes it."""
     batches, heads = mask.planes(grid.batch, grid.heads)
+    made = None if builder is None else _built(builder, mask, grid, batches, heads)
+    if made is not None:
+        return made
     whole = None if _has_edge(grid) else mask.whole_tiles(grid)
     if whole is not None:
         counts, keys = whole
@@ -220,6 +266,19 @@ def build(mask: Expression, grid: Grid) -> BlockList:
         tiles, index, visible = tiles.take(kept), index[kept], visible[kept]
     ends = np.cumsum(np.bincount(tiles.row, minlength=batches * heads * grid.row_tiles))
     return _made_of(grid, batches, heads, ends, tiles.j, index, bits, int(visible.sum()))
+
+
+def _built(builder: Builder, mask: Expression, grid: Grid, batches: int, heads: int) -> BlockList | None:
+    """Return the list of a mask that compiled code takes; otherwise None."""
+    blocks = None if _has_edge(grid) else mask.block_flags(grid)
+    if blocks is not None:
+        offsets, entries = builder.of_blocks(blocks, grid)
+        return _list_of(grid, batches, heads, offsets, entries, _no_bits(grid), len(entries) * grid.pairs)
+    seen = mask.row_intervals(grid) if heads == 1 else None
+    if seen is None:
+        return None
+    low, high = (np.ascontiguousarray(np.broadcast_to(x, (batches, grid.seq)), np.int32) for x in seen)
+    return _list_of(grid, batches, heads, *builder.of_intervals(low, high, grid))
 
 
 def part(whole: BlockList, grid: Grid, rows: Array, keys: Array) -> BlockList:
@@ -270,6 +329,12 @@ def _made_of(
     entries[:, 0], entries[:, 1] = keys, index
     offsets = np.zeros(len(ends) + 1, np.int32)
     offsets[1:] = ends
+    return _list_of(grid, batches, heads, offsets, entries, bits, pairs)
+
+
+def _list_of(
+    grid: Grid, batches: int, heads: int, offsets: Array, entries: Array, bits: Array, pairs: int
+) -> BlockList:
     return BlockList(
         block_q=grid.block_q,
         block_k=grid.block_k,
@@ -360,7 +425,9 @@ def _capacity(grid: Grid) -> Array:
 def _visible_pairs(bits: Array, grid: Grid) -> Array:
     """Return the number of visible pairs of tiles, if they were of each kind: (4, tiles)."""
     if not _has_edge(grid):
-        counts: Array = np.bitwise_count(bits).sum(axis=(1, 2), dtype=np.int64)
+        flat = np.ascontiguousarray(bits).reshape(len(bits), -1)
+        wide = flat.view(np.uint64) if flat.shape[1] % 2 == 0 else flat
+        counts: Array = np.bitwise_count(wide).sum(axis=1, dtype=np.int64)
         return counts[None]
     rows, keys = grid.edge()
     inside = np.packbits(np.arange(grid.block_k) < keys, bitorder="little").view("<u4").astype(np.uint32)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 import numpy as np
 
 from attention.core.errors import UsageError, error_line
+from attention.masks.block_list import BlockFlags
 from attention.masks.pattern import DEFAULT_BLOCK, Both, Either, Lengths, Pattern, Shape, Table
 from attention.masks.tiles import (
     EMPTY,
@@ -23,7 +24,6 @@ from attention.masks.tiles import (
     Tiles,
     everywhere,
     inside,
-    interval_bits,
     packed,
     states,
 )
@@ -71,6 +71,11 @@ class _Band(Pattern, frozen=True):
         low = np.zeros_like(first) if self.reach is None else np.maximum(last - self.reach + 1, 0)
         return inside(grid, low, np.maximum(first + 1, 0))
 
+    def row_intervals(self, grid: Grid) -> Span:
+        end = np.arange(grid.shift + 1, grid.kv_seq + 1, dtype=np.int32)[None]
+        reach = None if self.reach is None else min(self.reach, grid.seq + grid.kv_seq)  # int32
+        return np.zeros((1, 1), np.int32) if reach is None else end - reach, end
+
     def state(self, tiles: Tiles) -> Array:
         least, most = tiles.first - tiles.last_key, tiles.last - tiles.first_key
         if self.reach is None:
@@ -80,10 +85,9 @@ class _Band(Pattern, frozen=True):
     def key(self, tiles: Tiles) -> Array:
         return tiles.first - tiles.first_key
 
-    def tile_bits(self, tiles: Tiles) -> Array:
-        own = (tiles.first - tiles.first_key)[:, None] + np.arange(tiles.grid.block_q)
-        low = np.zeros((1, 1), np.int64) if self.reach is None else own - self.reach + 1
-        return interval_bits(tiles.grid, low, own + 1)
+    def intervals(self, tiles: Tiles) -> Span:
+        end = (tiles.first - tiles.first_key)[:, None] + np.arange(1, tiles.grid.block_q + 1)
+        return np.zeros((1, 1), np.int64) if self.reach is None else end - self.reach, end
 
 
 class Causal(_Band, frozen=True):
@@ -141,15 +145,18 @@ class Prefix(Pattern, frozen=True):
         low = np.zeros((1, 1, grid.row_tiles), np.int64)
         return inside(grid, low, low + self.n)
 
+    def row_intervals(self, grid: Grid) -> Span:
+        return np.zeros((1, 1), np.int32), np.full((1, 1), min(self.n, grid.kv_seq), np.int32)
+
     def state(self, tiles: Tiles) -> Array:
         return states(tiles.first_key >= self.n, tiles.last_key < self.n)
 
     def key(self, tiles: Tiles) -> Array:
         return tiles.j
 
-    def tile_bits(self, tiles: Tiles) -> Array:
+    def intervals(self, tiles: Tiles) -> Span:
         high = (self.n - tiles.first_key)[:, None]
-        return interval_bits(tiles.grid, np.zeros_like(high), high)
+        return np.zeros((1, 1), np.int64), high
 
 
 class Padding(Pattern, frozen=True):
@@ -197,6 +204,10 @@ class Padding(Pattern, frozen=True):
         low, high = (np.broadcast_to(x[:, None, None], shape) for x in self._bounds(grid.kv_seq))
         return inside(grid, low, high)
 
+    def row_intervals(self, grid: Grid) -> Span:
+        low, high = self._bounds(grid.kv_seq)
+        return low[:, None], high[:, None]
+
     def _of_tiles(self, tiles: Tiles) -> tuple[Array, Array]:
         plane = tiles.b if len(self.lengths) > 1 else np.zeros(len(tiles), np.int64)
         low, high = self._bounds(tiles.grid.kv_seq)
@@ -211,9 +222,9 @@ class Padding(Pattern, frozen=True):
     def key(self, tiles: Tiles) -> Array:
         return (tiles.b if len(self.lengths) > 1 else 0) * tiles.grid.key_tiles + tiles.j
 
-    def tile_bits(self, tiles: Tiles) -> Array:
+    def intervals(self, tiles: Tiles) -> Span:
         low, high = self._of_tiles(tiles)
-        return interval_bits(tiles.grid, (low - tiles.first_key)[:, None], (high - tiles.first_key)[:, None])
+        return (low - tiles.first_key)[:, None], (high - tiles.first_key)[:, None]
 
 
 class Documents(Pattern, frozen=True):
@@ -315,15 +326,37 @@ class Documents(Pattern, frozen=True):
         keys = np.where(first_key == last_key, first_key, runs + b * grid.key_tiles + tiles.j)
         return rows * (runs + self.batches * grid.key_tiles) + keys
 
-    def tile_bits(self, tiles: Tiles) -> Array:
-        position = tiles.positions()
-        base = np.asarray(self._batch(tiles) * tiles.grid.kv_seq).reshape(-1, 1)
-        run = self._runs(base + np.clip(position, 0, None))
-        start = base + tiles.first_key[:, None]
-        low, high = self.starts.array[run] - start, self.starts.array[run + 1] - start
-        # keys beyond the last one repeat it, as rows do: a tile within one run is full
-        high = np.where(self.starts.array[run + 1] == base + tiles.grid.kv_seq, tiles.grid.block_k, high)
-        return interval_bits(tiles.grid, low, np.where(self.hidden.array[run] | (position < 0), low, high))
+    def intervals(self, tiles: Tiles) -> Span:
+        grid = tiles.grid
+        row = (self._batch(tiles) * grid.row_tiles if self.batches > 1 else 0) + tiles.i
+        first_key = tiles.first_key.astype(np.int32)[:, None]
+        low, high = (ends[row] - first_key for ends in self._ends(grid))
+        return low, high
+
+    def row_intervals(self, grid: Grid) -> Span:
+        starts, lengths = self.starts.array[:-1] % grid.kv_seq, np.diff(self.starts.array)
+        ends = np.where(self.hidden.array, starts, starts + lengths)
+        return self._of_rows(grid, starts, lengths), self._of_rows(grid, ends, lengths)
+
+    def _of_rows(self, grid: Grid, of_run: Array, lengths: Array) -> Array:
+        """Return a number of each row's run, int32 (batches, Lq); 0 for rows of negative positions."""
+        found = np.repeat(of_run.astype(np.int32), lengths).reshape(self.batches, -1)
+        return found[:, grid.shift :] if grid.shift >= 0 else np.pad(found, ((0, 0), (-grid.shift, 0)))
+
+    def _ends(self, grid: Grid) -> Span:
+        """Return the keys [low, high) of each row of the row tiles, (batches * row_tiles, block_q); kept.
+
+        Rows and keys beyond the last one repeat it: a tile within one run is full.
+        """
+        known = self.__dict__.get("_latest_ends")
+        if known is None or known[0] != grid:
+            low, high = self.row_intervals(grid)
+            high = np.where(high == grid.kv_seq, np.int32(grid.key_tiles * grid.block_k), high)
+            beyond = ((0, 0), (0, grid.row_tiles * grid.block_q - grid.seq))
+            rows = (np.pad(ends, beyond, mode="edge").reshape(-1, grid.block_q) for ends in (low, high))
+            known = (grid, *rows)
+            self.__dict__["_latest_ends"] = known
+        return known[1], known[2]
 
 
 class Groups(Pattern, frozen=True):
@@ -445,6 +478,12 @@ class Blocks(Pattern, frozen=True):
         batches, heads = self.planes(0, 0)
         row, j = np.divmod(np.flatnonzero(self._touched(grid)), grid.key_tiles)
         return Listed(Tiles(grid, batches, heads, row, j))
+
+    def block_flags(self, grid: Grid) -> BlockFlags | None:
+        if not self._aligned(grid):
+            return None
+        tall, wide = min(self.block // grid.block_q, grid.row_tiles), min(self.block // grid.block_k, grid.key_tiles)
+        return BlockFlags(self.array.array, tall, wide)
 
     def whole_tiles(self, grid: Grid) -> tuple[Array, Array] | None:
         if not self._aligned(grid):

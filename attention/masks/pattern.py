@@ -10,8 +10,19 @@ from msgspec import Struct
 from attention.core.errors import UsageError
 from attention.core.forking import check_not_forked
 from attention.masks import block_list as lists
-from attention.masks.block_list import BlockList
-from attention.masks.tiles import PARTIAL, Array, Candidates, Grid, Span, Tiles, everywhere, intersection, union
+from attention.masks.block_list import BlockFlags, BlockList
+from attention.masks.tiles import (
+    PARTIAL,
+    Array,
+    Candidates,
+    Grid,
+    Span,
+    Tiles,
+    everywhere,
+    intersection,
+    interval_bits,
+    union,
+)
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -117,7 +128,7 @@ class Pattern(Struct, frozen=True, dict=True):
 
     def _build(self, shape: Shape, block_q: int, block_k: int) -> BlockList:
         self.check(shape)
-        return lists.build(self, Grid(*shape, block_q, block_k))
+        return lists.build(self, Grid(*shape, block_q, block_k), lists.current_builder())
 
     def check(self, shape: Shape) -> None:
         """Raise UsageError unless the mask fits a call of (B, H, Lq, Lk)."""
@@ -169,6 +180,14 @@ class Pattern(Struct, frozen=True, dict=True):
         """Return a range of key tiles of each row tile that are surely full; None if unknown."""
         return None
 
+    def row_intervals(self, grid: Grid) -> Span | None:
+        """Return the keys [low, high) that each row sees, (batches or 1, Lq or 1); None if not adjacent."""
+        return None
+
+    def block_flags(self, grid: Grid) -> BlockFlags | None:
+        """Return the blocks that the mask consists of, if tiles divide them; otherwise None."""
+        return None
+
     def state(self, tiles: Tiles) -> Array:
         """Return the state of each tile; partial where it is not known without its pairs."""
         return np.full(len(tiles), PARTIAL, np.uint8)
@@ -178,8 +197,15 @@ class Pattern(Struct, frozen=True, dict=True):
         return tiles.row * tiles.grid.key_tiles + tiles.j
 
     def tile_bits(self, tiles: Tiles) -> Array:
-        """Return packed bits (tiles, block_q, words)."""
+        """Return packed bits (tiles, block_q, words); a part without `intervals` has it."""
         raise NotImplementedError
+
+    def intervals(self, tiles: Tiles) -> Span | None:
+        """Return the keys [low, high) that each row of the tiles sees, counted from a tile's first key.
+
+        Integers (tiles or 1, block_q or 1); None if the keys of a row need not be adjacent.
+        """
+        return None
 
     def classify(self, tiles: Tiles) -> tuple[Array, Array]:
         """Return the state of each tile, and for partial ones the bits of the parts that decide them."""
@@ -192,7 +218,8 @@ class Pattern(Struct, frozen=True, dict=True):
 
     def bits(self, tiles: Tiles, needed: int) -> Array:
         """Return the packed bits (tiles, block_q, words) of the needed parts combined."""
-        return self.tile_bits(tiles)
+        seen = self.intervals(tiles)
+        return self.tile_bits(tiles) if seen is None else interval_bits(tiles.grid, *seen)
 
 
 class _Composed(Pattern, frozen=True):
@@ -264,14 +291,28 @@ class Both(_Composed, frozen=True):
         lows, highs = zip(*known, strict=True)
         return functools.reduce(np.maximum, lows), functools.reduce(np.minimum, highs)
 
+    def row_intervals(self, grid: Grid) -> Span | None:
+        spans = [part.row_intervals(grid) for part in self.parts]
+        known = [span for span in spans if span is not None]
+        if len(known) < len(spans):
+            return None
+        lows, highs = zip(*known, strict=True)
+        return functools.reduce(np.maximum, lows), functools.reduce(np.minimum, highs)
+
     def _combined_state(self, a: Array, b: Array) -> Array:
         return np.minimum(a, b)
 
     def bits(self, tiles: Tiles, needed: int) -> Array:
-        first, *others = (part.bits(tiles, own) for part, own in self._needed(needed))
-        for other in others:
-            first = first & other
-        return first
+        parts = self._needed(needed)
+        spans = [part.intervals(tiles) for part, _ in parts]
+        known = [span for span in spans if span is not None]
+        found = [part.bits(tiles, own) for (part, own), span in zip(parts, spans, strict=True) if span is None]
+        if known:  # intersected before they become bits
+            lows, highs = zip(*known, strict=True)
+            found.append(
+                interval_bits(tiles.grid, functools.reduce(np.maximum, lows), functools.reduce(np.minimum, highs))
+            )
+        return functools.reduce(np.bitwise_and, found)
 
     def visible(self, lengths: Lengths, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":
         first, *others = (part.visible(lengths, b, h, q, k) for part in self.parts)

@@ -244,15 +244,29 @@ def interval_bits(grid: Grid, low: Array, high: Array) -> Array:
         low: integers (tiles, block_q or 1).
         high: the same.
     """
-    bits = _below(grid, high)
-    if np.any(low > 0):
-        bits = bits & ~_below(grid, low)
+    block_k = grid.block_k
+    if block_k <= MAX_TABLE_KEYS:
+        bits = np.take(_words_between(block_k), _within(low, block_k) * (block_k + 1) + _within(high, block_k), axis=0)
+    else:
+        below = _words_below(block_k)
+        bits = np.take(below, high, axis=0, mode="clip") & ~np.take(below, low, axis=0, mode="clip")
     return np.broadcast_to(bits, (max(len(low), len(high)), grid.block_q, grid.words))
 
 
-def _below(grid: Grid, end: Array) -> Array:
-    """Return words of the keys before `end`."""
-    return np.take(_words_below(grid.block_k), end, axis=0, mode="clip")
+def _within(end: Array, block_k: int) -> Array:
+    """Return ends within a tile, small enough for a product of two."""
+    return np.minimum(np.maximum(end, 0), block_k).astype(np.int32, copy=False)
+
+
+MAX_TABLE_KEYS: Final = 128
+"""Keys of a tile up to which all rows that see an interval are kept: 260 KB at 128."""
+
+
+@functools.lru_cache(maxsize=4)
+def _words_between(block_k: int) -> Array:
+    """Return the words of a row that sees the keys [low, high), at low * (block_k + 1) + high."""
+    below = _words_below(block_k)
+    return np.ascontiguousarray((below & ~below[:, None]).reshape(-1, block_k // WORD))
 
 
 @functools.lru_cache(maxsize=16)

@@ -189,6 +189,7 @@ PARTS = {
     "gradients": ("backward_bfloat16", "backward"),
     "quantized": ("quantized", "integer_products", "append"),
     "streams": ("streaming",),
+    "lists": ("mask_lists",),
 }
 """Sources of what a library is linked without until a call needs it (`require_forward` in module.cpp)."""
 ALL = frozenset(PARTS)

@@ -10,6 +10,8 @@ from types import ModuleType
 from attention.core.errors import KernelUnavailable
 from attention.kernels.common import cache
 from attention.kernels.cpu import build
+from attention.kernels.cpu.mask_lists import Builder
+from attention.masks import block_list as lists
 from attention.measure.device import cpu_quota
 
 _loaded: ModuleType | None = None
@@ -191,6 +193,8 @@ def load(on_message: Callable[[str], None] | None = None, parts: Iterable[str] =
                     module, found = _load(frozenset(parts), on_message or (lambda _: None))
                     module.limit_threads(cpu_quota() or 0)
                     _loaded, _parts = module, found
+                    if "lists" in found:
+                        lists.use_builder(Builder(module))
                 except OSError as error:
                     raise KernelUnavailable(f"making the kernel failed: {error}") from error
     return _loaded

@@ -24,6 +24,7 @@
 #include <mlx/primitives.h>
 
 #include "append.hpp"
+#include "mask_lists.hpp"
 #include "measure.hpp"
 #include "pool.hpp"
 #include "problem.hpp"
@@ -785,6 +786,25 @@ double read_bandwidth(const mx::array& a, const mx::array& b) {
   return fatui::read_bandwidth(memory(a), memory(b));
 }
 
+// Arrays of NumPy come by address, whose lengths attention/kernels/cpu/mask_lists.py checks.
+fatui::BlockFlags block_flags(uintptr_t flags, const std::array<int64_t, 3>& shape, const std::array<int64_t, 2>& block,
+                              const std::array<int64_t, 2>& tiles) {
+  fatui::require(fatui::count_blocks, "lists");
+  return {reinterpret_cast<const uint8_t*>(flags), shape[0], shape[1], shape[2], block[0], block[1], tiles[0], tiles[1]};
+}
+
+template <class T>
+nb::object bytes_of(const std::vector<T>& numbers) {
+  return nb::bytearray(numbers.data(), numbers.size() * sizeof(T));
+}
+
+nb::tuple intervals(uintptr_t low, uintptr_t high, const std::array<int64_t, 3>& shape, const std::array<int64_t, 2>& tile) {
+  fatui::require(fatui::list_intervals, "lists");
+  const auto made = fatui::list_intervals({reinterpret_cast<const int32_t*>(low), reinterpret_cast<const int32_t*>(high),
+                                           shape[0], shape[1], shape[2], tile[0], tile[1]});
+  return nb::make_tuple(bytes_of(made.offsets), bytes_of(made.entries), bytes_of(made.bits), made.pairs);
+}
+
 int64_t workspace(int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries, int64_t keys, int64_t head_dim,
                   int64_t value_dim, int element, bool training, bool quantized) {
   fatui::Problem p;
@@ -815,6 +835,16 @@ NB_MODULE(fatui_cpu_kernel, m) {
   });
   m.def("stream_step", &stream, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
+  m.def("count_blocks", [](uintptr_t flags, const std::array<int64_t, 3>& shape, const std::array<int64_t, 2>& block,
+                           const std::array<int64_t, 2>& tiles, uintptr_t offsets) {
+    fatui::count_blocks(block_flags(flags, shape, block, tiles), reinterpret_cast<int32_t*>(offsets));
+  }, nb::call_guard<nb::gil_scoped_release>());
+  m.def("list_blocks", [](uintptr_t flags, const std::array<int64_t, 3>& shape, const std::array<int64_t, 2>& block,
+                          const std::array<int64_t, 2>& tiles, uintptr_t offsets, uintptr_t entries) {
+    fatui::list_blocks(block_flags(flags, shape, block, tiles), reinterpret_cast<const int32_t*>(offsets),
+                       reinterpret_cast<int64_t*>(entries));
+  }, nb::call_guard<nb::gil_scoped_release>());
+  m.def("list_intervals", &intervals);
   m.def("workspace_bytes", &workspace, "Bytes above inputs and outputs, for shapes alone.");
   m.def("fma_peak", &fatui::fma_peak, "FLOP/s of multiply-adds in registers, float32, on all threads.");
   m.def("limit_threads", &fatui::limit_threads, "Limit the threads of calls, as a quota of CPU time does; 0: no limit.");

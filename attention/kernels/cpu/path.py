@@ -8,6 +8,7 @@ from attention.core.kv_format import DENSE
 from attention.core.route import MAX_PATH_LENGTH, Needs, Route, unsupported
 from attention.core.workload import Workload
 from attention.kernels import cpu
+from attention.kernels.cpu.listing import block_list
 from attention.measure.device import usable_cores
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def _mask_arguments(q: mx.array, k: KV, mask: Mask) -> dict[str, Any]:
     lists = None
     if mask.pattern is not None:
         batch, heads, queries, _ = q.shape
-        lists = mask.pattern.block_list((batch, heads, queries, k.shape[2]), *cpu.LIST_TILE)
+        lists = block_list(mask.pattern, (batch, heads, queries, k.shape[2]), *cpu.LIST_TILE)
     return {
         "causal": mask.causal,
         "window": mask.window,

@@ -7,11 +7,15 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from attention import masks
 from attention.core.errors import KernelUnavailable
 from attention.core.kv_format import parse_kv_format
 from attention.kernels.common.selfcheck import Floats, exact, gradients, results
 from attention.kernels.cpu import quantized_call
-from attention.masks import dtype_name
+from attention.kernels.cpu.mask_lists import Builder
+from attention.masks import Shape, dtype_name
+from attention.masks import block_list as lists
+from attention.masks.tiles import Grid
 from attention.measure.reference import Rules
 from attention.quantized_kv import quantized
 
@@ -122,6 +126,30 @@ def _rotated(x: Floats, positions: NDArray[np.int64], radians: Floats) -> Floats
     return np.concatenate([*turned, rest], -1)
 
 
+def _listed_masks() -> dict[masks.Pattern, Shape]:
+    """Return masks whose lists compiled code makes, with full, partial and cut tiles, and rows that see nothing."""
+    flags = np.arange(2 * 3 * 5).reshape(1, 2, 3, 5) % 3 == 0
+    packed_documents = masks.documents([[70, 30, 160], [1, 99, 160]])
+    return {
+        masks.blocks(flags, block=128): (1, 2, 384, 640),
+        masks.window(100): (1, 1, 300, 260),
+        masks.causal() & packed_documents: (2, 1, 260, 260),
+        masks.padding([200, 17]) & masks.prefix(150): (2, 1, 130, 260),
+    }
+
+
+def _check_lists(module: ModuleType) -> str:
+    """Return what differs between lists made by compiled code and by NumPy; empty if nothing does."""
+    builder = Builder(module)
+    for mask, shape in _listed_masks().items():
+        grid = Grid(*shape, 64, 128)
+        expected, found = lists.build(mask, grid, None), lists.build(mask, grid, builder)
+        same = expected.pairs == found.pairs and np.array_equal(expected.offsets, found.offsets)
+        if not same or not np.array_equal(expected.dense(), found.dense()):
+            return repr(mask)
+    return ""
+
+
 def run(module: ModuleType, parts: frozenset[str]) -> None:
     """Check a compiled kernel in the dtypes that it has, over quantized keys and values, and in streams.
 
@@ -133,6 +161,8 @@ def run(module: ModuleType, parts: frozenset[str]) -> None:
         if not error <= tolerance:
             raise KernelUnavailable(f"the compiled kernel disagrees with the reference by {error:.2g} ({what})")
 
+    if "lists" in parts and (mask := _check_lists(module)):
+        raise KernelUnavailable(f"the compiled kernel makes another block list of {mask}")
     dtypes = [dtype for dtype in _TOLERANCE if dtype_name(dtype) in parts]
     with mx.stream(mx.cpu):
         for dtype in dtypes:

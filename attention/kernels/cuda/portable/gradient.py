@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
+from attention.kernels.cpu.listing import block_list
 from attention.kernels.cuda.portable.backward import PADDED, PortableBackward, backward_tiles_for, widths_of
 from attention.kernels.cuda.portable.launch import dense_strides
 from attention.kernels.cuda.runtime import launcher
@@ -129,7 +130,7 @@ def backward_launch(shape: CallShape, call: CallParams) -> Launch:
     key_tiles = math.ceil(shape.keys / kernel.tiles.block_k)
     constants: tuple[mx.array, ...] = ()
     if call.pattern is not None:
-        made = call.pattern.block_list(shape.scores, kernel.tiles.block_q, kernel.tiles.block_k)
+        made = block_list(call.pattern, shape.scores, kernel.tiles.block_q, kernel.tiles.block_k)
         lists, planes = made.transposed(), list_planes(shape, made.batches, made.heads)
         steps = np.diff(lists.offsets).reshape(-1, key_tiles)[planes.reshape(-1, shape.group)].sum(axis=1)
         order = np.argsort(-steps.ravel(), kind="stable").astype(np.int32)  # longest first

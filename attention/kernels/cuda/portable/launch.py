@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attention.core.errors import KernelUnavailable
+from attention.kernels.cpu.listing import block_list
 from attention.kernels.cuda.portable.forward import FEW_ROWS, PortableForward, split_keys, tiles_for, width_of
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.gpu import gpu
@@ -81,7 +82,7 @@ def division(shape: CallShape, call: CallParams, narrow_steps: bool) -> WorkDivi
 
 def _lists(shape: CallShape, call: CallParams, kernel: PortableForward) -> BlockList:
     assert call.pattern is not None
-    return call.pattern.block_list(shape.scores, kernel.tiles.block_m, kernel.tiles.block_n)
+    return block_list(call.pattern, shape.scores, kernel.tiles.block_m, kernel.tiles.block_n)
 
 
 def list_works(shape: CallShape, made: BlockList, splits: int) -> NDArray[np.int32]:

@@ -7,6 +7,7 @@ from typing import Final
 
 import mlx.core as mx
 
+from attention.kernels.cpu.listing import block_list
 from attention.kernels.cuda.runtime import selfcheck
 from attention.kernels.cuda.runtime.call import CallParams, CallShape, float_bits
 from attention.kernels.cuda.runtime.gpu import gpu
@@ -132,7 +133,7 @@ def backward_launch(shape: CallShape, call: CallParams) -> Launch:
     key_planes = shape.batch * shape.kv_heads
     plane_bytes = L2_BYTES_OF_ELEMENT * shape.queries * shape.head_dim * shape.group
     if call.pattern is not None:
-        made = call.pattern.block_list(shape.scores, BLOCK_Q, kernel.block_k)
+        made = block_list(call.pattern, shape.scores, BLOCK_Q, kernel.block_k)
         lists, steps = made.transposed(), [made.heads * (made.batches > 1), int(made.heads > 1)]
         planes = list_planes(shape, made.batches, made.heads).reshape(key_planes, shape.group)
         table = list_schedule(gpu().multiprocessors, lists.offsets, planes, made.key_tiles, plane_bytes)

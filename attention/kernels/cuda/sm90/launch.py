@@ -8,6 +8,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar
 
 import mlx.core as mx
 
+from attention.kernels.cpu.listing import block_list
 from attention.kernels.cuda.runtime import launch
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.gpu import gpu
@@ -68,7 +69,7 @@ def forward(shape: CallShape, call: CallParams, kernel: Forward) -> Launch:
     planes = shape.batch * shape.heads
     plane_bytes = 4 * shape.keys * shape.head_dim // shape.group
     if call.pattern is not None:
-        made = call.pattern.block_list(shape.scores, kernel.block_m, kernel.block_n)
+        made = block_list(call.pattern, shape.scores, kernel.block_m, kernel.block_n)
         listed, parts = list_works(
             gpu().multiprocessors,
             made.offsets,
