@@ -111,20 +111,20 @@ def _reverse(screen: str) -> Action:
 BACK: Final = Action("back", "escape", "Back", "Go back", "screen.back")
 PRESETS: Final = (
     Action("presets_rename", "n", "Rename", "Rename one of your own", "screen.rename"),
+    BACK,
     Action("presets_delete", "d,delete", "Delete", "Delete one of your own; can be undone", "screen.delete"),
     Action("presets_undo", "u", "Undo", "Restore what was deleted last", "screen.undo"),
     *_of_table("presets", reference=False),
-    BACK,
     _reverse("presets"),
 )
 HISTORY: Final = (
     Action("history_mark", "space", "Mark", "Mark the run for a comparison, two at most", "screen.mark"),
     Action("history_compare", "c", "Compare", "Compare the marked runs, or the marked one and this", "screen.compare"),
     Action("history_file", "f", "File", "Compare the run under the cursor with a result file", "screen.file"),
+    BACK,
     Action("history_delete", "d,delete", "Delete", "Delete the run; can be undone", "screen.delete"),
     Action("history_undo", "u", "Undo", "Restore what was deleted last", "screen.undo"),
     *_of_table("history", reference=False),
-    BACK,
     _reverse("history"),
 )
 COMPARE: Final = (*_of_table("compare"), BACK, _reverse("compare"))

@@ -40,7 +40,7 @@ RUN_COLUMNS = (
     TableColumn(name="device", title="device", right=False, rank=5, widest=28),
     TableColumn(name="id", title="id", right=False, rank=6),
 )
-FILE = "a file that e or --json wrote, here or on another machine; enter compares the run under the cursor with it"
+FILE = "a result file (JSON) of any machine; enter compares the chosen run with it"
 NO_RUNS = "No runs yet; finished runs appear here."
 CHANGE_COLUMNS = (
     TableColumn(name="implementation", title="", right=False, widest=16),
@@ -278,7 +278,7 @@ class Compare(HasTable, ClosesOnce, Screen[None]):
     def _show(self) -> None:
         over = f" beyond the change of {self._reference}" if self._reference else ""
         self.query_one(StatusLine).show(
-            f"Comparison of two runs{_outcomes(self._comparison.changes)}", f"above 1: the second is faster{over}"
+            f"Comparison{_outcomes(self._comparison.changes)}", f"above 1: second is faster{over}"
         )
         lines: list[TableLine] = []
         label = ""
