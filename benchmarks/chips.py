@@ -29,9 +29,8 @@ from attention.chips.calibration import FIXED, Calibration, Measured, calibrate,
 from attention.chips.cost import Path as PathKind
 from attention.chips.prediction import LIMITS, Prediction, hosts_of, predict
 from attention.chips.table import Chip, chip_of_device, chips
-from attention.core.digest import digest_of
 from attention.core.plan import expand
-from attention.core.results import Report
+from attention.core.results import Report, digest_of
 from attention.core.workload import Workload
 from attention.implementations.fused import Poc
 

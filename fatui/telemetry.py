@@ -1,4 +1,4 @@
-"""Machine readings that need no root: load, clock, temperature, power; None if unavailable."""
+"""Machine readings that need no root: load, clock, temperature, power; None if unavailable. Their line of text."""
 
 import contextlib
 import time
@@ -7,9 +7,10 @@ from typing import Any
 import psutil
 from msgspec import Struct
 
+from attention.measure.conditions import cpu_clock_hz, cpu_temperature_c
+from attention.measure.device import open_nvml
 from attention.measure.energy import RaplCounter
-from attention.measure.fingerprint import cpu_clock_hz, cpu_temperature_c
-from attention.measure.nvml import open_device
+from fatui import formatting
 
 
 class Reading(Struct, frozen=True, kw_only=True):
@@ -90,7 +91,7 @@ class Telemetry:
     def _gpu(self) -> GpuReading | None:
         if not self._nvml_tried:
             self._nvml_tried = True
-            self._nvml = open_device()
+            self._nvml = open_nvml()
         if self._nvml is None:
             return None
         nvml, handle = self._nvml
@@ -110,3 +111,20 @@ class Telemetry:
             power_w=power / 1000 if power else None,
             used_bytes=memory.used if memory else None,
         )
+
+
+def reading_text(reading: Reading) -> str:
+    """Format the telemetry line: "CPU 198 %   clock 3.4 GHz   temperature n/a   power n/a"."""
+    return "   ".join([*_device_words("CPU", reading.cpu_percent, reading), *(_gpu_words(reading.gpu))])
+
+
+def _gpu_words(gpu: GpuReading | None) -> list[str]:
+    return _device_words("GPU", gpu.load_percent, gpu) if gpu else []
+
+
+def _device_words(name: str, load: float | None, reading: Reading | GpuReading) -> list[str]:
+    clock = "n/a" if reading.clock_hz is None else f"{formatting.rate(reading.clock_hz)}Hz"
+    temperature = "n/a" if reading.temperature_c is None else f"{reading.temperature_c:.0f} °C"
+    power = "n/a" if reading.power_w is None else f"{reading.power_w:.0f} W"
+    shown = "n/a" if load is None else f"{load:.0f} %"
+    return [f"{name} {shown}", f"clock {clock}", f"temperature {temperature}", f"power {power}"]

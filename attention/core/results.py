@@ -1,7 +1,14 @@
-"""Result rows, from which the table, the history and all exports are made. Unknown values are None."""
+"""Result rows, from which the table, the history and all exports are made. Unknown values are None.
 
-from typing import Final, Literal, cast
+For files there are the same rows as flat records, and digests, by which a file that was edited afterwards shows. A
+digest guards against accidents and quiet corrections, not against forgery: anyone who edits a file can recompute it.
+"""
 
+import hashlib
+from collections.abc import Mapping
+from typing import Any, Final, Literal, cast
+
+import msgspec
 from msgspec import Struct, structs
 
 from attention.core.stream import Stream, StreamBlock
@@ -496,3 +503,122 @@ class Report(Struct, frozen=True, kw_only=True):
 
 
 AnyCase = Case | ModelCase | FineTuningCase | StreamCase
+
+
+ORIGIN: Final = ("run_id", "started", "fatui", "mlx", "backend", "device", "host")
+INTERVALS: Final = (
+    *("call_s", "speedup", "over_dense", "dense_s", "over_unquantized", "unquantized_s"),
+    *("over_one_device", "one_device_s", "attention_share"),
+)
+
+
+def origin(report: Report) -> dict[str, object]:
+    """Return what all rows of a run have in common."""
+    where = report.environment
+    identity = {"run_id": report.run.id, "started": report.run.started}
+    return {name: identity.get(name) or getattr(where, name) for name in ORIGIN}
+
+
+def flat_row(number: int, case: AnyCase, row: Row) -> dict[str, object]:
+    """Return a row with its case: the parts of intervals are named "call_s_median", samples are counted.
+
+    Args:
+        number: of the case in its run, from 1.
+        case: the case.
+        row: one of its rows.
+    """
+    fields: dict[str, Any] = msgspec.to_builtins(row)
+    samples = fields.pop("samples")
+    if isinstance(row, StreamRow):
+        del fields["blocks"], fields["bare_bins"]  # in the JSON
+        fields["seen_tokens"] = fields.pop("tokens")  # the workload's are those requested
+    fields.update(_rank_fields(row))
+    del fields["per_rank"]
+    for name in INTERVALS:
+        parts = fields.pop(name, None) or {}
+        fields.update({f"{name}_{part}": value for part, value in parts.items()})
+    return {
+        "case": number,
+        **msgspec.to_builtins(case.workload),
+        "reference": case.reference,
+        "noise_floor": case.noise_floor.floor if case.noise_floor else None,
+        **_sizes(case),
+        "sample_count": len(samples),
+        **fields,
+    }
+
+
+def flat_rows(report: Report) -> list[dict[str, object]]:
+    """Return all rows of a run, each with the run's origin."""
+    shared = origin(report)
+    return [
+        {**shared, **flat_row(number, case, row)}
+        for number, case in enumerate(report.all_cases, start=1)
+        for row in case.rows
+    ]
+
+
+def _rank_fields(row: Row) -> dict[str, object]:
+    """Return what the ranks sent and waited, with one value for each rank where they differ."""
+    ranks = row.per_rank
+    return {
+        "sent_bytes": row.sent_bytes,
+        "exposed_s": row.exposed_s,
+        "rank_call_s": [rank.call_s for rank in ranks],
+        "rank_waiting_s": [rank.waiting_s for rank in ranks],
+        "rank_sent_bytes": [rank.sent_bytes for rank in ranks],
+    }
+
+
+def _sizes(case: AnyCase) -> dict[str, object]:
+    match case:
+        case Case():
+            return {"kv_token_bytes": case.workload.kv_token_bytes}
+        case ModelCase():
+            return {name: getattr(case, name) for name in ("weights_bytes", "kv_token_bytes", "cache_bytes")}
+        case FineTuningCase() | StreamCase():
+            return {"weights_bytes": case.weights_bytes}
+
+
+ALGORITHM: Final = "sha256"
+
+
+def digest_of(document: Mapping[str, Any]) -> str:
+    """Return the digest of a result file's document: of all but its own digest, without nulls, with sorted keys."""
+    content = _without_nulls({name: value for name, value in document.items() if name != "digest"})
+    encoded = msgspec.json.encode(content, order="deterministic")
+    return f"{ALGORITHM}:{hashlib.sha256(encoded).hexdigest()}"
+
+
+def sealed(report: Report, further: Mapping[str, Any] | None = None) -> bytes:
+    """Encode a report as JSON with its digest; unknown and infinite figures are null.
+
+    Args:
+        report: the report.
+        further: keys beside those of the report.
+    """
+    encoded = msgspec.json.encode({**msgspec.to_builtins(report), **(further or {})})
+    document = msgspec.json.decode(encoded)
+    return msgspec.json.encode({**document, "digest": digest_of(document)})
+
+
+def is_edited(content: bytes) -> bool:
+    """Return whether a file with a digest does not have it; one without is not known to be edited.
+
+    Args:
+        content: a JSON document that is a report.
+    """
+    document = msgspec.json.decode(content)
+    stored = document.get("digest") if isinstance(document, dict) else None
+    if stored is None:
+        return False
+    try:
+        return bool(stored != digest_of(document))
+    except (OverflowError, ValueError, msgspec.MsgspecError):  # a number that cannot be written again
+        return True
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(each) for name, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value

@@ -33,7 +33,7 @@ from attention.distributed.movement import joined, needed, places_of
 from attention.implementations.calls import call_through_hooks, current_backend, with_logsumexp
 from attention.implementations.protocol import Implementation
 from attention.masks import Mask, Pattern, causal, of_pattern, window
-from attention.masks.section import Section
+from attention.masks.parts import Section
 from attention.quantized_kv import QuantizedArray
 from attention.streaming import StreamingKV
 

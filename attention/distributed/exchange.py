@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from attention.distributed.layout import ALIGNMENT, Chunk, Layout, rows_of, union
 from attention.masks import Pattern
-from attention.masks.section import Chunks, Section, is_aligned
+from attention.masks.parts import Chunks, Section, is_aligned
 
 MAX_LISTED_TILES: Final = 1 << 28
 """Tiles of a mask's scores up to which a pattern's needed keys are taken from its list."""

@@ -8,11 +8,9 @@ from typing import Any, Final, NamedTuple
 import msgspec
 from msgspec import structs
 
-from attention.core.digest import sealed
 from attention.core.errors import UsageError
 from attention.core.files import replace_file
-from attention.core.flat import flat_rows
-from attention.core.results import Case, Ratio, Report, Row
+from attention.core.results import Case, Ratio, Report, Row, flat_rows, sealed
 from attention.core.workload import Workload
 
 UNKNOWN: Final = "n/a"

@@ -20,10 +20,9 @@ from attention.core.workload import COUNTERPARTS, Counterpart, Workload
 from attention.engine.progress import EMIT_INTERVAL_S, Emit, Progress
 from attention.engine.turns import TURNS, Turns
 from attention.implementations.protocol import Implementation, build, missing_feature, needs_building
-from attention.measure.conditions import ConditionsWatch
+from attention.measure.conditions import ConditionsWatch, fingerprint, machine_state
 from attention.measure.device import Device, environment, probe
 from attention.measure.energy import energy_counter, energy_of_calls, power_limit_w
-from attention.measure.fingerprint import fingerprint, machine_state
 from attention.measure.rounds import Arm, Limits, TakesSamples, min_rounds_s, run_rounds, set_strides
 
 if TYPE_CHECKING:

@@ -1,12 +1,13 @@
-"""The machine: MLX's backend, memory, processor and installed libraries."""
+"""The machine: MLX's backend, memory, processor and installed libraries; NVIDIA's management library."""
 
 import math
 import os
 import platform
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from msgspec import Struct
 
@@ -196,3 +197,20 @@ def environment(device: Device) -> Environment:
         os=f"{platform.system()} {platform.release()}",
         python=platform.python_version(),
     )
+
+
+def open_nvml() -> tuple[Any, Any] | None:
+    """Return NVIDIA's management library and the handle of the first visible device; None without any of them.
+
+    The library itself sees all devices, also those that CUDA_VISIBLE_DEVICES hides.
+    """
+    with suppress(Exception):  # no pynvml, no driver, no device, or one that the library does not name
+        import pynvml  # type: ignore[import-not-found, unused-ignore]
+
+        nvml: Any = pynvml
+        nvml.nvmlInit()
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+        if first.startswith(("GPU-", "MIG-")):
+            return nvml, nvml.nvmlDeviceGetHandleByUUID(first)
+        return nvml, nvml.nvmlDeviceGetHandleByIndex(int(first or 0))
+    return None

@@ -13,8 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from attention.measure import nvml
-from attention.measure.device import Device
+from attention.measure.device import Device, open_nvml
 from attention.measure.rounds import Clock
 
 ENERGY_S: Final = 0.25
@@ -48,14 +47,14 @@ def power_limit_w(device: Device) -> float | None:
     if device.backend != "cuda":
         return None
     with suppress(Exception):
-        library, handle = nvml.open_device() or (None, None)
+        library, handle = open_nvml() or (None, None)
         assert library is not None
         return float(library.nvmlDeviceGetPowerManagementLimit(handle)) / 1e3
     return None
 
 
 def _nvml() -> Counter:
-    library, handle = nvml.open_device() or (None, None)
+    library, handle = open_nvml() or (None, None)
     assert library is not None
     return lambda: float(library.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
 

@@ -16,10 +16,9 @@ import msgspec
 from msgspec import Struct, field, structs
 
 from attention.arguments import check_mask
-from attention.core.digest import sealed
 from attention.core.errors import UnsupportedError, UsageError
 from attention.core.files import write_whole
-from attention.core.results import Case, Peaks, Report, Row, Run, Summary
+from attention.core.results import Case, Peaks, Report, Row, Run, Summary, sealed
 from attention.core.route import Needs, Route
 from attention.core.statistics import median_interval
 from attention.core.workload import Workload

@@ -13,9 +13,8 @@ if TYPE_CHECKING:
 
     from attention.core.results import Report
     from fatui.cli.output import Export
-    from fatui.report.comparison import Comparison, RowChange
+    from fatui.report.comparison import Comparison, MachineTable, RowChange
     from fatui.report.gate import Gate, Thresholds
-    from fatui.report.machines import MachineTable
     from fatui.storage.history import RunHistory
 
 MAX_THRESHOLD_BYTES: Final = 2**16
@@ -101,7 +100,7 @@ def report_gate(gate: "Gate", exports: "Sequence[Export]") -> int:
 def _side_by_side(arguments: argparse.Namespace) -> int:
     """Print the rows of several machines."""
     from fatui.cli.output import requested_exports
-    from fatui.report.machines import by_machine, to_markdown
+    from fatui.report.comparison import by_machine, to_markdown
     from fatui.storage.history import read_runs
 
     if arguments.by != "device":
@@ -132,7 +131,7 @@ def _machine_blocks(table: "MachineTable") -> "RenderableType":
     from rich.table import Table
     from rich.text import Text
 
-    from fatui.report.machines import HEADS, NOTE, cells, labels
+    from fatui.report.comparison import HEADS, NOTE, cells, labels
     from fatui.report.table import short_name
 
     blocks: list[RenderableType] = [Text(f"[{number}] {name}") for number, name in enumerate(table.machines, 1)]

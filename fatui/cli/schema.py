@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: the target is not writable.
     """
     from fatui.cli.output import requested_exports, write_text
-    from fatui.storage.schema import schema_text
+    from fatui.storage.result_files import schema_text
 
     exports = requested_exports(arguments, ("file",))
     if not exports:

@@ -8,10 +8,8 @@ from typing import Any, Final
 
 import msgspec
 
-from attention.core.digest import sealed
 from attention.core.errors import UsageError
-from attention.core.flat import ORIGIN, flat_row, flat_rows, origin
-from attention.core.results import AnyCase, Case, Report, Row
+from attention.core.results import ORIGIN, AnyCase, Case, Report, Row, flat_row, flat_rows, origin, sealed
 from attention.core.stream import Stream
 from attention.core.workload import FineTuning, Generation
 from fatui import formatting

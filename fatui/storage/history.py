@@ -13,10 +13,9 @@ from urllib.parse import quote
 import msgspec
 from msgspec import Struct, structs
 
-from attention.core.digest import sealed
 from attention.core.errors import UsageError, suggestion
 from attention.core.files import expand_home, make_folder
-from attention.core.results import Report
+from attention.core.results import Report, sealed
 from fatui import storage
 from fatui.storage import result_files
 from fatui.storage.result_files import read

@@ -1,4 +1,4 @@
-"""Result files, read with limits on their size and checks of their values."""
+"""Result files, read with limits on their size and checks of their values; their JSON Schema."""
 
 import re
 from collections.abc import Iterator
@@ -8,7 +8,6 @@ from typing import Any, Final
 import msgspec
 from msgspec import Struct, structs
 
-from attention.core.digest import is_edited
 from attention.core.errors import UsageError
 from attention.core.files import read_bounded
 from attention.core.results import (
@@ -21,6 +20,7 @@ from attention.core.results import (
     Report,
     Share,
     StreamRow,
+    is_edited,
 )
 from attention.core.stream import StreamBlock
 from fatui.untrusted_text import escape_all, one_line
@@ -167,3 +167,23 @@ def _limits(owner: object, name: str) -> tuple[float, float]:
         case _, "max_error" | "rms_error":
             return 0, float("inf")
     return 0, MAX_FIGURE
+
+
+PUBLISHED: Final = Path(__file__).with_name("result.schema.json")
+DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
+STUDY: Final = "The original study's figures beside the measured ones, for the shapes that it has."
+
+
+def result_schema() -> dict[str, Any]:
+    """Return the schema of a result file, JSON Schema draft 2020-12."""
+    made = msgspec.json.schema(Report)
+    report = made["$defs"]["Report"]
+    report["properties"]["schema"]["maximum"] = SCHEMA
+    report["properties"]["study"] = {"description": STUDY, "type": ["object", "null"]}
+    title = "Results of fatui"
+    return {"$schema": DIALECT, "$id": f"urn:fatui:result:{SCHEMA}", "title": title, **made}
+
+
+def schema_text() -> str:
+    """Return the schema as JSON, indented."""
+    return msgspec.json.format(msgspec.json.encode(result_schema(), order="deterministic"), indent=2).decode() + "\n"

@@ -20,7 +20,7 @@ from fatui.storage import settings
 from fatui.telemetry import Reading
 from fatui.tui import actions
 from fatui.tui.advisor import Advice
-from fatui.tui.view_models import estimate
+from fatui.tui.view_models import cost
 from fatui.tui.view_models.availability import names_for
 from fatui.tui.view_models.cost import Timing, costliest_kinds, is_known
 from fatui.tui.view_models.journal import Level, Log
@@ -135,7 +135,7 @@ class Lab(App[int]):
         """Make an engine that knows the times of earlier runs; `cost_only`: it times single calls only."""
         known = KnownTimes()
         if isinstance(plan, Plan):
-            known = estimate.known_times(self.remembered.pace, self.device_name)
+            known = cost.known_times(self.remembered.pace, self.device_name)
         assignment = Assignment(plan=plan, known=known, cost_only=cost_only)
         return Engine(plan, listener, remote=self.remote, assignment=assignment)
 
@@ -315,7 +315,7 @@ class CostMeter:
         app = self._app
         if not isinstance(plan, Plan) and plan in self.models:
             return
-        known = estimate.known_times(app.remembered.pace, app.device_name)
+        known = cost.known_times(app.remembered.pace, app.device_name)
         if isinstance(plan, Plan) and is_known(plan, known, self._untimed):
             return
         self._task = asyncio.create_task(self._measure(plan, self.timing, changed))
@@ -366,7 +366,7 @@ class CostMeter:
             self.models[plan] = timing
         if timing.calls and timing.device:
             remembered = self._app.remembered
-            remembered.pace = estimate.learn_calls(remembered.pace, timing.device, timing.calls)
+            remembered.pace = cost.learn_calls(remembered.pace, timing.device, timing.calls)
         if self._app.is_running:
             changed()
 
@@ -424,7 +424,7 @@ class RunController:
             self._make_engine,
             command=app.command(command_of(plan, app.preset if name else None)),
             preset=name,
-            expected_s=estimate.estimate_s(plan, app.remembered.pace, app.device_name),
+            expected_s=cost.estimate_s(plan, app.remembered.pace, app.device_name),
             clock=self._clock,
             now=self._now,
         )
@@ -508,7 +508,7 @@ class RunController:
                 self._app.remembered.peaks, self._app.remembered.peaks_of = report.peaks, report.environment.machine
             if session.phase == "done" and screen is None:
                 remembered = self._app.remembered
-                remembered.pace = estimate.learn(remembered.pace, report, session.rounds_s + session.once_s)
+                remembered.pace = cost.learn(remembered.pace, report, session.rounds_s + session.once_s)
         self._app.journal.write(session.finding or f"the run {session.phase}")
 
     async def _store(self, report: Report) -> None:

@@ -6,7 +6,7 @@ import pytest
 from attention.chips.calibration import Measured
 from attention.chips.prediction import Prediction, calibration
 from attention.chips.table import chips
-from attention.core.digest import digest_of
+from attention.core.results import digest_of
 from attention.core.workload import Workload
 from benchmarks import chips as benchmark
 

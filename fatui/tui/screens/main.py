@@ -18,7 +18,7 @@ from fatui.tui import actions
 from fatui.tui.lab import Lab, command_of
 from fatui.tui.painting import SparingScreen
 from fatui.tui.screens.tables import HasTable
-from fatui.tui.view_models import availability, cost, estimate, table_lines
+from fatui.tui.view_models import availability, cost, table_lines
 from fatui.tui.view_models.session import AnySession
 from fatui.tui.widgets.bars import SPINNER, TABS, KeyBar, PaneTabs, StatusLine
 from fatui.tui.widgets.comparison_pane import ComparisonPane
@@ -188,7 +188,7 @@ class MainScreen(HasTable, SparingScreen[None]):
             return {}
         app = self.app
         names = availability.names_for(app.draft)
-        return estimate.call_times(workload, names, app.remembered.pace, app.device_name)
+        return cost.call_times(workload, names, app.remembered.pace, app.device_name)
 
     def _paths_taken(self, workload: Workload | None) -> dict[str, str]:
         """Return the path that each implementation took on the workload in the run shown."""
@@ -298,7 +298,7 @@ class MainScreen(HasTable, SparingScreen[None]):
         suffix = f" · {errors} error{'s' if errors > 1 else ''}, see the log" if errors else ""
         session, active = app.session, app.runs.active_session
         if active is not None and active is not session:
-            left = estimate.remaining(active)
+            left = cost.remaining(active)
             return f"{active.plan.cases[0].model or 'a stream'} runs{f' · {left.words}' if left else ''}{suffix}"
         if session is None:
             return f"{f'run {app.report.run.id} is open' if app.report else 'ready'}{suffix}"
@@ -509,7 +509,7 @@ class MainScreen(HasTable, SparingScreen[None]):
 
 
 def _phase(session: AnySession) -> str:
-    left = estimate.remaining(session)
+    left = cost.remaining(session)
     if session.phase != "running" or left is None:
         return f"{session.phase} · {formatting.duration(session.elapsed_s)}"
     if session.building:

@@ -8,7 +8,7 @@ from msgspec import Struct
 from attention.core.results import Report
 from fatui import formatting
 from fatui.report.document import counted
-from fatui.tui.view_models.braille import area
+from fatui.tui.view_models.plot import area
 
 if TYPE_CHECKING:
     from fatui.storage.history import RunHistory, RunSummary

@@ -11,7 +11,7 @@ from attention.core import statistics
 from attention.core.results import MIN_ROUNDS, NoiseFloor, Report
 from attention.engine.record import CaseState, RowState
 from fatui import formatting
-from fatui.tui.view_models import estimate
+from fatui.tui.view_models import cost
 from fatui.tui.view_models.session import AnySession, Session
 from fatui.tui.view_models.table_lines import step_text
 
@@ -251,7 +251,7 @@ def progress_line(session: AnySession) -> str:
         return (
             f"compiling {session.building}, {formatting.duration(session.building_s)} so far; cached for the next run"
         )
-    left = estimate.remaining(session)
+    left = cost.remaining(session)
     done = left.done if left else 0.0
     filled = round(done * BAR)
     many = len(session.plan.cases)

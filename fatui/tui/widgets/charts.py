@@ -7,8 +7,20 @@ from rich.style import Style
 from textual.strip import Strip
 
 from fatui.tui.painting import KeepsStyles
-from fatui.tui.view_models.braille import ACROSS, DOWN, NOBODY, Canvas, Cells, area, stretched
-from fatui.tui.view_models.plot import CURSOR, NOTED, Axis, Plot, drawn
+from fatui.tui.view_models.plot import (
+    ACROSS,
+    CURSOR,
+    DOWN,
+    NOBODY,
+    NOTED,
+    Axis,
+    Canvas,
+    Cells,
+    Plot,
+    area,
+    drawn,
+    stretched,
+)
 from fatui.tui.view_models.trends import Scale, Trend
 from fatui.tui.widgets.row_table import clip
 

@@ -11,12 +11,11 @@ from textual.widgets import Static
 
 from attention.core.results import Case, Peaks, Report
 from attention.core.workload import Workload
-from fatui.telemetry import Reading
+from fatui.telemetry import Reading, reading_text
 from fatui.tui.painting import set_text, set_title
 from fatui.tui.terminal import literal
 from fatui.tui.view_models.plot import mark_of
 from fatui.tui.view_models.session import Session
-from fatui.tui.view_models.telemetry import reading_text
 from fatui.tui.view_models.trends import (
     VIEWS,
     Scale,

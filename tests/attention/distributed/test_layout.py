@@ -87,7 +87,7 @@ def test_part_of_a_mask_is_its_rows_and_keys():
     whole = masks.causal() & masks.documents([300, 212]) | masks.prefix(7)
     dense = np.array(whole.dense((1, 1, 512, 512)))[0, 0]
     for rows, keys in ((((0, 128), (384, 512)), ((0, 256), (384, 512))), (((5, 50), (60, 61)), ((3, 300),))):
-        from attention.masks.section import Section, indices
+        from attention.masks.parts import Section, indices
 
         part = Section(whole, (512, 512), rows, keys)
         cut = dense[np.ix_(indices(rows), indices(keys))]

@@ -12,8 +12,8 @@ from attention.core.workload import Workload
 from attention.engine import case_runner
 from attention.engine.bench import Bench
 from attention.engine.record import record_of
-from attention.measure import energy, nvml
-from attention.measure.device import Device
+from attention.measure import energy
+from attention.measure.device import Device, open_nvml
 from attention.measure.energy import RaplCounter, energy_counter, energy_of_calls, per_call, watts_of
 from tests.support.marks import slow
 
@@ -97,7 +97,7 @@ def test_the_gpu_is_the_first_that_cuda_sees(visible, taken, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "pynvml", library)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    found = nvml.open_device()
+    found = open_nvml()
     assert (found and found[1]) == taken
 
 

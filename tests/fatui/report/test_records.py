@@ -16,7 +16,7 @@ from attention.core.workload import Workload
 from fatui.cli import output
 from fatui.cli import run as cli_run
 from fatui.cli.main import main
-from fatui.report import export, machines
+from fatui.report import comparison, export
 from fatui.storage.history import RunHistory
 from tests.support import hostile
 from tests.support.fake_engine import FakeEngine
@@ -149,7 +149,7 @@ def on_device(name: str, identity: str, seed: int = 1) -> Report:
 
 
 def test_machines_stand_side_by_side():
-    table = machines.by_machine([on_device("A", "a1"), on_device("B", "b1"), on_device("A", "a2", seed=2)])
+    table = comparison.by_machine([on_device("A", "a1"), on_device("B", "b1"), on_device("A", "a2", seed=2)])
     assert table.machines == ("A, cpu", "B, cpu")
     assert len(table.rows) == 8
     for (workload, name), entries in table.rows.items():
@@ -194,5 +194,5 @@ def test_a_wrong_comparison_is_one_line(arguments, problem, capsys):
 def test_hostile_machines():
     report = hostile.report("shapes", "a")
     other = structs.replace(report, environment=Environment())
-    text = machines.to_markdown(machines.by_machine([report, other]))
+    text = comparison.to_markdown(comparison.by_machine([report, other]))
     assert not hostile.unsafe_in(text)

@@ -8,19 +8,19 @@ import msgspec
 import pytest
 from msgspec import structs
 
-from attention.core import digest
 from attention.core import events as on
+from attention.core import results
 from attention.core.results import Fingerprint, MachineState, Report
 from attention.core.workload import Workload
 from attention.engine.record import record_of
+from attention.measure.conditions import fingerprint, machine_state
 from attention.measure.device import probe
-from attention.measure.fingerprint import fingerprint, machine_state
 from fatui.cli.main import main
 from fatui.report.compose import compose
 from fatui.report.document import to_markdown
 from fatui.report.export import to_json
 from fatui.report.study import beside
-from fatui.storage import result_files, schema
+from fatui.storage import result_files
 from fatui.storage.history import RunHistory
 from tests.support import hostile
 from tests.support.sample_runs import ENVIRONMENT, plan_of, report_of, run_of
@@ -48,7 +48,7 @@ ROWS_OF_BENCHMARKS = {
 
 
 def problems(document: object) -> list[str]:
-    validator = jsonschema.Draft202012Validator(schema.result_schema())
+    validator = jsonschema.Draft202012Validator(result_files.result_schema())
     return [f"{error.json_path}: {error.message}"[:300] for error in validator.iter_errors(document)]
 
 
@@ -65,8 +65,8 @@ def test_every_kept_result_is_as_the_schema_says(path):
 
 
 def test_the_schema_is_valid_and_published_as_it_is():
-    jsonschema.Draft202012Validator.check_schema(schema.result_schema())
-    assert schema.PUBLISHED.read_text() == schema.schema_text(), "python -m fatui.storage.schema writes it again"
+    jsonschema.Draft202012Validator.check_schema(result_files.result_schema())
+    assert result_files.PUBLISHED.read_text() == result_files.schema_text(), "`fatui schema --file` writes it again"
 
 
 def test_what_is_written_is_as_the_schema_says():
@@ -100,9 +100,9 @@ def test_the_schema_refuses_what_is_wrong(place, value):
 
 def test_the_command_prints_the_schema(tmp_path, capsys):
     assert main(["schema"]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads(schema.schema_text())
+    assert json.loads(capsys.readouterr().out) == json.loads(result_files.schema_text())
     assert main(["schema", "--file", str(tmp_path / "s.json")]) == 0
-    assert (tmp_path / "s.json").read_text() == schema.schema_text()
+    assert (tmp_path / "s.json").read_text() == result_files.schema_text()
     assert main(["schema", "--file", str(tmp_path / "no" / "s.json")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -205,4 +205,4 @@ def test_infinities_do_not_change_the_digest():
     (case,) = report.cases
     rows = tuple(structs.replace(row, max_error=float("inf")) for row in case.rows)
     made: Report = structs.replace(report, cases=(structs.replace(case, rows=rows),))
-    assert not digest.is_edited(digest.sealed(made))
+    assert not results.is_edited(results.sealed(made))

@@ -35,7 +35,7 @@ def test_timed_calls_give_the_time_of_a_run():
     timing.take(on.RunStarted(environment=Environment(device="Test CPU")), PLAN)
     for name in PLAN.ordered:
         timing.take(on.CallTimed(case=0, implementation=name, flops=CASE.flops, seconds=1.0), PLAN)
-    pace = cost.estimate.learn_calls(RunSpeed(), timing.device, timing.calls)
+    pace = cost.learn_calls(RunSpeed(), timing.device, timing.calls)
     line = cost.time_line(PLAN, pace, "Test CPU", timing)
     assert line.startswith("takes up to about 38 s, judging by a timed call of each")
 

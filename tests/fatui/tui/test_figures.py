@@ -12,9 +12,9 @@ from fatui.formatting import histogram
 from fatui.report.scaling import RatePoint, crossovers
 from fatui.storage.settings import RunSpeed
 from fatui.tui.terminal import plain
-from fatui.tui.view_models.braille import stretched
-from fatui.tui.view_models.estimate import estimate_s, learn
+from fatui.tui.view_models.cost import estimate_s, learn
 from fatui.tui.view_models.journal import Log
+from fatui.tui.view_models.plot import stretched
 from fatui.tui.view_models.session import Series
 from fatui.tui.view_models.trends import ceiling
 

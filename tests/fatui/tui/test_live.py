@@ -7,7 +7,7 @@ from attention.core.results import Peaks
 from attention.core.workload import Workload
 from fatui.telemetry import Reading
 from fatui.tui.view_models import plot, roofline
-from fatui.tui.view_models.braille import DOWN, Canvas, area
+from fatui.tui.view_models.plot import DOWN, Canvas, area
 from fatui.tui.view_models.trends import energy_text, memory_chart, rate_chart
 from tests.support.sample_runs import plan_of, report_of
 from tests.support.stage import PEAKS, on_stage

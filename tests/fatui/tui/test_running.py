@@ -13,7 +13,7 @@ from attention.engine.record import Record
 from fatui import formatting
 from fatui.storage.history import RunHistory
 from fatui.tui.screens.dialogs import Question, SortMenu
-from fatui.tui.view_models.estimate import estimate_s
+from fatui.tui.view_models.cost import estimate_s
 from fatui.tui.view_models.table_lines import SORT_FIGURES
 from fatui.tui.view_models.trends import device_lines
 from fatui.tui.widgets.row_table import RowTable

@@ -15,8 +15,7 @@ from fatui.tui import actions
 from fatui.tui.advisor import AdviceRequest, answer
 from fatui.tui.screens.dialogs import FORMATS
 from fatui.tui.view_models.availability import needs_text
-from fatui.tui.view_models.cost import refusal_lines
-from fatui.tui.view_models.estimate import expected_width
+from fatui.tui.view_models.cost import expected_width, refusal_lines
 from fatui.tui.widgets.choice import Choice
 from fatui.tui.widgets.slider import Slider
 from tests.support.stage import DEVICE, advise, on_stage

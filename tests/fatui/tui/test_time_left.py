@@ -4,7 +4,7 @@ import pytest
 
 from attention.engine.record import Record
 from fatui.storage.settings import RunSpeed
-from fatui.tui.view_models import estimate
+from fatui.tui.view_models import cost
 from fatui.tui.view_models.journal import Log
 from fatui.tui.view_models.session import Session
 from tests.support import recorded_runs
@@ -31,13 +31,13 @@ def shown(path):
     plan, known, events = recorded_runs.read(path)
     clock = Clock()
     pace = RunSpeed(device="here", calls=known.calls)
-    expected = estimate.estimate_s(plan, pace, "here") if known.calls else None
+    expected = cost.estimate_s(plan, pace, "here") if known.calls else None
     session = Session(plan, Log(lambda: AT), Silent, command="", expected_s=expected, clock=clock, now=lambda: AT)
     began, points, tick = clock.at, [], 0.0
     for at, event in events:
         while tick < at:
             clock.at = began + tick
-            left = estimate.remaining(session)
+            left = cost.remaining(session)
             if left is not None:
                 points.append((tick, left.seconds))
             tick += 0.25
@@ -68,6 +68,6 @@ def test_an_estimate_that_jumps_is_shown_as_more_than_a_multiple():
     plan, _, _ = recorded_runs.read(RUNS[0])
     clock = Clock()
     session = Session(plan, Log(lambda: AT), Silent, command="", expected_s=10.0, clock=clock, now=lambda: AT)
-    assert estimate.remaining(session).words == "10 s left"
+    assert cost.remaining(session).words == "10 s left"
     session.expected_s = 100.0
-    assert estimate.remaining(session).words == "more than 30 s left"
+    assert cost.remaining(session).words == "more than 30 s left"
