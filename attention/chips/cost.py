@@ -135,7 +135,8 @@ def costs(workload: Workload, chip: Chip, path: Path) -> Costs:
     if path == "unfused":
         return _unfused(workload, chip, memory, resident)
     if path == "split K" or workload.pass_ == "decode":
-        slowed = _decode_rounds(workload, int(chip.cores or 1))
+        # A CPU's threads take spans of keys one by one, which ends them at about the same time.
+        slowed = 1.0 if chip.backend == "cpu" else _decode_rounds(workload, int(chip.cores or 1))
         return Costs(
             matrix=_over(workload.flops, rate),
             vector=_over(workload.pairs, cycles),

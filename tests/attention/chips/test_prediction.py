@@ -254,3 +254,11 @@ def test_the_shipped_calibration_predicts_every_backend():
         workload = Workload(seq=512, head_dim=64, dtype="float32" if on_cpu else "bfloat16", mask="causal")
         found = predict(workload, "poc", chips()[key])
         assert found.predicted_s and found.predicted_s > 0, found.reason
+
+
+def test_spans_of_keys_end_together_on_a_cpu():
+    chip = chips()["xeon-8580"]
+    uneven = Workload(kv_seq=3 * 2048, heads=7, head_dim=64, dtype="bfloat16", pass_="decode")
+    found = costs(uneven, chip, "CPU kernel")
+    moved = (found.memory or 0.0) * chip.bytes_per_s + (found.cache or 0.0) * chip.cycles_per_s
+    assert moved == pytest.approx(uneven.bytes_moved)
