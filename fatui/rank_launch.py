@@ -54,9 +54,10 @@ class Host(Struct, frozen=True, kw_only=True):
             UsageError: its name is not known.
         """
         try:
-            return self.ip or socket.gethostbyname(self.name)
-        except OSError as error:
-            raise UsageError(f"hosts: '{self.name}' has no address: {error.strerror or error}") from error
+            return self.ip or socket.gethostbyname(self.name.rpartition("@")[2])
+        except (OSError, UnicodeError) as error:  # UnicodeError: no name at all, such as "a..b"
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"hosts: '{self.name[:60]}' has no address: {reason}") from error
 
 
 class Hosts(Struct, frozen=True, kw_only=True):

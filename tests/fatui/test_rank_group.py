@@ -156,6 +156,18 @@ def test_fewer_ranks_than_hosts_run_on_the_first() -> None:
     assert only.host.name == "127.0.0.1"
 
 
+def test_the_address_of_a_host_is_that_of_its_name_without_the_user() -> None:
+    (only,) = rank_launches(1, parse_hosts("me@localhost:4000"))
+    assert only.setting.addresses == ("127.0.0.1:4000",)
+    assert "me@localhost" in only.command
+
+
+@pytest.mark.parametrize("name", ["a..b", "a" * 70 + ".invalid", "nowhere.invalid"])
+def test_a_host_without_an_address_is_named(name: str) -> None:
+    with pytest.raises(UsageError, match=f"hosts: '{name[:40]}.*has no address"):
+        rank_launches(1, parse_hosts(name))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
