@@ -157,20 +157,21 @@ class Baseline:
         self, q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
         """Compute attention; shapes as in `Implementation.__call__`. Quantized keys and values are dequantized."""
-        return _widened(q, k, v, scale, mask, softcap, q.dtype != mx.float32)[0]
+        return _widened(q, k, v, scale, mask, softcap)[0]
 
     def with_logsumexp(
         self, q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> tuple[mx.array, mx.array]:
         """Compute attention and the logsumexp of its rows, as in `ReturnsLogsumexp`."""
-        return _widened(q, k, v, scale, mask, softcap, False)
+        return _widened(q, k, v, scale, mask, softcap)
 
 
 def _widened(
-    q: mx.array, k: KeyOrValue, v: KeyOrValue, scale: float, mask: Mask, softcap: float | None, shifted: bool
+    q: mx.array, k: KeyOrValue, v: KeyOrValue, scale: float, mask: Mask, softcap: float | None
 ) -> tuple[mx.array, mx.array]:
     """Return output and logsumexp; float16 is computed in float32."""
     dtype = mx.float32 if q.dtype == mx.float16 else q.dtype
+    shifted = q.dtype != mx.float32
     k, v = (x.dequantized(dtype) if isinstance(x, QuantizedArray) else x for x in (k, v))
     if q.dtype != mx.float16:
         return attend(q, k, v, scale=scale, mask=mask, softcap=softcap, shifted=shifted)

@@ -50,7 +50,15 @@ def packed_product(x: mx.array, packed: QuantizedArray, transpose: bool) -> mx.a
 
 
 def attend_packed(
-    q: mx.array, k: QuantizedArray, v: QuantizedArray, *, scale: float, mask: Mask, widened: bool, by_axis: bool = False
+    q: mx.array,
+    k: QuantizedArray,
+    v: QuantizedArray,
+    *,
+    scale: float,
+    mask: Mask,
+    widened: bool,
+    by_axis: bool = False,
+    shifted: bool = False,
 ) -> mx.array:
     """Compute attention in two products with packed keys and values.
 
@@ -63,10 +71,12 @@ def attend_packed(
         widened: compute in float32.
         by_axis: give query heads that share a key head an axis of their own, as mlx-lm does, along which MLX repeats
             packed keys and values on the CPU; otherwise their rows are stacked.
+        shifted: subtract `masks.shift` from an additive mask.
     """
     if widened and q.dtype != mx.float32:
         wide = q.astype(mx.float32)
-        return attend_packed(wide, k, v, scale=scale, mask=mask, widened=False, by_axis=by_axis).astype(q.dtype)
+        options = {"by_axis": by_axis, "shifted": shifted}
+        return attend_packed(wide, k, v, scale=scale, mask=mask, widened=False, **options).astype(q.dtype)
     batch, heads, seq, _ = q.shape
     kv_heads, kv_seq = k.shape[1], k.shape[2]
     share = heads // kv_heads
@@ -78,7 +88,7 @@ def attend_packed(
     whole = mask.dense((batch, heads, seq, kv_seq))
     opened, seeing = whole, None
     if whole is not None and not (seq == 1 and mask.array is None and mask.pattern is None):
-        opened, seeing = masks.opened(whole)
+        opened, seeing = masks.opened(whole, shifted)
     weights = mx.softmax(masks.apply(scores, opened), axis=-1, precise=True)
     out = packed_product(weights.reshape(batch, kv_heads, *rows, kv_seq), v, False).reshape(batch, heads, seq, -1)
     return out if seeing is None else mx.where(masks.as_4d(seeing), out, mx.zeros((), out.dtype))

@@ -429,6 +429,28 @@ def row_shift(call: BlockwiseParams, heads: HeadGroup, rows: range, lengths: tup
     return masks.shift(tops[0]) if tops else None
 
 
+def row_shifts(q: mx.array, k: KeyOrValue, call: BlockwiseParams) -> mx.array | None:
+    """Return `row_shift` of all rows (B, H, Lq) in float32, which the statistics of `forward` lack; None for zeros."""
+    if call.mask.array is None or not call.shifted or not masks.has_shift(call.mask.array):
+        return None
+    lengths, group = (q.shape[2], k.shape[2]), q.shape[1] // k.shape[1]
+
+    def of_rows(heads: HeadGroup, rows: range) -> mx.array:
+        shape = (len(heads.batches), len(heads.query_heads), len(rows), 1)
+        shift = row_shift(call, heads, rows, lengths)
+        return mx.zeros(shape) if shift is None else mx.broadcast_to(shift.astype(mx.float32), shape)
+
+    def of_heads(batches: range, kv_heads: range) -> mx.array:
+        heads = HeadGroup(batches, kv_heads, group)
+        return mx.concatenate([of_rows(heads, rows) for rows in blocks_of(q.shape[2], call.blocks.rows)], axis=2)
+
+    of_batches = [
+        mx.concatenate([of_heads(batches, heads) for heads in blocks_of(k.shape[1], call.blocks.kv_heads)], axis=1)
+        for batches in blocks_of(q.shape[0], call.blocks.batches)
+    ]
+    return mx.concatenate(of_batches, axis=0)[..., 0]
+
+
 def _masked(
     scores: mx.array,
     call: BlockwiseParams,

@@ -329,10 +329,11 @@ def _statistics_of(inputs: Inputs, backward: BlockwiseParams) -> mx.array:
     return row_statistics(q, k, _with_array(backward, mask), *sinks)
 
 
-def logsumexp_of(statistics: mx.array) -> mx.array:
-    """Return the logsumexp of rows (B, H, Lq) from their statistics; -inf for fully masked rows."""
+def logsumexp_of(statistics: mx.array, shifts: mx.array | None) -> mx.array:
+    """Return the logsumexp of rows (B, H, Lq) from their statistics and `row_shifts`; -inf for fully masked rows."""
     top, logarithm = statistics[..., 0], statistics[..., 1]
-    return mx.where(top == number(mx.inf, top), number(-mx.inf, top), top + logarithm)
+    whole = top + logarithm if shifts is None else top + logarithm + shifts
+    return mx.where(top == number(mx.inf, top), number(-mx.inf, top), whole)
 
 
 def with_blockwise_backward(whole: Attend, backward: BlockwiseParams) -> Attend:

@@ -13,7 +13,7 @@ from attention.core.workload import ITEM_BYTES, DType, Workload
 from attention.implementations.baseline import computes_in_float32, unfused_call_bytes, with_tf32
 from attention.implementations.bounded import slicing
 from attention.implementations.bounded.blocks import Blocks, tile_bytes, visible_keys
-from attention.implementations.bounded.blockwise import Arithmetic, BlockwiseParams, arithmetic_of, forward
+from attention.implementations.bounded.blockwise import BlockwiseParams, arithmetic_of, forward, row_shifts
 from attention.implementations.bounded.blockwise_gradient import (
     Arrays,
     Attend,
@@ -123,8 +123,8 @@ class Practical:
     ) -> tuple[mx.array, mx.array]:
         """Compute attention in blocks, and the logsumexp of its rows, as in `ReturnsLogsumexp`."""
         if isinstance(k, QuantizedArray) or isinstance(v, QuantizedArray):
-            out, statistics = self._attend_quantized(q, k, v, scale, mask, softcap, None, logsumexp=True)
-            return out, logsumexp_of(statistics)
+            out, logsumexp = self._attend_quantized(q, k, v, scale, mask, softcap, None, logsumexp=True)
+            return out, logsumexp
         workload, needs = call_signature(q, k, v, mask, softcap)
         needs = structs.replace(needs, logsumexp=True)
         backend = current_backend()
@@ -132,11 +132,9 @@ class Practical:
         record_path(_forward_path(choice, workload, needs, backend))
 
         def attend(mask: Mask) -> tuple[mx.array, mx.array]:
-            # Without `masks.shift`, which would have to be added to the logsumexp again.
-            arithmetic = arithmetic_of(q.dtype, backend)
-            calls = self._calls(choice, backend, scale, mask, softcap, mx.float32, (q, k), arithmetic)
+            calls = self._calls(choice, backend, scale, mask, softcap, q.dtype, (q, k))
             out, statistics = blockwise(*calls)(q, k, v, mask.arrays, [])
-            return out, logsumexp_of(statistics)
+            return out, logsumexp_of(statistics, row_shifts(q, k, calls[0]))
 
         budget = self._budget_here()
         return with_mask_gradient(attend, q, k, v, scale=scale, mask=mask, softcap=softcap, budget_bytes=budget)
@@ -197,7 +195,7 @@ class Practical:
         sinks: mx.array | None,
         logsumexp: bool = False,
     ) -> Arrays:
-        """Return the output, and with blocks the statistics of the rows; gradients are those of MLX's operations."""
+        """Return the output, and the logsumexp if it is requested; gradients are those of MLX's operations."""
         assert isinstance(k, QuantizedArray) and isinstance(v, QuantizedArray)
         workload, needs = call_signature(q, k, v, mask, softcap)
         needs = structs.replace(needs, sinks=sinks is not None, logsumexp=logsumexp)
@@ -206,13 +204,12 @@ class Practical:
         record_path(_quantized_path(choice, workload, backend))
         if choice.forward is Method.WHOLE:
             widened = computes_in_float32(workload.dtype, backend)
-            return [attend_packed(q, k, v, scale=scale, mask=mask, widened=widened)]
+            return [attend_packed(q, k, v, scale=scale, mask=mask, widened=widened, shifted=q.dtype != mx.float32)]
         if choice.slices is not None:
             return [slicing.forward(q, k, v, SlicedParams(scale, mask, choice.slices, tile_order(backend)))]
-        # With the logsumexp without `masks.shift`, which would have to be added to it again.
-        arithmetic, rounded_to = arithmetic_of(q.dtype, backend), mx.float32 if logsumexp else q.dtype
-        call, _ = self._calls(choice, backend, scale, mask, softcap, rounded_to, (q, k), arithmetic)
-        return list(forward(q, k, v, structs.replace(call, packed=reads_packed(workload, backend)), sinks))
+        call, _ = self._calls(choice, backend, scale, mask, softcap, q.dtype, (q, k))
+        out, statistics = forward(q, k, v, structs.replace(call, packed=reads_packed(workload, backend)), sinks)
+        return [out, logsumexp_of(statistics, row_shifts(q, k, call))] if logsumexp else [out]
 
     def _in_slices(self, choice: Strategy, backend: Backend, scale: float, mask: Mask, dtype: mx.Dtype) -> Attend:
         follow = tile_order(backend) if choice.waits else UNORDERED
@@ -235,7 +232,6 @@ class Practical:
         softcap: float | None,
         dtype: mx.Dtype,
         sides: tuple[mx.array, KeyOrValue] | None,
-        arithmetic: Arithmetic | None = None,
     ) -> tuple[BlockwiseParams, BlockwiseParams]:
         """Return the parameters of the forward and the backward pass in blocks.
 
@@ -243,7 +239,7 @@ class Practical:
         """
         follow = no_fence if backend == "cpu" else tile_order(backend).next
         shifted = dtype != mx.float32
-        arithmetic = arithmetic or arithmetic_of(dtype, backend)
+        arithmetic = arithmetic_of(dtype, backend)
         call = BlockwiseParams(scale, mask, softcap, choice.blocks, arithmetic, follow, shifted)
         backward = structs.replace(call, blocks=choice.backward_blocks)
         if mask.pattern is None or sides is None:

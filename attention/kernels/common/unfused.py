@@ -7,7 +7,6 @@ import mlx.core as mx
 
 from attention import masks
 from attention.masks import Mask
-from attention.masks.pattern import Shape
 
 
 def attend(
@@ -31,7 +30,7 @@ def attend(
         mask: the keys each query attends to. An additive array, and slopes of alibi, have gradients.
         softcap: bound of the scores, applied before the mask.
         sinks: (H,), an extra logit per head in the softmax of every row, without a value.
-        shifted: subtract the largest values of an additive mask's rows, which the logsumexp then lacks.
+        shifted: subtract the largest values of an additive mask's rows from scores, until their softmax is computed.
     """
     batch, heads, seq, _ = q.shape
     kv_heads, kv_seq = k.shape[1], k.shape[2]
@@ -43,12 +42,15 @@ def attend(
     scores = scores.reshape(batch, heads, seq, kv_seq)
     if mask.alibi is not None:
         scores = scores + masks.alibi_bias(mask.alibi, range(seq), range(kv_seq), seq, kv_seq)
-    allowed, seeing = _unmasked(mask, (batch, heads, seq, kv_seq), scores.dtype, shifted)
+    whole = mask.dense((batch, heads, seq, kv_seq))
+    allowed, seeing = _unmasked(mask, whole, (seq, kv_seq), scores.dtype, shifted)
     scores = masks.apply(scores, allowed)
     weights = mx.softmax(scores, axis=-1, precise=True).astype(v.dtype)
     out = weights.reshape(batch, kv_heads, heads // kv_heads, seq, kv_seq) @ v[:, :, None]
     out = out.reshape(batch, heads, seq, -1)
     logsumexp = mx.logsumexp(scores.astype(mx.float32), axis=-1)
+    if shifted and mask.array is not None and whole is not None and masks.has_shift(whole):
+        logsumexp = logsumexp + masks.as_4d(masks.shift(whole.max(axis=-1, keepdims=True)))[..., 0].astype(mx.float32)
     rows = None if seeing is None else masks.as_4d(seeing)[..., 0]
     if rows is not None:
         out = mx.where(rows[..., None], out, mx.zeros((), out.dtype))
@@ -66,10 +68,11 @@ def _with_sinks(out: mx.array, logsumexp: mx.array, sinks: mx.array) -> tuple[mx
     return out * share[..., None].astype(out.dtype), joined
 
 
-def _unmasked(mask: Mask, shape: Shape, dtype: mx.Dtype, shifted: bool) -> tuple[mx.array | None, mx.array | None]:
-    """Return the mask with fully masked rows unmasked, and which rows are not fully masked (None if surely all)."""
-    whole = mask.dense(shape)
-    if whole is None or (mask.array is None and mask.pattern is None and not mask.empty_rows(*shape[2:])):
+def _unmasked(
+    mask: Mask, whole: mx.array | None, lengths: tuple[int, int], dtype: mx.Dtype, shifted: bool
+) -> tuple[mx.array | None, mx.array | None]:
+    """Return the dense mask with fully masked rows unmasked, and which rows see a key (None if surely all)."""
+    if whole is None or (mask.array is None and mask.pattern is None and not mask.empty_rows(*lengths)):
         return whole, None
     opened, seeing = masks.opened(whole, shifted)
     return opened if opened.dtype == mx.bool_ else _differentiable(opened, dtype), seeing

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from attention import UnsupportedError, attention
+from attention import QuantizedArray, UnsupportedError, attention, quantized
 from attention.implementations.bounded.blocks import Blocks
 from attention.implementations.bounded.blockwise import BlockwiseParams, exact_product
 from attention.implementations.bounded.blockwise_gradient import blockwise
@@ -283,6 +283,29 @@ def test_a_row_that_one_number_covers_keeps_its_scores(implementation: object, c
     weights = mx.softmax((mx.arange(seen) % 3) * 10.0)
     wanted = (weights @ v.astype(mx.float32)[:, :, :seen])[:, :, None]
     assert np.allclose(np.array(got.astype(mx.float32)), np.array(wanted), atol=2e-2)
+
+
+@every_implementation
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("hidden", [-4096.0, -1e9])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_the_logsumexp_takes_no_score_of_a_covered_row(
+    implementation: object, packed: bool, hidden: float, rows: int
+) -> None:
+    q, k, v = (normal(1, 2, length, 64, key=length).astype(mx.bfloat16) for length in (rows, 100, 101))
+    v = v[:, :, :100]
+    mask = mx.where(mx.arange(rows)[:, None] > 0, 0.0, mx.full((1, 100), hidden))
+    mask[:, 70:] = -mx.inf
+    given = (quantized(k, "int8"), quantized(v, "int8")) if packed else (k, v)
+    wide = [q.astype(mx.float32), *(x.dequantized(mx.float32) if isinstance(x, QuantizedArray) else x for x in given)]
+    wide = [x.astype(mx.float32)[:, :, : 70 if at else rows] for at, x in enumerate(wide)]
+    scores = wide[0] @ wide[1].swapaxes(-1, -2) / 8
+    wanted, sums = mx.softmax(scores, -1) @ wide[2], mx.logsumexp(scores, -1) + mask[:, 0]
+    alone = attention(q, *given, mask=mask, implementation=implementation)  # type: ignore[call-overload]
+    got, logsumexp = attention(q, *given, mask=mask, implementation=implementation, return_lse=True)  # type: ignore[call-overload]
+    for output in (alone, got):
+        assert np.allclose(np.array(output.astype(mx.float32)), np.array(wanted), atol=0.1)
+    assert np.allclose(np.array(logsumexp), np.array(sums), rtol=1e-6, atol=0.2)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
