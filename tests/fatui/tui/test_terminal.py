@@ -52,7 +52,7 @@ class Terminal:
         return self.until(lambda: text in self.seen(), seconds, f"'{text}' on the screen")
 
     def until(self, holds, seconds=30, what="it"):
-        end = time.monotonic() + seconds
+        end = time.monotonic() + patient(seconds)
         while time.monotonic() < end:
             if holds():
                 return
