@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from msgspec import Struct, structs
 
+from attention import masks
 from attention.core.bounded_dict import BoundedDict
 from attention.core.errors import UnsupportedError, UsageError
 from attention.distributed import collectives, one_launch
@@ -260,6 +261,19 @@ def _cut(array: mx.array, axis: int, chunks: Sequence[Chunk]) -> mx.array:
 
 
 def _attend_split_keys(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -> tuple[mx.array, mx.array | None]:
+    """Attend, with the rows' `masks.shift` added to the logsumexps after these have been merged, not before."""
+    array = problem.mask.array
+    if array is None or q.dtype == mx.float32 or array.dtype == mx.bool_ or not masks.has_shift(array):
+        return _attend_and_merge(q, k, v, problem)
+    whole = problem.mask.dense((q.shape[0], q.shape[1], q.shape[2], problem.keys.seq))
+    assert whole is not None
+    shift = masks.shift(masks.as_4d(whole).max(axis=-1, keepdims=True))
+    lessened = structs.replace(problem.mask, array=masks.as_4d(array) - shift)
+    out, lse = _attend_and_merge(q, k, v, structs.replace(problem, mask=lessened))
+    return out, None if lse is None else lse + shift[..., 0].astype(mx.float32)
+
+
+def _attend_and_merge(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -> tuple[mx.array, mx.array | None]:
     out, lse = _attend_own_keys(q, k, v, problem)
     if not problem.communicate:
         return out, lse
@@ -288,8 +302,10 @@ def _attend_own_keys(q: mx.array, k: mx.array, v: mx.array, problem: Problem) ->
         return collectives.tied(mx.zeros(shape, q.dtype), token), collectives.tied(mx.full(shape[:3], -mx.inf), token)
     mask = Mask() if pattern is None else of_pattern(pattern)
     keys, values = (joined([x[:, :, start:stop] for start, stop in places], 2) for x in (k, v))
-    if problem.mask.array is not None:
-        mask = Mask(array=_cut(problem.mask.array, 3, found))
+    if problem.mask.array is not None:  # bounds of rows that differ in them become a part of it
+        shape = (q.shape[0], q.shape[1], q.shape[2], keys.shape[2])
+        bounds = None if pattern is None else pattern.dense(shape)
+        mask = Mask(array=masks.combine(bounds, _cut(problem.mask.array, 3, found)))
     out, lse = _call(q, keys, values, mask, problem, True)
     assert lse is not None
     return out, lse

@@ -155,8 +155,23 @@ def few(group) -> None:
     decode(group, "zigzag", 3, 301, window=40)
     decode(group, "contiguous", 2, 301, mask=masks.causal() & masks.documents([150, 151]))
     decode(group, "zigzag", 3, 301, mask=masks.window(40) | masks.prefix(5))
+    decode(group, "zigzag", 5, 61, mask=mx.arange(61) % 3 > 0, window=40)
+    covered_rows(group)
     refusals(group)
     by_plan(group)
+
+
+def covered_rows(group) -> None:
+    """In half precision a row that -1e9 covers keeps its scores, which a logsumexp near -1e9 has no room for."""
+    q, k, v, _ = arrays(2, 60, mx.bfloat16)
+    mask = mx.array([[-1e9], [0.0]]) + mx.zeros((2, 60))
+    keys = distributed.make_layout(60, group.size(), "contiguous")
+    own = [distributed.own_rows(x, keys, group.rank()) for x in (k, v)]
+    layout = distributed.make_layout(2, group.size(), "replicated")
+    got = attention(q, *own, group=group, layout=layout, key_layout=keys, mask=mask, implementation="poc")
+    gap = mx.abs(got.astype(mx.float32) - attention(q, k, v, implementation="poc").astype(mx.float32)).max().item()
+    if gap > 0.03:
+        failures.append(f"rank {group.rank()}, a covered row: {gap} off")
 
 
 def refusals(group) -> None:
