@@ -42,49 +42,6 @@ FATUI_INLINE Vector fold(const Vector* x) {
   }
 }
 
-// Consecutive rows of keys or values, in place or copied.
-template <class E>
-struct Lines {
-  const E* data;
-  int64_t stride, length, count;
-
-  const E* line(int64_t j) const { return data + j * stride; }
-};
-
-// Prefetches rows into the L1, or the L2, 64 bytes at a time and strictly in address order, so that the hardware prefetchers
-// recognise one stream and run ahead of it.
-class Ahead {
- public:
-  template <class E>
-  explicit Ahead(const Lines<E>& lines)
-      : at_(reinterpret_cast<const char*>(lines.data)), pieces_(ceil_div(lines.length * sizeof(E), 64)),
-        gap_(lines.stride * int64_t(sizeof(E)) - 64 * pieces_), lines_(lines.count) {
-    if (gap_ == 0) pieces_ *= lines_, lines_ = std::min<int64_t>(lines_, 1);  // contiguous: one long row
-    here_ = lines_ > 0 ? pieces_ : 0;
-  }
-
-  void ask_for_all() { ask_one_by_one(std::numeric_limits<int64_t>::max()); }
-  template <int level = 1>
-  void ask_one_by_one(int64_t count) {
-    for (; count > 0 && lines_ > 0; count--) {
-      if (here_ > 0) __builtin_prefetch(at_, 0, level == 1 ? 3 : 2), at_ += 64, here_--;
-      if (here_ == 0 && --lines_ > 0) at_ += gap_, here_ = pieces_;
-    }
-  }
-  int64_t pieces() const { return lines_ * pieces_; }
-
-  template <int count>
-  FATUI_INLINE void ask() {
-    if (here_ < count) return ask_one_by_one(count);
-    FATUI_UNROLL for (int i = 0; i < count; i++) __builtin_prefetch(at_ + 64 * i);
-    at_ += 64 * count, here_ -= count;
-  }
-
- private:
-  const char* at_;
-  int64_t pieces_, gap_, lines_, here_ = 0;  // pieces per row; gap between rows; rows left; pieces left in this row
-};
-
 // Cache lines of a number of vectors of a type.
 template <class E>
 constexpr int pieces(int vectors) { return std::max<int>(1, vectors * lanes * int(sizeof(E)) / 64); }

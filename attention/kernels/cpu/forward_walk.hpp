@@ -24,23 +24,31 @@ namespace {
 // itself, all in the same columns of S, which so stay in the L1.
 constexpr bool by_parts = registers == 16;
 
-// The tile of K and V after the present one, in whatever type, asked for in equal shares while the parts of the present one
-// are computed: from beyond the L2 it would come too late.
+// The tile of K and V after the present one, in whatever type, prefetched in equal shares by the register tiles of the products
+// with the present one: from beyond the L2 it would come too late.
 struct NextTile {
   Ahead key, value;
-  int64_t share = 0;
+  int64_t key_lines = 0, value_lines = 0;  // for each register tile
 
-  // None if `keys` is 0.
+  // Keys from `first` on of an item, at most `keys`, while panels of `columns` queries in all are computed.
   template <class T>
-  static NextTile of(const Problem& p, const Item& item, int64_t first, int64_t keys, int64_t shares) {
+  static NextTile of(const Problem& p, const Item& item, int64_t first, int64_t keys, int64_t columns) {
+    keys = is_quantized(p) ? 0 : std::min(keys, key_tile);
     const auto rows = [&](const Tensor& t, int64_t dims) {
       return Ahead(Lines<T>{row_of<const T>(t, item.batch, item.kv_head, first), t.stride[2], dims, keys});
     };
     NextTile next{rows(p.key, p.head_dim), rows(p.value, p.value_dim)};
-    next.share = ceil_div(std::max(next.key.pieces(), next.value.pieces()), shares);
+    const int64_t wide = (by_parts ? 2 : 4) * lanes, across = ceil_div(columns, wide);
+    next.key_lines = ceil_div(next.key.pieces(), across * (key_tile / 6) * ceil_div(p.head_dim, depth_at_once));
+    next.value_lines = ceil_div(next.value.pieces(), across * ceil_div(p.value_dim, 6));
     return next;
   }
-  void ask_for_share() { key.ask_one_by_one<2>(share), value.ask_one_by_one<2>(share); }
+  // The first tile of an item.
+  template <class T>
+  static NextTile first(const Problem& p, const Item& item, int64_t columns) {
+    const int64_t key = std::max(item.key_begin, visible(p, item.query).first / key_tile * key_tile);
+    return of<T>(p, item, key, item.key_end - key, columns);
+  }
 };
 
 // State of a panel of 64 queries across key tiles.
@@ -70,11 +78,10 @@ struct Panel {
     if constexpr (!by_parts) {
       const Scores whole{buffer.scores, key, keys, 0, width, bounds.whole};
       const bool alike = std::all_of(started, started + ceil_div(width, part_rows), [&](bool s) { return s == started[0]; });
-      if (bits == nullptr && alike && whole.all_seen()) return attend(p, k, v, whole);
+      if (bits == nullptr && alike && whole.all_seen()) return attend(p, k, v, whole, next_tile);
     }
     // At the mask's edge each part skips the keys that none of its queries sees; parts that see the same keys stay together.
     for (int64_t i = 0, next; i * part_rows < width; i = next) {
-      if constexpr (by_parts) next_tile.ask_for_share();
       const KeyRange seen = range(i, key, keys, bits);
       for (next = i + 1; !by_parts && bits != nullptr && next * part_rows < width && started[next] == started[i]; next++) {
         const KeyRange other = range(next, key, keys, bits);
@@ -83,7 +90,7 @@ struct Panel {
       if (seen.first > seen.last) continue;
       attend(p, {k.data + seen.first * k.stride, k.stride}, {v.data + seen.first * v.stride, v.stride},
              {buffer.scores + (by_parts ? 0 : i * part_rows), key + seen.first, seen.last - seen.first + 1, i * part_rows, std::min(width, next * part_rows),
-              bounds.part[i], bits == nullptr ? nullptr : bits + seen.first});
+              bounds.part[i], bits == nullptr ? nullptr : bits + seen.first}, next_tile);
     }
   }
 
@@ -101,17 +108,20 @@ struct Panel {
     return {std::max<int64_t>(0, bounds.part[i].any_first - key), std::min(keys - 1, bounds.part[i].any_last - key)};
   }
 
-  void attend(const Problem& p, const Floats& k, const Floats& v, const Scores& tile) {
+  void attend(const Problem& p, const Floats& k, const Floats& v, const Scores& tile, NextTile& next) {
     const int64_t i = tile.begin;
-    multiply_scores({k.data, k.stride, buffer.query + i, tile_line, p.head_dim, tile.s, tile_line, nullptr}, tile.keys,
-                    tile.width());
+    alignas(64) float largest[query_tile];
+    float* const known = only_scaled(tile, p) ? std::fill_n(largest, tile.width(), -infinity) - tile.width() : nullptr;
+    multiply_scores({k.data, k.stride, buffer.query + i, tile_line, p.head_dim, tile.s, tile_line, nullptr, &next.key,
+                     next.key_lines, known},
+                    tile.keys, tile.width());
     finish_scores(tile, p, item, bounds);
-    softmax_step(tile, state, Coarse(p), [&](int64_t column, int64_t columns) {
+    softmax_step(tile, state, Coarse(p), known, [&](int64_t column, int64_t columns) {
       finish_in_double({tile.at(0, column), tile.key, tile.keys, column, column + columns, tile.seen, tile.bits}, p, item, k,
                        {state.maximum, state.fine}, state.correction);
     });
-    const Operands to_output{v.data,          v.stride,  tile.s,     tile_line, tile.keys,
-                             buffer.output + i, tile_line, state.correction + i};
+    const Operands to_output{v.data,    v.stride,  tile.s, tile_line, tile.keys, buffer.output + i, tile_line,
+                             state.correction + i, &next.value, next.value_lines};
     if (started[i / part_rows])
       multiply<Layout::rows_contiguous, Update::rescale>(to_output, p.value_dim, tile.width());
     else
@@ -123,11 +133,8 @@ struct Panel {
 // All panels of an item against one tile of keys; the tile is the walk's current one, if there are lists.
 template <class T>
 void share_tile(const Problem& p, const Item& item, Panel* panel, int64_t panels, int64_t key, int64_t keys,
-                ListWalk* walk = nullptr) {
+                NextTile next, ListWalk* walk = nullptr) {
   const Buffers& buffer = panel[0].buffer;
-  const bool in_order = by_parts && walk == nullptr && !is_quantized(p);
-  const int64_t after = in_order ? std::clamp<int64_t>(item.key_end - key - key_tile, 0, key_tile) : 0;
-  NextTile next = NextTile::of<T>(p, item, key + key_tile, after, panels * parts);
   const Floats k =
       floats_of<T>(p.key, p.key_packing, item.batch, item.kv_head, key, keys, p.head_dim, buffer.key, buffer.d);
   const Floats v =
@@ -140,7 +147,7 @@ void share_tile(const Problem& p, const Item& item, Panel* panel, int64_t panels
 }
 
 template <class T>
-void attend_panels(const ForwardCall& call, const Item& item, Partials& partials) {
+void attend_panels(const ForwardCall& call, const Item& item, Partials& partials, const Item* after = nullptr) {
   const Problem& p = call.problem;
   const int64_t panels = item.heads > 1 ? 1 : ceil_div(item.queries, query_tile);
   Panel panel[max_panels];
@@ -152,10 +159,15 @@ void attend_panels(const ForwardCall& call, const Item& item, Partials& partials
   if (has_lists(p)) {
     ListWalk walk(p, item);
     for (int64_t tile; (tile = walk.next()) >= 0;)
-      share_tile<T>(p, item, panel, panels, tile * key_tile, std::min(key_tile, p.keys - tile * key_tile), &walk);
+      share_tile<T>(p, item, panel, panels, tile * key_tile, std::min(key_tile, p.keys - tile * key_tile),
+                    NextTile::of<T>(p, item, 0, 0, item.rows()), &walk);
   } else {
-    for (int64_t key = begin; key < end; key += key_tile)
-      share_tile<T>(p, item, panel, panels, key, std::min(key_tile, end - key));
+    for (int64_t key = begin, next; key < end; key = next) {
+      next = std::min(key + key_tile, end);
+      share_tile<T>(p, item, panel, panels, key, next - key,
+                    next == end && after != nullptr ? NextTile::first<T>(p, *after, item.rows())
+                                                    : NextTile::of<T>(p, item, next, end - next, item.rows()));
+    }
   }
   for (int64_t i = 0; i < panels; i++) {
     panel[i].close(p.value_dim);
@@ -164,8 +176,8 @@ void attend_panels(const ForwardCall& call, const Item& item, Partials& partials
 }
 
 template <class T>
-void attend(const ForwardCall& call, const Item& item, Partials& partials) {
-  if (item.rows() > few_rows) return attend_panels<T>(call, item, partials);
+void attend(const ForwardCall& call, const Item& item, Partials& partials, const Item* after) {
+  if (item.rows() > few_rows) return attend_panels<T>(call, item, partials, after);
   if constexpr (std::is_same_v<T, float>) attend_few_float32(call, item, partials);
   else if constexpr (std::is_same_v<T, float16_t>) attend_few_float16(call, item, partials);
   else attend_few_bfloat16(call, item, partials);
@@ -177,8 +189,12 @@ void walk(const ForwardCall& call) {
   const Schedule schedule = schedule_of(p);
   const ListedItems items(p, schedule);
   Partials partials(p, schedule);
-  parallel_for(schedule.items(), threads_for(p),
-               [&](int64_t index) { attend<T>(call, items.item(index), partials); }, brief(p));
+  const auto attend_item = [&](int64_t index) {
+    const bool last = has_lists(p) || index + 1 == schedule.items();
+    const Item item = items.item(index), after = last ? item : items.item(index + 1);  // probably of the same thread
+    attend<T>(call, item, partials, last ? nullptr : &after);
+  };
+  parallel_for(schedule.items(), threads_for(p), attend_item, brief(p));
   if (partials.wanted()) partials.combine<T>(call, schedule);
 }
 }  // namespace

@@ -30,8 +30,9 @@ inline void pause() {
 #endif
 }
 
-// A call opens its work to the helpers and takes items itself; when none is left it closes, and waits only for the
-// helpers that had joined. The state is one word: generation (upper half), open (one bit), helpers inside (the rest).
+// A call opens its work to the helpers and takes items itself; when none is left it closes, and waits only for the helpers that
+// had joined. A thread takes several items at a time, which read the same memory, and fewer the fewer are left. The state is one
+// word: generation (upper half), open (one bit), helpers inside (the rest).
 class Pool {
  public:
   // Creates helpers up to `helpers`. If the system refuses a thread, creation is not retried for a second. Returns the
@@ -79,7 +80,12 @@ class Pool {
 
   void take_items() {
     try {
-      for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < items_;) (*work_)(i);
+      for (int64_t i = next_.load(std::memory_order_relaxed); i < items_;) {
+        const int64_t end = i + std::max<int64_t>(1, (items_ - i) / (4 * (allowed_ + 1)));
+        if (!next_.compare_exchange_weak(i, end, std::memory_order_relaxed)) continue;
+        for (; i < end; i++) (*work_)(i);
+        i = next_.load(std::memory_order_relaxed);
+      }
     } catch (...) {
       std::lock_guard<std::mutex> hold(mutex_);
       failure_ = std::current_exception();

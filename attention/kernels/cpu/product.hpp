@@ -11,6 +11,7 @@
 #pragma once
 #include <algorithm>
 
+#include "ahead.hpp"
 #include "vector.hpp"
 
 namespace fatui {
@@ -53,6 +54,9 @@ struct Operands {
   float* c;
   int64_t c_stride;
   const float* column_scale;  // for rescale only
+  Ahead* ahead = nullptr;     // rows prefetched into the L2 meanwhile, not in bursts, which the CPU would wait for; or null
+  int64_t ahead_lines = 0;    // cache lines of them before each register tile
+  float* largest = nullptr;   // the maximum of each column, raised by those of C; or null
 };
 
 template <int Rows, int Vectors, Layout layout, Update update, Numbers numbers>
@@ -69,15 +73,23 @@ FATUI_INLINE void register_tile(const Operands& o, int64_t row, int64_t column) 
       FATUI_UNROLL for (int v = 0; v < Vectors; v++) c[r][v] = multiply_add<numbers>(c[r][v], y, x[v]);
     }
   }
-  float* out = o.c + row * o.c_stride + column;
+  const int64_t c_stride = o.c_stride;  // which the compiler would load again after each store
+  float* const out = o.c + row * c_stride + column;
+  float* const largest = o.largest;
   FATUI_UNROLL for (int v = 0; v < Vectors; v++) {
     const Vector scale = update == Update::rescale ? load(o.column_scale + column + v * lanes) : Vector{};
     FATUI_UNROLL for (int r = 0; r < Rows; r++) {  // the previous value is added last: blocked summation
-      float* place = out + r * o.c_stride + v * lanes;
+      float* place = out + r * c_stride + v * lanes;
       if constexpr (update == Update::add) c[r][v] += load(place);
       if constexpr (update == Update::rescale) c[r][v] += load(place) * scale;
       store(place, c[r][v]);
     }
+    if constexpr (layout == Layout::depth_contiguous)
+      if (largest != nullptr) {
+        float* top = largest + column + v * lanes;
+        FATUI_UNROLL for (int r = 1; r < Rows; r++) c[0][v] = larger(c[r][v], c[0][v]);
+        store(top, larger(c[0][v], load(top)));
+      }
   }
 }
 
@@ -86,7 +98,10 @@ FATUI_INLINE void register_tile(const Operands& o, int64_t row, int64_t column) 
 template <int Rows, int Vectors, Layout layout, Update update, Numbers numbers>
 [[gnu::noinline]] void panel(const Operands& o, int64_t row, int64_t rows, int64_t column) {
   const int64_t left = registers == 16 && Rows == 6 && (rows - row) % 6 == 2 && rows - row >= 8 ? 8 : 0;
-  for (; row + Rows <= rows - left; row += Rows) register_tile<Rows, Vectors, layout, update, numbers>(o, row, column);
+  for (; row + Rows <= rows - left; row += Rows) {
+    if (o.ahead != nullptr) o.ahead->ask_one_by_one<2>(o.ahead_lines);
+    register_tile<Rows, Vectors, layout, update, numbers>(o, row, column);
+  }
   constexpr int fewer = Rows > 8 ? 8 : Rows > 4 ? 4 : Rows / 2;
   if constexpr (fewer > 0)
     if (row < rows) panel<fewer, Vectors, layout, update, numbers>(o, row, rows, column);
@@ -117,10 +132,12 @@ constexpr int64_t depth_at_once = 64;
 // Dot products of queries and keys, in blocks of dims, which bounds the rounding error of long sums.
 inline void multiply_scores(Operands o, int64_t rows, int64_t columns) {
   const int64_t depth = o.depth;
+  float* const largest = std::exchange(o.largest, depth > depth_at_once ? nullptr : o.largest);
   o.depth = std::min(depth, depth_at_once);
   multiply<Layout::depth_contiguous, Update::overwrite>(o, rows, columns);
   for (int64_t d = depth_at_once; d < depth; d += depth_at_once) {
     o.a += depth_at_once, o.b += depth_at_once * o.b_stride, o.depth = std::min(depth - d, depth_at_once);
+    if (d + depth_at_once >= depth) o.largest = largest;
     multiply<Layout::depth_contiguous, Update::add>(o, rows, columns);
   }
 }

@@ -29,6 +29,7 @@ struct Item {
 
 struct Schedule {
   int64_t heads_per_tile, head_groups, tiles_per_head, tiles, spans, keys_per_span, rows_per_tile;
+  bool by_head;  // whether the tiles of a head follow each other
 
   // Uses the most rows per item, up to `panels` of them, that leave at least `items_wanted` items.
   explicit Schedule(const Problem& p, int64_t items_wanted = 64, int64_t panels = max_panels) {
@@ -42,6 +43,7 @@ struct Schedule {
     head_groups = ceil_div(group, heads_per_tile);
     tiles_per_head = ceil_div(p.queries, rows_wanted);
     tiles = p.batch * p.kv_heads * head_groups * tiles_per_head;
+    by_head = !p.causal && p.window == 0;
     const bool enough = tiles >= 32 || rows_per_tile > query_tile;  // spans support one panel only
     // Rounded to the widest vector of any CPU, so that the division depends on the shape only.
     const int64_t rows = round_up(heads_per_tile * std::min(p.queries, query_tile), 16);
@@ -62,14 +64,15 @@ struct Schedule {
     return i;
   }
 
-  // The last queries come first: with a causal mask they have the most keys.
+  // The last queries come first: with a causal mask they have the most keys. Without one all items are alike, and those that read
+  // the same keys come together.
   Item item(const Problem& p, int64_t index) const {
     Item i;
     i.tile = index / spans;
     i.span = index % spans;
     const int64_t outer = p.batch * p.kv_heads * head_groups;
-    i.query = (tiles_per_head - 1 - i.tile / outer) * rows_per_tile;
-    int64_t rest = i.tile % outer;
+    i.query = (tiles_per_head - 1 - (by_head ? i.tile % tiles_per_head : i.tile / outer)) * rows_per_tile;
+    int64_t rest = by_head ? i.tile / tiles_per_head : i.tile % outer;
     i.head = (rest % head_groups) * heads_per_tile;
     rest /= head_groups;
     i.kv_head = rest % p.kv_heads;

@@ -67,10 +67,12 @@ template <int N>
 // maximum is in the range of Coarse and not far below an earlier one, `again` recomputes these columns in double, subtracts
 // their maximum and updates the state.
 template <int N, class Again>
-FATUI_INLINE void softmax_panel(const Scores& t, Softmax& state, int64_t column, const Coarse& coarse, const Again& again) {
+FATUI_INLINE void softmax_panel(const Scores& t, Softmax& state, int64_t column, const Coarse& coarse, const float* largest,
+                                const Again& again) {
   Vector top[N], subtracted[N], sum[N], coarsest{};
   float* s = t.at(0, column);
-  largest_scores(s, t.keys, top);
+  if (largest == nullptr) largest_scores(s, t.keys, top);
+  else FATUI_UNROLL for (int v = 0; v < N; v++) top[v] = load(largest + column - t.begin + v * lanes);
   FATUI_UNROLL for (int v = 0; v < N; v++) {
     const Vector before = load(state.maximum + column + v * lanes), size = magnitude(top[v]);
     const Vector far = larger(broadcast(no_matter), size * max_rounded);
@@ -104,13 +106,14 @@ FATUI_INLINE void softmax_panel(const Scores& t, Softmax& state, int64_t column,
   }
 }
 
+// `largest`: the maximum of each column of the tile if it is known, or null.
 template <class Again>
-inline void softmax_step(const Scores& t, Softmax& state, const Coarse& coarse, const Again& again) {
+inline void softmax_step(const Scores& t, Softmax& state, const Coarse& coarse, const float* largest, const Again& again) {
   int64_t i = t.begin;
   if constexpr (registers == 32)
-    for (; i + 4 * lanes <= t.end; i += 4 * lanes) softmax_panel<4>(t, state, i, coarse, again);
-  for (; i + 2 * lanes <= t.end; i += 2 * lanes) softmax_panel<2>(t, state, i, coarse, again);
-  if (i < t.end) softmax_panel<1>(t, state, i, coarse, again);
+    for (; i + 4 * lanes <= t.end; i += 4 * lanes) softmax_panel<4>(t, state, i, coarse, largest, again);
+  for (; i + 2 * lanes <= t.end; i += 2 * lanes) softmax_panel<2>(t, state, i, coarse, largest, again);
+  if (i < t.end) softmax_panel<1>(t, state, i, coarse, largest, again);
 }
 
 }  // namespace fatui
