@@ -34,7 +34,7 @@ from attention.core.workload import Workload
 from attention.implementations.baseline import Baseline
 from attention.implementations.calls import MlxRunner
 from attention.measure.rounds import Runner
-from fatui.report.comparison import FEWEST_PAIRS, RowChange, compare
+from fatui.report.comparison import MIN_PAIRS, RowChange, compare
 from fatui.report.gate import parse_criteria
 from fatui.storage.result_files import read
 
@@ -144,7 +144,7 @@ def _resample(options: argparse.Namespace) -> int:
             drawn.append(
                 {name: _changed(each, swapped, options.delay * (name == delayed)) for name, each in found.items()}
             )
-        for number in range(FEWEST_PAIRS, options.pairs + 1):
+        for number in range(MIN_PAIRS, options.pairs + 1):
             outcomes = {
                 name: structs.replace(each, by_pair=tuple(one[name].by_pair[0] for one in drawn[:number])).outcome(
                     slower, len(drawn[0])

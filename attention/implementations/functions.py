@@ -12,8 +12,8 @@ from attention.core.workload import Workload
 from attention.masks import Mask, scores_shape
 from attention.measure.device import Device
 
-FEWEST: Final = 3
-"""Positional parameters of a function that computes attention: q, k and v."""
+MIN_PARAMETERS: Final = 3
+"""Minimum of positional parameters of a function that computes attention: q, k and v."""
 
 
 class FunctionImplementation:
@@ -69,4 +69,4 @@ def computes_attention(candidate: object) -> bool:
         return True
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     several = any(each.kind is each.VAR_POSITIONAL for each in parameters)
-    return several or sum(each.kind in kinds for each in parameters) >= FEWEST
+    return several or sum(each.kind in kinds for each in parameters) >= MIN_PARAMETERS

@@ -170,7 +170,7 @@ def blas() -> str | None:
 def _forwards() -> bool:
     """Return whether MLX's products go through numpy's OpenBLAS, by computing one.
 
-    The library that forwards them is asked by symbol, not by file: its file may have been removed since it was loaded.
+    The library that forwards them is found by symbol, not by file: its file may have been removed since it was loaded.
     """
     import ctypes
 

@@ -60,7 +60,7 @@ def download(name: str, *, only_configuration: bool = False, look_up_s: float = 
                 answer = process.stdout.readline().strip()
             if process.wait() == 0 and answer:
                 return Path(answer)
-            raise _unavailable(name, answer or "cannot be asked")
+            raise _unavailable(name, answer or "cannot be reached")
         finally:
             process.kill()
 

@@ -29,7 +29,7 @@ results, 2 wrong usage, 130 interrupted (docs/gate.md)."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
-    from fatui.report.comparison import MOST_PAIRS
+    from fatui.report.comparison import MAX_PAIRS
 
     parser.add_argument("before", metavar="BASE", help="the folder of the version to compare with")
     parser.add_argument("after", metavar="NEW", help="the folder of the version to judge")
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_criteria(parser)
     parser.add_argument(
-        "--pairs", type=int, default=MOST_PAIRS, metavar="N", help=f"pairs of runs at most ({MOST_PAIRS})"
+        "--pairs", type=int, default=MAX_PAIRS, metavar="N", help=f"pairs of runs at most ({MAX_PAIRS})"
     )
     parser.add_argument("--keep", metavar="FOLDER", help="keep the runs in its folders base and new")
     parser.add_argument("--markdown", metavar="FILE", help="write the comparison as a Markdown table ('-' is stdout)")
@@ -82,13 +82,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _folders(arguments: argparse.Namespace) -> "list[Path]":
     """Return the two folders, after a check of them and of the number of pairs."""
     from attention.core.files import expand_home
-    from fatui.report.comparison import FEWEST_PAIRS, MOST_PAIRS
+    from fatui.report.comparison import MAX_PAIRS, MIN_PAIRS
     from fatui.storage.history import is_folder
 
     paths = [expand_home(name) for name in (arguments.before, arguments.after)]
     problems = [f"{str(path)[:200]}: there is no such folder" for path in paths if not is_folder(path)]
-    if not FEWEST_PAIRS <= arguments.pairs <= MOST_PAIRS:
-        problems.append(f"--pairs: got {arguments.pairs}; it takes {FEWEST_PAIRS} to {MOST_PAIRS}")
+    if not MIN_PAIRS <= arguments.pairs <= MAX_PAIRS:
+        problems.append(f"--pairs: got {arguments.pairs}; it takes {MIN_PAIRS} to {MAX_PAIRS}")
     if problems:
         raise UsageError(*problems)
     return paths
@@ -113,7 +113,7 @@ def _measure(
 ) -> "Gate":
     """Measure pairs until they decide, or there are as many as allowed; the order within a pair alternates."""
     from fatui.alternation import run_in_turns
-    from fatui.report.comparison import FEWEST_PAIRS, compare_pairs
+    from fatui.report.comparison import MIN_PAIRS, compare_pairs
     from fatui.report.gate import judge
     from fatui.storage.result_files import read
 
@@ -130,5 +130,5 @@ def _measure(
         gate = judge(compare_pairs(runs), thresholds)
         open_rows = sum(bool(row.undecided) for row in gate.rows)
         cli.print_line(f"pair {number} of at most {most}: {open_rows} of {len(gate.rows)} rows undecided")
-        if number >= most or (number >= FEWEST_PAIRS and gate.decided):
+        if number >= most or (number >= MIN_PAIRS and gate.decided):
             return gate

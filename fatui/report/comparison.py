@@ -36,9 +36,9 @@ AnyWorkload = Workload | Generation | FineTuning | Stream
 Outcome = Literal["FASTER", "SAME", "SLOWER", "UNDECIDED"]
 DEFAULT_TOLERANCE: Final = 0.05
 """The slowdown up to which a row counts as unchanged, unless one is given."""
-FEWEST_PAIRS: Final = 5
+MIN_PAIRS: Final = 5
 """From this number of pairs on, how much they differ decides."""
-MOST_PAIRS: Final = 12
+MAX_PAIRS: Final = 12
 """Pairs after which a gate ends; the looks at the pairs before are part of its error rate."""
 FALSE_ALARMS: Final = 0.005
 """Largest probability that any row of unchanged code is called SLOWER at any look."""
@@ -129,9 +129,9 @@ class RowChange(Struct, frozen=True, kw_only=True):
         of 95 %.
         """
         pairs = len(self.by_pair)
-        if pairs < FEWEST_PAIRS:
+        if pairs < MIN_PAIRS:
             return self.ratio
-        looks = max(MOST_PAIRS, pairs) - FEWEST_PAIRS + 1
+        looks = max(MAX_PAIRS, pairs) - MIN_PAIRS + 1
         missing = statistics.repeated_ratio(self.by_pair, self.floor, 1 - 2 * MISSES / looks)
         alarming = statistics.repeated_ratio(self.by_pair, self.floor, 1 - 2 * FALSE_ALARMS / (max(rows, 1) * looks))
         assert missing is not None
@@ -164,7 +164,7 @@ class RowChange(Struct, frozen=True, kw_only=True):
             return "FASTER"
         if most <= tolerance:
             return "SAME" if self.noise <= tolerance else "UNDECIDED"
-        shown = len(self.by_pair) >= FEWEST_PAIRS and least > self.floor
+        shown = len(self.by_pair) >= MIN_PAIRS and least > self.floor
         if not (shown or self.in_turns) and self.ratio:
             shown = 1 / self.ratio.high - 1 > max(tolerance, self.floor)
         return "SLOWER" if shown else "UNDECIDED"

@@ -1,6 +1,19 @@
 """Settings for all tests of the engine."""
 
+import os
+
+import mlx.core as mx
+import pytest
 from hypothesis import settings
+
+from attention.kernels import cpu
 
 settings.register_profile("engine", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("engine")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_kernel_for_all_workers() -> None:
+    """Compile the whole kernel before a worker's first test: another's first call would compile a part of it again."""
+    if "PYTEST_XDIST_WORKER" in os.environ and not mx.cuda.is_available() and cpu.availability()[0]:
+        cpu.load()
