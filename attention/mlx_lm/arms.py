@@ -315,8 +315,8 @@ class SharedPass:
         self._times, self._peaks = {}, {}
         self._away_s, self._rest_peak, self._direct, self._settled, self._pending = 0.0, 0, 0, 0, None
         places = (patch_points.models_sdpa(), self._called), (patch_points.fast_sdpa(), self._called_directly)
-        for place, taker in places:
-            place.add(interceptor=taker)
+        for place, interceptor in places:
+            place.add(interceptor=interceptor)
         mx.reset_peak_memory()
         run.observer = self
         try:
@@ -325,8 +325,8 @@ class SharedPass:
         finally:
             run.observer = None
             self._pending = None
-            for place, taker in places:
-                place.remove(interceptor=taker)
+            for place, interceptor in places:
+                place.remove(interceptor=interceptor)
         if self._direct or not self._settled:
             raise NotShareable("the model does not attend through mlx-lm's function alone")
         rest_peak = max(self._rest_peak, mx.get_peak_memory())

@@ -142,9 +142,9 @@ def tile_of(kind: Kind, head_dim: int, dtype: str, rows: int = 0) -> Tile:
         rows: for a call with few queries: query rows per key head.
     """
     size = SIZES[dtype]
-    most_keys = 32 if head_dim < 128 else 16
+    max_keys = 32 if head_dim < 128 else 16
     for block_q, block_k in _blocks(kind, rows):
-        if (block_q if kind == "backward_key" else block_k) > most_keys:
+        if (block_q if kind == "backward_key" else block_k) > max_keys:
             continue
         for chunk in _chunks(kind, head_dim):
             tile = Tile(kind, head_dim, size, block_q, block_k, chunk)

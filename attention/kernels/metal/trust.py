@@ -1,14 +1,13 @@
 """Records of the kernels' self-checks on this Mac, one per specialisation; see `first_use`."""
 
+import functools
 import hashlib
 import platform
-from functools import cache
-from functools import cache as once
 from importlib.metadata import version
 from typing import Final
 
 from attention.core.errors import KernelUnavailable
-from attention.kernels.common import cache as folder
+from attention.kernels.common import cache
 from attention.kernels.common.cache import code_fingerprint
 from attention.kernels.common.first_use import PASSED, Check, SelfChecks
 from attention.kernels.metal.call import Specialisation
@@ -17,7 +16,7 @@ MIN_MACOS = 14
 """Oldest macOS version that MLX supports; its Metal 3.1 has bfloat16 and simdgroup matrices."""
 
 
-@cache
+@functools.cache
 def describe() -> str:
     """Return GPU and system in a few words.
 
@@ -32,11 +31,11 @@ def describe() -> str:
         raise KernelUnavailable("this MLX has no Metal backend, or finds no GPU")
     if int(platform.mac_ver()[0].partition(".")[0] or 0) < MIN_MACOS:
         raise KernelUnavailable(f"the Metal kernels need macOS {MIN_MACOS}, and this is {platform.mac_ver()[0]}")
-    folder.ensure_folder()
+    cache.ensure_folder()
     return machine_fingerprint()
 
 
-@cache
+@functools.cache
 def machine_fingerprint() -> str:
     """Return what a self-check's result is valid for: GPU, system (with its Metal compiler) and MLX version."""
     import mlx.core as mx
@@ -50,7 +49,7 @@ PREFIX: Final = "metal-"
 """Prefix of the keys of all records."""
 
 
-@once
+@functools.cache
 def key_of(special: Specialisation) -> str:
     """Return the key of a specialisation's record: its constants and the fingerprint of its code."""
     return (

@@ -98,17 +98,17 @@ def time_line(plan: Plan, pace: RunSpeed, device: str, timing: Timing) -> str:
 def refusal_lines(draft: Draft, advice: Advice) -> list[str]:
     """Say which of the selected implementations will not be measured, in how many of several cases, and why."""
     answer, count = advice.answer, _count(draft)
-    most = availability.memory_limit(draft, advice.device)
+    limit = availability.memory_limit(draft, advice.device)
     lines = []
     for name in draft.implementations:
         if problem := answer.problems.get(name, ""):
             lines.append(f"{name}: {problem.splitlines()[0]}")
         for reason, cases in answer.unsupported.get(name, {}).items():
             lines.append(f"{name}{_of(cases, count)}: {reason}")
-        beyond = [size for size in answer.needs.get(name, ()) if most is not None and size > most]
-        if beyond and most is not None and not draft.force:
+        beyond = [size for size in answer.needs.get(name, ()) if limit is not None and size > limit]
+        if beyond and limit is not None and not draft.force:
             needed = formatting.size(max(beyond))
-            lines.append(f"{name}{_of(len(beyond), count)}: needs {needed} of {formatting.size(most)}")
+            lines.append(f"{name}{_of(len(beyond), count)}: needs {needed} of {formatting.size(limit)}")
     return [f"{REFUSED}{'; '.join(lines)}"] if lines else []
 
 
