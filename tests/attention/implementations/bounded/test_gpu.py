@@ -183,12 +183,13 @@ def gradient_of_weights(
     return made
 
 
-@pytest.mark.parametrize(
-    ("budget", "seq", "dim"), [(MIB, 64, 320), (4 * MIB, 256, 320), (SMALL, 256, 320), (MIB, 256, 64)]
-)
-def test_float16_gradients_have_the_outputs_winners(budget: int, seq: int, dim: int) -> None:
-    """Gradients that chose another key than an output in TF32 had done were off by up to 57,000."""
-    scale = 0.7
+@pytest.mark.parametrize(("budget", "seq"), [(MIB, 64), (4 * MIB, 256), (SMALL, 256)])
+def test_float16_gradients_have_the_outputs_winners(budget: int, seq: int) -> None:
+    """Gradients that chose another key than an output in TF32 had done were off by up to 57,000.
+
+    With the head dim of 320, for which MLX has no fused kernel: those round the weights to float16.
+    """
+    scale, dim = 0.7, 320
     queries, keys = rows_between_two_keys(4, seq, dim)
     q, k = mx.array(queries), mx.array(keys)
     v, cotangent = (mx.random.normal(q.shape, key=mx.random.key(seed)).astype(q.dtype) for seed in (1, 2))
