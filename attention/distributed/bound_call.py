@@ -52,7 +52,7 @@ class BoundCall:
         if decision.method == "alone":
             self.layout = make_layout(workload.kv_seq, group.size(), "replicated")
             rows = make_layout(workload.seq, group.size(), "replicated")
-            self._inputs = [q, k, v]
+            self._inputs = [q, k, v, *cotangent]
         elif decision.method == "split keys":
             self.layout = make_layout(workload.kv_seq, group.size(), decision.layout, weights=decision.weights)
             rows = make_layout(workload.seq, group.size(), "replicated")

@@ -19,17 +19,21 @@ from benchmarks.distributed.cases import Case, cases
 
 ROUNDS: Final = 9
 SAMPLE_S: Final = 0.05
+QUEUED: Final = 8
+"""Calls that are given to MLX at once; a model's layers are, too."""
 
 
 def measure(case: Case, group: collectives.Group, implementation: str, method: Method | None) -> dict[str, Any]:
     """Return the row of a case: median times of the slowest rank, and ratios within rounds.
 
-    One device's time is the slowest device's too, since ranks wait for it; all devices' are `one_of_ranks_s`.
-    `bytes_sent` are of all ranks.
+    A call begins when the one before has ended, on one device too, and calls are queued while others run. One device's
+    time is the slowest device's too, since ranks wait for it; all devices' are `one_of_ranks_s`. `bytes_sent` are of
+    all ranks.
     """
     workload = case.workload
     decision = decide(workload, group.size(), method=method, sharded_by="any" if method else "sequence")
-    alone = MlxRunner(load_implementation(implementation), workload, make_inputs(workload, 0), workload.head_dim**-0.5)
+    one: Any = OneOfRanks(0, 1)
+    alone = BoundCall(workload, one, decide(workload, 1), implementation)
     call = BoundCall(workload, group, decision, implementation)
     arms: dict[str, Callable[[], list[mx.array]]] = {
         "one": alone.queue,
@@ -75,10 +79,11 @@ def measure(case: Case, group: collectives.Group, implementation: str, method: M
 
 
 def _sample(queue: Callable[[], list[mx.array]], calls: int, call: BoundCall) -> float:
-    """Return the seconds of some calls, queued and evaluated together."""
+    """Return the seconds of some calls, some of which are queued while others run."""
     call.barrier()
     started = time.perf_counter()
-    mx.eval([queue() for _ in range(calls)])
+    for first in range(0, calls, QUEUED):
+        mx.async_eval([queue() for _ in range(min(QUEUED, calls - first))])  # type: ignore[no-untyped-call]
     mx.synchronize()
     return time.perf_counter() - started
 

@@ -39,6 +39,7 @@ DISTRIBUTED = {
 QUANTIZED = {"anyOf": [{"required": ["label", "seconds"]}, {"required": ["target", "least", "measured", "holds"]}]}
 ROWS_OF_BENCHMARKS = {
     "distributed/h200-two.json": DISTRIBUTED,
+    "distributed/h200-two-decode.json": DISTRIBUTED,
     "distributed/h200-beyond.json": {"required": ["part", "workload", "ranks", "one_needs_bytes", "peak_bytes"]},
     "distributed/h200-predicted.json": {"required": ["part", "predicted", "seq", "ranks", "ranks_s"]},
     "quantized/decode.json": QUANTIZED,
