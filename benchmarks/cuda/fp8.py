@@ -62,16 +62,16 @@ def _seconds(shape: CallShape, causal: bool) -> dict[str, float]:
     call = normalize(scale, causal, None, None, shape.keys)
     fp8.check(shape, call)
     quantization, attention = fp8_launch.stages(shape, call, fp8_launch.forward_kernel(shape, call))
-    quantize = make_plan(INPUTS, fp8_launch.QUANTIZED, [quantization])
-    attend = make_plan(fp8_launch.QUANTIZED, OUTPUTS[:1], [attention])
-    quantized = quantize(q, k, v)[: len(fp8_launch.QUANTIZED)]
+    quantize = make_plan(INPUTS[1:], fp8_launch.QUANTIZED, [quantization])
+    attend = make_plan((INPUTS[0], *fp8_launch.QUANTIZED), OUTPUTS[:1], [attention])
+    quantized = quantize(k, v)[: len(fp8_launch.QUANTIZED)]
     mx.eval(quantized)
     mask = Mask(causal=causal)
     return medians(
         {
             "ours": MlxCalls(lambda: fp8.attend(q, k, v, scale=scale, mask=mask)),
-            "kernel": MlxCalls(lambda: attend(quantized)[0]),
-            "quantization": MlxCalls(lambda: quantize(q, k, v)[0]),
+            "kernel": MlxCalls(lambda: attend(q, *quantized)[0]),
+            "quantization": MlxCalls(lambda: quantize(k, v)[0]),
             "bfloat16": MlxCalls(lambda: cuda.flash_attention(q, k, v, scale=scale, causal=causal)),
         }
     )

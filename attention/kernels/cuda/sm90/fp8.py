@@ -29,9 +29,9 @@ class Quantize:
             name="flash_quantize_fp8",
             architecture="sm_90a",
             constants=tuple((name, int(value)) for name, value in constants.items()),
-            texts=("runtime/common.cuh", "sm90/fp8_quantize.cu"),
-            threads=4 * self.head_dim,
-            shared_memory=64 + 132 * self.head_dim,
+            texts=("runtime/common.cuh", "sm90/fp8_scale.cuh", "sm90/fp8_quantize.cu"),
+            threads=2 * self.head_dim,
+            shared_memory=64 + (2 * QUANTIZED_ROWS + 132) * self.head_dim,
         )
 
 
@@ -47,7 +47,8 @@ class Fp8Forward(Forward):
     @property
     def shared_memory(self) -> int:
         """Bytes: 1 KiB of barriers and scales, the Q buffers, the K and V buffers."""
-        return 1024 + 128 * (self.query_stages * self.block_m + self.stages * (self.block_n + self.head_dim + 8))
+        queries = 2 * self.head_dim * self.query_stages * self.block_m
+        return 1024 + queries + 128 * self.stages * (self.block_n + self.head_dim + 8)
 
     @functools.cached_property
     def program(self) -> Program:
@@ -73,7 +74,15 @@ class Fp8Forward(Forward):
             wgmma("wgmma_scores", self.block_n, "e4m3", a_in_registers=False, transpose_b=False),
             wgmma("wgmma_output", self.head_dim + 8, "e4m3", a_in_registers=True, transpose_b=False),
         )
-        texts = ("warpgroup.cuh", "tiles.cuh", "join.cuh", "pipeline.cuh", "consumer.cuh", "fp8_forward.cu")
+        texts = (
+            "warpgroup.cuh",
+            "tiles.cuh",
+            "join.cuh",
+            "pipeline.cuh",
+            "consumer.cuh",
+            "fp8_scale.cuh",
+            "fp8_forward.cu",
+        )
         return Program(
             name="flash_forward_fp8",
             architecture="sm_90a",

@@ -84,6 +84,63 @@ DEVICE void softmax8(Scores& scores, Rows& rows, float factor) {
   }
 }
 
+// ---- queries ------------------------------------------------------------------------------------------------------
+
+constexpr int QUANTIZE_BARRIER = TURN_BARRIER + CONSUMERS;  // first named barrier, one per consumer
+
+DEVICE void load_four(u32 (&words)[4], u32 address) {
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(address)
+               : "memory");
+}
+DEVICE void store_four(u32 address, const u32 (&words)[4]) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+// Address of a 16-byte unit of a row in a tile of 64 rows.
+DEVICE u32 unit_of(u32 tile, int row, int unit) {
+  return tile + unit / 8 * (WARPGROUP_ROWS * 128) + row * 128 + (unit % 8 ^ row % 8) * 16;
+}
+
+// Quantizes a consumer's queries in place, times `factor`, with one power of two for all, whose exponent is the last word of
+// `room`; the others are for a number of each warp. A thread has half of a row.
+DEVICE void quantize_queries(u32 tile, u32 room, int barrier, float factor) {
+  constexpr int UNITS = HEAD_DIM / 16;
+  const int thread = threadIdx.x % WARPGROUP, row = thread % WARPGROUP_ROWS, first = thread / WARPGROUP_ROWS * UNITS;
+  u32 words[UNITS][4];
+  float largest = 0;
+#pragma unroll
+  for (int i = 0; i < UNITS; ++i) {
+    load_four(words[i], unit_of(tile, row, first + i));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) largest = fmaxf(largest, fmaxf(fabsf(low_of(words[i][j])), fabsf(high_of(words[i][j]))));
+  }
+#pragma unroll
+  for (int i = 16; i > 0; i /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, i));
+  if (thread % 32 == 0) store_word(room + thread / 32 * 4, __float_as_uint(largest));
+  named_sync(barrier, WARPGROUP);  // every thread has read its queries, too
+  u32 found[4];
+  load_four(found, room);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) largest = fmaxf(largest, __uint_as_float(found[i]));
+  const int exponent = exponent_for(largest * factor);
+  const float by = power_of_two(-exponent);
+#pragma unroll
+  for (int i = 0; i < UNITS; i += 2) {
+    u32 made[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const u32 a = words[i + j / 2][j % 2 * 2], b = words[i + j / 2][j % 2 * 2 + 1];
+      made[j] = pack_fp8(low_of(a) * factor * by, high_of(a) * factor * by, low_of(b) * factor * by, high_of(b) * factor * by);
+    }
+    store_four(unit_of(tile, row, (first + i) / 2), made);
+  }
+  if (thread == 0) store_word(room + 16, exponent);
+  fence_shared_for_async();
+  named_sync(barrier, WARPGROUP);
+}
+
 // ---- a consumer --------------------------------------------------------------------------------------------------
 
 struct Results {
@@ -92,12 +149,13 @@ struct Results {
 };
 
 struct Consumer : Position {
-  int query_exponent = 0, value_exponent = 0;  // of the scales of the query tile, and of the output
+  int value_exponent = 0;  // of the scale of the output
 
   using Position::Position;
   DEVICE bool next_work(const Problem& problem) {
     if (!Position::next_work(problem)) return false;
-    query_exponent = load_word(memory.query_exponent(work.query_buffer(index))), value_exponent = 0;
+    quantize_queries(query, memory.exchange(index), QUANTIZE_BARRIER + index, problem.scale_log2);
+    value_exponent = 0;
     pass_unseen(skips);
     return true;
   }
@@ -105,7 +163,7 @@ struct Consumer : Position {
   // Waits for the scores of tile `n`, with at most PENDING later wgmma groups in flight, and converts them to weights.
   template <int PENDING>
   DEVICE void weigh(Scores& scores, const Problem& problem, Rows& rows) {
-    const float factor = power_of_two(query_exponent + static_cast<int>(load_word(memory.key_exponent(keys.stage))));
+    const float factor = power_of_two(static_cast<int>(load_word(memory.query_exponent(index)) + load_word(memory.key_exponent(keys.stage))));
     wgmma_wait<PENDING>();
     settle(scores);
     release_keys();
@@ -227,12 +285,12 @@ DEVICE void fill_ones(const Memory& memory) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     KERNEL_NAME(const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap key,
-                const __grid_constant__ TensorMap value, const int* query_exponents, const int2* key_exponents,
-                const int4* table, char* output, float4* parts, u64* marks, int planes, int heads, int heads_per_key,
-                int queries, int keys, int columns, int window, int rounds, u64 serial) {
+                const __grid_constant__ TensorMap value, const int2* key_exponents, const int4* table, char* output,
+                float4* parts, u64* marks, int planes, int heads, int heads_per_key, int queries, int keys, int columns,
+                int window, int factor_bits, int rounds, u64 serial) {
   extern __shared__ __align__(1024) char shared[];
   const Memory memory{shared_address(shared)};
-  const Problem problem{planes, heads, heads_per_key, queries, keys, columns, 1, 0, window};
+  const Problem problem{planes, heads, heads_per_key, queries, keys, columns, __int_as_float(factor_bits), 0, window};
   const Schedule schedule{table + 2 * rounds * blockIdx.x};
   if (threadIdx.x == 0) {
     prefetch(schedule.entry);  // the longest latency of the prologue
@@ -244,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
   if (threadIdx.x < WARPGROUP) {
     give_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0) produce(memory, problem, schedule, {}, query, key, value, {query_exponents, key_exponents});
+    if (threadIdx.x == 0) produce(memory, problem, schedule, {}, query, key, value, {key_exponents});
   } else {
     if constexpr (CONSUMERS == 1) give_registers<CONSUMER_REGISTERS>();
     else take_registers<CONSUMER_REGISTERS>();

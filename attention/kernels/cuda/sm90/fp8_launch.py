@@ -26,7 +26,7 @@ from attention.kernels.cuda.sm90.fp8 import QUANTIZED_ROWS, WIDTHS, Fp8Forward, 
 from attention.kernels.cuda.sm90.launch import least_makespan
 from attention.kernels.cuda.sm90.schedule import make_works
 
-QUANTIZED: Final = ("q8", "k8", "v8", "q_exponents", "kv_exponents")
+QUANTIZED: Final = ("k8", "v8", "kv_exponents")
 """Arrays written by the quantization: e4m3 as uint8, and the exponents of their scales."""
 
 
@@ -36,31 +36,19 @@ def width_of(head_dim: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def quantize(shape: CallShape, scale: float) -> Launch:
-    """Return the launch of the quantization; it writes the arrays of `QUANTIZED`."""
+def quantize(shape: CallShape) -> Launch:
+    """Return the launch of the quantization of keys and values; it writes the arrays of `QUANTIZED`."""
     width = width_of(shape.head_dim)
-    planes, key_planes = shape.batch * shape.heads, shape.batch * shape.kv_heads
-    query_blocks, key_blocks = -(-shape.queries // QUANTIZED_ROWS), -(-shape.keys // QUANTIZED_ROWS)
+    planes, blocks = shape.batch * shape.kv_heads, -(-shape.keys // QUANTIZED_ROWS)
     return prepare(
         Quantize(width, shape.element).program,
-        planes * query_blocks + 2 * key_planes * key_blocks,
+        2 * planes * blocks,
         [
-            ((shape.batch, shape.heads, shape.queries, width), mx.uint8),
             ((shape.batch, shape.kv_heads, shape.keys, width), mx.uint8),
-            ((shape.batch, shape.kv_heads, width, key_blocks * QUANTIZED_ROWS), mx.uint8),
-            ((planes, -(-shape.queries // WARPGROUP_ROWS)), mx.int32),
-            ((key_planes, key_blocks, 2), mx.int32),
+            ((shape.batch, shape.kv_heads, width, blocks * QUANTIZED_ROWS), mx.uint8),
+            ((planes, blocks, 2), mx.int32),
         ],
-        [
-            planes,
-            key_planes,
-            shape.heads,
-            shape.group,
-            shape.queries,
-            shape.keys,
-            shape.head_dim,
-            float_bits(scale * LOG2_E),
-        ],
+        [planes, shape.kv_heads, shape.keys, shape.head_dim],
     )
 
 
@@ -88,6 +76,7 @@ def forward(shape: CallShape, call: CallParams, kernel: Fp8Forward) -> Launch:
             shape.keys,
             shape.head_dim,
             call.window or 0,
+            float_bits(call.scale * LOG2_E),
             len(table[0]),
         ],
         on_device(table),
@@ -100,13 +89,13 @@ def stages(shape: CallShape, call: CallParams, kernel: Fp8Forward) -> list[Stage
     parts = made.keywords["output_shapes"][1][0]
     width = width_of(shape.head_dim)
     return [
-        Stage(quantize(shape, call.scale), INPUTS, QUANTIZED, strided=INPUTS),
+        Stage(quantize(shape), INPUTS[1:], QUANTIZED, strided=INPUTS[1:]),
         Stage(
             made,
-            QUANTIZED,
+            (INPUTS[0], *QUANTIZED),
             (OUTPUTS[0], "parts", "marks"),
             maps={
-                "q8": TensorBox(WARPGROUP_ROWS, 128),
+                "q": TensorBox(WARPGROUP_ROWS),
                 "k8": TensorBox(kernel.block_n, 128),
                 "v8": TensorBox(width, 128),
             },

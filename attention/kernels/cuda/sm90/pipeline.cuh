@@ -29,16 +29,18 @@ struct Memory {
   DEVICE u32 key_empty(int stage) const { return key_full(STAGES + stage); }
   DEVICE u32 value_full(int stage) const { return key_full(2 * STAGES + stage); }
   DEVICE u32 value_empty(int stage) const { return key_full(3 * STAGES + stage); }
-  DEVICE u32 query(int buffer) const { return base + 1024 + buffer * QueryTile::BYTES; }
+  DEVICE u32 query(int buffer) const { return base + 1024 + buffer * QUERY_BUFFER; }
   DEVICE u32 key(int stage) const { return query(QUERY_STAGES * CONSUMERS) + stage * KeyTile::BYTES; }
   DEVICE u32 value(int stage) const { return key(STAGES) + stage * ValueTile::BUFFER_BYTES; }
   // With LISTS: the key tile in a K buffer, times two, plus one if it is partially masked; and then its bits.
   DEVICE u32 listed(int stage) const { return base + 512 + 4 * stage; }
   DEVICE u32 bits(int stage) const { return value(STAGES) + stage * BITS_BYTES; }
-  // With FP8: exponents of the scales of the tiles in the buffers.
+  // With FP8: exponents of the scales of the tiles in the buffers, and a consumer's room for a number of each warp, 16 bytes
+  // aligned, before the exponent of its queries.
   DEVICE u32 key_exponent(int stage) const { return base + 512 + 4 * stage; }
   DEVICE u32 value_exponent(int stage) const { return key_exponent(STAGES + stage); }
-  DEVICE u32 query_exponent(int buffer) const { return key_exponent(2 * STAGES + buffer); }
+  DEVICE u32 exchange(int consumer) const { return base + 768 + 32 * consumer; }
+  DEVICE u32 query_exponent(int consumer) const { return exchange(consumer) + 4 * CONSUMER_WARPS; }
 };
 static_assert(8 * (2 * QUERY_STAGES * CONSUMERS + 4 * STAGES) <= 512);
 
@@ -70,9 +72,8 @@ struct Gathered {
 };
 constexpr int FAR = 1 << 30;
 
-// With FP8: exponents of the scales of 64 rows of Q, and of 128 keys of K and V (in this order).
+// With FP8: exponents of the scales of 128 keys of K and V (in this order).
 struct Scales {
-  const int* query;
   const int2* key;
 };
 
@@ -108,16 +109,20 @@ struct Schedule {
 
 // ---- the producer ------------------------------------------------------------------------------------------------
 
-// Loads the queries of a work, once the buffers are free. `exponents` are those of the plane.
-DEVICE void load_queries(const Memory& memory, const Work& work, const TensorMap& map, int head, int batch,
-                         const int* exponents, int queries) {
+// Loads the queries of a work, once the buffers are free; with FP8 in 16 bits, of which the consumers make 8.
+DEVICE void load_queries(const Memory& memory, const Work& work, const TensorMap& map, int head, int batch) {
   for (int consumer = 0; consumer < CONSUMERS; ++consumer) {
     const int buffer = work.query_buffer(consumer), row = work.block * BLOCK_M + consumer * WARPGROUP_ROWS;
-    int exponent = 0;
-    if constexpr (FP8) exponent = row < queries ? exponents[row / WARPGROUP_ROWS] : 0;
+    const u32 full = memory.query_full(buffer);
     barrier_wait(memory.query_empty(buffer), work.query_parity() ^ 1);
-    if constexpr (FP8) store_word(memory.query_exponent(buffer), exponent);
-    load_tile<WARPGROUP_ROWS>(memory.query(buffer), map, head, batch, row, memory.query_full(buffer));
+#if FP8
+    barrier_arrive_expecting(full, WARPGROUP_ROWS * HEAD_DIM * 2);
+    for (int column = 0; column < HEAD_DIM; column += 64) {
+      load_box(memory.query(buffer) + column * (WARPGROUP_ROWS * 2), map, column, row, head, batch, full);
+    }
+#else
+    load_tile<WARPGROUP_ROWS>(memory.query(buffer), map, head, batch, row, full);
+#endif
   }
 }
 
@@ -182,8 +187,7 @@ DEVICE void produce(const Memory& memory, const Problem& problem, Schedule sched
     };
     const int last = work.end - 1;
     if (last >= work.first) load_key(last);
-    load_queries(memory, work, query_map, head, batch,
-                 scales.query + schedule.plane() * ((problem.queries + WARPGROUP_ROWS - 1) / WARPGROUP_ROWS), problem.queries);
+    load_queries(memory, work, query_map, head, batch);
     for (int n = last - 1; n >= work.first; --n) {  // in the order of the consumers
       if constexpr (OVERLAP) load_key(n), load_value(n + 1);
       else load_value(n + 1), load_key(n);

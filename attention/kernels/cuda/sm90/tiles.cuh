@@ -8,6 +8,7 @@
 constexpr int BLOCK_M = WARPGROUP_ROWS * CONSUMERS;
 using QueryTile = Tile<WARPGROUP_ROWS>;
 using KeyTile = Tile<BLOCK_N>;
+constexpr u32 QUERY_BUFFER = WARPGROUP_ROWS * HEAD_DIM * 2;  // FP8: as loaded, in 16 bits
 #if FP8
 struct ValueTile {  // transposed: HEAD_DIM rows of 128 keys, then 8 rows of ones in the buffer
   static constexpr u32 BYTES = HEAD_DIM * 128, BUFFER_BYTES = BYTES + 8 * 128;
