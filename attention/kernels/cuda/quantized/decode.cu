@@ -586,24 +586,30 @@ DEVICE float sum_in_quad(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// Loads 8 queries in the columns' order of the keys, scaled to float16; a lane has columns of query lane / 4. A column is
-// divided by what the field of its number is multiplied by.
-DEVICE void load_queries(State& state, int n, const Lane& lane, const char* place, bool valid, const Problem& problem) {
-  constexpr int PAIRS = KEY_COUNT / 2;
+// Elements of 8 queries, as loaded, in the columns' order of the keys; a lane has columns of query lane / 4.
+struct Queries {
   Packed<16, KEY_COUNT> elements[PIECES];
+
+  DEVICE Queries(const Lane& lane, const char* place, bool valid, int columns) {
 #pragma unroll
-  for (int p = 0; p < PIECES; ++p) {
-    const int column = 4 * KEY_COUNT * p + KEY_COUNT * lane.member;
-    if (valid && column < problem.columns) elements[p].load(place + 2 * column);
-    else elements[p].clear();
+    for (int p = 0; p < PIECES; ++p) {
+      const int column = 4 * KEY_COUNT * p + KEY_COUNT * lane.member;
+      if (valid && column < columns) elements[p].load(place + 2 * column);
+      else elements[p].clear();
+    }
   }
+};
+
+// Converts 8 queries, scaled to float16. A column is divided by what the field of its number is multiplied by.
+DEVICE void take_queries(State& state, int n, const Lane& lane, const Queries& queries, const Problem& problem) {
+  constexpr int PAIRS = KEY_COUNT / 2;
   float x[PIECES * PAIRS][2], largest = 0;
 #pragma unroll
   for (int i = 0; i < PIECES * PAIRS; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int of_piece = Key::template key_column<KEY_COUNT>(i % PAIRS, half);
-      x[i][half] = element(elements[i / PAIRS].words[of_piece / 2], of_piece % 2);
+      x[i][half] = element(queries.elements[i / PAIRS].words[of_piece / 2], of_piece % 2);
       largest = fmaxf(largest, fabsf(x[i][half]));
     }
   }
@@ -720,18 +726,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
   const int begin = first_key + place.split * split_keys, end = min(keys, begin + split_keys);
   const u32 ring = Lane::opaque(shared_address(shared) + threadIdx.x / 32 * STAGES * BUFFER);
   const Lane lane(ring);
+  const auto load = [&](int n) {
+    const int row = first_row + 8 * n + threadIdx.x % 32 / 4;
+    const bool valid = row < problem.rows();
+    const int of_head = valid ? problem.head_of(row) : 0, of_query = valid ? problem.query_of(row) : 0;
+    const i64 place = batch * query_batch + (head * group + of_head) * query_head + of_query * query_row;
+    return Queries(lane, query + place * 2, valid, columns);
+  };
+  const Queries first = load(0);  // before the copies, behind which it would wait
   start(source, problem, ring, begin, end);
   const Parts own(parts, place.tile, place.split, splits, serial);
   const Counter counter(own);
   State state = {};
+  take_queries(state, 0, lane, first, problem);
 #pragma unroll
-  for (int n = 0; n < QUERY_TILES; ++n) {
-    const int row = first_row + 8 * n + threadIdx.x % 32 / 4;
-    const bool valid = row < problem.rows();
-    const int of_head = valid ? problem.head_of(row) : 0, of_query = valid ? problem.query_of(row) : 0;
-    load_queries(state, n, lane, query + (batch * query_batch + (head * group + of_head) * query_head + of_query * query_row) * 2,
-                 valid, problem);
-  }
+  for (int n = 1; n < QUERY_TILES; ++n) take_queries(state, n, lane, load(n), problem);
   counter.reset(own);
   attend(state, lane, source, problem, ring, first_row, begin, end);
 
