@@ -165,11 +165,20 @@ def flash_attention_quantized(
     """
     if not logsumexp and mask is None and pattern is None and alibi is None:
         try:
-            found = None
-            if _is_as_wide(v, q):
-                found = _find_packed_call(
-                    q, k.numbers, k.scales, k.biases, v.numbers, v.scales, v.biases, scale, causal, window, softcap
-                )
+            found = _find_packed_call(
+                q,
+                k.numbers,
+                k.scales,
+                k.biases,
+                v.numbers,
+                v.scales,
+                v.biases,
+                v.format.bits,
+                scale,
+                causal,
+                window,
+                softcap,
+            )
         except (TypeError, IndexError):  # a wrong type or shape: reported by the checks of `_resolve_packed_call`
             found = None
         if found is not None:

@@ -169,10 +169,11 @@ void define_calls(nb::module_& m) {
         });
   m.def("find_packed_call",
         [](const Array& q, const Array& k, const Array& k_scales, const Array* k_biases, const Array& v, const Array& v_scales,
-           const Array* v_biases, double scale, bool causal, Window window, Optional softcap) -> std::optional<Array> {
+           const Array* v_biases, int v_bits, double scale, bool causal, Window window, Optional softcap) -> std::optional<Array> {
           const auto key =
               fatui::key_of({&q, &k, &k_scales, k_biases, &v, &v_scales, v_biases}, {scale, causal, window, softcap});
-          const auto* plan = key ? known_calls().find(*key) : nullptr;
+          if (!key || int64_t(v.shape(3)) * 32 != int64_t(q.shape(3)) * v_bits) return std::nullopt;
+          const auto* plan = known_calls().find(*key);
           if (plan == nullptr) return std::nullopt;
           std::vector<Array> inputs{q, k, k_scales};
           if (k_biases != nullptr) inputs.push_back(*k_biases);
@@ -181,8 +182,9 @@ void define_calls(nb::module_& m) {
           return fatui::run(*plan, std::move(inputs))[0];
         },
         nb::arg("q"), nb::arg("k"), nb::arg("k_scales"), nb::arg("k_biases").none(), nb::arg("v"), nb::arg("v_scales"),
-        nb::arg("v_biases").none(), nb::arg("scale"), nb::arg("causal"), nb::arg("window").none(), nb::arg("softcap").none(),
-        "As find_call, with the parts of quantized keys and values.");
+        nb::arg("v_biases").none(), nb::arg("v_bits"), nb::arg("scale"), nb::arg("causal"), nb::arg("window").none(), nb::arg("softcap").none(),
+        "As find_call, with the parts of quantized keys and values, and the bits of a value's number; None if values are not as wide "
+        "as queries.");
   m.def("keep_packed_call",
         [](const Array& q, const Array& k, const Array& k_scales, const Array* k_biases, const Array& v, const Array& v_scales,
            const Array* v_biases, double scale, bool causal, Window window, Optional softcap, const Handle& handle) {
