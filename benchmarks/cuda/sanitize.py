@@ -166,6 +166,19 @@ def quantized_calls() -> None:
             mx.eval(cuda.flash_attention_quantized(q, quantized(k, key), quantized(v, value), scale=0.1, mask=mask))
 
 
+def step_calls() -> None:
+    """Run steps of streams, whose kernel writes a slot that it reads: dense, quantized, with rotary positions."""
+    import mlx.core as mx
+
+    from attention import Rope, StreamingKV
+
+    for kv_format, rope in (("none", None), ("int4", None), ("int8", None), ("mxfp4", None), ("int4", Rope(128))):
+        state = StreamingKV(4, 700, kv_format, rope=rope)
+        for length in (710, 1, 1, 1):
+            q, k, v = (mx.random.normal((1, heads, length, 128)).astype(mx.bfloat16) for heads in (8, 2, 2))
+            mx.eval(state.attend(q, k, v))
+
+
 def main() -> int:
     """Run every tool on the general kernels and, on Hopper, on the Hopper kernels at every head dimension."""
     usable, reason = cuda.availability()
@@ -175,7 +188,7 @@ def main() -> int:
             reason if not usable else "compute-sanitizer is not on the PATH; the CUDA toolkit has it", file=sys.stderr
         )
         return 3
-    parts = (*((*map(str, DIMS), "fp8") if cuda.variant() == "hopper" else ()), "general", "quantized")
+    parts = (*((*map(str, DIMS), "fp8") if cuda.variant() == "hopper" else ()), "general", "quantized", "steps")
     with ThreadPoolExecutor(len(parts)) as pool:  # under a sanitizer a process leaves most of the GPU idle
         return max(pool.map(functools.partial(sanitized, sanitizer), parts))
 
@@ -197,7 +210,7 @@ def sanitized(sanitizer: str, part: str) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        named = {"general": general_calls, "quantized": quantized_calls, "fp8": fp8_calls}
+        named = {"general": general_calls, "quantized": quantized_calls, "fp8": fp8_calls, "steps": step_calls}
         named[sys.argv[1]]() if sys.argv[1] in named else calls(int(sys.argv[1]))
     else:
         sys.exit(main())
