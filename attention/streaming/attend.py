@@ -174,8 +174,10 @@ class Step:
         fit what is kept.
         """
         layout = self._layout
+        first, ring = layout.first, layout.ring
+        before = first + ring
         q, k, v = token.q, token.k, token.v
-        if row.seen < layout.slots or row.oldest != row.seen - layout.ring or layout.spare:
+        if row.seen < before or row.oldest != row.seen - ring or layout.spare:
             return None
         key = (q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, token.scale, token.softcap)
         made = self._plans.get(key)
@@ -184,7 +186,7 @@ class Step:
         if made is None:
             return None
         check_not_forked()
-        slot = layout.slot(row.seen)
+        slot = first + (row.seen - first) % ring
         new = [k, v]
         if self._formats is not None and not made.quantizes:
             if self._rope is not None and not token.rotated:
@@ -194,12 +196,10 @@ class Step:
             slots[:] = [mx.contiguous(array + 0) for array in slots]
             mx.eval(slots)
         at = slot if token.rotated else 0
-        before = layout.first + layout.ring
-        positions = [slot - at, slot + layout.ring - at, layout.first + layout.window - 1 - at]
-        runs = [layout.first, slot + 1, slot + 1, before, 0, layout.first]
         radians = [] if self._radians is None else [self._radians]
         arrays = [q, *new, *slots, *radians, k if self.latest is None else self.latest]
-        out: mx.array = made(arrays, [slot, *positions, *runs])
+        positions = (slot - at, slot + ring - at, first + layout.window - 1 - at)
+        out: mx.array = made(arrays, [slot, *positions, first, slot + 1, slot + 1, before, 0, first])
         self.latest = out
         record_path("CUDA kernels, step of a stream")
         return out

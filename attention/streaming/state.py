@@ -217,12 +217,13 @@ class StreamingKV:
             UsageError: shapes or dtypes are not those of the first call, or do not fit each other, or a number is out
                 of range; nothing is stored.
         """
-        if not isinstance(q, mx.array) or q.ndim != 4:
+        shape = q.shape if isinstance(q, mx.array) else ()
+        if len(shape) != 4:
             _check_query(q, k)
-        factor, cap = check_numbers(scale, softcap, q.shape[3])
+        factor, cap = check_numbers(scale, softcap, shape[3])
         if self._pending is not None:
             self._flush()
-        elif lengths is None and sinks is None and q.shape[2] == 1:
+        elif lengths is None and sinks is None and shape[2] == 1:
             stepped = self._step(q, k, v, factor, cap, rotated, implementation)
             if stepped is not None:
                 return stepped
@@ -278,13 +279,14 @@ class StreamingKV:
         try:
             if backend == "cpu":
                 out = self._fused.on_cpu(token, slots, [(row.seen, row.oldest) for row in self._rows])
-            elif all(row == self._rows[0] for row in self._rows[1:]):
+            elif len(self._rows) == 1 or all(row == self._rows[0] for row in self._rows[1:]):
                 out = self._fused.on_cuda(token, slots, self._rows[0], self._takes)
         except (KernelUnavailable, TypeError, ValueError):  # the general way says what is wrong
             return None
         if out is None:
             return None
-        keys[:], values[:] = slots[: len(keys)], slots[len(keys) :]
+        if backend == "cpu" or slots[0] is not keys[0]:  # on CUDA all are replaced, or none
+            keys[:], values[:] = slots[: len(keys)], slots[len(keys) :]
         for row in self._rows:
             row.advance(self.layout, 1)
         return out

@@ -143,6 +143,8 @@ void define_plans(nb::module_& m) {
         },
         nb::arg("steps"), nb::arg("inputs"), nb::arg("shapes"), nb::arg("types"), nb::arg("constants"), nb::arg("label"),
         nb::arg("untraced").none());
+  m.def("is_queued", [](const Array& a) { return a.status() == Array::Status::unscheduled; },
+        "Whether nothing has begun to evaluate an array.");
   m.def("set_transforms",
         [](nb::object gradient, nb::object batched) {
           fatui::transforms() = {std::move(gradient), std::move(batched)};

@@ -34,6 +34,8 @@ from attention.quantized_kv import arrays_of, quantized
 VERSIONS: Final = 3
 """Of a query with rotary positions: for the lap of the newest token, the lap before, and the first tokens."""
 THREADS: Final = 128
+STARTED_TOGETHER: Final = 8
+"""Queued steps after which the GPU starts."""
 SLOT, POSITIONS, SPANS = (0,), (1, 2, 3), (4, 5, 6, 7, 8, 9)
 """Indices of the numbers that a step passes: the slot; to which positions the versions of the query are rotated; first
 and last slot of the run that each version sees."""
@@ -208,17 +210,24 @@ def plan(kind: StepKind) -> "StepPlan":
 class StepPlan:
     """A step as one MLX primitive, which writes into its slots in place.
 
+    Where steps are queued, some at a time are started, so that the GPU computes while the host queues the rest.
+
     Attributes:
         quantizes: whether it takes new rows as they are and quantizes them.
     """
 
     def __init__(self, made: object, quantizes: bool = False) -> None:
         self._run = made.with_numbers  # type: ignore[attr-defined]  # of the launcher
+        self._is_queued = launcher.module().is_queued
+        self._calls = 0
         self.quantizes = quantizes
 
     def __call__(self, arrays: list[mx.array], numbers: list[int]) -> mx.array:
         """Return the output of q, the new rows, the slots, radians if there are any, and an array computed before."""
         out: mx.array = self._run(arrays, numbers)[0]
+        self._calls += 1
+        if self._calls % STARTED_TOGETHER == 0 and self._is_queued(arrays[-1]):
+            mx.async_eval(out)  # type: ignore[no-untyped-call]
         return out
 
 
