@@ -83,7 +83,7 @@ def recorded(monkeypatch):
     for name in ("streaming.launch", "sm90.launch", "quantized.launch"):
         monkeypatch.setattr(f"attention.kernels.cuda.{name}.gpu", lambda: found)
     monkeypatch.setattr(launch.launcher, "unavailable_reason", lambda: None)
-    monkeypatch.setattr(launch.launcher, "module", lambda: SimpleNamespace(is_queued=None))
+    monkeypatch.setattr(launch.launcher, "module", lambda: SimpleNamespace(is_queued=None, is_traced=None))
     monkeypatch.setattr(launch.selfcheck, "check", lambda *_: None)
     monkeypatch.setattr(launch.attend, "first_trusted", lambda *_: "decode")
     monkeypatch.setattr(launch.attend, "distrust_of_packed", lambda *_: None)
@@ -120,15 +120,16 @@ def test_a_plan_writes_its_slots_before_it_reads_them(recorded, kv_format, dims,
         assert [like.get(argument[0], argument[0]) for argument in arguments] == signature(program), program.name
 
 
-@pytest.mark.parametrize("queued", [True, False])
-def test_a_queue_of_steps_starts_before_it_ends(monkeypatch, queued):
-    """Each eighth step of a queue starts the GPU; a step after an evaluated one does not."""
+@pytest.mark.parametrize("queued,traced", [(True, False), (False, False), (True, True)])
+def test_a_queue_of_steps_starts_before_it_ends(monkeypatch, queued, traced):
+    """Each eighth step of a queue starts the GPU; a step after an evaluated one or in a transformation does not."""
     started = []
-    monkeypatch.setattr(launch.launcher, "module", lambda: SimpleNamespace(is_queued=lambda before: queued))
+    module = SimpleNamespace(is_queued=lambda before: queued, is_traced=lambda arrays: traced)
+    monkeypatch.setattr(launch.launcher, "module", lambda: module)
     monkeypatch.setattr(launch.mx, "async_eval", started.append)
     outputs = [mx.array(i) for i in range(20)]
     remaining = iter(outputs)
     step = launch.StepPlan(SimpleNamespace(with_numbers=lambda *_: [next(remaining)]))
     for _ in outputs:
         step([outputs[0]], [0])
-    assert [int(x) for x in started] == ([7, 15] if queued else [])
+    assert [int(x) for x in started] == ([7, 15] if queued and not traced else [])

@@ -210,7 +210,8 @@ def plan(kind: StepKind) -> "StepPlan":
 class StepPlan:
     """A step as one MLX primitive, which writes into its slots in place.
 
-    Where steps are queued, some at a time are started, so that the GPU computes while the host queues the rest.
+    Where steps are queued, some at a time are started, so that the GPU computes while the host queues the rest; not
+    within a transformation, which must not evaluate.
 
     Attributes:
         quantizes: whether it takes new rows as they are and quantizes them.
@@ -218,7 +219,8 @@ class StepPlan:
 
     def __init__(self, made: object, quantizes: bool = False) -> None:
         self._run = made.with_numbers  # type: ignore[attr-defined]  # of the launcher
-        self._is_queued = launcher.module().is_queued
+        module = launcher.module()
+        self._is_queued, self._is_traced = module.is_queued, module.is_traced
         self._calls = 0
         self.quantizes = quantizes
 
@@ -226,7 +228,7 @@ class StepPlan:
         """Return the output of q, the new rows, the slots, radians if there are any, and an array computed before."""
         out: mx.array = self._run(arrays, numbers)[0]
         self._calls += 1
-        if self._calls % STARTED_TOGETHER == 0 and self._is_queued(arrays[-1]):
+        if self._calls % STARTED_TOGETHER == 0 and self._is_queued(arrays[-1]) and not self._is_traced([out]):
             mx.async_eval(out)  # type: ignore[no-untyped-call]
         return out
 
