@@ -1,6 +1,6 @@
 """Turns of workers that measure in alternation: a round of one version of the code, then a round of the other.
 
-Whoever compares them serves a Unix socket, and names it in the environment. A worker works only
+The process that compares them serves a Unix socket, and names it in the environment. A worker works only
 while it has the turn: it waits for a byte, and gives the turn back with a byte of its own after each round. So what
 slows the machine for longer than a round slows both versions alike. A worker that ends or crashes closes its socket,
 and with it its turn.
