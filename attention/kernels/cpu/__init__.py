@@ -31,6 +31,7 @@ __all__ = [
     "is_compiled",
     "is_loaded",
     "load",
+    "load_compiled",
     "variant",
     "workspace_bytes",
 ]
@@ -109,6 +110,21 @@ def is_loaded(parts: Iterable[str] = ()) -> bool:
     from attention.kernels.cpu import library
 
     return _module is not None and library.has(parts)
+
+
+def load_compiled(parts: Iterable[str] = ()) -> bool:
+    """Load the kernel with these parts if it is cached for this machine, in some milliseconds; compile nothing.
+
+    Returns:
+        Whether it is loaded.
+    """
+    from attention.kernels.cpu import library
+
+    if not is_loaded(parts):
+        if not library.load_compiled(parts):
+            return False
+        load(parts=parts)
+    return True
 
 
 def fma_peak() -> float:

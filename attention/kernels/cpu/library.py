@@ -185,16 +185,37 @@ def load(on_message: Callable[[str], None] | None = None, parts: Iterable[str] =
     Raises:
         KernelUnavailable: the message is the reason; a failed compilation or self-check is remembered for a day.
     """
-    global _loaded, _parts
     if _loaded is None or not _parts.issuperset(parts):
         with _loading:
             if _loaded is None or not _parts.issuperset(parts):
                 try:
-                    module, found = _load(frozenset(parts), on_message or (lambda _: None))
-                    module.limit_threads(cpu_quota() or 0)
-                    _loaded, _parts = module, found
-                    if "lists" in found:
-                        lists.use_builder(Builder(module))
+                    _keep(*_load(frozenset(parts), on_message or (lambda _: None)))
                 except OSError as error:
                     raise KernelUnavailable(f"making the kernel failed: {error}") from error
+    assert _loaded is not None
     return _loaded
+
+
+def load_compiled(parts: Iterable[str]) -> bool:
+    """Load the cached library with these parts if there is a sound one, and return whether they are loaded."""
+    with _loading:
+        if _loaded is not None and _parts.issuperset(parts):
+            return True
+        try:
+            whole = build.key(build.find())
+            wanted = _wanted(_used(whole), parts)
+            module = _load_cached(build.key_with(whole, wanted))
+        except (KernelUnavailable, OSError):
+            return False
+        if module is not None:
+            _keep(module, wanted)
+        return module is not None
+
+
+def _keep(module: ModuleType, parts: frozenset[str]) -> None:
+    """Make a library with these parts the one that calls use."""
+    global _loaded, _parts
+    module.limit_threads(cpu_quota() or 0)
+    _loaded, _parts = module, parts
+    if "lists" in parts:
+        lists.use_builder(Builder(module))

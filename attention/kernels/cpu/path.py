@@ -139,7 +139,7 @@ def _predicted(workload: Workload) -> int:
 
 
 def _tiles(workload: Workload, training: bool) -> int:
-    if not cpu.is_loaded(_parts(workload)):
+    if not cpu.load_compiled(_parts(workload)):
         return THREAD_BYTES * usable_cores()
     import mlx.core as mx
 

@@ -5,6 +5,7 @@ import json
 import mlx.core as mx
 import pytest
 
+from attention.core.route import Needs
 from attention.core.workload import Workload
 from attention.kernels import cpu
 from attention.kernels.common import cache
@@ -42,6 +43,24 @@ CALLS = {
         lambda q: cpu.flash_attention_with_logsumexp(q, q, q, scale=0.2)[1].sum()
     )(normal(1, 4, 80, 32)),
 }
+
+
+def test_a_process_that_has_not_called_predicts_the_same_memory():
+    case = Workload(seq=128, heads=8, head_dim=32)
+    cpu.load()
+    called = path.route(case, Needs())
+    library._loaded, library._parts, cpu._module = None, frozenset(), None
+    assert path.route(case, Needs()) == called
+
+
+def test_a_damaged_library_leaves_an_upper_bound_of_memory(own_folder, monkeypatch):
+    case = Workload(seq=128, heads=8, head_dim=32)
+    loaded_again(path._parts(case))
+    exact = path.route(case, Needs()).predicted_bytes
+    library._loaded, library._parts, cpu._module = None, frozenset(), None
+    monkeypatch.setattr(library, "_load_cached", lambda key: None)
+    assert path.route(case, Needs()).predicted_bytes > exact
+    assert not cpu.is_loaded()
 
 
 @pytest.mark.sampled(0.5)
