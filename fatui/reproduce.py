@@ -15,6 +15,7 @@ from attention.core.plan import FineTuningPlan, GenerationPlan, Plan, RunOptions
 from attention.core.results import Run
 from attention.core.stream import SHAPE
 from attention.engine.turns import TURNS
+from fatui import storage
 from fatui.quantities import size_text
 from fatui.storage.presets import FIELDS, Preset, factor_cases
 
@@ -111,18 +112,20 @@ def command_for(plan: Plan, preset: Preset | None = None) -> str:
         UsageError: the cases are neither a preset's nor a sweep; save them as a preset first.
     """
     if preset is not None and preset.cases == plan.cases:
-        name = (
-            str(preset.source)
-            if preset.source and not preset.bundled and preset.name != preset.source.stem
-            else preset.name
-        )
-        return bench_command(name, {}, _options(plan, preset))
+        return bench_command(_called(preset), {}, _options(plan, preset))
     product = factor_cases(plan.cases)
     if product is None:
         raise UsageError("these cases are not a sweep; save them as a preset to name them in a command")
     shared, axes = product
     values = {name: axes.get(name, [shared[name]] if name in shared else []) for name in FIELDS}
     return bench_command(None, {name: several for name, several in values.items() if several}, _options(plan))
+
+
+def _called(preset: Preset) -> str:
+    """Return what names a preset on a command line: its name, or its file if that is not among the user's own."""
+    if preset.source is None or preset.bundled or preset.source.parent == storage.own_presets():
+        return preset.name
+    return str(preset.source.absolute())
 
 
 def _options(plan: RunOptions, preset: Preset | None = None) -> dict[str, object]:

@@ -40,6 +40,17 @@ def test_the_command_of_a_plan_makes_that_plan_again(cases):
     assert plan_from(command_for(plan)) == plan
 
 
+def test_a_preset_in_a_file_is_named_by_the_file(tmp_path, monkeypatch):
+    (tmp_path / "mine.toml").write_text(presets.to_toml(presets.load("scaling")))
+    monkeypatch.chdir(tmp_path)
+    preset = presets.load("mine.toml")
+    command = command_for(preset.plan(), preset)
+    monkeypatch.chdir("/")
+    assert plan_from(command) == preset.plan()
+    own = presets.load(presets.save(preset, "kept"))
+    assert command_for(own.plan(), own) == "fatui bench kept"
+
+
 def test_a_preset_is_named_with_what_differs_from_it():
     preset = presets.load("scaling")
     assert command_for(preset.plan(), preset) == "fatui bench scaling"
