@@ -205,10 +205,7 @@ class CaseRunner(ABC, Generic[P]):
         set_strides(running, seconds)
         estimated_s = max(seconds, min_rounds_s(running, min_rounds))
         if estimated_s > MAX_EXTENSION * seconds:
-            self._progress.log(
-                f"{min_rounds} rounds of these take about {estimated_s:.0f} s, longer than the {seconds:g} s of a case"
-                "; fewer would support no verdict"
-            )
+            self._progress.log(longer_text(min_rounds, estimated_s, seconds))
         self._turns.pass_on()  # what another version has to prepare comes before the first round of either
         stream = SampleStream(self._progress, seconds, estimated_s, min_rounds, then_s)
         try:
@@ -371,3 +368,12 @@ class SampleStream:
 def _json_samples(samples: Sequence[float]) -> list[float | None]:
     """Return samples with None for NaN, which JSON lacks."""
     return [None if math.isnan(sample) else sample for sample in samples]
+
+
+def longer_text(rounds: int, takes_s: float, seconds: float) -> str:
+    """Return why a case takes longer than the seconds it was given: below 10 s in two figures, "0.13 s"."""
+    takes = f"{takes_s:.0f}" if takes_s >= 10 else f"{takes_s:.2g}"
+    return (
+        f"{rounds} rounds of these take about {takes} s, longer than the {seconds:g} s of a case"
+        "; fewer would support no verdict"
+    )

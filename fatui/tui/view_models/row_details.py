@@ -134,7 +134,7 @@ def _figures(row: Row, case: Case) -> list[tuple[str, str]]:
         ),
         *([("energy", f"{formatting.energy_text(row)} per token")] if row.joules_per_token is not None else []),
         ("latency", f"{formatting.seconds(row.latency_s)} for one synchronised call"),
-        ("first call", f"{formatting.seconds(row.first_call_s)}, including compilation"),
+        ("first call", f"{formatting.seconds(row.first_call_s)}, timed apart, with what the call itself compiles"),
         ("memory", f"{formatting.size(row.peak_bytes)} at the peak, {formatting.size(row.predicted_bytes)} predicted"),
         ("error", f"{formatting.row_error(row)} at most, {formatting.error(row.rms_error)} rms, against float64"),
         *_quantization(row, case),

@@ -6,7 +6,7 @@ from attention.core import events as on
 from attention.core.plan import Assignment, Plan, StreamPlan
 from attention.core.stream import Stream
 from attention.core.workload import Workload
-from attention.engine.case_runner import SampleStream
+from attention.engine.case_runner import SampleStream, longer_text
 from attention.engine.progress import Forecast, Progress, case_s, counterpart_calls
 from attention.engine.stream import AttentionStreamBench
 from attention.measure.rounds import Arm
@@ -23,6 +23,11 @@ def plan_of(*cases: Workload, seconds: float = 2.0) -> Plan:
 def test_a_case_takes_its_seconds_or_six_rounds() -> None:
     assert case_s([0.001, 0.001], 2.0) == pytest.approx(2.0 + 8 * 0.002)
     assert case_s([1.0, 2.0], 2.0) == pytest.approx(6 * (1 + 1 + 2) + 8 * 3)  # the reference is sampled twice
+
+
+@pytest.mark.parametrize(("takes_s", "shown"), [(0.13, "0.13 s"), (3.0, "3 s"), (9.96, "10 s"), (123.4, "123 s")])
+def test_rounds_that_take_longer_are_never_said_to_take_none(takes_s: float, shown: str) -> None:
+    assert f"take about {shown}, longer than the 0.05 s" in longer_text(6, takes_s, 0.05)
 
 
 def test_calls_of_larger_cases_are_scaled_by_flops() -> None:

@@ -8,6 +8,7 @@ from fatui.report.comparison import rebased
 from fatui.storage.history import RunHistory
 from fatui.tui.screens.dialogs import ChangeDetails
 from fatui.tui.screens.history import Compare
+from fatui.tui.view_models.row_details import figure_lines
 from fatui.tui.view_models.table_lines import TableLine, filtered, legend, ordered
 from fatui.tui.widgets.row_table import RowTable
 from tests.support.sample_runs import compared, plan_of, report_of, run_of
@@ -141,3 +142,9 @@ async def test_notes_below_the_last_row_are_scrolled_to():
         await stage.settle(lambda: bool(table.lines))
         await stage.press("end", *["down"] * len(table.lines))
         assert table.scroll_offset.y == table.max_scroll_y > 0
+
+
+def test_a_first_call_is_not_said_to_hold_what_was_compiled_before_it():
+    case = report_of().cases[0]
+    (line,) = [text for text in figure_lines(case.rows[0], case) if text.startswith("first call")]
+    assert "timed apart" in line and "including compilation" not in line
