@@ -114,8 +114,9 @@ def _summary(evidence: Evidence) -> list[Block]:
     blocks: list[Block] = [finding for finding in found if finding]
     refused = len(unsound(_everything(evidence)))
     if refused:
+        support = "supports" if refused == 1 else "support"
         blocks.append(
-            Paragraph(f"{counted(refused, 'row')} of these runs support no claim; see “What is not claimed”.")
+            Paragraph(f"{counted(refused, 'row')} of these runs {support} no claim; see “What is not claimed”.")
         )
     return blocks or [MissingData("No claim is supported by these rows.", RUN_BENCH)]
 

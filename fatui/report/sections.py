@@ -215,6 +215,8 @@ def savings(cases: Sequence[AnyCase], name: str) -> Claim | None:
     text = f"{name} takes {'up to ' if len(found) > 1 else ''}{_less(most)}: {peak} ({line.case.workload.label})"
     if least <= -MIN_SHARE:
         text += f"; on {worst.case.workload.label} it takes {_more(-least)}"
+        if worst.case.reference != line.case.reference:
+            text += f" {'as' if least < -1 else 'than'} {worst.case.reference}"
     elif len(found) > 1 and least >= MIN_SHARE:
         text += f"; at least {_less(least)} in each of {counted(len(found), 'case')}"
     return Claim(f"{text}.")

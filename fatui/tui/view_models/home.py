@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Final
 
 from msgspec import Struct
 
-from attention.core.results import Report
+from attention.core.results import Case, Report
+from attention.core.workload import Workload
 from fatui import formatting
 from fatui.report.document import counted
 from fatui.tui.view_models.plot import area
@@ -63,11 +64,16 @@ def _past(history: "RunHistory", lines: "Sequence[RunSummary]") -> Past | None:
             continue
         if latest is None:
             latest = report
-        elif [case.workload for case in report.cases] == [case.workload for case in latest.cases]:
+        elif [_compared(case) for case in report.cases] == [_compared(case) for case in latest.cases]:
             earlier.append(report)
         if len(earlier) == MAX_RUNS - 1:
             break
     return Past(latest, tuple(earlier)) if latest else None
+
+
+def _compared(case: Case) -> tuple[Workload, str | None]:
+    """Return what speedups must share to stand in one trend: another reference gives other speedups."""
+    return case.workload, case.reference
 
 
 def trend(past: Past) -> tuple[str, list[float]]:

@@ -8,7 +8,7 @@ from msgspec import structs
 from attention.core.results import Interval, NoiseFloor, Ratio
 from attention.core.workload import Workload
 from fatui.report.compose import compose
-from fatui.report.document import Card, Chart, Claim, MissingData, Table, to_html, to_markdown
+from fatui.report.document import Card, Chart, Claim, MissingData, Paragraph, Table, to_html, to_markdown
 from fatui.report.scaling import fit, sweeps
 from tests.support.sample_runs import ENVIRONMENT, plan_of, report_of, run_of
 
@@ -216,6 +216,27 @@ def test_memory_beyond_twice_the_references_is_a_factor():
     report = structs.replace(report_of(), cases=(with_peaks(first, 500), with_peaks(second, 34_000)))
     (told,) = texts(compose([report]), "Memory")
     assert told.endswith("on B=1 L=256 D=64 H=8 float16 it takes 34.0 times as much.")
+
+
+def test_more_memory_than_another_reference_names_it():
+    first, second = report_of(plan_of(SWEEP[:2])).cases
+
+    def with_peaks(case, reference, poc):
+        peaks = {reference: 1000, "poc": poc}
+        rows = (structs.replace(row, peak_bytes=peaks.get(row.implementation)) for row in case.rows)
+        return structs.replace(case, reference=reference, rows=tuple(rows))
+
+    cases = (with_peaks(first, "baseline", 500), with_peaks(second, "practical", 1500))
+    told = texts(compose([structs.replace(report_of(), cases=cases)]), "Memory")
+    assert any(text.endswith("on B=1 L=256 D=64 H=8 float16 it takes 50 % more than practical.") for text in told)
+
+
+def test_one_row_without_a_claim_is_counted_in_the_singular():
+    failed = with_rows(
+        report_of(), lambda row: structs.replace(row, status="failed") if row.implementation == "poc" else row
+    )
+    found = [block.text for block in blocks(compose([failed]), Paragraph, "Summary")]
+    assert "1 row of these runs supports no claim; see “What is not claimed”." in found
 
 
 def test_nothing_is_claimed_of_too_few_rounds():

@@ -41,6 +41,12 @@ def test_the_last_run_has_earlier_ones_of_its_cases():
     assert "enter opens it   R runs it again   r runs what is set up" in text
 
 
+def test_runs_with_another_reference_are_no_part_of_a_trend():
+    plan = plan_of((Workload(seq=128),))
+    alone = structs.replace(plan, implementations=("poc", "mlx"))
+    assert not find_past(DEVICE, kept(alone, plan)).earlier
+
+
 def test_interrupted_and_foreign_runs_do_not_count():
     assert find_past("another device", kept(plan_of())) is None
 
