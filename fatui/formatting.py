@@ -164,11 +164,16 @@ def size(value: float | None) -> str:
     return f"{text.rstrip('0').rstrip('.') if '.' in text else text} {unit}"
 
 
-def size_of(part: float, whole: float) -> str:
-    """Format a part of a size, the unit once if it is the same: "0.51 of 5.0 MiB", "310 KiB of 2.0 GiB"."""
-    text, of = size(part), size(whole)
+def size_instead(taken: float, reference: float) -> str:
+    """Format a size beside the reference's: "310 KiB instead of 2.0 GiB"; one alone where both read the same.
+
+    The unit stands once if it is the same: "0.51 instead of 5.0 MiB".
+    """
+    text, other = size(taken), size(reference)
+    if text == other:
+        return text
     number, _, unit = text.partition(" ")
-    return f"{number if of.endswith(f' {unit}') else text} of {of}"
+    return f"{number if other.endswith(f' {unit}') else text} instead of {other}"
 
 
 def percent(value: float | None) -> str:

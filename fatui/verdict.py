@@ -430,7 +430,7 @@ def _memory(verdict: Verdict) -> str:
         return ""
     if verdict.reference_bytes is None:
         return formatting.size(verdict.peak_bytes)
-    return formatting.size_of(verdict.peak_bytes, verdict.reference_bytes)
+    return formatting.size_instead(verdict.peak_bytes, verdict.reference_bytes)
 
 
 def confidence_text(verdict: Verdict) -> str:

@@ -44,7 +44,16 @@ def floor_of(value: float) -> NoiseFloor:
 def test_the_winner_has_its_interval_memory_and_accuracy():
     verdict = verdict_of([case_of()])
     assert (verdict.winner, verdict.reference, verdict.confidence) == ("poc", "baseline", "high")
-    assert headline(verdict) == "Use poc · 50.0x baseline (49 to 51) · 512 of 512 KiB · accurate"
+    assert headline(verdict) == "Use poc · 50.0x baseline (49 to 51) · 512 KiB · accurate"
+
+
+@pytest.mark.parametrize(
+    ("peak", "words"),
+    [(2**18, "256 instead of 512 KiB"), (2**21, "2 MiB instead of 512 KiB"), (2**19 + 1, "512 KiB")],
+)
+def test_memory_stands_beside_that_of_the_reference(peak, words):
+    found = headline(verdict_of([row_with(case_of(), "poc", peak_bytes=peak)]))
+    assert found == f"Use poc · 50.0x baseline (49 to 51) · {words} · accurate"
 
 
 def test_the_others_lose_for_a_reason_and_in_order():
