@@ -30,6 +30,7 @@ from attention.core.stream import Stream
 from attention.core.workload import FineTuning, Generation, Workload
 from attention.engine.record import UNITY
 from fatui import formatting
+from fatui.trust import MANY_SHARE
 from fatui.untrusted_text import markdown_cell
 
 AnyWorkload = Workload | Generation | FineTuning | Stream
@@ -181,7 +182,7 @@ class Comparison(Struct, frozen=True, kw_only=True):
     """Rows without a counterpart: "baseline on B=1 L=64 ..."."""
     only_after: tuple[str, ...]
     differences: tuple[str, ...]
-    """Differences between the environments: "mlx: 0.32.4, then 0.33.0"."""
+    """Differences between the environments, and in the load by others: "mlx: 0.32.4, then 0.33.0"."""
     pairs: int = 1
     edited: tuple[str, ...] = ()
     """Runs that were changed after they had been written."""
@@ -352,7 +353,21 @@ def _differences(before: Report, after: Report) -> tuple[str, ...]:
             say = formatting.size if name == "memory_bytes" else str
             words = [say(value) if value else "unknown" for value in (first, second)]
             differences.append(f"{FIELD_NAMES.get(name, name)}: {words[0]}, then {words[1]}")
-    return tuple(differences)
+    return (*differences, *_other_load(before, after))
+
+
+def _other_load(before: Report, after: Report) -> tuple[str, ...]:
+    """Return in what load the runs differ, if by enough to look like a change of the code."""
+    cores = [report.conditions.other_cores if report.conditions else None for report in (before, after)]
+    first, second = cores
+    if before.run.in_turns or first is None or second is None or before.conditions is None:
+        return ()
+    if abs(first - second) < MANY_SHARE * (before.conditions.cores or 1):
+        return ()
+    return (
+        f"other load: {first:.1f} cores were busy, then {second:.1f}; it slows rows of several threads more than the "
+        "baseline, which looks like a change of theirs",
+    )
 
 
 ACROSS: Final = "across"

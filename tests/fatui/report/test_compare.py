@@ -1,5 +1,8 @@
+import pytest
+from msgspec import structs
+
 from attention.core import events as on
-from attention.core.results import Report
+from attention.core.results import Conditions, Report
 from attention.core.workload import Workload
 from attention.engine.record import Record
 from fatui.cli.main import main
@@ -15,6 +18,23 @@ def test_a_run_against_its_like_is_the_same():
     assert len(comparison.changes) == 4
     assert not any(change.ratio.significant for change in comparison.changes)
     assert (comparison.only_before, comparison.only_after, comparison.differences) == ((), (), ())
+
+
+@pytest.mark.parametrize(
+    ("busy", "in_turns", "found"),
+    [
+        (0.1, None, ["other load: 1.0 cores were busy, then 0.1"]),
+        (0.8, None, []),  # less than a quarter of the cores
+        (0.1, "turns", []),
+        (None, None, []),
+    ],
+)
+def test_runs_beside_unequal_load_are_said_to_be(busy, in_turns, found):
+    before, after = (
+        structs.replace(report_of(run=structs.replace(run_of(), in_turns=in_turns)), conditions=conditions)
+        for conditions in (Conditions(cores=2, other_cores=1.0), Conditions(cores=2, other_cores=busy))
+    )
+    assert [text.partition(";")[0] for text in compare(before, after).differences] == found
 
 
 def test_rows_are_matched_by_workload_and_implementation():
