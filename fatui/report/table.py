@@ -506,11 +506,7 @@ def _title(case: AnyCase, number: int | None, count: int) -> Text:
 
 def _notes(case: AnyCase, dropped: Sequence[str]) -> list[str]:
     """Return the notes below a table: rows without figures, fallbacks, drift, shortened names, and dropped columns."""
-    notes = [
-        f"{row.implementation}: {formatting.verdict(row, case)}"
-        for row in case.rows
-        if row.status not in ("ok", "inaccurate")
-    ]
+    notes = _failures(case)
     notes += [f"{row.implementation}: inaccurate: {row.reason}" for row in case.rows if row.status == "inaccurate"]
     notes += [
         f"{short_name(row.implementation)} is {row.implementation}"
@@ -534,6 +530,15 @@ def _notes(case: AnyCase, dropped: Sequence[str]) -> list[str]:
     return notes
 
 
+def _failures(case: AnyCase) -> list[str]:
+    """Return why rows have no figures, a line for each."""
+    return [
+        f"{row.implementation}: {formatting.verdict(row, case)}"
+        for row in case.rows
+        if row.status not in ("ok", "inaccurate")
+    ]
+
+
 def summary_table(report: Report) -> RenderableType:
     """Build the table of geometric means of speedups, over the cases that each implementation ran accurately."""
     title = Text(f"geometric mean over {len(report.cases)} cases", style="bold")
@@ -551,12 +556,16 @@ TRUST_STYLES: Final = {"note": "dim", "warning": "yellow", "serious": "bold yell
 
 
 def _verdict_lines(report: Report) -> list[Text]:
-    """Return the verdict, why the others lose, how sure it is, and what the figures depend on."""
+    """Return the verdict, why the others lose, how sure it is, and what the figures depend on.
+
+    What stands below a table already, such as how a row failed, is not repeated.
+    """
+    said = {line for case in report.all_cases for line in _failures(case)}
     lines = [Text(finding(report), style="bold")] if report.streams else []
     for verdict in verdicts(report):
         lines += [Text(text, style="bold") for text in (headline(verdict), *verdict.notes)]
         if verdict.winner is not None:
-            lines += [Text(f"  {line}", style="dim") for line in loss_lines(verdict)]
+            lines += [Text(f"  {line}", style="dim") for line in loss_lines(verdict) if line not in said]
             lines.append(Text(f"  {confidence_text(verdict)}", style="" if verdict.confidence == "high" else "yellow"))
     findings = trust(report)
     return [*lines, *([Text(trust_line(findings), style=TRUST_STYLES[worst(findings)])] if findings else [])]

@@ -1,6 +1,7 @@
 import io
 
 import pytest
+from msgspec import structs
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -125,6 +126,21 @@ def test_what_did_not_run_says_why_below_the_table():
     record = record_of(plan_of())
     record.apply(on.RowEnded(case=0, implementation="poc", status="refused", reason="needs 41 GiB of 22"))
     assert "  poc: refused: needs 41 GiB of 22" in printed(record.report(run_of()), 100)
+
+
+def test_a_failure_is_told_once():
+    report = report_of()
+    reason = "killed by signal 9 (SIGKILL)"
+    rows = tuple(
+        structs.replace(row, status="failed", reason=reason, call_s=None, speedup=None)
+        if row.implementation == "demo"
+        else row
+        for row in report.cases[0].rows
+    )
+    report = structs.replace(report, cases=(structs.replace(report.cases[0], rows=rows),))
+    lines = printed(report, 120)
+    assert [line.strip() for line in lines if reason in line] == [f"demo: failed: {reason}"]
+    assert any("Use poc" in line for line in lines)
 
 
 def test_the_studys_figures_are_its_own_and_marked():
