@@ -91,7 +91,7 @@ def test_a_person_runs_saves_loads_exports_and_quits(open_terminal, tmp_path):
     terminal.press("Tab", "Right")
     terminal.wait_for("quick, changed")
     terminal.press("Left", "r")
-    terminal.wait_for("case 1 of 1 complete", 60)
+    terminal.wait_for("all cases complete", 60)
     terminal.wait_for("baseline", 5)
     terminal.until(lambda: len(RunHistory().runs()) == 1, 10, "run in the history")
     terminal.press("w")
