@@ -5,7 +5,6 @@ from fractions import Fraction
 from typing import Final
 
 from attention.core.errors import UsageError
-from attention.core.workload import MAX_SIZES
 
 UNITS: Final = {
     "": 1,
@@ -92,22 +91,21 @@ def format_number(number: int) -> str:
     return f"{number:,}"
 
 
-def parse_number(text: str, name: str) -> int:
-    """Parse "512", "8k" or "1 M".
+def parse_number(text: str, largest: int) -> int:
+    """Parse a whole number from 1 to the largest: "512", "8k" or "1 M".
 
     Raises:
-        ValueError: saying what the axis accepts.
+        ValueError: saying what is accepted.
     """
     word = text.strip().lower().replace(" ", "").replace("_", "")
     factor = {"k": 2**10, "m": 2**20}.get(word[-1:], 1)
     digits = word[:-1] if factor > 1 else word
-    largest = MAX_SIZES[name]
     if not (digits.isascii() and digits.isdigit() and len(digits) < 12 and 1 <= int(digits) * factor <= largest):
         raise ValueError(f"takes a whole number from 1 to {largest:,}, not '{text.strip()}'")
     return int(digits) * factor
 
 
-def parse_values(text: str, name: str) -> tuple[int, ...]:
+def parse_values(text: str, largest: int) -> tuple[int, ...]:
     """Parse "128, 256" and "128..2k", which doubles from the first to the last; sorted, without duplicates.
 
     Raises:
@@ -117,9 +115,9 @@ def parse_values(text: str, name: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, dots, last = part.partition("..")
         if not dots:
-            values.add(parse_number(part, name))
+            values.add(parse_number(part, largest))
             continue
-        value, end = parse_number(first, name), parse_number(last, name)
+        value, end = parse_number(first, largest), parse_number(last, largest)
         if value > end:
             raise ValueError(f"'{part.strip()}' runs downwards")
         while value <= end:

@@ -94,7 +94,7 @@ def _number_or_text(text: str, name: str) -> int | str:
     shown = _clipped(text)
     try:
         if name in MAX_SIZES and text[-1:].lower() in ("k", "m"):
-            return parse_number(text, name)  # 4k, as the app's sliders take it
+            return parse_number(text, MAX_SIZES[name])  # 4k, as the app's sliders take it
         return int(text) if len(text) <= MAX_SHOWN and text.isascii() else shown
     except ValueError:
         return shown

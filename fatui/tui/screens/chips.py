@@ -11,6 +11,7 @@ from textual.screen import Screen
 from textual.widgets import Static
 
 from attention.core.results import Case
+from attention.core.workload import MAX_SIZES
 from fatui.quantities import STOPS, format_number, parse_number
 from fatui.tui import actions
 from fatui.tui.lab import Lab
@@ -147,4 +148,4 @@ def _parse_percent(text: str) -> tuple[int, ...]:
 
 
 def _parse(name: str, text: str) -> tuple[int, ...]:
-    return (parse_number(text, name),)
+    return (parse_number(text, MAX_SIZES[name]),)

@@ -21,6 +21,7 @@ from fatui.tui.screens.tables import HasTable
 from fatui.tui.view_models import availability, cost, table_lines
 from fatui.tui.view_models.session import AnySession
 from fatui.tui.widgets.bars import SPINNER, TABS, KeyBar, PaneTabs, StatusLine
+from fatui.tui.widgets.choice import Choice
 from fatui.tui.widgets.comparison_pane import ComparisonPane
 from fatui.tui.widgets.implementation_picker import ImplementationPicker
 from fatui.tui.widgets.live_pane import LivePane
@@ -476,7 +477,8 @@ class MainScreen(HasTable, SparingScreen[None]):
         return next((slider.pending for slider in self.query(Slider) if slider.typed is not None), "")
 
     @on(Slider.Refused)
-    def _tell_refusal(self, event: Slider.Refused) -> None:
+    @on(Choice.Refused)
+    def _tell_refusal(self, event: Slider.Refused | Choice.Refused) -> None:
         self.app.tell(event.reason, "warning")
 
     @on(RowTable.Chosen, "#comparison-table")

@@ -294,6 +294,10 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
         """Remember the choices."""
         self._keep()
 
+    def on_choice_refused(self, event: Choice.Refused) -> None:
+        """Say why typed digits make no option."""
+        self.app.tell(event.reason, "warning")
+
     def on_toggles_changed(self) -> None:
         """Remember the choices."""
         self._keep()

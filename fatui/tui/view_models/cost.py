@@ -146,7 +146,8 @@ def _stream_memory(plan: StreamPlan) -> str:
 
     work = plan.cases[0]
     layers = find_model(work.model).layers if work.model else 1
-    kept, whole = (layers * each.key_value_bytes for each in (work.workload, work.full_workload(work.tokens)))
+    kept = layers * work.workload.key_value_bytes
+    whole = layers * work.tokens * work.full_workload(1).kv_token_bytes  # a stream may be longer than a workload
     every = f", full attention {formatting.size(whole)} at the last token" if FULL in plan.implementations else ""
     weights = " beside the weights" if work.model else ""
     return f"needs {formatting.size(kept)} of keys and values{every}{weights}"

@@ -6,7 +6,7 @@ from typing import Final
 from msgspec import Struct, structs
 
 from attention.core.errors import UsageError
-from attention.core.mask_text import MaskSpec, parse_mask
+from attention.core.mask_text import MAX_LENGTH, MaskSpec, parse_mask
 from attention.core.workload import Workload
 from fatui import formatting
 from fatui.quantities import format_number, parse_number
@@ -39,13 +39,18 @@ class Kind(Struct, frozen=True):
     parameters: tuple[Parameter, ...] = ()
 
 
+def _whole(text: str) -> int:
+    """Parse a number of keys, or the distance between two."""
+    return parse_number(text, MAX_LENGTH)
+
+
 def _length(label: str, field: str) -> Parameter:
     return Parameter(
         label,
         LENGTHS,
         read=lambda spec: int(getattr(spec, field)),
         write=lambda spec, value: structs.replace(spec, **{field: value}),
-        parse=lambda text: parse_number(text, label),
+        parse=_whole,
     )
 
 
@@ -53,10 +58,10 @@ def _permille(text: str) -> int:
     """Parse a percentage; raises ValueError with what is accepted."""
     try:
         found = round(float(text) * 10)
-    except ValueError:
+    except (ValueError, OverflowError):
         found = 0
     if not 1 <= found <= 1000:
-        raise ValueError(f"got {text!r}; it takes a percentage from 0.1 to 100")
+        raise ValueError(f"takes a percentage from 0.1 to 100, not '{text}'")
     return found
 
 
@@ -73,14 +78,14 @@ KEYS: Final = Parameter(
     LENGTHS,
     read=lambda spec: spec.strided[0] if spec.strided else 1,
     write=lambda spec, value: structs.replace(spec, strided=(value, spec.strided[1] if spec.strided else 1)),
-    parse=lambda text: parse_number(text, "keys"),
+    parse=_whole,
 )
 STRIDE: Final = Parameter(
     "stride",
     STRIDES,
     read=lambda spec: spec.strided[1] if spec.strided else 1,
     write=lambda spec, value: structs.replace(spec, strided=(spec.strided[0] if spec.strided else 1, value)),
-    parse=lambda text: parse_number(text, "stride"),
+    parse=_whole,
 )
 KINDS: Final = (
     Kind("none", "none"),
@@ -104,6 +109,11 @@ def options(chosen: Sequence[str]) -> tuple[str, ...]:
     """Return one mask of each kind: the first chosen one of that kind, if there is one."""
     of_kind = {kind.name: mask for mask in reversed(chosen) if (kind := kind_of(mask))}
     return tuple(of_kind.get(kind.name, kind.mask) for kind in KINDS)
+
+
+def typed_window(digits: str) -> str:
+    """Return the mask of a typed number of keys; raises ValueError with what is accepted."""
+    return f"window:{_whole(digits)}"
 
 
 def say_mask(mask: str) -> str:

@@ -1,17 +1,21 @@
 """A one-row choice among a few words; in a sweep several can be marked."""
 
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import ClassVar, Final, Protocol
 
 from rich.segment import Segment
 from textual import events
 from textual.binding import Binding, BindingType
+from textual.dom import DOMNode
 from textual.message import Message
 from textual.strip import Strip
 from textual.widget import Widget
 
 from fatui.tui.painting import KeepsStyles
 from fatui.tui.widgets.row_table import clip
+
+MAX_DIGITS: Final = 8
+"""Maximum number of typed digits."""
 
 
 class Typing(Protocol):
@@ -32,11 +36,21 @@ class Typing(Protocol):
 
 
 class Stepper(KeepsStyles, can_focus=True):
-    """A row in which the mouse wheel takes single steps, instead of scrolling the pane."""
+    """A row in which the mouse wheel takes single steps, instead of scrolling the pane.
+
+    Going up stays in the pane: from its top control the focus would leave unseen, and digits would go to panes.
+    """
 
     def action_step(self, count: int) -> None:
         """Move by a number of steps."""
         raise NotImplementedError
+
+    def action_up(self) -> None:
+        """Focus the control before, unless this is the pane's first."""
+        chain = self.screen.focus_chain
+        index = chain.index(self) if self in chain else 0
+        if index and _pane_of(chain[index - 1]) is _pane_of(self):
+            chain[index - 1].focus()
 
     def on_mouse_scroll_up(self, event: events.MouseScrollUp) -> None:
         """Go up one step."""
@@ -51,8 +65,15 @@ class Stepper(KeepsStyles, can_focus=True):
         self.action_step(-1)
 
 
+def _pane_of(widget: Widget) -> DOMNode | None:
+    """Return the pane that a widget is in."""
+    return next((node for node in widget.ancestors if node.has_class("pane")), None)
+
+
 class Choice(Stepper):
     """Choice of one option; with `typed_option`, typed digits make a further option, with `typing` a typed text.
+
+    `typed_option` raises ValueError, saying what it takes, for digits that make none.
 
     In a sweep it shows the marked options, and beside them the option under the cursor if it is another.
     """
@@ -61,7 +82,7 @@ class Choice(Stepper):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left", "step(-1)", "Previous", show=False),
         Binding("right,enter", "step(1)", "Next", show=False),
-        Binding("up,k", "app.focus_previous", "The control before", show=False),
+        Binding("up,k", "up", "The control before", show=False),
         Binding("down,j", "app.focus_next", "The next control", show=False),
         Binding("space", "mark", "Next; in a sweep, mark", show=False),
         Binding("home", "end(0)", "First", show=False),
@@ -75,6 +96,13 @@ class Choice(Stepper):
         def __init__(self, choice: "Choice", values: tuple[str, ...]) -> None:
             super().__init__()
             self.choice, self.values = choice, values
+
+    class Refused(Message):
+        """Posted when typed digits make no option."""
+
+        def __init__(self, choice: "Choice", reason: str) -> None:
+            super().__init__()
+            self.choice, self.reason = choice, reason
 
     def __init__(
         self,
@@ -164,16 +192,29 @@ class Choice(Stepper):
         if self._typed and event.character in ("k", "K"):
             event.stop()
             event.prevent_default()
-            self._go_to(self._typed_option(str(int(self._typed) * 1024)))
+            self._type_number(str(int(self._typed) * 1024), self._typed_option)
             self._typed = ""
             return
-        if not (event.character or "").isdigit():
+        digit = event.character or ""
+        if not (digit.isascii() and digit.isdigit()):
             self._typed = ""
             return
         event.stop()
-        self._typed = (self._typed + (event.character or "")).lstrip("0")[:8]
-        if self._typed:
-            self._go_to(self._typed_option(self._typed))
+        text = (self._typed + digit).lstrip("0") or "0"
+        if len(text) > MAX_DIGITS:
+            self.post_message(self.Refused(self, f"{self.label} takes {MAX_DIGITS} digits at most"))
+        elif self._type_number(text, self._typed_option):
+            self._typed = text
+
+    def _type_number(self, text: str, typed_option: Callable[[str], str]) -> bool:
+        """Go to the option that digits make, or post why there is none; return whether there is one."""
+        try:
+            option = typed_option(text)
+        except ValueError as error:
+            self.post_message(self.Refused(self, f"{self.label} {error}"))
+            return False
+        self._go_to(option)
+        return True
 
     def _type_text(self, event: events.Key, typing: Typing) -> None:
         """Add a character to the typed text, or begin another one with it; go to the option that it stands for."""

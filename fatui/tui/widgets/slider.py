@@ -32,7 +32,7 @@ class Slider(Stepper):
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("left", "step(-1)", "Less", show=False),
         Binding("right", "step(1)", "More", show=False),
-        Binding("up,k", "app.focus_previous", "The control before", show=False),
+        Binding("up,k", "up", "The control before", show=False),
         Binding("down,j", "app.focus_next", "The next control", show=False),
         Binding("home", "end(-1)", "Least", show=False),
         Binding("end", "end(1)", "Most", show=False),

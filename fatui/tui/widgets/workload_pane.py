@@ -13,7 +13,7 @@ from textual.widgets import Static
 
 from attention.core.errors import UsageError
 from attention.core.plan import DEFAULTS
-from attention.core.workload import DTYPES, PASSES, Workload
+from attention.core.workload import DTYPES, MAX_SIZES, PASSES, Workload
 from fatui import formatting
 from fatui.draft import AXES, Draft
 from fatui.quantities import SECONDS, STOPS, divisors, format_number, format_numbers, parse_number, parse_values
@@ -74,7 +74,7 @@ class WorkloadPane(Vertical):
                 "mask",
                 mask_editor.options(()),
                 id="choice-mask",
-                typed_option=lambda digits: f"window:{digits}",
+                typed_option=mask_editor.typed_window,
                 say=mask_editor.say_mask,
             )
             yield Choice("pass", PASSES, id="choice-pass_")
@@ -95,7 +95,8 @@ class WorkloadPane(Vertical):
         self.show(self.draft)
 
     def _parse(self, name: str, text: str) -> tuple[int, ...]:
-        return parse_values(text, name) if self.draft.sweeping else (parse_number(text, name),)
+        largest = MAX_SIZES[name]
+        return parse_values(text, largest) if self.draft.sweeping else (parse_number(text, largest),)
 
     def show(self, draft: Draft) -> None:
         """Draw a draft."""

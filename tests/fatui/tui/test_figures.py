@@ -5,7 +5,7 @@ import pytest
 from attention.core.errors import UsageError
 from attention.core.plan import Plan
 from attention.core.results import Case, Environment, Interval, Peaks, Report, Row, Run
-from attention.core.workload import Workload
+from attention.core.workload import MAX_SIZES, Workload
 from fatui import quantities
 from fatui.draft import Draft, draft_of
 from fatui.formatting import histogram
@@ -21,17 +21,17 @@ from fatui.tui.view_models.trends import ceiling
 
 @pytest.mark.parametrize(("text", "number"), [("512", 512), ("8k", 8192), (" 1 M ", 2**20), ("1_000", 1000)])
 def test_a_typed_number_may_have_a_suffix(text, number):
-    assert quantities.parse_number(text, "seq") == number
+    assert quantities.parse_number(text, MAX_SIZES["seq"]) == number
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "x", "", "999999999999", "k"])
 def test_what_is_no_number_is_refused_with_what_is_taken(text):
     with pytest.raises(ValueError, match="whole number from 1 to"):
-        quantities.parse_number(text, "seq")
+        quantities.parse_number(text, MAX_SIZES["seq"])
 
 
 def test_a_range_doubles():
-    assert quantities.parse_values("128, 256..2k", "seq") == (128, 256, 512, 1024, 2048)
+    assert quantities.parse_values("128, 256..2k", MAX_SIZES["seq"]) == (128, 256, 512, 1024, 2048)
 
 
 def test_numbers_use_powers_of_1024_only_where_exact():

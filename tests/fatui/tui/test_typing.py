@@ -1,0 +1,81 @@
+"""Numbers typed into every slider and choice of every screen."""
+
+from contextlib import suppress
+
+import pytest
+
+from attention.core.errors import UsageError
+from fatui.tui.screens.models import ModelScreen
+from fatui.tui.view_models import mask_editor
+from fatui.tui.widgets.choice import Choice
+from fatui.tui.widgets.slider import Slider
+from tests.support.stage import on_stage
+
+VALID, LARGE, ZERO, WRONG = "3", "9" * 9, "0", "1.,"
+OPENED_BY = {"main": (), "models": ("m",), "finetuning": ("f",), "streaming": ("a",), "chips": ("C",)}
+
+
+async def type_into(stage, control, text):
+    """Type a text, of a slider its last key alone, and enter."""
+    control.focus()
+    if isinstance(control, Slider):
+        control.typed, text = text[:-1] or None, text[-1]
+    await stage.press(*text, "enter")
+    assert stage.app.is_running
+
+
+async def walk_slider(stage, slider):
+    await type_into(stage, slider, VALID)
+    values = slider.values
+    assert values == slider._parse(VALID)
+    for text in (LARGE, ZERO, WRONG):
+        with pytest.raises(ValueError, match="takes "):
+            slider._parse(text)
+        await type_into(stage, slider, text)
+        assert slider.values == values
+        assert f"{slider.label} takes " in stage.app.journal.text().splitlines()[-1]
+
+
+async def walk_choice(stage, choice):
+    await type_into(stage, choice, VALID)
+    if choice._typed_option is not None:
+        assert choice.value.endswith(VALID)
+    for text in (LARGE, ZERO, WRONG):
+        await type_into(stage, choice, text)
+        if isinstance(stage.app.screen, ModelScreen):
+            with suppress(UsageError):
+                stage.app.screen.plan()
+
+
+@pytest.mark.parametrize("screen", OPENED_BY)
+async def test_every_control_takes_typed_digits(screen):
+    async with on_stage() as stage:
+        await stage.press(*OPENED_BY[screen])
+        for choice in list(stage.app.screen.query(Choice)):
+            if choice._typed_option is not None or choice._typing is not None:
+                await walk_choice(stage, choice)
+        for slider in list(stage.app.screen.query(Slider)):
+            if slider.display:
+                await walk_slider(stage, slider)
+
+
+async def test_every_number_of_a_mask_takes_typed_digits(stage):
+    for kind in mask_editor.KINDS:
+        stage.app.set_draft(stage.app.draft.set_choice("mask", (kind.mask,)))
+        for index, parameter in enumerate(kind.parameters):
+            await walk_slider(stage, stage.find(f"#mask-{index}", Slider))
+            assert parameter.label in stage.app.journal.text().splitlines()[-1]
+
+
+async def test_a_window_beyond_all_lengths_is_refused(stage):
+    stage.find("#choice-mask", Choice).focus()
+    await stage.press(*LARGE)
+    assert stage.app.draft.mask == "window:9999999"
+    assert "mask takes a whole number from 1 to 16,777,216" in stage.app.journal.text()
+
+
+@pytest.mark.parametrize("key", ["up", "k"])
+async def test_up_from_the_first_slider_stays(stage, key):
+    stage.find("#axis-seq", Slider).focus()
+    await stage.press(key, key, key)
+    assert stage.app.focused.id == "axis-batch"
