@@ -12,6 +12,8 @@ from attention.core.workload import DType, Pass, Workload
 
 AXES: Final = ("batch", "seq", "head_dim", "heads", "kv_heads", "ranks")
 DEFAULT_AXES: Final = {"batch": (1,), "seq": (512,), "head_dim": (64,), "heads": (8,), "kv_heads": (), "ranks": (1,)}
+UNNAMED: Final = "unnamed"
+CHANGED: Final = ", changed"
 SHARED: Final = ("dtype", "kv_format", "mask", "pass_")
 
 
@@ -123,16 +125,20 @@ class Draft(RunOptions, frozen=True, kw_only=True, forbid_unknown_fields=False):
             raise UsageError("no implementation is selected; space toggles the one under the cursor")
         return Plan(cases=self.workloads(), **self.options())
 
+    @property
+    def name(self) -> str | None:
+        """The name of its runs: the preset's, marked if the draft has changed; None without a preset."""
+        return f"{self.preset}{CHANGED}" if self.preset and self.changed else self.preset
+
     def title(self) -> str:
-        """Return the preset's name, marked if the draft has changed."""
-        if self.preset is None:
-            return "unnamed"
-        return f"{self.preset}, changed" if self.changed else self.preset
+        """Return the name, also of a draft without one."""
+        return self.name or UNNAMED
 
 
-def draft_of(plan: Plan, preset: str | None) -> Draft:
-    """Make a draft of a plan; cases that do not form a full grid are kept as a list."""
+def draft_of(plan: Plan, name: str | None) -> Draft:
+    """Make a draft of a plan under its name; cases that do not form a full grid are kept as a list."""
     first = plan.cases[0]
+    preset = name.removesuffix(CHANGED) if name else None
     shown = Draft(
         axes={name: _values(first, name) for name in AXES},
         dtype=first.dtype,
@@ -142,6 +148,7 @@ def draft_of(plan: Plan, preset: str | None) -> Draft:
         kv_seq=first.kv_seq if first.kv_seq != first.seq and first.pass_ != "decode" else None,
         value_dim=first.value_dim if first.value_dim != first.head_dim else None,
         preset=preset,
+        changed=preset != name,
         **plan.options(),
     )
     if len(plan.cases) == 1:

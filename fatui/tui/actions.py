@@ -87,7 +87,7 @@ MAIN: Final = (
 HELP: Final = "app.explain_keys"
 """The action whose key is at the right end of every key bar."""
 ANYWHERE: Final = (
-    Action("theme", "t", "Theme", "Choose a theme", "app.change_theme"),
+    Action("theme", "t", "Theme, colours", "Choose a theme", "app.change_theme"),
     Action("jump", "semicolon", "Jump", "Label all that can be reached; the letter goes there", "app.jump"),
     Action("help", "question_mark", "Help", "The keys of this screen", HELP),
     Action("quit", "q", "Quit", "Quit; asks first while a run is active", "app.leave"),

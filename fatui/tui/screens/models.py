@@ -26,7 +26,16 @@ from fatui.tui.screens.tables import HasTable
 from fatui.tui.view_models import cost, kv_format, model_lines, table_lines
 from fatui.tui.view_models.session import ModelSession
 from fatui.tui.view_models.table_lines import TableColumn
-from fatui.tui.view_models.trends import Scale, Trend, ceiling, from_zero, progress_line, rate_chart, rate_trends
+from fatui.tui.view_models.trends import (
+    Scale,
+    Trend,
+    ceiling,
+    from_zero,
+    latest,
+    progress_line,
+    rate_chart,
+    rate_trends,
+)
 from fatui.tui.widgets.bars import SPINNER, KeyBar, StatusLine
 from fatui.tui.widgets.charts import TrendChart
 from fatui.tui.widgets.choice import Choice, Toggles
@@ -514,9 +523,9 @@ class FineTunings(ModelScreen):
         tokens = session.plan.cases[0].tokens
         top = ceiling(max((series.highest or 0.0 for series in session.rates.values()), default=0.0) / tokens)
         rates = tuple(_per_iteration(trend, tokens, session) for trend in rate_trends(session))
-        self.query_one("#tuning-rates", TrendChart).show(from_zero("it/s", top), rates)
+        self.query_one("#tuning-rates", TrendChart).show(from_zero("it/s", top, session), rates)
         highest = max((series.highest or 0.0 for series in session.losses.values()), default=0.0)
-        scale = Scale("loss", highest, f"0 to {highest:.2f}", columns=("now", "first"))
+        scale = Scale("loss", highest, f"0 to {highest:.2f}", columns=(latest(session), "first"))
         self.query_one("#losses", TrendChart).show(scale, tuple(_loss(name, session) for name in session.plan.ordered))
 
 

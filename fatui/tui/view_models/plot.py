@@ -116,6 +116,8 @@ GRID: Final = 6
 """Every so many dots of a grid line are drawn."""
 CURSOR: Final = -2
 """Number of what belongs to the cursor."""
+CURSOR_SIGN: Final = "┃"
+"""The cursor on the horizontal axis: neither a mark of a series nor a tick, in ASCII too."""
 NOTED: Final = -3
 """Number of crossings and their words."""
 MAX_TICKS: Final = 6
@@ -245,8 +247,9 @@ def drawn(plot: Plot, width: int, height: int) -> Cells:
             x = across(point.x)
             canvas.line((x, down(point.low)), (x, down(point.high)), line.number)
             _mark(canvas, x // ACROSS, down(point.y) // DOWN, line.number)
-    for note in plot.notes:
-        _note(canvas, across(note.x) // ACROSS, down(note.y) // DOWN, note)
+    places = [_sign(canvas, across(note.x) // ACROSS, down(note.y) // DOWN, note) for note in plot.notes]
+    for (column, row), note in zip(places, plot.notes, strict=True):
+        _words(canvas, column, row, note)
     return _with_axes(plot, canvas, {down(tick) // DOWN: words for tick, words in plot.y.ticks}, across)
 
 
@@ -265,16 +268,23 @@ def _free(canvas: Canvas, column: int, row: int) -> int:
     return next((place for place in places if canvas.is_free(place, row)), column)
 
 
-def _note(canvas: Canvas, column: int, row: int, note: Note) -> None:
+def _sign(canvas: Canvas, column: int, row: int, note: Note) -> tuple[int, int]:
+    """Put the sign of a note, and return where; all signs come before words, which give way to them."""
     if note.sign.strip():
         column = _free(canvas, column, row)
         canvas.put(column, row, note.sign, note.number)
+    return column, row
+
+
+def _words(canvas: Canvas, column: int, row: int, note: Note) -> None:
+    """Put the words of a note beside its sign, where there is room."""
     start = column + 2
     if start + len(note.words) > canvas.columns:
         start = column - 1 - len(note.words)
     for other in (row, row - 1, row + 1, row - 2, row + 2):
         places = range(start, start + len(note.words))
-        if 0 <= other < canvas.rows and start >= 0 and all(canvas.is_free(place, other) for place in places):
+        around = range(start - 1, places.stop + 1)  # two notes side by side have a gap between them
+        if 0 <= other < canvas.rows and start >= 0 and all(canvas.is_free(place, other) for place in around):
             for place, letter in zip(places, note.words, strict=True):
                 canvas.put(place, other, letter, note.number)
             return
@@ -298,5 +308,5 @@ def _with_axes(plot: Plot, canvas: Canvas, ticks: dict[int, str], across: Callab
     made.append([(letter, NOBODY) for letter in " " * LEFT + "└" + "".join(axis)])
     made.append([(letter, NOBODY) for letter in " " * (LEFT + 1) + "".join(labels)[: canvas.columns]])
     if cursor is not None:
-        made[-2][LEFT + 1 + cursor] = "▲", CURSOR
+        made[-2][LEFT + 1 + cursor] = CURSOR_SIGN, CURSOR
     return made

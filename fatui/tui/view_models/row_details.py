@@ -39,7 +39,7 @@ def figure_lines(row: Row, case: AnyCase, width: int = WIDTH) -> list[str]:
 def hanging(name: str, text: str, indent: int, width: int = WIDTH) -> str:
     """Return a text after its name, whose further lines begin where it does."""
     lines = textwrap.wrap(text, max(width - indent, 20)) or [""]
-    return f"\n{'':<{indent}}".join([f"{name:<{indent}}{lines[0]}", *lines[1:]])
+    return f"\n{'':<{indent}}".join([f"{name:<{indent - 1}} {lines[0]}", *lines[1:]])
 
 
 def _samples(row: Row) -> tuple[str, str]:

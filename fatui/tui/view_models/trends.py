@@ -1,7 +1,7 @@
 """What the Live pane shows of a run: trends of rates, ratios and memory, a line per device, and energy per token."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median, quantiles
 from typing import Final, Literal, get_args
 
@@ -11,6 +11,7 @@ from attention.core import statistics
 from attention.core.results import MIN_ROUNDS, NoiseFloor, Report
 from attention.engine.record import CaseState, RowState
 from fatui import formatting
+from fatui.draft import UNNAMED
 from fatui.tui.view_models import cost
 from fatui.tui.view_models.session import AnySession, Session
 from fatui.tui.view_models.table_lines import step_text
@@ -71,9 +72,14 @@ def ceiling_bytes(highest: float) -> float:
     return float(2 ** math.ceil(math.log2(highest))) if highest > 1 else highest
 
 
-def from_zero(title: str, top: float, say: Callable[[float], str] = formatting.rate) -> Scale:
-    """Return the heading of a scale that begins at zero."""
-    return Scale(title, top, f"0 to {say(top)}" if top else "")
+def latest(session: AnySession) -> str:
+    """Return the heading of the latest figures, which are not those of now once the run has ended."""
+    return "now" if session.active else "last"
+
+
+def from_zero(title: str, top: float, session: AnySession) -> Scale:
+    """Return the heading of a scale of rates that begins at zero."""
+    return Scale(title, top, f"0 to {formatting.rate(top)}" if top else "", (latest(session), "best"))
 
 
 def rate_chart(session: AnySession, view: View = "common") -> tuple[Scale, tuple[Trend, ...]]:
@@ -82,9 +88,9 @@ def rate_chart(session: AnySession, view: View = "common") -> tuple[Scale, tuple
         return _ratio_chart(session)
     highest = max((series.highest or 0.0 for series in session.rates.values()), default=0.0)
     if view == "common":
-        return from_zero("tokens/s", ceiling(highest)), rate_trends(session)
+        return from_zero("tokens/s", ceiling(highest), session), rate_trends(session)
     words = "each from its lowest to highest"
-    return Scale("tokens/s", ceiling(highest), words), rate_trends(session, own=True)
+    return Scale("tokens/s", ceiling(highest), words, (latest(session), "best")), rate_trends(session, own=True)
 
 
 def rate_trends(session: AnySession, *, own: bool = False) -> tuple[Trend, ...]:
@@ -204,7 +210,7 @@ def memory_chart(session: Session) -> tuple[Scale, tuple[Trend, ...]]:
     words = f"to {formatting.size(top)}" if top else ""
     if predicted is not None and "MLX peak" in names:
         words += f"; line: {formatting.size(predicted)} predicted"
-    return Scale("memory", top, words, ("now", "peak")), tuple(made) or (Trend("", note="no figures yet"),)
+    return Scale("memory", top, words, (latest(session), "peak")), tuple(made) or (Trend("", note="no figures yet"),)
 
 
 def predicted_bytes(session: Session) -> int | None:
@@ -234,7 +240,7 @@ def opened_line(report: Report) -> str:
     run = report.run
     when = formatting.started_text(run.started)
     broken_off = ", interrupted" if run.interrupted else ""
-    name = f"{run.preset or 'unnamed'}, {run.id} of {when}"
+    name = f"{run.preset or UNNAMED}, {run.id} of {when}"
     return f"A past run is open: {name}; it took {formatting.duration(run.seconds)}{broken_off}."
 
 

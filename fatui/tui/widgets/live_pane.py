@@ -14,7 +14,7 @@ from attention.core.workload import Workload
 from fatui.telemetry import Reading, reading_text
 from fatui.tui.painting import set_text, set_title
 from fatui.tui.terminal import literal
-from fatui.tui.view_models.plot import mark_of
+from fatui.tui.view_models.plot import NOTED, mark_of
 from fatui.tui.view_models.session import Session
 from fatui.tui.view_models.trends import (
     VIEWS,
@@ -63,6 +63,7 @@ class LivePane(Vertical, can_focus=True):
         self.opened: Tab = "trends"
         self._least: int | None = None
         self._devices = 0
+        self._runs = False
         self._watts: float | None = None
 
     def compose(self) -> ComposeResult:
@@ -94,6 +95,7 @@ class LivePane(Vertical, can_focus=True):
         idle = IDLE.format(run=keys["run"])
         line = progress_line(session) if session else opened_line(opened) if opened else idle
         set_text(self.query_one("#progress", Static), line)
+        self._runs = session is not None and session.active
         self.set_class(session is None, "-idle")
         self.set_class(self.opened == "roofline", "-roofline")
         self._say_tabs(keys)
@@ -107,6 +109,8 @@ class LivePane(Vertical, can_focus=True):
             return
         if self.opened == "trends":
             self._show_trends(session)
+        if not session.active:
+            set_text(self.query_one("#telemetry", Static), "")
         devices = device_lines(session)
         self._show_devices(devices)
         self._say_energy(energy_text(session, self._watts))
@@ -145,6 +149,7 @@ class LivePane(Vertical, can_focus=True):
             legend = Text(roofline.UNMEASURED.format(run=run_key))
         else:
             legend = Text("FLOP/s over FLOP/byte   ")
+            legend.append(f"{roofline.PREDICTED} at best   ", plot.style_of(NOTED))
             for number, name in enumerate(names):
                 legend.append(f"{mark_of(number)} {name}   ", plot.style_of(number))
             for line in roofline.limit_words(workload, peaks, cases):
@@ -175,6 +180,8 @@ class LivePane(Vertical, can_focus=True):
             self.styles.min_height = rows
 
     def show_reading(self, reading: Reading) -> None:
-        """Draw the telemetry line."""
+        """Draw the telemetry line; a reading that comes after the run's end is not shown."""
+        if not self._runs:
+            return
         self._watts = reading.gpu.power_w if reading.gpu else reading.power_w
         set_text(self.query_one("#telemetry", Static), reading_text(reading))

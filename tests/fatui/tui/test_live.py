@@ -1,5 +1,7 @@
 """The trends and the roofline of the Live pane."""
 
+import re
+
 import pytest
 
 from attention.core import events as on
@@ -118,6 +120,22 @@ async def test_energy_per_token_is_shown_where_there_is_a_sensor(stage):
     assert "poc 121 µJ" in stage.seen()
 
 
+@pytest.mark.slow
+async def test_after_the_run_no_load_is_shown_as_that_of_now(stage):
+    session = await start(stage, [6])
+    reading = Reading(cpu_percent=199.0)
+    stage.app.main.show_reading(reading)
+    assert (rate_chart(session)[0].columns[0], memory_chart(session)[0].columns[0]) == ("now", "now")
+    assert "CPU 199 %" in stage.seen()
+    stage.engine.finish()
+    await stage.settle(lambda: stage.app.report is not None)
+    stage.app.main.show_run()
+    stage.app.main.show_reading(reading)  # taken in a thread, it may come late
+    await stage.pilot.pause()
+    assert "CPU 199 %" not in stage.seen()
+    assert (rate_chart(session)[0].columns[0], memory_chart(session)[0].columns[0]) == ("last", "last")
+
+
 MACHINE = Peaks(matmul_flops_per_s=1e11, copy_bytes_per_s=1e10, launch_s=1e-5)
 
 
@@ -135,6 +153,15 @@ def test_what_limits_a_case_is_its_longest_time(workload, roof):
     assert limits.compute == workload.flops / 1e11 and limits.copy == workload.bytes_moved / 1e10
     assert limits.seconds == max(limits.compute, limits.copy, 1e-5)
     assert roofline.limit_words(workload, MACHINE)[0].startswith(roofline.WHAT[roof])
+
+
+@pytest.mark.parametrize("seq", [256, 2048, 16_384])
+@pytest.mark.parametrize("width", [60, 70, 80])
+def test_the_case_leaves_the_words_of_the_roofs_whole(seq, width):
+    seen = "\n".join(text(plot.drawn(roofline.roofline(Workload(seq=seq), MACHINE), width, 12)))
+    assert re.search(r"(?<!\w)compute 100 GFLOP/s", seen) and re.search(r"at best(?!\w)", seen)
+    assert seen.count(roofline.PREDICTED) == 1
+    assert plot.CURSOR_SIGN in seen and plot.CURSOR_SIGN not in plot.MARKS
 
 
 def test_without_measured_rates_there_is_no_roofline():
