@@ -314,7 +314,7 @@ class FatuiApp(Lab):
         from fatui.tui.screens.dialogs import Export
 
         folder = self.remembered.export_folder or str(Path.cwd())
-        name = f"fatui-{report.run.preset or 'run'}-{report.run.id}"
+        name = f"fatui-{(report.run.preset or 'run').replace(', ', '-')}-{report.run.id}"
         self.push_screen(Export(folder, name), partial(self._export_chosen, report))
 
     def _export_chosen(self, report: Report, target: tuple[Path, tuple[str, ...]] | None) -> None:

@@ -392,6 +392,8 @@ class RunController:
         self.chosen: dict[str, dict[str, tuple[str, ...]]] = {}
         self._app = app
         self._make_engine, self._clock, self._now = make_engine, clock, now
+        self._latest: Session | None = None
+        """The latest run over attention shapes, which goes on if it is opened again."""
         self._current: AnySession | None = None
         self._silence_reported = False
         self._ended: asyncio.Event | None = None
@@ -417,30 +419,35 @@ class RunController:
             app.tell(f"cannot run: {'; '.join(error.problems)}", "warning")
             return
         self.report = None
-        name = app.draft.preset if not app.draft.changed else None
         self.session = Session(
             plan,
             app.journal,
             self._make_engine,
-            command=app.command(command_of(plan, app.preset if name else None)),
-            preset=name,
+            command=app.command(command_of(plan, None if app.draft.changed else app.preset)),
+            preset=app.draft.name,
             expected_s=cost.estimate_s(plan, app.remembered.pace, app.device_name),
             clock=self._clock,
             now=self._now,
         )
+        self._latest = self.session
         app.journal.write(f"run of {app.draft.title()}: {self.session.command}")
         self._go(self.session)
         app.main.open_tab("live")
         app.main.show_draft()  # no call is timed any more
         app.main.show_run()
 
+    @property
+    def can_go_on(self) -> bool:
+        """Whether the run shown can be measured longer: a past one has no engine's record to go on from."""
+        return self.session is not None and self.session.any_rows
+
     def run_longer(self) -> None:
         """Measure the cases of the last run for LONGER_S more each, together with their rounds so far."""
         app, last = self._app, self.session
         if self._refused():
             return
-        if last is None or not last.any_rows:
-            why = "another session measured this one" if self.report else "nothing was measured yet"
+        if last is None or not self.can_go_on:
+            why = "only the latest run can go on" if self.report else "nothing was measured yet"
             app.tell(f"cannot measure longer: {why}; {app.keys['run']} runs what is set up", "warning")
             return
         whole = structs.replace(last.plan, seconds=last.plan.seconds + LONGER_S)
@@ -450,10 +457,11 @@ class RunController:
             app.journal,
             self._make_engine,
             command=app.command(command_of(whole, None)),
-            preset=last.preset,
+            preset=app.draft.name if app.draft.runs_as(last.plan) else last.preset,
             clock=self._clock,
             now=self._now,
         )
+        self._latest = self.session
         self.session.extend(last)
         app.journal.write(f"{LONGER_S:g} s more a case: {self.session.command}")
         self._go(self.session)
@@ -555,11 +563,13 @@ class RunController:
             self._current.kill()
 
     def show_past(self, report: Report) -> str:
-        """Show a past run instead of the latest; return the screen of its kind, "main" for attention shapes."""
+        """Show a past run, which may be the latest again; return its screen, "main" for attention shapes."""
         kinds = {"models": report.models, "finetuning": report.fine_tunings, "streaming": report.streams}
         screen = next((name for name, cases in kinds.items() if cases), "main")
         if screen == "main":
-            self.session, self.report = None, report
+            latest = self._latest
+            self.session = latest if latest is not None and latest.id == report.run.id else None
+            self.report = report
         else:
             self.models.pop(screen, None)
             self.model_reports[screen] = report

@@ -15,6 +15,7 @@ from textual.widgets import Input, Static
 from attention.core.errors import UsageError
 from attention.core.results import Report, Row
 from fatui import formatting
+from fatui.draft import UNNAMED
 from fatui.report import comparison
 from fatui.storage import result_files
 from fatui.storage.history import HistoryError, RunSummary
@@ -222,7 +223,7 @@ def _run_line(run: RunSummary, marked: bool) -> TableLine:
     cells = {
         "mark": "●" if marked else " ",
         "started": formatting.started_text(run.started),
-        "preset": run.preset or "unnamed",
+        "preset": run.preset or UNNAMED,
         "finding": ("interrupted; " if run.interrupted else "") + run.finding,
         "cases": str(run.cases),
         "seconds": formatting.duration(run.seconds),
@@ -231,7 +232,7 @@ def _run_line(run: RunSummary, marked: bool) -> TableLine:
     }
     figures: dict[str, float | str | None] = {
         "started": run.started,
-        "preset": run.preset or "unnamed",
+        "preset": run.preset or UNNAMED,
         "finding": run.finding,
         "cases": run.cases,
         "seconds": run.seconds,

@@ -13,6 +13,7 @@ from textual.widgets import Static
 from attention.core.results import Case, Row
 from attention.core.workload import Workload
 from fatui import formatting
+from fatui.draft import UNNAMED
 from fatui.telemetry import Reading
 from fatui.tui import actions
 from fatui.tui.lab import Lab, command_of
@@ -276,14 +277,15 @@ class MainScreen(HasTable, SparingScreen[None]):
         errors = app.journal.errors
         alarm = errors > 0 or bool(app.session and app.session.silent)
         self.query_one(StatusLine).show(self._left_text(), self._right_text(), alarm=alarm)
-        names = actions.RUNNING_BAR if app.runs.active else actions.DONE_BAR if app.report else actions.IDLE_BAR
+        bar = actions.RUNNING_BAR if app.runs.active else actions.DONE_BAR if app.report else actions.IDLE_BAR
+        names = [name for name in bar if name != "longer" or app.runs.can_go_on]
         by_name = {action.name: action for action in actions.ACTIONS}
         self.query_one(KeyBar).show(tuple((app.keys[name], by_name[name].label, by_name[name].does) for name in names))
 
     def _left_text(self) -> str:
         """Format what is set up and on which machine: "quick · AMD EPYC, 2 cores · MLX 0.32.4"."""
         session, advice = self.app.session, self.app.advice
-        parts = [session.preset or "unnamed" if session and session.active else self.app.draft.title()]
+        parts = [session.preset or UNNAMED if session and session.active else self.app.draft.title()]
         if advice.device is not None:
             device = advice.device
             cores = f", {device.cores} cores" if device.backend == "cpu" else ""

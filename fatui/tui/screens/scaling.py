@@ -16,6 +16,7 @@ from textual.widgets import Static
 
 from attention.core.results import Case, Report
 from fatui import formatting
+from fatui.draft import UNNAMED
 from fatui.report import counterparts, scaling
 from fatui.tui import actions
 from fatui.tui.lab import Lab
@@ -233,7 +234,7 @@ class Scaling(ClosesOnce, Screen[None]):
                 pane.display = False
             self.query_one(KeyBar).show(actions.bar((actions.BACK,), self.app.keys))
             return
-        status.show(f"Scaling · {report.run.preset or 'unnamed'}", f"{len(report.cases)} cases over {_axes_text(axes)}")
+        status.show(f"Scaling · {report.run.preset or UNNAMED}", f"{len(report.cases)} cases over {_axes_text(axes)}")
         swept = axes
         if _densities(report, scaling.slices(report, ("mask",))[0]):
             axes = (DENSITY, *axes)

@@ -8,6 +8,7 @@ from msgspec import Struct
 from attention.core.results import Case, Report
 from attention.core.workload import Workload
 from fatui import formatting
+from fatui.draft import UNNAMED
 from fatui.report.document import counted
 from fatui.tui.view_models.plot import area
 
@@ -100,7 +101,7 @@ def home_text(past: Past | None, keys: dict[str, str], where: str = "this machin
     cases = report.cases[0].workload.label if len(report.cases) == 1 else counted(len(report.cases), "case")
     found = verdicts(report)
     lines = [
-        f"The last run on {where}: {run.preset or 'unnamed'}, {formatting.started_text(run.started)}",
+        f"The last run on {where}: {run.preset or UNNAMED}, {formatting.started_text(run.started)}",
         cases,
         "",
         *(headline(verdict) for verdict in found),

@@ -87,6 +87,7 @@ class RunSession(Generic[P, C]):
         rates: tokens/s of each implementation on the current case.
         memory: bytes by name: "MLX active", "MLX peak", "process", and "device" if there is one.
         case_number: the case that the trends belong to, or None.
+        id: the run's id in the history.
         finding: one line with the result; empty until the run has ended.
         rounds_s: seconds that the complete cases spent in their rounds.
         once_s: seconds before cases were restarted: provisional rounds and compilation, not repeated by the next run.
@@ -117,7 +118,7 @@ class RunSession(Generic[P, C]):
         self.case_number: int | None = None
         self.finding = ""
         self.engine = make_engine(plan, self._listen)
-        self._id = secrets.token_hex(4)
+        self.id = secrets.token_hex(4)
         self._started = now().astimezone().isoformat(timespec="seconds")
         self._journal = journal
         self._clock = clock
@@ -263,7 +264,7 @@ class RunSession(Generic[P, C]):
     def _run_info(self) -> Run:
         """Return the description of the run for the report."""
         return Run(
-            id=self._id,
+            id=self.id,
             started=self._started,
             seconds=self.elapsed_s,
             command=self.command,

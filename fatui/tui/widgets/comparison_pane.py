@@ -27,7 +27,7 @@ class ComparisonPane(TablePane):
         self._lines: dict[int, list[TableLine]] = {}
         self._summary: tuple[int, tuple[Summary, ...]] = (0, ())
         self._owner: object = None
-        self._verdict_of: tuple[Report, dict[str, str]] | None = None
+        self._verdict_of: tuple[Report, dict[str, str], bool] | None = None
         self.border_title = "4 Comparison"
 
     def compose(self) -> ComposeResult:
@@ -61,7 +61,7 @@ class ComparisonPane(TablePane):
                 self._summary = len(final), summarise(tuple(final), session.plan.ordered)
             lines = lines_of.summary_lines(self._summary[1], final) + lines
         self.show_lines(lines)
-        self._show_verdict(None if session.active else report, keys)
+        self._show_verdict(None if session.active else report, keys, goes_on=session.any_rows)
         if session.finding and report is None:
             self.query_one(VerdictCard).say(session.finding, bad=session.phase in ("refused", "failed"))
         case = session.case(session.case_number) if session.case_number is not None else None
@@ -96,7 +96,7 @@ class ComparisonPane(TablePane):
                 lines.append(lines_of.block_head(index, case))
             lines += lines_of.case_lines(index, case)
         self.show_lines(lines)
-        self._show_verdict(report, keys)
+        self._show_verdict(report, keys, goes_on=False)
         label = (
             f"{len(report.cases)} cases" if several else report.cases[0].workload.label if report.cases else "no rows"
         )
@@ -109,14 +109,14 @@ class ComparisonPane(TablePane):
             self._lines.clear()
             self._summary = (0, ())
 
-    def _show_verdict(self, report: Report | None, keys: dict[str, str]) -> None:
+    def _show_verdict(self, report: Report | None, keys: dict[str, str], goes_on: bool) -> None:
         card = self.query_one(VerdictCard)
         self.set_class(report is not None, "-done")  # which changes the height of the pane
-        self._verdict_of = None if report is None else (report, keys)
+        self._verdict_of = None if report is None else (report, keys, goes_on)
         if report is None:
             card.clear()
         else:
-            card.show(report, self.content_size.height, self.table.last_row, keys)
+            card.show(report, self.content_size.height, self.table.last_row, keys, goes_on=goes_on)
 
     def on_resize(self) -> None:
         """Lay the hint and the verdict out for the new height."""

@@ -137,7 +137,7 @@ class VerdictCard(Vertical):
             self._shown = text, bad
             self._fill("bad" if bad else "none", head=text)
 
-    def show(self, report: Report, room: int, rows: int, keys: dict[str, str]) -> None:
+    def show(self, report: Report, room: int, rows: int, keys: dict[str, str], *, goes_on: bool = False) -> None:
         """Show the verdict of a report.
 
         Args:
@@ -145,11 +145,12 @@ class VerdictCard(Vertical):
             room: lines of the pane.
             rows: lines of the table above up to its last row, which come before the longer form of the card.
             keys: the key of each action.
+            goes_on: whether the run can be measured longer.
         """
         roomy = room >= max(ROOMY, min(rows, ROWS_FIRST) + CARD_LINES)
-        if self._shown == (report, roomy):
+        if self._shown == (report, roomy, goes_on):
             return
-        self._shown = report, roomy
+        self._shown = report, roomy, goes_on
         from fatui.trust import trust, trust_line, worst
         from fatui.verdict import confidence_text, finding, headline, loss_lines, verdicts
 
@@ -162,7 +163,7 @@ class VerdictCard(Vertical):
         shown = [*losses[:MAX_LOSSES], *([f"and {more} more"] if more > 0 else [])]
         sure = _by_phase([confidence_text(verdict) if verdict.winner else "" for verdict in made], made)
         doubtful = any(verdict.too_noisy or verdict.confidence != "high" for verdict in made)
-        offers = [f"{keys['longer']} measures longer"] if doubtful and report.cases else []
+        offers = [f"{keys['longer']} measures longer"] if doubtful and goes_on else []
         offers += [f"{keys['explain_trust']} explains"]
         won = all(verdict.winner for verdict in made)
         kind = "noisy" if any(verdict.too_noisy for verdict in made) else "won" if made and won else "none"

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from textual.fuzzy import Matcher
 from textual.screen import Screen
 from textual.widgets import Input, Static
 
@@ -19,6 +20,7 @@ from fatui.tui.screens.closing import ClosesOnce
 from fatui.tui.screens.dialogs import RowDetails
 from fatui.tui.screens.history import Compare
 from fatui.tui.screens.main import MainScreen
+from fatui.tui.view_models.row_details import hanging
 from fatui.tui.widgets.row_table import RowTable
 from fatui.tui.widgets.slider import Slider
 from tests.support.sample_runs import compared, plan_of, report_of
@@ -137,6 +139,8 @@ async def test_past_runs_are_opened_compared_deleted_and_brought_back(stage):
     await stage.settle(lambda: len(RunHistory().runs()) == 1)
     await stage.press("u")
     await stage.settle(lambda: len(RunHistory().runs()) == 2)
+    (older,) = (run.id for run in RunHistory().runs() if run.id != stage.app.session.id)
+    stage.find("#runs", RowTable).go_to(older)
     await stage.press("enter")
     await stage.settle(lambda: stage.app.session is None)
     assert "is open" in stage.seen()
@@ -331,3 +335,38 @@ async def test_a_run_is_compared_with_a_file_of_another_device(stage, tmp_path):
     await stage.press("enter")
     await stage.settle(lambda: isinstance(stage.app.screen, Compare))
     assert "The runs differ in device: AMD EPYC 9R14, then Apple M4" in stage.seen()
+
+
+async def test_title_history_and_export_have_one_name(stage):
+    await save_as(stage, "mine")
+    await stage.run_to_the_end()
+    assert stage.app.report.run.preset == stage.app.draft.title() == "mine"
+    stage.app.set_draft(stage.app.draft.toggle_sweep().set_axis("batch", (1, 2)))
+    await stage.press("r")
+    assert stage.app.main._left_text().startswith("mine, changed · ")
+    stage.engine.play()
+    stage.engine.end()
+    await stage.settle(lambda: stage.app.report is not None)
+    await stage.settle(lambda: len(RunHistory().runs()) == 2)
+    assert {line.preset for line in RunHistory().runs()} == {"mine", "mine, changed"}
+    stage.app.run_again()
+    assert (stage.app.draft.preset, stage.app.session.preset) == ("mine", "mine, changed")
+    await stage.press("x")
+    stage.engine.end()
+
+
+async def test_a_run_saved_as_a_preset_goes_on_under_its_name(stage):
+    await stage.run_to_the_end()
+    await save_as(stage, "mine")
+    await stage.press("+")
+    assert stage.app.session.preset == stage.app.draft.title() == "mine"
+
+
+def test_a_long_key_is_separated_from_its_words():
+    assert hanging("  ctrl+c, super+c", "Copy", 16) == "  ctrl+c, super+c Copy"
+
+
+@pytest.mark.parametrize("typed", ["color", "colour", "theme"])
+def test_the_theme_is_found_by_its_colours(typed):
+    (theme,) = (action for action in actions.ANYWHERE if action.name == "theme")
+    assert Matcher(typed).match(theme.label) > 0

@@ -113,3 +113,17 @@ async def test_a_noisy_run_names_the_key_that_measures_longer(stage):
     stage.app.open_report(noisy)
     await stage.pilot.pause()
     assert "Too noisy to rank" in stage.seen() and "+ measures longer" in stage.seen()
+
+
+async def test_what_is_not_continued_is_not_offered(stage):
+    await finished(stage)
+    latest = stage.app.report
+    assert "measures longer" in stage.seen() and "+ Longer" in stage.seen()
+    stage.app.open_report(structs.replace(latest, run=structs.replace(latest.run, id="0000")))
+    await stage.pilot.pause()
+    assert "onger" not in stage.seen()
+    stage.app.open_report(latest)
+    await stage.pilot.pause()
+    assert "measures longer" in stage.seen() and "+ Longer" in stage.seen()
+    await stage.press("+")
+    assert stage.app.session.active
