@@ -18,6 +18,7 @@ from attention.core.results import (
     StreamCase,
     StreamRow,
 )
+from attention.core.route import Route
 from attention.core.stream import FULL, RECOMPUTED, STREAMING, WINDOW
 from attention.core.workload import COUNTERPARTS, Counterpart, Workload
 
@@ -164,6 +165,15 @@ def size(value: float | None) -> str:
     return f"{text.rstrip('0').rstrip('.') if '.' in text else text} {unit}"
 
 
+AT_MOST: Final = "≤"
+
+
+def predicted_size(route: Route) -> str:
+    """Format the memory that a route predicts, after "≤" an upper bound."""
+    known = route.predicted_bytes is not None
+    return f"{AT_MOST if known and route.at_most else ''}{size(route.predicted_bytes)}"
+
+
 def size_instead(taken: float, reference: float) -> str:
     """Format a size beside the reference's: "310 KiB instead of 2.0 GiB"; one alone where both read the same.
 
@@ -281,7 +291,8 @@ def speedup_text(ratio: Ratio | None) -> str:
 def best_of(case: AnyCase) -> tuple[str, ...]:
     """Return the fastest accurate implementations: the one with the best median and all that equal it.
 
-    A row equals the best if its interval reaches the best one's, or their medians differ by at most the noise floor.
+    A row equals the best if their medians differ by at most the noise floor, or if its interval, which is not wide,
+    reaches the best one's.
     None is best while a row has too few rounds, if the best interval is wide, or if all are equal and none differs
     significantly from the reference. A row that ran another row's implementation is best along with it.
     """
@@ -292,7 +303,7 @@ def best_of(case: AnyCase) -> tuple[str, ...]:
     if not _is_narrow(best):
         return ()
     floor = case.noise_floor.floor if case.noise_floor else 0.0
-    equal = {row.implementation for row in rows if _is_narrow(row) and _equals(row.call_s, best.call_s, floor)}
+    equal = {row.implementation for row in rows if _equals(row, best, floor)}
     for row in rows:
         chosen = chosen_row(row, case)
         if chosen and {row.implementation, chosen.implementation} & equal:
@@ -432,10 +443,22 @@ def _is_narrow(row: Row) -> bool:
     return half is not None and half <= WIDE
 
 
-def _equals(interval: Interval | None, best: Interval | None, floor: float) -> bool:
-    if interval is None or best is None or interval.low is None or best.high is None:
+def _equals(row: Row, best: Row, floor: float) -> bool:
+    if row.call_s is None or best.call_s is None:
         return False
-    return interval.low <= best.high or interval.median <= best.median * (1 + floor)
+    if row.call_s.median <= best.call_s.median * (1 + floor):
+        return True  # however wide its interval: a lead inside the floor is none
+    low, high = row.call_s.low, best.call_s.high
+    return _is_narrow(row) and low is not None and high is not None and low <= high
+
+
+def are_tied(case: AnyCase, first: str, second: str) -> bool:
+    """Whether two implementations are both among the fastest of a case, or their medians are within its noise floor."""
+    if {first, second} <= set(best_of(case)):
+        return True
+    times = [row.call_s.median for row in case.rows if row.implementation in (first, second) and row.call_s]
+    floor = case.noise_floor.floor if case.noise_floor else 0.0
+    return len(times) == 2 and max(times) <= min(times) * (1 + floor)
 
 
 def word(row: Row, case: AnyCase) -> str:

@@ -63,12 +63,16 @@ class Verdict(Struct, frozen=True, kw_only=True):
     """Of the winner over the reference; over several cases the geometric mean. None if it is the reference."""
     span: tuple[float, float] | None = None
     """The smallest and the largest speedup of several cases."""
+    cases: int = 1
+    """Number of cases that the speedup is of."""
+    kv_formats: int = 1
+    """Number of formats of keys and values among them; unquantized counts as one."""
     peak_bytes: int | None = None
     """The winner's memory, on the case in which it takes most."""
     reference_bytes: int | None = None
     """The reference's on the same case."""
     accuracy: str = ""
-    """"accurate", "accurate by the tolerance of fp8"."""
+    """"accurate", "accurate by the tolerance of fp8", "accurate for the dequantized K/V"."""
     where: str = ""
     """In which of several cases it is the fastest: "fastest at L 64 to 512"."""
     losses: tuple[Loss, ...] = ()
@@ -162,7 +166,8 @@ def verdict_of(cases: Sequence[AnyCase], title: str = "", *, interrupted: bool =
         )
     doubts = _doubts(cases, comparable, winner, interrupted)
     peak, reference_peak = _peaks(cases, winner)
-    ratios = [ratio.value for _, ratio in speedups(comparable, winner)]
+    found = speedups(comparable, winner)
+    ratios = [ratio.value for _, ratio in found]
     return Verdict(
         title=title,
         winner=winner,
@@ -170,6 +175,8 @@ def verdict_of(cases: Sequence[AnyCase], title: str = "", *, interrupted: bool =
         reference_off=_off(comparable),
         speedup=mean_speedup(comparable, winner),
         span=(min(ratios), max(ratios)) if len(ratios) > 1 else None,
+        cases=len(found),
+        kv_formats=len({getattr(case.workload, "kv_format", "") for case, _ in found}),
         peak_bytes=peak,
         reference_bytes=reference_peak,
         accuracy=_accuracy(cases, winner),
@@ -243,15 +250,16 @@ def _reason(cases: Sequence[AnyCase], reference: str | None) -> str:
 def _doubts(cases: Sequence[AnyCase], comparable: Sequence[AnyCase], winner: str, interrupted: bool) -> tuple[str, ...]:
     """Return why a verdict is of low confidence; none if it is of high."""
     found = []
-    lead = _lead(comparable, winner)
+    leads = _leads(comparable, winner)
+    lead = min((each for each, _ in leads), default=None)
     rounds = min((len(row.samples) for case in cases for row in case.rows if is_sound(row)), default=0)
     if rounds < MIN_SURE_ROUNDS:
         found.append(f"only {rounds} rounds")
-    floor = max((case.noise_floor.floor for case in comparable if case.noise_floor), default=None)
-    if floor is None:
+    if not any(case.noise_floor for case in comparable):
         found.append("no noise floor")
-    elif lead is not None and lead < MIN_LEAD_FLOORS * floor:
-        found.append(f"it leads by {formatting.percent(lead)}, with a noise floor of {formatting.percent(floor)}")
+    elif short := [(each, floor) for each, floor in leads if each < MIN_LEAD_FLOORS * floor]:
+        least, floor = min(short, key=lambda pair: pair[0] / pair[1])
+        found.append(f"it leads by {formatting.percent(least)}, with a noise floor of {formatting.percent(floor)}")
     if not any(winner in formatting.best_of(case) for case in comparable):
         found.append("its time is too uncertain to call it the fastest")
     if any(row.throttled for case in cases for row in case.rows) and (lead is None or lead < SAFE_LEAD):
@@ -265,8 +273,11 @@ def _doubts(cases: Sequence[AnyCase], comparable: Sequence[AnyCase], winner: str
     return tuple(found)
 
 
-def _lead(cases: Sequence[AnyCase], winner: str) -> float | None:
-    """Return by how much the next one takes longer, ties left out: the least of the cases in which the winner leads."""
+def _leads(cases: Sequence[AnyCase], winner: str) -> list[tuple[float, float]]:
+    """Return, of each case in which the winner leads, by how much the next one takes longer, and the noise floor.
+
+    Ties are left out.
+    """
     leads = []
     for case in cases:
         best = formatting.best_of(case)
@@ -274,8 +285,8 @@ def _lead(cases: Sequence[AnyCase], winner: str) -> float | None:
         others = [_call_s(case, row.implementation) for row in case.rows if row.implementation not in best]
         known = [seconds for seconds in others if seconds]
         if winner in best and own and known:
-            leads.append(min(known) / own - 1)
-    return min(leads, default=None)
+            leads.append((min(known) / own - 1, case.noise_floor.floor if case.noise_floor else 0.0))
+    return leads
 
 
 def _call_s(case: AnyCase, name: str) -> float | None:
@@ -298,10 +309,11 @@ def _peaks(cases: Sequence[AnyCase], winner: str) -> tuple[int | None, int | Non
 def _accuracy(cases: Sequence[AnyCase], winner: str) -> str:
     rows = [row for case in cases for row in case.rows if row.implementation == winner and row.status == OK]
     coarse = dict.fromkeys(row.approximate for row in rows if row.approximate)
-    if coarse:
-        return f"accurate by the tolerance of {', '.join(coarse)}"
     checked = all(type(row) is not Row or row.max_error is not None for row in rows)
-    return "accurate" if checked else "accuracy not checked"
+    if not coarse and not checked:
+        return "accuracy not checked"
+    text = f"accurate by the tolerance of {', '.join(coarse)}" if coarse else "accurate"
+    return f"{text} for the dequantized K/V" if any(row.kv_error is not None for row in rows) else text
 
 
 def where_fastest(cases: Sequence[AnyCase], name: str) -> str:
@@ -355,7 +367,7 @@ def _times_slower(cases: Sequence[AnyCase], name: str, winner: str) -> float | N
 
 def _loss(cases: Sequence[AnyCase], name: str, winner: str, slower: float | None) -> Loss:
     rows = [(case, row) for case in cases for row in case.rows if row.implementation == name]
-    ties = [row for case, row in rows if {name, winner} <= set(formatting.best_of(case))]
+    ties = [row for case, row in rows if is_sound(row) and formatting.are_tied(case, name, winner)]
     sound = [row for _, row in rows if is_sound(row)]
     obstacle = _obstacle(cases, name)
     if slower is None or not sound:
@@ -406,7 +418,7 @@ def _obstacle(cases: Sequence[AnyCase], name: str) -> Loss | None:
 
 
 def headline(verdict: Verdict) -> str:
-    """Format the verdict in one line: "Use poc · 36.2x (35.8 to 36.6) · 0.5 of 5 MiB · accurate"."""
+    """Format the verdict in one line: "Use poc · 36.2x baseline (95 %: 35 to 37) · accurate"."""
     begin = f"{verdict.title}: " if verdict.title else ""
     if verdict.winner is None:
         what = "Too noisy to rank" if verdict.too_noisy else "No winner"
@@ -419,10 +431,14 @@ def _gain(verdict: Verdict) -> str:
     if verdict.speedup is None or verdict.winner == verdict.reference:
         return "the others are slower"
     mean = verdict.speedup
-    low, high = verdict.span or (mean.low, mean.high)
     how = " on average" if verdict.span else ""
     how += ", which is inaccurate" if verdict.reference_off else ""
-    return f"{formatting.three(mean.value)}x {verdict.reference}{how} ({formatting.span(low, high)})"
+    if verdict.span:
+        formats = f" of {verdict.kv_formats} K/V formats" if verdict.kv_formats > 1 else ""
+        within = f"{formatting.span(*verdict.span)} over {verdict.cases} cases{formats}"
+    else:
+        within = f"{statistics.CONFIDENCE:.0%}: {formatting.span(mean.low, mean.high)}".replace("%", " %")
+    return f"{formatting.three(mean.value)}x {verdict.reference}{how} ({within})"
 
 
 def _memory(verdict: Verdict) -> str:

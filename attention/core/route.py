@@ -52,6 +52,8 @@ class Route(Struct, frozen=True, kw_only=True):
     """Arithmetic coarser than the inputs' dtype, such as "fp8"; its error has a tolerance of its own."""
     predicted_bytes: int | None = None
     """Peak memory above the inputs during one call, outputs included; None if unknown."""
+    at_most: bool = False
+    """Whether `predicted_bytes` is an upper bound, because a kernel that is not compiled yet cannot say."""
     scratch_bytes: int = 0
     """The part of it allocated outside MLX (tiles of threads), which MLX's peak does not include."""
 

@@ -70,18 +70,27 @@ def kind_of_call(name: str, case: object) -> str:
     return f"{name} {timing_group(case)}"
 
 
-def scaled_call_s(known: Sequence[tuple[float, float]], size: float, max_scale: float = MAX_SCALE) -> float | None:
+def scaled_call_s(
+    known: Sequence[tuple[float, float]], size: float, max_scale: float = MAX_SCALE, fixed_s: float = 0.0
+) -> float | None:
     """Scale the time of the known call nearest in size; None if there is none near enough.
+
+    What a call takes at any size stays as it is, and no call takes less than a known one that is smaller.
 
     Args:
         known: size and seconds of calls of the same kind.
         size: FLOPs of the call.
         max_scale: how many times larger or smaller the known call may be.
+        fixed_s: what a call takes at least at any size, such as a launch.
     """
     if not known or size <= 0:
         return None
     nearest, seconds = min(known, key=lambda each: abs(math.log(each[0] / size)))
-    return seconds * size / nearest if 1 / max_scale <= size / nearest <= max_scale else None
+    if not 1 / max_scale <= size / nearest <= max_scale:
+        return None
+    fixed = min(fixed_s, *(each for _, each in known))
+    smaller = (each for flops, each in known if flops <= size)
+    return max(fixed + (seconds - fixed) * size / nearest, *smaller, 0.0)
 
 
 def costliest_cases(cases: Sequence[Workload]) -> list[int]:
@@ -150,9 +159,9 @@ class Forecast:
             kind_of_call(name, work) in self._timed or self._call_s(name, case, MAX_SCALE) is not None for name in names
         )
 
-    def knows_any(self, case: int) -> bool:
-        """Whether a call of a case is known."""
-        return any(self._call_s(name, case, MAX_SCALE) is not None for name in self._names(case))
+    def knows_any(self, case: int, max_scale: float = MAX_SCALE) -> bool:
+        """Whether a call of a case is known, or one at most `max_scale` times as large or small."""
+        return any(self._call_s(name, case, max_scale) is not None for name in self._names(case))
 
     def rounds_s(self, case: int) -> float:
         """Return the estimated seconds of a case's rounds."""

@@ -74,7 +74,7 @@ def _explained(case: "Workload", names: tuple[str, ...], device: "Device") -> "R
         route = _route(name, case, device)
         kernel = "n/a" if not route.supported else "fused" if route.fused else "unfused"
         style = "" if route.supported else "dim"
-        needs = formatting.size(route.predicted_bytes)
+        needs = formatting.predicted_size(route)
         table.add_row(short_name(name), route.path, kernel, needs, _why(route, case, device), style=style)
     return Group(title, table)
 

@@ -193,7 +193,7 @@ def test_a_wide_interval_earns_no_star_and_equals_share_one():
 
 
 def test_a_finding_says_who_won_and_what_it_takes():
-    assert finding(report_of()) == "Use poc · 50.0x baseline (49 to 51) · 512 KiB · accurate"
+    assert finding(report_of()) == "Use poc · 50.0x baseline (95 %: 49 to 51) · 512 KiB · accurate"
     several = report_of(plan_of([Workload(seq=64), Workload(seq=128)]))
     assert "x baseline on average (" in finding(several) and "fastest in all 2 cases" in finding(several)
     assert "nothing" in finding(report_of(plan_of(names=["baseline", "demo"])))
@@ -210,7 +210,7 @@ def with_an_inaccurate_reference(report):
 
 def test_a_finding_says_that_its_reference_is_inaccurate():
     text = finding(with_an_inaccurate_reference(report_of()))
-    assert "x baseline, which is inaccurate (49 to 51)" in text
+    assert "x baseline, which is inaccurate (95 %: 49 to 51)" in text
     plan = plan_of(names=["baseline", "demo"])
     assert "faster than baseline, which is inaccurate" in finding(with_an_inaccurate_reference(report_of(plan)))
     several = with_an_inaccurate_reference(report_of(plan_of([Workload(seq=64), Workload(seq=128)])))

@@ -5,6 +5,7 @@ from msgspec import structs
 
 from attention.core.results import Case, Conditions, Interval, NoiseFloor, Report
 from attention.core.workload import Workload
+from fatui.formatting import best_of
 from fatui.trust import TrustFinding, trust, trust_line, worst
 from fatui.verdict import Verdict, confidence_text, headline, loss_lines, verdict_of, verdicts
 from tests.support.sample_runs import ENVIRONMENT, plan_of, report_of
@@ -44,7 +45,7 @@ def floor_of(value: float) -> NoiseFloor:
 def test_the_winner_has_its_interval_memory_and_accuracy():
     verdict = verdict_of([case_of()])
     assert (verdict.winner, verdict.reference, verdict.confidence) == ("poc", "baseline", "high")
-    assert headline(verdict) == "Use poc · 50.0x baseline (49 to 51) · 512 KiB · accurate"
+    assert headline(verdict) == "Use poc · 50.0x baseline (95 %: 49 to 51) · 512 KiB · accurate"
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_the_winner_has_its_interval_memory_and_accuracy():
 )
 def test_memory_stands_beside_that_of_the_reference(peak, words):
     found = headline(verdict_of([row_with(case_of(), "poc", peak_bytes=peak)]))
-    assert found == f"Use poc · 50.0x baseline (49 to 51) · {words} · accurate"
+    assert found == f"Use poc · 50.0x baseline (95 %: 49 to 51) · {words} · accurate"
 
 
 def test_the_others_lose_for_a_reason_and_in_order():
@@ -82,6 +83,41 @@ def test_the_same_kernel_by_another_name_is_not_slower():
     verdict = verdict_of([wide])
     assert "demo: tied, it ran poc" in loss_lines(verdict)
     assert verdict.doubts == ("its time is too uncertain to call it the fastest",)
+
+
+def test_a_lead_inside_the_noise_floor_is_a_tie():
+    case = row_with(times(case_of(), "practical", 0.0235), "practical", fused=False)
+    slow = next(row for row in case.rows if row.implementation == "practical").call_s
+    wide = structs.replace(slow, low=slow.median * 0.97, high=slow.median * 1.9)
+    noisy = structs.replace(row_with(case, "practical", call_s=wide), noise_floor=floor_of(0.23))
+    assert {"poc", "practical"} <= set(best_of(noisy))
+    assert "practical: tied" in loss_lines(verdict_of([noisy]))
+
+
+def test_times_too_uncertain_to_lead_are_tied_inside_the_floor():
+    case = times(case_of(), "practical", 0.028)
+    for name in ("poc", "practical"):
+        row = next(row for row in case.rows if row.implementation == name).call_s
+        case = row_with(case, name, call_s=structs.replace(row, low=row.median * 0.5, high=row.median * 2))
+    assert "practical: tied" in loss_lines(verdict_of([structs.replace(case, noise_floor=floor_of(0.73))]))
+
+
+def test_a_lead_is_held_against_the_floor_of_its_own_case():
+    quiet = times(structs.replace(case_of(), noise_floor=floor_of(0.005)), "poc", 38.0)
+    noisy = structs.replace(report_of(plan_of(SWEEP)).cases[1], noise_floor=floor_of(0.23))
+    assert verdict_of([quiet, noisy]).confidence == "high"
+
+
+def test_a_range_over_cases_is_called_one():
+    cases = list(report_of(plan_of(SWEEP)).cases)
+    assert " over 4 cases)" in headline(verdict_of(cases))
+    cases[0] = structs.replace(cases[0], workload=structs.replace(cases[0].workload, kv_format="int4"))
+    assert " over 4 cases of 2 K/V formats)" in headline(verdict_of(cases))
+
+
+def test_accurate_says_that_it_is_over_the_dequantized_kv():
+    case = row_with(case_of(), "poc", kv_error=0.13)
+    assert headline(verdict_of([case])).endswith("accurate for the dequantized K/V")
 
 
 def test_a_sweep_says_where_the_winner_is_fastest():

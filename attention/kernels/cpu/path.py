@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MAX_HEAD_DIM: Final = 512
 """Maximum supported head dim."""
 THREAD_BYTES: Final = 4 * 2**20
-"""Upper bound of a thread's tiles in bytes; used instead of the exact figure until the kernel is compiled."""
+"""Upper bound of a thread's tiles in bytes; the figure until the kernel is compiled (`Route.at_most`)."""
 ROW_BYTES: Final = 16
 """Bytes kept per row for the backward pass besides the output: logsumexp, maximum with its remainder, and sum."""
 MAX_ITEM_ROWS, TARGET_ITEMS = 256, 64
@@ -61,6 +61,7 @@ def route(workload: Workload, needs: Needs) -> Route:
         fused=True,
         reason=reason,
         predicted_bytes=_predicted(workload),
+        at_most=not cpu.load_compiled(_parts(workload)),
         scratch_bytes=_tiles(workload, workload.pass_ == "training"),
     )
 

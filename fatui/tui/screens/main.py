@@ -185,12 +185,13 @@ class MainScreen(HasTable, SparingScreen[None]):
         pane.show_cost(self._cost_lines() if workload else [], app.keys)
         self._show_bars()
 
-    def _call_times(self, workload: Workload | None) -> dict[str, float]:
+    def _call_times(self, workload: Workload | None) -> dict[str, availability.CallTime]:
         if workload is None:
             return {}
         app = self.app
         names = availability.names_for(app.draft)
-        return cost.call_times(workload, names, app.remembered.pace, app.device_name)
+        launch_s = app.peaks.launch_s if app.peaks else None
+        return cost.call_times(workload, names, app.remembered.pace, app.device_name, launch_s)
 
     def _paths_taken(self, workload: Workload | None) -> dict[str, str]:
         """Return the path that each implementation took on the workload in the run shown."""

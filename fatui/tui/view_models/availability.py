@@ -25,12 +25,25 @@ class PickerRow(Struct, frozen=True):
     able: bool = True
     """Whether it would run at all."""
     memory: str = ""
-    """The memory that it is predicted to need above the inputs."""
+    """The memory that it is predicted to need above the inputs; after "≤" an upper bound."""
     time: str = ""
-    """The time of a call, from earlier runs on this device; empty if there are none of its kind."""
+    """The time of a call, from earlier runs on this device; empty if there are none of its kind.
+
+    After "~" it is extrapolated from calls of other sizes.
+    """
+
+
+class CallTime(Struct, frozen=True):
+    """How long a call of an implementation takes."""
+
+    seconds: float
+    extrapolated: bool = False
+    """Whether no call of this size was timed."""
 
 
 WAITING = "…"
+EXTRAPOLATED = "~"
+"""Before a time that is scaled from that of a call of another size."""
 TUNED = "tuned: "
 """Prefix of the path of an implementation that was tuned."""
 UNTRIED = "not tried yet"
@@ -47,7 +60,7 @@ def make_picker_rows(
     workload: Workload | None,
     advice: Advice,
     paths_taken: dict[str, str] | None = None,
-    times: Mapping[str, float] | None = None,
+    times: Mapping[str, CallTime] | None = None,
 ) -> tuple[PickerRow, ...]:
     """Return one entry per implementation.
 
@@ -56,14 +69,16 @@ def make_picker_rows(
         workload: the workload shown, or None if there is none.
         advice: the advisor's answers.
         paths_taken: the paths that the latest run took on this workload.
-        times: seconds of a call of some implementations, from earlier runs.
+        times: of a call of some implementations, from earlier runs.
     """
     made = [_picker_row(name, name in draft.implementations, workload, draft, advice) for name in names_for(draft)]
     known = times or {}
-    made = [
-        structs.replace(row, time=formatting.seconds(known[row.name])) if row.name in known else row for row in made
-    ]
+    made = [structs.replace(row, time=_time_text(known[row.name])) if row.name in known else row for row in made]
     return tuple(_with_trial(row, (paths_taken or {}).get(row.name)) for row in made)
+
+
+def _time_text(time: CallTime) -> str:
+    return f"{EXTRAPOLATED if time.extrapolated else ''}{formatting.seconds(time.seconds)}"
 
 
 def _with_trial(row: PickerRow, took: str | None) -> PickerRow:
@@ -84,7 +99,7 @@ def _picker_row(name: str, chosen: bool, workload: Workload | None, draft: Draft
         summary = next((entry.summary for entry in CATALOGUE if entry.name == name), "")
         return PickerRow(name, chosen, WAITING if workload else "-", summary)
     path, able = availability(route, workload, advice.device, draft)
-    memory = formatting.size(route.predicted_bytes) if route.supported and route.predicted_bytes is not None else ""
+    memory = formatting.predicted_size(route) if route.supported and route.predicted_bytes is not None else ""
     return PickerRow(name, chosen, path if advice.current else f"{path} {WAITING}", route.reason, able, memory)
 
 
@@ -114,7 +129,7 @@ def _of(needed: str, most: str) -> str:
 
 
 def needs_text(draft: Draft, advice: Advice) -> str:
-    """Format the predicted memory of the selected ones above the inputs: "needs up to baseline 41 MiB, poc 7 MiB".
+    """Format the predicted memory of the selected ones: "needs above the inputs up to baseline 41 MiB, poc 7 MiB".
 
     It includes the output and all scratch memory, also per thread, of which a call may touch less.
     It is the largest of several cases; that of a single case stands beside the implementation.
@@ -127,7 +142,7 @@ def needs_text(draft: Draft, advice: Advice) -> str:
     if not several:
         return ""
     text = ", ".join(f"{name} {formatting.size(size)}" for name, size in sizes.items())
-    return f"needs up to {text}"
+    return f"needs above the inputs up to {text}"
 
 
 def memory_limit(draft: Draft, device: Device | None) -> int | None:

@@ -10,10 +10,10 @@ from msgspec import Struct, structs
 from attention.core import events as on
 from attention.core.errors import UsageError
 from attention.core.plan import KnownTimes, ModelPlan, Plan, StreamPlan
-from attention.core.results import Report
+from attention.core.results import MIN_ROUNDS, Report
 from attention.core.stream import FULL
 from attention.core.workload import Workload
-from attention.engine.progress import Forecast, costliest_cases, kind_of_call, scaled_call_s
+from attention.engine.progress import MAX_SCALE, Forecast, costliest_cases, kind_of_call, scaled_call_s
 from fatui import formatting
 from fatui.draft import Draft
 from fatui.storage.settings import RunSpeed
@@ -177,20 +177,40 @@ def known_times(pace: RunSpeed, device: str) -> KnownTimes:
     return KnownTimes(calls=pace.calls, set_up_s=pace.set_up_s or None)
 
 
-def estimate_s(plan: Plan, pace: RunSpeed, device: str) -> float | None:
+def estimate_s(plan: Plan, pace: RunSpeed, device: str, max_scale: float = MAX_SCALE) -> float | None:
     """Estimate the maximum seconds of a run; rounds that reach their precision end earlier.
 
-    None if no call of a case's kind is known: times of training in bfloat16 do not predict those of decode.
+    None if no call of a case's kind is known that is at most `max_scale` times as large or small: times of training in
+    bfloat16 do not predict those of decode.
     """
     forecast, cases = Forecast(plan, known_times(pace, device)), range(len(plan.cases))
-    return sum(map(forecast.case_s, cases)) if all(map(forecast.knows_any, cases)) else None
+    return sum(map(forecast.case_s, cases)) if all(forecast.knows_any(case, max_scale) for case in cases) else None
 
 
-def call_times(workload: Workload, names: Sequence[str], pace: RunSpeed, device: str) -> dict[str, float]:
-    """Return seconds of a call of the implementations that earlier runs on the device allow to estimate."""
-    known = known_times(pace, device).calls
-    found = {name: scaled_call_s(known.get(kind_of_call(name, workload), []), workload.flops) for name in names}
-    return {name: seconds for name, seconds in found.items() if seconds is not None}
+def least_rounds_text(plan: Plan, pace: RunSpeed, device: str) -> str:
+    """Say that the rounds of a case take longer than their time, since a least number of them is made; else nothing."""
+    forecast = Forecast(plan, known_times(pace, device))
+    longest = max((forecast.rounds_s(case) for case in range(len(plan.cases))), default=0.0)
+    if longest <= plan.seconds:
+        return ""
+    limit = formatting.duration(plan.seconds)
+    return f"; {MIN_ROUNDS} rounds, the fewest, take {formatting.duration(longest)}, not {limit}"
+
+
+def call_times(
+    workload: Workload, names: Sequence[str], pace: RunSpeed, device: str, launch_s: float | None = None
+) -> dict[str, availability.CallTime]:
+    """Return the times of a call of the implementations that earlier runs on the device allow to estimate.
+
+    `launch_s`: seconds of the smallest call on the device, which none falls below, if known.
+    """
+    known, found = known_times(pace, device).calls, {}
+    for name in names:
+        sizes = known.get(kind_of_call(name, workload), [])
+        seconds = scaled_call_s(sizes, workload.flops, fixed_s=launch_s or 0.0)
+        if seconds is not None:
+            found[name] = availability.CallTime(seconds, all(flops != workload.flops for flops, _ in sizes))
+    return found
 
 
 def expected_width(plan: Plan, pace: RunSpeed, device: str) -> float | None:
@@ -205,14 +225,21 @@ def expected_width(plan: Plan, pace: RunSpeed, device: str) -> float | None:
 
 def estimate_text(plan: Plan, pace: RunSpeed, device: str) -> str:
     """Format the estimate, or the reason why there is none, in one line."""
-    seconds = estimate_s(plan, pace, device)
+    near_s = estimate_s(plan, pace, device)
+    seconds = estimate_s(plan, pace, device, math.inf) if near_s is None else near_s
     width = expected_width(plan, pace, device)
     sure = f"; speedups to about ±{formatting.percent(width)}" if width and width <= formatting.WIDE else ""
     if seconds is not None:
         basis = "earlier runs here" if pace.set_up_s else "a timed call of each"
-        return f"takes up to about {formatting.duration(seconds)}, judging by {basis}{sure}"
+        if near_s is None:
+            basis = "calls of very different sizes"
+        longer = least_rounds_text(plan, pace, device)
+        return f"takes up to about {formatting.duration(seconds)}, judging by {basis}{longer}{sure}"
     rounds = formatting.duration(plan.seconds * len(plan.cases))
-    return f"takes up to {rounds} of rounds, and set-up; the total is known after the first run of this kind"
+    return (
+        f"takes {rounds} of rounds, longer if {MIN_ROUNDS} rounds do, and set-up; "
+        "the total is known after the first run of this kind"
+    )
 
 
 def learn(pace: RunSpeed, report: Report, spent_s: float) -> RunSpeed:

@@ -136,11 +136,16 @@ def _figures(row: Row, case: Case) -> list[tuple[str, str]]:
         ("latency", f"{formatting.seconds(row.latency_s)} for one synchronised call"),
         ("first call", f"{formatting.seconds(row.first_call_s)}, timed apart, with what the call itself compiles"),
         ("memory", f"{formatting.size(row.peak_bytes)} at the peak, {formatting.size(row.predicted_bytes)} predicted"),
-        ("error", f"{formatting.row_error(row)} at most, {formatting.error(row.rms_error)} rms, against float64"),
+        ("error", f"{formatting.row_error(row)} at most, {formatting.error(row.rms_error)} rms, {_against(case)}"),
         *_quantization(row, case),
         *_ranks(row),
         _samples(row),
     ]
+
+
+def _against(case: Case) -> str:
+    """Say what the error is measured against, which "accurate" refers to."""
+    return f"against float64{' over the dequantized K and V' if case.workload.quantized else ''}"
 
 
 def _counterparts(row: Row) -> list[tuple[str, str]]:

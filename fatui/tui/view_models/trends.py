@@ -209,7 +209,7 @@ def memory_chart(session: Session) -> tuple[Scale, tuple[Trend, ...]]:
     ]
     words = f"to {formatting.size(top)}" if top else ""
     if predicted is not None and "MLX peak" in names:
-        words += f"; line: {formatting.size(predicted)} predicted"
+        words += f"; line: {formatting.size(predicted)} predicted in all"
     return Scale("memory", top, words, (latest(session), "peak")), tuple(made) or (Trend("", note="no figures yet"),)
 
 

@@ -3,17 +3,21 @@
 import asyncio
 
 import pytest
+from msgspec import structs
 
 from attention.core import events as on
 from attention.core.plan import GenerationPlan, KnownTimes, Plan, StreamPlan
 from attention.core.results import Environment
+from attention.core.route import Route
 from attention.core.stream import Stream
 from attention.core.workload import Workload, generations
 from attention.engine.progress import kind_of_call
 from fatui import fitting
+from fatui.draft import Draft
 from fatui.storage.settings import RunSpeed
-from fatui.tui.advisor import AdviceReply
+from fatui.tui.advisor import Advice, AdviceReply
 from fatui.tui.view_models import cost
+from fatui.tui.view_models.availability import CallTime, make_picker_rows
 from fatui.tui.view_models.cost import Timing
 from tests.support.stage import advise
 
@@ -40,6 +44,39 @@ def test_timed_calls_give_the_time_of_a_run():
     assert line.startswith("takes up to about 38 s, judging by a timed call of each")
 
 
+def test_the_time_of_a_run_includes_the_fewest_rounds():
+    calls = {kind_of_call(name, CASE): [(CASE.flops / 1000, 0.1)] for name in PLAN.ordered}
+    pace = RunSpeed(device="Test CPU", calls=calls)
+    line = cost.estimate_text(PLAN, pace, "Test CPU")
+    assert line.startswith(
+        "takes up to about 56 min 44 s, judging by calls of very different sizes; 6 rounds, the fewest, take 30 min"
+    )
+    assert cost.estimate_s(PLAN, pace, "Test CPU") is None
+
+
+def test_without_a_known_call_the_time_has_no_upper_end():
+    line = cost.estimate_text(PLAN, RunSpeed(), "Test CPU")
+    assert line.startswith("takes 6 s of rounds, longer if 6 rounds do, and set-up; ")
+
+
+def test_an_extrapolated_time_is_marked_and_not_below_a_launch():
+    kind, launch_s = kind_of_call("poc", CASE), 13e-6
+    pace = RunSpeed(device="Test CPU", calls={kind: [(CASE.flops, 800e-6)]})
+    small = structs.replace(CASE, seq=CASE.seq // 8, kv_seq=CASE.kv_seq // 8)
+    found = cost.call_times(small, ["poc"], pace, "Test CPU", launch_s)["poc"]
+    assert found.extrapolated and 800e-6 / 64 + launch_s * 0.9 < found.seconds < 800e-6 / 8
+    assert cost.call_times(CASE, ["poc"], pace, "Test CPU", launch_s)["poc"] == CallTime(800e-6)
+
+
+def test_bounds_and_extrapolated_times_are_marked():
+    draft = Draft(implementations=("poc",))
+    route = Route(path="CPU kernel", fused=True, reason="x", predicted_bytes=2**23, at_most=True)
+    advice = Advice(changed=lambda: None)
+    advice.answer = AdviceReply(routes={"poc": route})
+    rows = make_picker_rows(draft, CASE, advice, times={"poc": CallTime(1e-3, extrapolated=True)})
+    assert [(row.memory, row.time) for row in rows if row.name == "poc"] == [("≤8 MiB", "~1.00 ms")]
+
+
 async def test_what_will_be_refused_is_said_before_the_run(stage):
     advise(stage.app)
     number = stage.app.advice._number
@@ -50,7 +87,7 @@ async def test_what_will_be_refused_is_said_before_the_run(stage):
     await stage.pilot.pause()
     text = " ".join(str(stage.find("#cost").content).split())
     assert "refused: poc: needs 1,024 TiB of 8 GiB; practical: needs a mask of bounds" in text
-    assert text.index("takes up to") < text.index("refused") < text.index("needs: not known yet")
+    assert text.index("of rounds, longer if") < text.index("refused") < text.index("needs: not known yet")
 
 
 def test_a_model_says_its_memory_and_time():

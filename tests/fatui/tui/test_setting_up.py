@@ -368,7 +368,10 @@ async def test_needs_of_a_sweep_are_those_of_its_largest_case(stage):
     assert made.largest["baseline"] == largest > made.routes["baseline"].predicted_bytes
     stage.app.draft = Draft(axes={**DEFAULT_AXES, "seq": (64, 128, 256)}, implementations=("baseline",))
     stage.app.advice.answer = made
-    assert needs_text(stage.app.draft, stage.app.advice) == f"needs up to baseline {formatting.size(largest)}"
+    assert (
+        needs_text(stage.app.draft, stage.app.advice)
+        == f"needs above the inputs up to baseline {formatting.size(largest)}"
+    )
     limited = structs.replace(stage.app.draft, memory_limit_bytes=made.needs["baseline"][2] - 1)
     assert "baseline, 1 of 3 cases: needs " in refusal_lines(limited, stage.app.advice)[0]
 

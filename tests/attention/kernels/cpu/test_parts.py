@@ -10,6 +10,7 @@ from attention.core.workload import Workload
 from attention.kernels import cpu
 from attention.kernels.common import cache
 from attention.kernels.cpu import build, library, path, selfcheck
+from attention.measure.device import usable_cores
 
 pytestmark = [
     pytest.mark.usefixtures("compiled_kernel"),
@@ -61,6 +62,12 @@ def test_a_damaged_library_leaves_an_upper_bound_of_memory(own_folder, monkeypat
     monkeypatch.setattr(library, "_load_cached", lambda key: None)
     assert path.route(case, Needs()).predicted_bytes > exact
     assert not cpu.is_loaded()
+
+
+def test_a_kernel_to_be_compiled_has_an_upper_bound(own_folder):
+    found = path.route(Workload(seq=512), Needs())
+    assert found.at_most and found.scratch_bytes == path.THREAD_BYTES * usable_cores()
+    assert cpu._module is None
 
 
 @pytest.mark.sampled(0.5)
