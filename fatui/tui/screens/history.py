@@ -3,7 +3,6 @@
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import ClassVar
 
 from textual import on
@@ -13,6 +12,7 @@ from textual.screen import Screen
 from textual.widgets import Input, Static
 
 from attention.core.errors import UsageError
+from attention.core.files import expand_home
 from attention.core.results import Report, Row
 from fatui import formatting
 from fatui.draft import UNNAMED
@@ -164,7 +164,7 @@ class History(HasTable, ClosesOnce, Screen[Report]):
     async def _compare_with(self, event: Input.Submitted) -> None:
         """Compare the run under the cursor with that of a file, the older one first."""
         event.stop()
-        path = Path(event.value.strip()).expanduser()
+        path = expand_home(event.value.strip())
         try:
             theirs = await asyncio.to_thread(result_files.read, path)
         except UsageError as error:

@@ -331,6 +331,9 @@ async def test_a_run_is_compared_with_a_file_of_another_device(stage, tmp_path):
     stage.find("#file", Input).value = str(tmp_path / "none.json")
     await stage.press("enter")
     assert "none.json: cannot be read: No such file or directory" in stage.app.journal.text()
+    stage.find("#file", Input).value = "~nobody-here/m4.json"
+    await stage.press("enter")
+    assert "~nobody-here/m4.json: cannot be read" in stage.app.journal.text()
     stage.find("#file", Input).value = str(tmp_path / "m4.json")
     await stage.press("enter")
     await stage.settle(lambda: isinstance(stage.app.screen, Compare))
