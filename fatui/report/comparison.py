@@ -199,7 +199,7 @@ def compare(before: Report, after: Report) -> Comparison:
 
 def compare_pairs(pairs: Sequence[tuple[Report, Report]]) -> Comparison:
     """Compare runs that were measured in pairs, before and after, with at least one pair; rows are matched as above."""
-    in_turns = all(before.run.in_turns and before.run.in_turns == after.run.in_turns for before, after in pairs)
+    in_turns = all(_measured_in_turns(before, after) for before, after in pairs)
     matched: dict[RowKey, list[tuple[Found, Found]]] = {}
     firsts: dict[RowKey, None] = {}
     seconds: dict[RowKey, None] = {}
@@ -225,6 +225,10 @@ def compare_pairs(pairs: Sequence[tuple[Report, Report]]) -> Comparison:
 
 def _rows(report: Report) -> dict[RowKey, Found]:
     return {(case.workload, row.implementation): (case, row) for case in report.all_cases for row in case.rows}
+
+
+def _measured_in_turns(before: Report, after: Report) -> bool:
+    return bool(before.run.in_turns) and before.run.in_turns == after.run.in_turns
 
 
 def _name(key: RowKey) -> str:
@@ -360,7 +364,7 @@ def _other_load(before: Report, after: Report) -> tuple[str, ...]:
     """Return in what load the runs differ, if by enough to look like a change of the code."""
     cores = [report.conditions.other_cores if report.conditions else None for report in (before, after)]
     first, second = cores
-    if before.run.in_turns or first is None or second is None or before.conditions is None:
+    if _measured_in_turns(before, after) or first is None or second is None or before.conditions is None:
         return ()
     if abs(first - second) < MANY_SHARE * (before.conditions.cores or 1):
         return ()

@@ -23,16 +23,19 @@ def test_a_run_against_its_like_is_the_same():
 @pytest.mark.parametrize(
     ("busy", "in_turns", "found"),
     [
-        (0.1, None, ["other load: 1.0 cores were busy, then 0.1"]),
-        (0.8, None, []),  # less than a quarter of the cores
-        (0.1, "turns", []),
-        (None, None, []),
+        (0.1, (None, None), ["other load: 1.0 cores were busy, then 0.1"]),
+        (0.8, (None, None), []),  # less than a quarter of the cores
+        (0.1, ("turns", "turns"), []),
+        (0.1, ("turns", None), ["other load: 1.0 cores were busy, then 0.1"]),
+        (None, (None, None), []),
     ],
 )
 def test_runs_beside_unequal_load_are_said_to_be(busy, in_turns, found):
     before, after = (
-        structs.replace(report_of(run=structs.replace(run_of(), in_turns=in_turns)), conditions=conditions)
-        for conditions in (Conditions(cores=2, other_cores=1.0), Conditions(cores=2, other_cores=busy))
+        structs.replace(
+            report_of(run=structs.replace(run_of(), in_turns=turns)), conditions=Conditions(cores=2, other_cores=cores)
+        )
+        for turns, cores in zip(in_turns, (1.0, busy), strict=True)
     )
     assert [text.partition(";")[0] for text in compare(before, after).differences] == found
 
