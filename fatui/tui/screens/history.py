@@ -328,13 +328,15 @@ class Compare(HasTable, ClosesOnce, Screen[None]):
 
 def _outcomes(changes: Sequence[comparison.RowChange]) -> str:
     """Count the outcomes of the rows besides the references: " · the second: 1 faster, 2 undecided"."""
-    counts = Counter(change.outcome().lower() for change in changes if change.implementation != change.reference)
+    counts = Counter(change.outcome().lower() for change in changes if not change.is_reference)
     words = ", ".join(f"{count} {word}" for word, count in counts.most_common())
     return f" · the second: {words}" if words else ""
 
 
 def _basis(change: comparison.RowChange) -> str:
     """Format what the changes of a workload are relative to."""
+    if change.in_turns:
+        return "measured in turns: times are compared as they are"
     if change.reference is None:
         return "no common reference: the machine's own change is not known"
     if change.drift is None:
@@ -357,7 +359,7 @@ def _change_key(change: comparison.RowChange) -> str:
 
 def _change_line(change: comparison.RowChange) -> TableLine:
     significant = change.ratio is not None and change.ratio.significant
-    own = change.implementation == change.reference
+    own = change.is_reference
     word = "reference" if own else change.outcome().lower()
     cells = {
         "implementation": change.implementation,

@@ -102,6 +102,14 @@ async def test_compare_shows_drift_and_the_change_beyond_it(size):
         assert stage.app.screen is stage.app.main
 
 
+async def test_runs_in_turns_are_compared_without_a_reference(stage):
+    runs = (structs.replace(each, run=structs.replace(each.run, in_turns="both")) for each in compared())
+    stage.app.push_screen(Compare(*runs))
+    await stage.pilot.pause()
+    assert "measured in turns: times are compared as they are" in stage.seen()
+    assert not any(line.cells["word"] == "reference" for line in stage.find("#changes", RowTable).lines[1:])
+
+
 @pytest.mark.slow
 async def test_the_history_is_ordered_and_filtered(stage):
     for number, preset in enumerate(("quick", "scaling", "quick")):
