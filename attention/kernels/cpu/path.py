@@ -47,22 +47,24 @@ def route(workload: Workload, needs: Needs) -> Route:
     usable, state = cpu.availability(parts)
     if not usable:
         return unsupported(f"no CPU kernel: {state}")
+    loaded = cpu.load_compiled(parts)
     variant = cpu.variant()
     path = f"CPU kernel {variant}"
     kinds = ["lists"] if workload.structured else [workload.kv_format, "quant"] if quantized else []
     names = [f"{start} {variant}, {kind}" for kind in kinds for start in ("CPU kernel", "CPU")]
     path = next((name for name in names if len(name) <= MAX_PATH_LENGTH), path)
-    when = "" if cpu.is_compiled(parts) else "; it is compiled at first use, which takes some seconds"
+    when = "" if loaded else "; it is compiled at first use, which takes some seconds"
     lists = ", visiting the tiles of the mask's block lists" if workload.structured else ""
     packed = f", reading {workload.kv_format} packed, tile by tile" if quantized else ""
     reason = f"flash attention in C++, compiled for {variant}{packed}{lists}{when}"
+    tiles = _tiles(workload) if loaded else THREAD_BYTES * usable_cores()
     return Route(
         path=path,
         fused=True,
         reason=reason,
-        predicted_bytes=_predicted(workload),
-        at_most=not cpu.load_compiled(_parts(workload)),
-        scratch_bytes=_tiles(workload, workload.pass_ == "training"),
+        predicted_bytes=_outputs(workload) + tiles,
+        at_most=not loaded,
+        scratch_bytes=tiles,
     )
 
 
@@ -132,16 +134,14 @@ def _attend_tall(q: mx.array, k: KV, v: KV, *, scale: float, mask: Mask, softcap
     return cpu.flash_attention(q, k, v, scale=scale, softcap=softcap, items=1, **_mask_arguments(q, k, mask))
 
 
-def _predicted(workload: Workload) -> int:
-    """Return the bytes of outputs, of rows' statistics in training, and of the tiles."""
-    training = workload.pass_ == "training"
+def _outputs(workload: Workload) -> int:
+    """Return the bytes of outputs and, in training, of rows' statistics."""
     rows = workload.batch * workload.heads * workload.seq
-    return workload.output_bytes + (ROW_BYTES * rows if training else 0) + _tiles(workload, training)
+    return workload.output_bytes + (ROW_BYTES * rows if workload.pass_ == "training" else 0)
 
 
-def _tiles(workload: Workload, training: bool) -> int:
-    if not cpu.load_compiled(_parts(workload)):
-        return THREAD_BYTES * usable_cores()
+def _tiles(workload: Workload) -> int:
+    """Return the bytes of all threads' tiles, of the loaded kernel."""
     import mlx.core as mx
 
     return cpu.workspace_bytes(
@@ -149,6 +149,6 @@ def _tiles(workload: Workload, training: bool) -> int:
         (workload.batch, workload.kv_heads, workload.kv_seq, workload.head_dim),
         (workload.batch, workload.kv_heads, workload.kv_seq, workload.value_dim),
         dtype=getattr(mx, workload.dtype),
-        training=training,
+        training=workload.pass_ == "training",
         quantized=workload.kv_format != DENSE,
     )
