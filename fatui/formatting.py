@@ -302,8 +302,7 @@ def best_of(case: AnyCase) -> tuple[str, ...]:
     best = min(rows, key=lambda row: row.call_s.median if row.call_s else 0.0)
     if not _is_narrow(best):
         return ()
-    floor = case.noise_floor.floor if case.noise_floor else 0.0
-    equal = {row.implementation for row in rows if _equals(row, best, floor)}
+    equal = {row.implementation for row in rows if _equals(row, best, case)}
     for row in rows:
         chosen = chosen_row(row, case)
         if chosen and {row.implementation, chosen.implementation} & equal:
@@ -443,11 +442,11 @@ def _is_narrow(row: Row) -> bool:
     return half is not None and half <= WIDE
 
 
-def _equals(row: Row, best: Row, floor: float) -> bool:
+def _equals(row: Row, best: Row, case: AnyCase) -> bool:
+    if _are_within_floor(row, best, case):
+        return True  # however wide its interval: a lead inside the floor is none
     if row.call_s is None or best.call_s is None:
         return False
-    if row.call_s.median <= best.call_s.median * (1 + floor):
-        return True  # however wide its interval: a lead inside the floor is none
     low, high = row.call_s.low, best.call_s.high
     return _is_narrow(row) and low is not None and high is not None and low <= high
 
@@ -456,9 +455,16 @@ def are_tied(case: AnyCase, first: str, second: str) -> bool:
     """Whether two implementations are both among the fastest of a case, or their medians are within its noise floor."""
     if {first, second} <= set(best_of(case)):
         return True
-    times = [row.call_s.median for row in case.rows if row.implementation in (first, second) and row.call_s]
-    floor = case.noise_floor.floor if case.noise_floor else 0.0
-    return len(times) == 2 and max(times) <= min(times) * (1 + floor)
+    rows = [row for row in case.rows if row.implementation in (first, second)]
+    return len(rows) == 2 and _are_within_floor(rows[0], rows[1], case)
+
+
+def _are_within_floor(row: Row, other: Row, case: AnyCase) -> bool:
+    """Whether the medians of two rows differ by at most the case's noise floor."""
+    if row.call_s is None or other.call_s is None:
+        return False
+    less, more = sorted((row.call_s.median, other.call_s.median))
+    return more <= less * (1 + (case.noise_floor.floor if case.noise_floor else 0.0))
 
 
 def word(row: Row, case: AnyCase) -> str:
