@@ -237,19 +237,21 @@ def _name(key: RowKey) -> str:
 
 def _change(pairs: Sequence[tuple[Found, Found]], in_turns: bool) -> RowChange:
     """Return the change of one row over all pairs of runs that have it."""
-    if in_turns:
-        return _change_in_turns(pairs)
-    cases = [(before[0], after[0]) for before, after in pairs]
-    references = {case.reference for both in cases for case in both}
-    reference = references.pop() if len(references) == 1 else None
-    noise = max(statistics.repeated_floor(_floors(side)) for side in zip(*cases, strict=True))
-    drifts = [_times(_reference_row(before), _reference_row(after), noise) for before, after in cases]
-    drift = statistics.repeated_ratio([each for each in drifts if each], noise) if reference else None
-    floor = max(noise, math.expm1(abs(math.log(drift.value)))) if drift else noise
-    times = [_times(before[1], after[1], noise) for before, after in pairs]
-    found = [_beyond(before[1], after[1], floor) for before, after in pairs] if drift else []
-    ratios = [each for each in found if each]
     (case, row), (_, row_after) = _shown(pairs)
+    reference, drift = case.reference, None
+    if in_turns:
+        noise = floor = statistics.MIN_FLOOR
+        times = found = [_round_by_round(before, after, floor) for before, after in pairs]
+    else:
+        cases = [(before[0], after[0]) for before, after in pairs]
+        reference = reference if len({each.reference for both in cases for each in both}) == 1 else None
+        noise = max(statistics.repeated_floor(_floors(side)) for side in zip(*cases, strict=True))
+        drifts = [_times(_reference_row(before), _reference_row(after), noise) for before, after in cases]
+        drift = statistics.repeated_ratio([each for each in drifts if each], noise) if reference else None
+        floor = max(noise, math.expm1(abs(math.log(drift.value)))) if drift else noise
+        times = [_times(before[1], after[1], noise) for before, after in pairs]
+        found = [_beyond(before[1], after[1], floor) for before, after in pairs] if drift else []
+    ratios = [each for each in found if each]
     return RowChange(
         workload=case.workload,
         implementation=row.implementation,
@@ -262,29 +264,7 @@ def _change(pairs: Sequence[tuple[Found, Found]], in_turns: bool) -> RowChange:
         reference=reference,
         drift=drift,
         memory=_growth([(before[1], after[1]) for before, after in pairs]),
-        by_pair=tuple(ratios),
-    )
-
-
-def _change_in_turns(pairs: Sequence[tuple[Found, Found]]) -> RowChange:
-    """Return the change of one row over all pairs of runs that have it, measured in turns."""
-    floor = statistics.MIN_FLOOR
-    ratios = [each for before, after in pairs if (each := _round_by_round(before, after, floor))]
-    (case, row), (_, row_after) = _shown(pairs)
-    ratio = statistics.repeated_ratio(ratios, floor)
-    return RowChange(
-        workload=case.workload,
-        implementation=row.implementation,
-        before=row,
-        after=row_after,
-        times=ratio,
-        ratio=ratio,
-        noise=floor,
-        floor=floor,
-        reference=case.reference,
-        drift=None,
-        memory=_growth([(before[1], after[1]) for before, after in pairs]),
-        in_turns=True,
+        in_turns=in_turns,
         by_pair=tuple(ratios),
     )
 
