@@ -18,6 +18,7 @@ from attention.masks.tiles import (
     Grid,
     Span,
     Tiles,
+    common_span,
     everywhere,
     intersection,
     interval_bits,
@@ -284,20 +285,10 @@ class Both(_Composed, frozen=True):
         return found
 
     def full_span(self, grid: Grid) -> Span | None:
-        spans = [part.full_span(grid) for part in self.parts]
-        known = [span for span in spans if span is not None]
-        if len(known) < len(spans):
-            return None
-        lows, highs = zip(*known, strict=True)
-        return functools.reduce(np.maximum, lows), functools.reduce(np.minimum, highs)
+        return common_span(part.full_span(grid) for part in self.parts)
 
     def row_intervals(self, grid: Grid) -> Span | None:
-        spans = [part.row_intervals(grid) for part in self.parts]
-        known = [span for span in spans if span is not None]
-        if len(known) < len(spans):
-            return None
-        lows, highs = zip(*known, strict=True)
-        return functools.reduce(np.maximum, lows), functools.reduce(np.minimum, highs)
+        return common_span(part.row_intervals(grid) for part in self.parts)
 
     def _combined_state(self, a: Array, b: Array) -> Array:
         return np.minimum(a, b)
@@ -305,13 +296,10 @@ class Both(_Composed, frozen=True):
     def bits(self, tiles: Tiles, needed: int) -> Array:
         parts = self._needed(needed)
         spans = [part.intervals(tiles) for part, _ in parts]
-        known = [span for span in spans if span is not None]
         found = [part.bits(tiles, own) for (part, own), span in zip(parts, spans, strict=True) if span is None]
-        if known:  # intersected before they become bits
-            lows, highs = zip(*known, strict=True)
-            found.append(
-                interval_bits(tiles.grid, functools.reduce(np.maximum, lows), functools.reduce(np.minimum, highs))
-            )
+        seen = common_span(span for span in spans if span is not None)
+        if seen is not None:  # intersected before they become bits
+            found.append(interval_bits(tiles.grid, *seen))
         return functools.reduce(np.bitwise_and, found)
 
     def visible(self, lengths: Lengths, b: "mx.array", h: "mx.array", q: "mx.array", k: "mx.array") -> "mx.array":

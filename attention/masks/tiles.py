@@ -5,6 +5,7 @@ is one plane.
 """
 
 import functools
+from collections.abc import Iterable
 from typing import Any, Final
 
 import numpy as np
@@ -209,6 +210,17 @@ def intersection(a: Candidates, b: Candidates) -> Candidates:
         shape = (*low.shape[:3], -1)
         return Spans(a.grid, low.reshape(shape), np.maximum(low, high).reshape(shape))
     return a if a.total <= b.total else b
+
+
+def common_span(spans: Iterable[Span | None]) -> Span | None:
+    """Return the intersection of ranges [low, high); None without any, or at the first that is None."""
+    lows, highs = [], []
+    for span in spans:
+        if span is None:
+            return None
+        lows.append(span[0])
+        highs.append(span[1])
+    return (functools.reduce(np.maximum, lows), functools.reduce(np.minimum, highs)) if lows else None
 
 
 def union(a: Candidates, b: Candidates, batches: int, heads: int) -> Candidates:
