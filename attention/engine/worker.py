@@ -115,7 +115,7 @@ def _runner(assignment: Assignment, emit: Emit, mark: Mark, member: "Member | No
 
             return FineTuningBench(assignment, fine_tuning, emit, mark)
         case StreamPlan(cases=(first, *_)) as stream if first.model is not None:
-            from attention.mlx_lm.streaming import ModelStreamBench
+            from attention.mlx_lm.stream import ModelStreamBench
 
             return ModelStreamBench(assignment, stream, emit, mark)
         case StreamPlan() as stream:

@@ -13,7 +13,7 @@ from attention.core.workload import FineTuning, generations
 from attention.measure.device import probe
 from attention.mlx_lm import generation
 from attention.mlx_lm.generation import GenerationBench
-from attention.mlx_lm.streaming import ModelStreamBench
+from attention.mlx_lm.stream import ModelStreamBench
 
 CASES = generations(4, model="tiny-llama", prompts=(32, 64), batches=(1,), generate=4, dtype="float32")
 

@@ -9,7 +9,7 @@ from attention.core.results import Peaks, StreamRow
 from attention.core.stream import FULL, RECOMPUTED, STREAM_ROWS, STREAMING, WINDOW, Stream, mean_loss
 from attention.engine import stream as stream_engine
 from attention.engine.record import StreamRecord, record_of
-from attention.mlx_lm.streaming import ModelStreamBench
+from attention.mlx_lm.stream import ModelStreamBench
 
 CASE = Stream(model="tiny-llama", heads=4, kv_heads=2, head_dim=32, tokens=20, window=30, dtype="float32")
 
