@@ -6,7 +6,6 @@ from typing import Final
 
 import mlx.core as mx
 
-from attention.core.errors import KernelUnavailable
 from attention.core.kv_format import Format, KVFormat
 from attention.kernels import cpu
 
@@ -76,13 +75,7 @@ def _is_fused(
 @functools.cache
 def _loads() -> bool:
     """Return whether the CPU kernel has been compiled before, and loads; a cache does not wait for a compilation."""
-    if not cpu.is_compiled(("quantized",)):
-        return False
-    try:
-        cpu.load(parts=("quantized",))
-    except KernelUnavailable:
-        return False
-    return True
+    return cpu.load_compiled(("quantized",))
 
 
 @functools.lru_cache(maxsize=64)
