@@ -34,11 +34,11 @@ from attention.core.workload import Workload
 from attention.implementations.baseline import Baseline
 from attention.implementations.calls import MlxRunner
 from attention.measure.rounds import Runner
+from benchmarks.pty_app import ROOT, environment_for
 from fatui.report.comparison import MIN_PAIRS, RowChange, compare
 from fatui.report.gate import parse_criteria
 from fatui.storage.result_files import read
 
-ROOT: Final = Path(__file__).parents[1]
 GATE_FAILED: Final = 4
 CORES: Final = 2
 """Cores of a lane."""
@@ -198,8 +198,7 @@ def _comparison(options: argparse.Namespace, folder: Path, cores: Sequence[int])
     command = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
     command += [sys.executable, "-m", "fatui", "gate", str(folder / "base"), str(folder / "new"), "--bench", bench]
     command += ["--fail-on", options.fail_on, "--pairs", str(options.pairs), "--keep", str(folder), "--markdown", "-"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment_for(ROOT))
     if done.returncode not in (0, GATE_FAILED):
         return f"ended with {done.returncode}: {done.stderr[-300:]}"
     rows = [(match["name"].strip(), match["outcome"]) for match in ROW.finditer(done.stdout)]
