@@ -46,7 +46,7 @@ def run_in_turns(folders: Sequence[Path], arguments: Sequence[str], files: Seque
             for folder, file in zip(folders, files, strict=True):
                 side = _Side(folder, arguments, file, environment, Path(scratch) / f"{len(started)}.err")
                 started.append(side)
-                started[-1].wait_for_worker(listening)
+                side.wait_for_worker(listening)
             _hand_out_turns(listening, started)
         finally:
             for side in started:

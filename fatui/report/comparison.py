@@ -126,8 +126,8 @@ class RowChange(Struct, frozen=True, kw_only=True):
         """Return the ratio with the interval that decides, if it is one of several rows that a gate judges.
 
         The ends of Student's t of the pairs' changes have probabilities of their own, divided evenly (Bonferroni) among
-        the looks at the pairs, and that of a false alarm also among the rows. Of one or two pairs the interval is that
-        of 95 %.
+        the looks at the pairs, and that of a false alarm also among the rows. Of fewer than MIN_PAIRS the interval is
+        that of 95 %.
         """
         pairs = len(self.by_pair)
         if pairs < MIN_PAIRS:
@@ -149,7 +149,8 @@ class RowChange(Struct, frozen=True, kw_only=True):
         not exclude the tolerance. UNDECIDED: none is shown.
 
         Runs that were not measured in turns are SLOWER, too, if the whole interval of 95 % lies beyond the tolerance
-        and the floor; of one or two pairs, which cannot tell how much runs of the same code differ, only then.
+        and the floor; of fewer than MIN_PAIRS, which hardly tell how much runs of the same code differ, only then, and
+        those in turns not at all.
 
         Args:
             tolerance: the slowdown to be found; 0.03 is 3 %.
