@@ -115,12 +115,12 @@ def attention(
         raise UsageError(f"group: got {shown_value(group)}; it takes a group, such as mx.distributed.init() returns")
     chosen = find_implementation(implementation)
     check_dense(k, v)
+    check_shapes(*map(with_a_row, (q, k, v)))  # on ranks without rows or keys too: all raise, or none
     if not isinstance(layout, Layout):
         layout = layout_of_equal_rows(q, check_layout_name(layout), group.size())
     keys = layout if key_layout is None else key_layout
     for each in (layout, keys):
         check_layout(each, group)
-    check_shapes(*map(with_a_row, (q, k, v)))  # on ranks without rows or keys too: all raise, or none
     for name, array, its, what in (("q", q, layout, "rows"), ("k", k, keys, "keys"), ("v", v, keys, "values")):
         check_local(name, array, its.rows(group.rank()), what)
     factor, cap = check_numbers(scale, softcap, q.shape[-1])

@@ -368,8 +368,6 @@ def layout_of_equal_rows(q: mx.array, kind: Kind, ranks: int) -> Layout:
     Raises:
         UsageError: the layout cannot have as many on each.
     """
-    if not isinstance(q, mx.array) or q.ndim != 4:
-        raise UsageError("q: it takes an mlx.core.array (batch, heads, length, width)")
     rows = int(q.shape[2])
     whole = rows if kind in ("heads", "replicated") else rows * ranks
     made = make_layout(whole, ranks, kind)

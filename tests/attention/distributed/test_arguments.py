@@ -53,6 +53,15 @@ def test_arrays_are_checked_on_a_rank_without_rows_too():
         attention(q, k[..., :32], v, group=OF_TWO, layout=distributed.make_layout(1, 2))
 
 
+@pytest.mark.parametrize(
+    ("q", "words"), [([1.0], "q: got list; it takes"), (mx.zeros((2, 2)), r"q: got shape \(2, 2\)")]
+)
+def test_rows_that_no_layout_can_be_of_are_named(q: object, words: str):
+    _, k, v = arrays()
+    with pytest.raises(UsageError, match=words):
+        attention(q, k, v, group=OF_TWO)
+
+
 @pytest.mark.parametrize(("ranks", "weights", "words"), [(0, None, "ranks: got 0"), (2, [1], "weights: got")])
 def test_the_planner_refuses_numbers_that_are_none(ranks: int, weights: list[float] | None, words: str):
     with pytest.raises(UsageError, match=words):
