@@ -176,7 +176,7 @@ def _bindings(function: Function, home: ModuleType, name: str) -> Iterator[tuple
         names = module.__dict__
         if names.get(name) is function:
             yield names, name
-        if key.startswith(PACKAGE):
+        if key.partition(".")[0] == PACKAGE:
             yield from ((names, other) for other, value in [*names.items()] if value is function and other != name)
 
 

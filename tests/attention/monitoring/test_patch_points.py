@@ -42,3 +42,12 @@ def test_a_registration_outlives_a_hold(home: ModuleType) -> None:
     assert home.call() == "mine"
     point.remove(interceptor=point._interceptors[-1])
     assert home.call is original
+
+
+def test_other_names_are_looked_for_in_mlx_lm_alone(home: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("mlx_lm.of_call", "mlx_lm_of_others"):
+        module = ModuleType(name)
+        vars(module)["renamed"] = home.call
+        monkeypatch.setitem(sys.modules, name, module)
+    found = [names["__name__"] for names, name in patch_points._bindings(home.call, home, "call") if name == "renamed"]
+    assert found == ["mlx_lm.of_call"]
