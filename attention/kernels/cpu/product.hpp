@@ -10,6 +10,7 @@
 //            +-----------------------------------+                 needs no packing, whatever its row stride.
 #pragma once
 #include <algorithm>
+#include <utility>
 
 #include "ahead.hpp"
 #include "vector.hpp"
