@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from fatui.report.gate import Gate, Thresholds
 
 DEFAULT_CRITERIA: Final = ("slower:3%", "inaccurate")
+SIDES: Final = ("base", "new")
+"""Folders of the runs that are kept."""
 EXAMPLE: Final = """examples:
   fatui gate base/ new/ --bench 'quick --impl baseline,kernel.py:Fast'
   fatui gate base/ new/ --fail-on slower:5% --fail-on memory:10% --markdown gate.md
@@ -80,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _folders(arguments: argparse.Namespace) -> "list[Path]":
-    """Return the two folders, after a check of them and of the number of pairs."""
+    """Return the two folders, after a check of them, of the number of pairs, and of the folder for the runs."""
     from attention.core.files import expand_home
     from fatui.report.comparison import MAX_PAIRS, MIN_PAIRS
     from fatui.storage.history import is_folder
@@ -89,6 +91,8 @@ def _folders(arguments: argparse.Namespace) -> "list[Path]":
     problems = [f"{str(path)[:200]}: there is no such folder" for path in paths if not is_folder(path)]
     if not MIN_PAIRS <= arguments.pairs <= MAX_PAIRS:
         problems.append(f"--pairs: got {arguments.pairs}; it takes {MIN_PAIRS} to {MAX_PAIRS}")
+    if arguments.keep and any(run for side in SIDES for run in (expand_home(arguments.keep) / side).glob("*.json")):
+        problems.append(f"--keep: {arguments.keep[:200]} has runs already, which would be compared with the new ones")
     if problems:
         raise UsageError(*problems)
     return paths
@@ -118,11 +122,11 @@ def _measure(
     from fatui.storage.result_files import read
 
     runs: list[tuple[Report, Report]] = []
-    for name in ("base", "new"):
+    for name in SIDES:
         (kept / name).mkdir(parents=True, exist_ok=True)
     while True:
         number = len(runs) + 1
-        files = [kept / name / f"{number:02}.json" for name in ("base", "new")]
+        files = [kept / name / f"{number:02}.json" for name in SIDES]
         sides = list(zip(folders, files, strict=True))
         ordered = sides if number % 2 else sides[::-1]
         run_in_turns([folder for folder, _ in ordered], bench, [file for _, file in ordered])

@@ -105,6 +105,14 @@ def test_a_missing_folder_is_named(tmp_path, capsys):
     assert "none: there is no such folder" in capsys.readouterr().err
 
 
+def test_runs_are_not_kept_beside_others(tmp_path, capsys):
+    """`fatui compare` of the folders would judge runs that the gate has not measured."""
+    (tmp_path / "runs" / "new").mkdir(parents=True)
+    (tmp_path / "runs" / "new" / "09.json").write_text("{}")
+    assert main(["gate", str(tmp_path), str(tmp_path), "--keep", str(tmp_path / "runs")]) == 2
+    assert "has runs already" in capsys.readouterr().err
+
+
 PLANTED = """
 import time
 
