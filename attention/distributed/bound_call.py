@@ -36,8 +36,11 @@ class BoundCall:
         *,
         seed: int = 0,
         communicate: bool = True,
+        inputs: Sequence[mx.array] | None = None,
     ) -> None:
         """Make the inputs, the same on every rank, and keep this rank's part of them.
+
+        `inputs`: q, k, v, and in training the output's gradient, in place of those from the seed.
 
         Without `communicate` nothing is sent: other ranks' keys have wrong values, and the group need not exist.
 
@@ -47,7 +50,7 @@ class BoundCall:
         self.decision, self._group, self._training = decision, group, workload.pass_ == "training"
         chosen = load_implementation(implementation) if isinstance(implementation, str) else implementation
         scale, mask = workload.head_dim**-0.5, of_workload(workload)
-        q, k, v, *cotangent = make_inputs(workload, seed)
+        q, k, v, *cotangent = make_inputs(workload, seed) if inputs is None else inputs
         rows: Layout
         if decision.method == "alone":
             self.layout = make_layout(workload.kv_seq, group.size(), "replicated")
@@ -114,12 +117,13 @@ class BoundCall:
         """Evaluate the outputs of all queued calls."""
         mx.eval(cast("list[mx.array]", list(outputs)))
 
-    def gather_outputs(self) -> mx.array:
-        """Run a call and return its whole output, on every rank."""
-        out = self.queue()[0]
-        whole = out if self.decision.method in ("split keys", "alone") else unshard(out, self.layout, self._group)
-        mx.eval(whole)
-        return whole
+    def gather_results(self) -> list[mx.array]:
+        """Run a call and return its whole output, and in training dQ, dK and dV, on every rank."""
+        results = self.queue()
+        if self.decision.method not in ("split keys", "alone"):
+            results = [unshard(part, self.layout, self._group) for part in results]
+        mx.eval(results)
+        return results
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -29,7 +29,6 @@ from attention.core.plan import Plan, RankSetting
 from attention.core.results import Peaks, RankFigures
 from attention.core.route import Needs, Route, unsupported, validated_route
 from attention.core.workload import Workload
-from attention.distributed import unshard
 from attention.distributed.bound_call import BoundCall
 from attention.distributed.collectives import communication_stream, peer_copies
 from attention.distributed.decision import DEFAULT_FLOPS_PER_S, Decision, Link, decide
@@ -401,8 +400,8 @@ class AttentionCall:
 
     steps = 1
 
-    def __init__(self, bound: BoundCall, training: bool, group: mx.distributed.Group) -> None:
-        self._bound, self._training, self._group = bound, training, group
+    def __init__(self, bound: BoundCall) -> None:
+        self._bound = bound
         self.queue, self.queue_compute, self.wait = bound.queue, bound.queue_compute, bound.wait
 
     def prepare(self) -> None:
@@ -410,11 +409,7 @@ class AttentionCall:
 
     def results(self) -> list[mx.array]:
         """Run one call and return the output, and in training dQ, dK and dV."""
-        if not self._training:
-            return [self._bound.gather_outputs()]
-        results = [unshard(part, self._bound.layout, self._group) for part in self._bound.queue()]
-        mx.eval(results)
-        return results
+        return self._bound.gather_results()
 
     def sent_bytes(self) -> int:
         """Return the bytes that this rank sends in one call."""
@@ -441,7 +436,7 @@ class AttentionCalls:
             build(implementation, local, lambda text: None)
         decision = divide(workload, self._conditions)
         bound = BoundCall(workload, self._group, decision, implementation, seed=self._plan.seed)
-        return AttentionCall(bound, workload.pass_ == "training", self._group)
+        return AttentionCall(bound)
 
 
 class Order(IntEnum):

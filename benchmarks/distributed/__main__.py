@@ -15,7 +15,7 @@ import msgspec
 from attention.core.workload import Workload
 from benchmarks.distributed.cases import PARTS, cases
 from benchmarks.distributed.measure import line, simulate
-from benchmarks.distributed.predict import predict, prediction_line
+from benchmarks.distributed.predict import H200, PeerLink, predict, prediction_line
 from benchmarks.distributed.start import start_ranks
 
 
@@ -43,11 +43,16 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     failed = False
     if given.predict:
-        for measured in msgspec.json.decode(given.measured.read_bytes()):
+        known = msgspec.json.decode(given.measured.read_bytes())
+        links = [row for row in known if row["part"] == "link" and "pull_bytes_per_s" in row]
+        link = msgspec.convert(links[0], PeerLink) if links else H200
+        for measured in known:
+            if "workload" not in measured:
+                continue
             workload = msgspec.convert(measured["workload"], Workload)
             if workload.causal and workload.pass_ == "forward":
                 for ranks in map(int, given.predict.split(",")):
-                    rows.append(predict(workload, ranks, measured["one_s"]))
+                    rows.append(predict(workload, ranks, measured["one_s"], link))
                     print(prediction_line(rows[-1]), flush=True)
     elif given.simulate:
         for case in cases(given.parts, mx.default_device() == mx.gpu):

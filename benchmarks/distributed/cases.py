@@ -48,4 +48,4 @@ def cases(parts: list[str], on_gpu: bool) -> list[Case]:
     return [case for case in made if not parts or case.part in parts]
 
 
-PARTS: Final = ("forward", "backward", "decode", "window", "documents")
+PARTS: Final = ("forward", "backward", "decode", "window", "documents", "link")

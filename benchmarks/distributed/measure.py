@@ -16,6 +16,7 @@ from attention.implementations import load_implementation
 from attention.implementations.calls import MlxRunner, make_inputs
 from attention.measure.accuracy import AccuracyChecker
 from benchmarks.distributed.cases import Case, cases
+from benchmarks.distributed.link import link_line, measure_link
 
 ROUNDS: Final = 9
 SAMPLE_S: Final = 0.05
@@ -74,7 +75,7 @@ def measure(case: Case, group: collectives.Group, implementation: str, method: M
         "speedup_range": [ratios[0], ratios[-1]],
         "share_of_ideal": statistics.median(ratios) / group.size(),
         "target": case.target,
-        "accurate": _accurate(case, call),
+        "accurate": _accurate(case, call, group, implementation),
     }
 
 
@@ -88,13 +89,17 @@ def _sample(queue: Callable[[], list[mx.array]], calls: int, call: BoundCall) ->
     return time.perf_counter() - started
 
 
-def _accurate(case: Case, call: BoundCall) -> bool | None:
-    """Return whether the ranks' output passes FlashAttention 3's rule; None for gradients, which are tested apart."""
-    if case.workload.pass_ == "training":
-        return None
-    whole = call.gather_outputs()
+def _accurate(case: Case, call: BoundCall, group: collectives.Group, implementation: str) -> bool:
+    """Return whether the ranks' output, and in training dQ, dK and dV, pass FlashAttention 3's rule.
+
+    dK and dV of a long sequence are of a second call, whose output gradient is zero outside the compared rows.
+    """
+    results = call.gather_results()
     checker = AccuracyChecker(case.workload, make_inputs(case.workload, 0), case.workload.head_dim**-0.5)
-    return checker.check([whole]).accurate
+    if checker.row_inputs is None:
+        return checker.check(results).accurate
+    of_rows = BoundCall(case.workload, group, call.decision, implementation, inputs=checker.row_inputs)
+    return checker.check(results, of_rows.gather_results()).accurate
 
 
 class OneOfRanks:
@@ -195,6 +200,11 @@ def main() -> int:
     """Measure the parts named as arguments; rank 0 prints lines, and rows as JSON after `ROW`."""
     implementation, backend, method, *parts = sys.argv[1:]
     group = mx.distributed.init(strict=True, backend=backend)
+    if not parts or "link" in parts:
+        row = measure_link(group)
+        if group.rank() == 0:
+            print(link_line(row), flush=True)
+            print("ROW", msgspec.json.encode(row).decode(), flush=True)
     for case in cases(parts, mx.default_device() == mx.gpu):
         if group.rank() == 0:
             print(f"measuring {case.part}, {case.workload.label} ...", flush=True)

@@ -1,12 +1,14 @@
 """Predictions for more GPUs than there are, from one GPU's measured times, the kernels' schedule, and the bytes.
 
 A rank's computation takes one GPU's time, by the steps of the longest list of a multiprocessor in each schedule. What
-others need is copied at SEND_BYTES_PER_S, what is needed arrives at PULL_BYTES_PER_S, after LATENCY_S: measured on two
-H200s, where one copy engine fetches at a time. With two launches the second waits for the rest of the copies.
+others need is copied within a GPU first, what is needed arrives by one copy engine at a time, after a latency: the link
+as it was measured on two GPUs. With two launches the second waits for the rest of the copies.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, Final
+
+from msgspec import Struct
 
 from attention.core.workload import Workload
 from attention.distributed import decide, make_layout
@@ -16,18 +18,29 @@ from attention.kernels.cuda.sm90.forward import Forward, fewer_consumers, specia
 from attention.kernels.cuda.sm90.schedule import TILE_OVERHEAD, make_works
 
 MULTIPROCESSORS: Final = 132
-PULL_BYTES_PER_S: Final = 345e9
-SEND_BYTES_PER_S: Final = 1.6e12
-LATENCY_S: Final = 45e-6
 
 
-def predict(workload: Workload, ranks: int, one_s: float) -> dict[str, Any]:
+class PeerLink(Struct, frozen=True):
+    """What peer copies between GPUs of one host take; as measured on two H200s."""
+
+    pull_bytes_per_s: float = 345e9
+    """Fetched from another GPU."""
+    send_bytes_per_s: float = 1.6e12
+    """Copied within a GPU."""
+    latency_s: float = 45e-6
+
+
+H200: Final = PeerLink()
+
+
+def predict(workload: Workload, ranks: int, one_s: float, link: PeerLink = H200) -> dict[str, Any]:
     """Return the row of a causal call, or one with a window, by `poc` on GPUs of one host.
 
     Args:
         workload: the call.
         ranks: number of GPUs.
         one_s: measured seconds on one.
+        link: between the GPUs.
     """
     layout = make_layout(workload.seq, ranks, decide(workload, ranks, sharded_by="sequence").layout)
     seen = Seen((workload.batch, workload.heads), causal=workload.causal, window=workload.window)
@@ -37,7 +50,7 @@ def predict(workload: Workload, ranks: int, one_s: float) -> dict[str, Any]:
     groups = head_groups(arranged, workload.batch, workload.kv_heads, row_bytes)
     unit_s = one_s / _steps(workload, workload.kv_heads, workload.seq, workload.seq, lambda row: row)
     times = [
-        _rank_s(workload, own, layout.rows(rank), row_bytes, groups, unit_s, own.plan.contributed[rank])
+        _rank_s(workload, own, layout.rows(rank), row_bytes, groups, unit_s, own.plan.contributed[rank], link)
         for rank, own in enumerate(arranged)
     ]
     ranks_s, compute_s = max(times)
@@ -50,6 +63,7 @@ def predict(workload: Workload, ranks: int, one_s: float) -> dict[str, Any]:
         "one_s": one_s,
         "compute_s": compute_s,
         "ranks_s": ranks_s,
+        "pull_bytes_per_s": link.pull_bytes_per_s,
         "received_bytes": max(own.plan.rows for own in arranged) * row_bytes,
         "share_of_ideal": one_s / ranks / ranks_s,
     }
@@ -63,6 +77,7 @@ def _rank_s(
     groups: Sequence[int],
     unit_s: float,
     sent: int,
+    link: PeerLink,
 ) -> tuple[float, float]:
     """Return the seconds of a rank's call, and of its computation."""
 
@@ -70,8 +85,8 @@ def _rank_s(
         return row + own.shifts[row >= own.second]
 
     computing = [_steps(workload, count, rows, own.keys, position) * unit_s for count in groups]
-    copies = [own.plan.rows * row_bytes * count / workload.kv_heads / PULL_BYTES_PER_S for count in groups]
-    begins = LATENCY_S + sent * row_bytes / SEND_BYTES_PER_S
+    copies = [own.plan.rows * row_bytes * count / workload.kv_heads / link.pull_bytes_per_s for count in groups]
+    begins = link.latency_s + sent * row_bytes / link.send_bytes_per_s
     ends = begins + copies[0] + computing[0]
     if len(groups) > 1:
         ends = max(ends, begins + sum(copies)) + computing[1]

@@ -304,7 +304,7 @@ def check_close(found: Sequence[mx.array], wanted: Sequence[mx.array], what: str
 
 
 def one_launch_of(group) -> None:
-    """Calls whose keys arrive while they run, and merges of partial results, as on one device."""
+    """Calls whose keys arrive while they run, as on one device."""
     found, reason = collectives.peer_copies(group)
     if found is None:
         failures.append(f"no peer copies: {reason}")
@@ -337,6 +337,15 @@ def one_launch_of(group) -> None:
                 check_close((got[0], got[1][..., None]), wanted, f"{what} in one launch:")
             if distributed.statistics().by_method.get("one launch", 0) != before + 3:
                 failures.append(f"{what} was not one launch")
+
+
+def merges(group) -> None:
+    """Decode steps whose partial results are merged in each other's memory, as on one device."""
+    found, reason = collectives.peer_copies(group)
+    if found is None:
+        failures.append(f"no peer copies: {reason}")
+        return
+    rank = group.rank()
     for seq, kv_seq, keywords in ((1, 100_000, {}), (3, 5001, {"mask": "causal"}), (1, 7, {})):
         keys = mx.random.split(mx.random.key(kv_seq), 3)
         shapes = [(2, 8, seq, 128), (2, 2, kv_seq, 128), (2, 2, kv_seq, 128)]
@@ -352,11 +361,17 @@ def one_launch_of(group) -> None:
             check_close(got, wanted, f"rank {rank}: merge of {seq} x {kv_seq} is")
 
 
-CHECKS: dict[str, Callable] = {"few": few, "many": many, "peers": peer_copies, "one launch": one_launch_of}
+CHECKS: dict[str, Callable] = {
+    "few": few,
+    "many": many,
+    "peers": peer_copies,
+    "one launch": one_launch_of,
+    "merges": merges,
+}
 
 
 def main() -> int:
-    group = mx.distributed.init(strict=True, backend="ring")
+    group = mx.distributed.init(strict=True, backend="ring" if "MLX_HOSTFILE" in os.environ else "nccl")
     for name in sys.argv[1:]:
         CHECKS[name](group)
     mx.eval(mx.distributed.all_sum(mx.array(1.0), group=group))
