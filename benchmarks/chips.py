@@ -1,7 +1,7 @@
 """Rows that the predictions of other chips are calibrated with and checked against.
 
     python -m benchmarks.chips measure cuda FOLDER --limit 240     # on a GPU: the grids of that backend, a file each
-    python -m benchmarks.chips measure cpu FOLDER
+    python -m benchmarks.chips measure cpu FOLDER --passes 2
     python -m benchmarks.chips calibrate                           # writes attention/chips/calibration.json
     python -m benchmarks.chips check [--markdown docs/chips.md]    # predicted against measured
 
@@ -13,6 +13,7 @@ calibrates on half of the CPU's shapes, and predicts the other half.
 """
 
 import argparse
+import itertools
 import math
 import random
 import sys
@@ -105,39 +106,46 @@ def cpu_grids() -> Iterator[Grid]:
     """Yield the grids of a CPU: small shapes, which take MLX's products tens of milliseconds, and larger."""
     both, types, fast = ["none", "causal"], ["float32", "bfloat16"], ["poc", "torch"]
     forward = _cases(seq=[192, 256, 384, 512, 768, 1024], head_dim=[64, 128], dtype=types, mask=both)
-    yield "forward", forward, fast, 0.3
+    yield "forward", forward, fast, 0.2
     small = [
         *_cases(seq=[64, 96, 128, 192], heads=4, head_dim=[32, 64], dtype="float32", mask=both),
         *_cases(batch=2, seq=[80, 160], heads=4, head_dim=64, dtype="float32"),
     ]
     yield "small", small, ALL, 0.2
     shared = {"heads": 16, "kv_heads": 4, "head_dim": 128}
-    decode = _cases(batch=[1, 4], kv_seq=[1024, 2048, 4096, 8192], dtype=types, pass_="decode", **shared)
+    lengths = [512, 1024, 1536, 2048, 3072, 4096]
+    decode = _cases(batch=[1, 4], kv_seq=lengths, dtype=types, pass_="decode", **shared)
     yield "decode", decode, fast, 0.2
-    training = _cases(batch=[1, 2], seq=[128, 192, 256, 384], heads=8, head_dim=64, dtype=types, pass_="training")
-    yield "training", training, fast, 0.3
+    lengths = [128, 192, 256, 320, 384, 512]
+    training = _cases(batch=[1, 2], seq=lengths, heads=8, head_dim=64, dtype=types, pass_="training")
+    yield "training", training, fast, 0.2
 
 
 GRIDS: Final = {"cuda": cuda_grids, "cpu": cpu_grids}
 
 
-def measure(backend: str, folder: Path, limit_s: float, only: str | None) -> int:
-    """Measure the grids of a backend into a folder; return the number of those that were left out."""
+def measure(backend: str, folder: Path, limit_s: float, only: str | None, passes: int = 1) -> int:
+    """Measure the grids of a backend into a folder; return the number of those that were left out.
+
+    Several passes go through all grids one after the other, so that a row's times are of different processes and
+    minutes; how far they differ says what no prediction can be better than.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     started, left_out = time.monotonic(), 0
-    for name, cases, implementations, seconds in GRIDS[backend]():
+    for number, (name, cases, implementations, seconds) in itertools.product(range(1, passes + 1), GRIDS[backend]()):
         if only not in (None, name):
             continue
+        own = f"{name}-{number}" if passes > 1 else name
         spent = time.monotonic() - started
         if spent > limit_s:
-            print(f"{name}: left out, {spent:.0f} s are over", flush=True)
+            print(f"{own}: left out, {spent:.0f} s are over", flush=True)
             left_out += 1
             continue
         result = bench(cases, implementations, seconds=seconds)
-        result.save(folder / f"{name}.json")
+        result.save(folder / f"{own}.json")
         ok = sum(row.status == "ok" for _, row in result)
         took = time.monotonic() - started - spent
-        print(f"{name}: {len(cases)} cases, {ok} of {len(result)} rows, {took:.0f} s", flush=True)
+        print(f"{own}: {len(cases)} cases, {ok} of {len(result)} rows, {took:.0f} s", flush=True)
     return left_out
 
 
@@ -232,13 +240,14 @@ SEEDS: Final = range(5)
 """Of divisions of the CPU's shapes: the first is the one that is shown, the others say how far it is by chance."""
 
 
-def check_half_of_cpu(seed: int = 0) -> list[Checked]:
+def check_half_of_cpu(seed: int = 0, intervals: bool = True) -> list[Checked]:
     """Predict each half of the CPU's shapes, divided at random, from the rows of the other half."""
     rows = read_rows(CALIBRATED_ON, "cpu-*.json", CPU_CHIP)
     shapes = list(dict.fromkeys(row.workload for row in rows))
     half = set(random.Random(seed).sample(shapes, len(shapes) // 2))
     parts = [[row for row in rows if (row.workload in half) is inside] for inside in (True, False)]
-    return [*_checked(parts[0], calibrate(parts[1])), *_checked(parts[1], calibrate(parts[0]))]
+    made = [calibrate(part, intervals=intervals) for part in parts]
+    return [*_checked(parts[0], made[1]), *_checked(parts[1], made[0])]
 
 
 def _checked(rows: Sequence[Measured], made: Calibration, hosts: Mapping[str, float] | None = None) -> list[Checked]:
@@ -320,7 +329,7 @@ def table_lines(found: Sequence[Checked]) -> list[str]:
 def check(markdown: Path | None) -> int:
     """Print predicted against measured; return 1 if a target is not met."""
     gpu, cpu = check_other_gpu(), check_half_of_cpu()
-    errors = [median(abs(error_of(each)) for each in check_half_of_cpu(seed)) for seed in SEEDS[1:]]
+    errors = [median(abs(error_of(each)) for each in check_half_of_cpu(seed, intervals=False)) for seed in SEEDS[1:]]
     others = ", ".join(f"{error:.1%}" for error in errors)
     lines = [*summary_lines("H100, calibrated on the H200's rows alone", gpu), *table_lines(gpu), ""]
     lines += summary_lines("CPU, calibrated on half of the shapes", cpu)
@@ -341,6 +350,7 @@ def main() -> int:
     measuring.add_argument("folder", type=Path)
     measuring.add_argument("--limit", type=float, default=600.0, help="seconds after which no grid begins")
     measuring.add_argument("--only", help="the one grid to measure")
+    measuring.add_argument("--passes", type=int, default=1, help="times that all grids are measured (1)")
     commands.add_parser("calibrate", help="write the constants that the package ships")
     checking = commands.add_parser("check", help="print predicted against measured")
     checking.add_argument("--markdown", type=Path, help="a file in which the tables replace those of an earlier check")
@@ -350,7 +360,7 @@ def main() -> int:
         return 0
     if options.command == "check":
         return check(options.markdown)
-    return 1 if measure(options.backend, options.folder, options.limit, options.only) else 0
+    return 1 if measure(options.backend, options.folder, options.limit, options.only, options.passes) else 0
 
 
 if __name__ == "__main__":

@@ -167,21 +167,30 @@ def rows_of(report: Report, chip: Chip, file: str = "") -> list[Measured]:
     ]
 
 
-def calibrate(rows: Iterable[Measured], files: Mapping[str, str] | None = None) -> Calibration:
-    """Return the constants of each family with enough rows."""
+def calibrate(
+    rows: Iterable[Measured], files: Mapping[str, str] | None = None, *, intervals: bool = True
+) -> Calibration:
+    """Return the constants of each family with enough rows.
+
+    Args:
+        rows: measured times.
+        files: digests of the runs that they are of.
+        intervals: whether rows are left out to learn the errors of predictions, which takes most of the time; without
+            them the half width and the median error are NaN.
+    """
     by_family: dict[str, list[Measured]] = {}
     for row in rows:
         by_family.setdefault(row.family, []).append(row)
-    families = {key: _family(found) for key, found in sorted(by_family.items()) if len(found) >= MIN_ROWS}
+    families = {key: _family(found, intervals) for key, found in sorted(by_family.items()) if len(found) >= MIN_ROWS}
     return Calibration(families, dict(files or {}))
 
 
-def _family(rows: Sequence[Measured]) -> Family:
+def _family(rows: Sequence[Measured], intervals: bool) -> Family:
     constants = _fit(rows)
-    errors = _left_out_errors(rows)
+    errors = _left_out_errors(rows, constants) if intervals else [math.nan]
     return Family(
         constants=constants,
-        half_width=max(FLOOR, conformal(errors)),
+        half_width=max(FLOOR, conformal(errors)) if intervals else math.nan,
         median_error=math.expm1(median(map(abs, errors))),
         rows=len(rows),
         chip=rows[0].chip.name,
@@ -215,14 +224,17 @@ def conformal(errors: Sequence[float], coverage: float = COVERAGE) -> float:
     return 1.5 * ordered[-1]  # too few rows for that probability: beyond the largest
 
 
-def _left_out_errors(rows: Sequence[Measured]) -> list[float]:
-    """Return the log errors of rows predicted by the other folds; equal cases stay together."""
+def _left_out_errors(rows: Sequence[Measured], near: Mapping[str, float]) -> list[float]:
+    """Return the log errors of rows predicted by the other folds; equal cases stay together.
+
+    The fits begin at the constants of all rows, and at the prior.
+    """
     folds = min(FOLDS, len(rows))
     found = _costs_of(rows)
     errors = [0.0] * len(rows)
     for fold in range(folds):
         kept = [row for index, row in enumerate(rows) if index % folds != fold]
-        constants = _fit(kept)
+        constants = _fit(kept, near)
         for index in range(fold, len(rows), folds):
             errors[index] = math.log(seconds(found[index], constants) / rows[index].seconds)
     return errors
@@ -250,8 +262,13 @@ def _norm(values: Iterable[float], power: float) -> float:
     return longest * float(sum((value / longest) ** power for value in positive) ** (1 / power)) if positive else 0.0
 
 
-def _fit(rows: Sequence[Measured]) -> dict[str, float]:
-    """Return the constants that predict the rows best."""
+def _fit(rows: Sequence[Measured], near: Mapping[str, float] | None = None) -> dict[str, float]:
+    """Return the constants that predict the rows best, and where the fit ended.
+
+    Args:
+        rows: of one family.
+        near: the constants of more rows; with them fits begin there and at the prior alone.
+    """
     found = _costs_of(rows)
     names = [name for name in TERMS if any(getattr(each, name) for each in found)]
     table = np.array([[getattr(each, name) or 0.0 for name in names] for each in found])
@@ -269,8 +286,13 @@ def _fit(rows: Sequence[Measured]) -> dict[str, float]:
         robust = np.where(size <= HUBER, errors, np.sign(errors) * np.sqrt(np.maximum(0.0, HUBER * (2 * size - HUBER))))
         return np.concatenate([robust, PRIOR * (theta - start) / spreads], axis=-1)
 
-    found_ones = [least_squares(residuals, begin) for begin in _beginnings(start, measured, _log_times(table, start))]
-    if min(float(np.median(np.abs(_log_times(table, found) - measured))) for found in found_ones) > POOR:
+    if near is None:
+        begins = _beginnings(start, measured, _log_times(table, start))
+    else:
+        begins = [start, np.log([*(near[name] for name in names), near["power"]])]
+    found_ones = [least_squares(residuals, begin) for begin in begins]
+    poor = min(float(np.median(np.abs(_log_times(table, found) - measured))) for found in found_ones) > POOR
+    if near is None and poor:
         found_ones += [least_squares(residuals, begin) for begin in _alone(start, table, measured)]
     theta = min(found_ones, key=lambda each: float(residuals(each) @ residuals(each)))
     values = np.exp(theta)

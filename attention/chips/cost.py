@@ -7,6 +7,7 @@ over the scores in memory. Arrays that fit in the last cache are read from there
 same inputs while they are timed.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -19,7 +20,7 @@ from attention.kernels.cuda.sm90.decode import MAX_ROWS, divide_keys
 from attention.kernels.cuda.sm90.forward import Forward, fewer_consumers, specialise
 from attention.kernels.cuda.sm90.schedule import makespan, tile_ranges
 
-Path = Literal["Hopper", "split K", "general", "fused", "unfused", "CPU kernel", "packed"]
+Path = Literal["Hopper", "split K", "general", "fused", "unfused", "CPU kernel", "torch CPU", "packed"]
 """Kind of a path: what its costs are counted by, and calibrated apart."""
 TERMS: Final = ("launch", "start", "matrix", "vector", "memory", "cache", "scores", "mask")
 """What each term is.
@@ -81,8 +82,10 @@ def path_kind(path: str | None, backend: str) -> Path:
         return "packed"
     if "CUDA kernel" in text:
         return "Hopper" if "Hopper" in text else "split K" if "split K" in text else "general"
-    if "CPU kernel" in text or (backend == "cpu" and text.startswith("torch")):
+    if "CPU kernel" in text:
         return "CPU kernel"
+    if backend == "cpu" and text.startswith("torch"):
+        return "torch CPU"
     return "unfused" if "unfused" in text or "manual" in text else "fused"
 
 
@@ -98,8 +101,10 @@ def predicted_path(implementation: str, workload: Workload, chip: Chip) -> Path 
     match implementation, chip.backend:
         case "baseline", _:
             return "unfused"
-        case ("poc", "cpu") | ("torch", "cpu"):
+        case "poc", "cpu":
             return "CPU kernel"
+        case "torch", "cpu":
+            return "torch CPU"
         case (("mlx" | "practical"), "cpu"):
             return "unfused"
         case (("poc" | "general"), "cuda") if half and workload.head_dim <= 256:
@@ -143,7 +148,7 @@ def costs(workload: Workload, chip: Chip, path: Path) -> Costs:
             memory=_times(memory, slowed),
             cache=_over(resident * slowed, cycles),
         )
-    pairs, read = _visited(workload, chip, path)
+    pairs, read = (_visited_on_cpu if path in PARTS else _visited)(workload, chip, path)
     hidden = workload.scores - workload.pairs if workload.pass_ == "training" else 0
     return Costs(
         matrix=_over(pairs * _pair_flops(workload), rate),
@@ -222,6 +227,57 @@ def _visited(workload: Workload, chip: Chip, path: Path) -> tuple[float, float]:
     return min(found)
 
 
+def _visited_on_cpu(workload: Workload, chip: Chip, path: Path) -> tuple[float, float]:
+    """Return the same for the kernels of a CPU, whose threads take items of rows.
+
+    Within its tiles `poc` skips what a part of 16 rows does not see; torch computes whole blocks of keys.
+    """
+    rows, keys, part, block = PARTS[path](workload.seq)
+    planes, shift = workload.batch * workload.heads, workload.kv_seq - workload.seq
+
+    def seen(last: int) -> int:
+        """Return the keys that rows up to one see, those before a window included."""
+        return min(workload.kv_seq, last + shift + 1) if workload.causal else workload.kv_seq
+
+    def unseen(first: int) -> int:
+        return 0 if workload.window is None else max(0, first + shift + 1 - workload.window)
+
+    pairs, read, longest = 0, 0, 0
+    for first in range(0, workload.seq, rows):
+        end = min(workload.seq, first + rows)
+        read += min(workload.kv_seq, -(-seen(end - 1) // keys) * keys) - unseen(first) // keys * keys
+        own = 0
+        for begin in range(first, end, part):
+            last = min(end, begin + part) - 1
+            span = min(workload.kv_seq, -(-seen(last) // block) * block) - unseen(begin) // block * block
+            own += (last + 1 - begin) * max(0, span)
+        pairs, longest = pairs + own, max(longest, own)
+    tiles, cores = -(-workload.seq // rows), int(chip.cores or 1)
+    alike = pairs == tiles * longest
+    busiest = longest * -(-planes * tiles // cores) if alike else max(longest, planes * pairs / cores)
+    row_bytes = (workload.head_dim + workload.value_dim) * ITEM_BYTES[workload.dtype]
+    return float(busiest * cores), float(planes * read * row_bytes)
+
+
+def _poc_rows(seq: int) -> tuple[int, int, int, int]:
+    return 64, 128, 16, 1
+
+
+def _torch_rows(seq: int) -> tuple[int, int, int, int]:
+    rows = 256 if seq >= 768 else 64 if seq >= 192 else 32
+    return rows, 512, rows, 512
+
+
+PARTS: Final[Mapping[Path, Callable[[int], tuple[int, int, int, int]]]] = {
+    "CPU kernel": _poc_rows,
+    "torch CPU": _torch_rows,
+}
+"""Rows and keys of a tile of a CPU's kernel, and of what it computes of a tile at a mask's edge, by the queries.
+
+Of torch: `cpu_flash_attention` in ATen/native/cpu/FlashAttentionKernel.cpp.
+"""
+
+
 def _tilings(workload: Workload, chip: Chip, path: Path) -> list[_Tiles]:
     """Return the tilings that a kernel chooses from on a chip."""
     shared = int(chip.shared_bytes or SHARED_BYTES[chip.backend])
@@ -231,8 +287,6 @@ def _tilings(workload: Workload, chip: Chip, path: Path) -> list[_Tiles]:
             for largest, each in _hopper(workload)
             if each.shared_memory <= shared
         ]
-    if path == "CPU kernel":
-        return [_Tiles(64, 64, 0.0)]
     if chip.backend == "metal" and path == "general":
         return [_Tiles(32, 32 if workload.head_dim < 128 else 16)]  # as in kernels/metal/tiles.py
     if path == "general" and workload.pass_ == "forward":

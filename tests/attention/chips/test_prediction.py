@@ -65,6 +65,7 @@ def test_arrays_that_fit_in_the_cache_cost_no_memory_traffic():
         ("mlx", Workload(seq=64, head_dim=256), "h200", "unfused"),
         ("baseline", PREFILL, "m4-max", "unfused"),
         ("poc", Workload(seq=64), "graviton4", "CPU kernel"),
+        ("torch", Workload(seq=64), "graviton4", "torch CPU"),
         ("poc", Workload(seq=64, mask="documents:16"), "h200", None),
         ("flex", PREFILL, "h200", None),
     ],
@@ -81,6 +82,7 @@ def test_the_path_follows_the_chip(implementation, workload, chip, path):
         ("manual, unfused", "cuda", "unfused"),
         ("MLX SDPA, fused", "cuda", "fused"),
         ("CPU kernel amx", "cpu", "CPU kernel"),
+        ("torch SDPA, CPU", "cpu", "torch CPU"),
     ],
 )
 def test_a_rows_path_has_a_kind(text, backend, kind):
@@ -262,3 +264,25 @@ def test_spans_of_keys_end_together_on_a_cpu():
     found = costs(uneven, chip, "CPU kernel")
     moved = (found.memory or 0.0) * chip.bytes_per_s + (found.cache or 0.0) * chip.cycles_per_s
     assert moved == pytest.approx(uneven.bytes_moved)
+
+
+def flops_of(workload, path):
+    """Return the FLOPs that the cost of products stands for."""
+    chip = chips()["xeon-8580"].scaled(cores=4 / 60)
+    return costs(workload, chip, path).matrix * chip.rate(workload.dtype)
+
+
+@pytest.mark.parametrize(("seq", "share"), [(256, 1.0), (512, 1.0), (1024, 0.75)])
+def test_torch_skips_only_whole_blocks_of_keys_on_a_cpu(seq, share):
+    causal, whole = (Workload(seq=seq, heads=8, mask=mask) for mask in ("causal", "none"))
+    assert flops_of(causal, "torch CPU") == pytest.approx(share * flops_of(whole, "torch CPU"))
+
+
+def test_a_cpu_kernel_computes_what_parts_of_a_tile_see():
+    causal = Workload(seq=512, heads=8, mask="causal")
+    assert flops_of(causal, "CPU kernel") == pytest.approx(causal.flops * (512 + 16) / (512 + 1))
+
+
+def test_a_cpus_last_round_of_items_counts_whole():
+    uneven, even = Workload(seq=64, heads=5), Workload(seq=64, heads=8)
+    assert flops_of(uneven, "CPU kernel") == pytest.approx(flops_of(even, "CPU kernel"))
