@@ -150,10 +150,10 @@ def time_left(value: float) -> str:
     return f"{duration(value)} left" if value >= 0 else f"{duration(-value)} over the estimate"
 
 
-def estimate_text(event: CaseTimeEstimated) -> str:
-    """Format an estimate: "about 4 min 20 s for 5 implementations"."""
+def estimate_text(event: CaseTimeEstimated, noun: str = "implementation") -> str:
+    """Format an estimate: "about 4 min 20 s for 5 implementations"; `noun`: what is timed."""
     count = event.implementations
-    return f"about {duration(event.seconds)} for {count} implementation{'s' if count > 1 else ''}"
+    return f"about {duration(event.seconds)} for {count} {noun}{'s' if count > 1 else ''}"
 
 
 def size(value: float | None) -> str:

@@ -82,11 +82,16 @@ class StreamBench(CaseRunner[StreamPlan]):
         if FULL in names and longest < work.tokens:
             where = f"beyond token {longest:,} its keys and values are too large, and its figures are extrapolated"
             self._progress.end_row(FULL, "refused", where)
-        if not self._needs_building(ATTENDS, work.workload, device):
-            seconds = sum(min(self._plan.seconds, each) for each in self._rows_s(names, work))
-            self._progress.emit(on.CaseTimeEstimated(case=0, seconds=seconds, implementations=len(names)))
+        self._emit_estimate(0, names)
         self._progress.end_case("cost")
         self._progress.emit(on.RunDone())
+
+    def _emit_estimate(self, case: int, names: Sequence[str]) -> None:
+        """Emit how long rows take, judging by timed calls, unless these would have to be compiled first."""
+        work = self._plan.cases[case]
+        if not self._needs_building(ATTENDS, work.workload, self._device):
+            seconds = sum(min(self._plan.seconds, each) for each in self._rows_s(names, work))
+            self._progress.emit(on.CaseTimeEstimated(case=case, seconds=seconds, implementations=len(names)))
 
     @abstractmethod
     def _longest(self, work: Stream) -> int:
@@ -101,6 +106,11 @@ class StreamBench(CaseRunner[StreamPlan]):
         names = list(self._assignment.remaining(case))
         if self._make_shared(names, lambda: self._prepare(work)) is None:
             return "failed"
+        if len(names) == len(self._plan.ordered):
+            try:
+                self._emit_estimate(case, names)
+            except Exception as error:
+                self._progress.log(f"the time could not be estimated: {error}")
         complete = True
         for index, name in enumerate(names):
             self._rows_after = len(names) - index - 1

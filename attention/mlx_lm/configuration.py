@@ -115,6 +115,17 @@ def bundled_names() -> tuple[str, ...]:
     return tuple(_bundled())
 
 
+def configuration_time(model: str) -> int:
+    """Return when the configuration of a model was written, in nanoseconds; 0 for one that is bundled or missing."""
+    if model in _bundled():
+        return 0
+    folder = cached_folder(model, CONFIGURATION) if is_hub_name(model) else expand_home(model)
+    try:
+        return 0 if folder is None else (folder / "config.json").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def find_model(model: str) -> Configuration:
     """Return the configuration of a bundled name, of an mlx-lm model folder, or of a name in the hub's cache.
 

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TextIO
 
 from attention.core import events as on
-from attention.core.plan import AnyPlan, FineTuningPlan, GenerationPlan
+from attention.core.plan import AnyPlan, FineTuningPlan, GenerationPlan, StreamPlan
 from attention.core.results import Report
 from attention.engine.record import AnyRecord, StreamRecord
 from fatui import cli, formatting
@@ -80,7 +80,8 @@ class ProgressPrinter:
                 label = self._plan.cases[event.case].label
                 self._print_once(f"case {event.case + 1} of {len(self._plan.cases)}: {label}")
             case on.CaseTimeEstimated():
-                self._print_once(formatting.estimate_text(event))
+                noun = "row" if isinstance(self._plan, StreamPlan) else "implementation"
+                self._print_once(formatting.estimate_text(event, noun))
             case on.StepStarted(step="training") if self._bar is None:
                 self._print_once(f"{event.implementation}: training")
             case on.RowEnded() if self._bar is None:

@@ -139,18 +139,24 @@ def _model_memory(plan: ModelPlan, timing: Timing) -> list[str]:
     return [f"needs {formatting.size(timing.weights_bytes)} of weights{above}"]
 
 
-@lru_cache(maxsize=1)  # a screen asks at each repaint, and a model's layers are in a file
 def _stream_memory(plan: StreamPlan) -> str:
     """Format the keys and values of all layers: those that are kept, and all of them."""
-    from attention.mlx_lm.configuration import find_model
+    from attention.mlx_lm.configuration import configuration_time
 
     work = plan.cases[0]
-    layers = find_model(work.model).layers if work.model else 1
+    layers = _layers(work.model, configuration_time(work.model)) if work.model else 1
     kept = layers * work.workload.key_value_bytes
     whole = layers * work.tokens * work.full_workload(1).kv_token_bytes  # a stream may be longer than a workload
     every = f", full attention {formatting.size(whole)} at the last token" if FULL in plan.implementations else ""
     weights = " beside the weights" if work.model else ""
     return f"needs {formatting.size(kept)} of keys and values{every}{weights}"
+
+
+@lru_cache(maxsize=1)  # a screen asks at each repaint
+def _layers(model: str, _written: int) -> int:
+    from attention.mlx_lm.configuration import find_model
+
+    return find_model(model).layers
 
 
 def _model_time(plan: ModelPlan, timing: Timing) -> str:

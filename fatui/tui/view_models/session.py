@@ -289,6 +289,8 @@ class RunSession(Generic[P, C]):
             self._progress_at = self._event_at
         elif isinstance(event, on.CaseTimeEstimated):
             self.expected_s = self.elapsed_s - self.once_s + event.seconds
+        elif isinstance(event, on.StreamAdvanced):
+            self.expected_s = None  # the worker goes by the pace of the tokens from here on
         elif isinstance(event, on.RankAlive):
             self.record_memory(f"rank {event.rank}", event.active_bytes)
         elif isinstance(event, on.RoundsDone):

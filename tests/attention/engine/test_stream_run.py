@@ -9,7 +9,9 @@ from attention.core.results import Peaks, StreamRow
 from attention.core.stream import FULL, STREAMING, Stream
 from attention.engine import stream as stream_engine
 from attention.engine.record import StreamRecord, record_of
-from attention.engine.stream import AttentionStreamBench, full_lengths
+from attention.engine.stream import ATTENDS, AttentionStreamBench, full_lengths
+from attention.implementations import load_implementation
+from attention.implementations.protocol import build
 from tests.support.streams import TOKEN_S, stream_events, stream_plan, stream_report
 
 
@@ -48,6 +50,27 @@ def test_every_token_is_measured_in_both_rows() -> None:
     assert "stream" in streaming.path
     assert [block.end for block in full.blocks] == full_lengths(300)
     assert not full.extrapolated
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_stream_is_estimated_before_its_rows() -> None:
+    seen: list[on.AnyEvent] = []
+    plan = small()
+    build(load_implementation(ATTENDS), plan.cases[0].workload, print)
+    peaks = Peaks(matmul_flops_per_s=1e11, copy_bytes_per_s=1e10)
+    AttentionStreamBench(Assignment(plan=plan, peaks=peaks), plan, seen.append).run()
+    kinds = [type(event) for event in seen]
+    assert kinds.count(on.CaseTimeEstimated) == 1
+    assert kinds.index(on.CaseTimeEstimated) < kinds.index(on.StreamAdvanced)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_stream_whose_time_cannot_be_estimated_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> list[float]:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(AttentionStreamBench, "_rows_s", fails)
+    assert {row.status for row in rows_of(small()).values()} == {"ok"}
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from fatui.report import export
 from fatui.report.table import report_table
 from fatui.storage.history import RunHistory
 from tests.support.sample_runs import ENVIRONMENT, run_of
+from tests.support.streams import stream_plan
 
 ROOT = Path(__file__).parents[3]
 SPEED = {"baseline": 1.0, "poc": 0.5, on.REPEATED_REFERENCE: 1.0, on.WITHOUT_ATTENTION: 0.4}
@@ -197,6 +198,12 @@ def test_the_estimate_is_reported_in_words(capsys):
     narrator = ProgressPrinter(GenerationPlan(cases=GENERATIONS, implementations=("baseline",)))
     narrator.listen(on.CaseTimeEstimated(case=0, seconds=260, implementations=5))
     assert capsys.readouterr().err == "fatui: about 4 min 20 s for 5 implementations\n"
+
+
+def test_the_estimate_of_a_stream_counts_rows(capsys):
+    narrator = ProgressPrinter(stream_plan())
+    narrator.listen(on.CaseTimeEstimated(case=0, seconds=40, implementations=2))
+    assert capsys.readouterr().err == "fatui: about 40 s for 2 rows\n"
 
 
 @pytest.mark.slow

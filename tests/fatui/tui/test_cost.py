@@ -1,6 +1,8 @@
 """The block that says what a run would take."""
 
 import asyncio
+import json
+import os
 
 import pytest
 from msgspec import structs
@@ -150,6 +152,21 @@ def test_a_stream_says_what_it_keeps():
     assert memory == "needs 2.01 MiB of keys and values, full attention 195 MiB at the last token"
     time, _ = cost.model_lines(plan, Timing(case_s={0: 50.0}))
     assert time == "takes up to about 50 s, judging by a timed call; a row ends after 10 min 00 s"
+
+
+def test_the_layers_of_an_edited_model_are_read_again(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+
+    def shown(layers):
+        fields = {"hidden_size": 64, "num_hidden_layers": layers, "num_attention_heads": 2, "vocab_size": 100}
+        (folder / "config.json").write_text(json.dumps({**fields, "intermediate_size": 64, "model_type": "llama"}))
+        os.utime(folder / "config.json", ns=(layers, layers))
+        plan = StreamPlan(cases=(Stream(model=str(folder), tokens=100, window=16, heads=2, head_dim=32),))
+        return cost.model_lines(plan, Timing())[-1]
+
+    assert shown(1) != shown(2)
+    assert shown(2) == shown(2)
 
 
 async def test_what_a_model_takes_is_still_known_after_a_run(stage):
