@@ -46,8 +46,9 @@ class Toolchain:
 def package_folder(name: str) -> Path | None:
     """Return the folder of an installed package, without importing it; None if there is none."""
     spec = importlib.util.find_spec(name)
-    places = list(spec.submodule_search_locations or []) if spec else []
-    return Path(places[0]) if places else None
+    places = [Path(place) for place in spec.submodule_search_locations or []] if spec else []
+    # MLX has no __init__.py: its places are all folders called mlx on the path, one beside a script too.
+    return next((place for place in places if any(place.glob("*.so"))), places[0] if places else None)
 
 
 def compiler() -> tuple[str, ...]:
