@@ -1,22 +1,26 @@
 """Count how often `fatui gate` passes the same code, and fails code with a planted slowdown.
 
     python -m benchmarks.gate --count 100 --folder /tmp/gate                          # the same code
-    python -m benchmarks.gate --count 20 --delay 0.05 --folder /tmp/gate              # 5 % slower
-    python -m benchmarks.gate --count 20 --delay 0.03 --seconds 20 --folder /tmp/gate
-    python -m benchmarks.gate --count 2000 --resample /tmp/gate [--delay 0.05]        # comparisons of kept pairs
+    python -m benchmarks.gate --count 20 --delays 0.05 --folder /tmp/gate             # 5 % slower
+    python -m benchmarks.gate --count 60 --delays 0,0,0,0.05 --folder /tmp/gate       # in turns, three of four the same
+    python -m benchmarks.gate --count 2000 --simulate /tmp/gate [--delays 0.05]       # of kept pairs: a simulation
 
 The planted row is the implementation `Delayed` below: the baseline's work, and then a wait for a share of the time that
-it took. With `--lanes` several comparisons run side by side, each on two cores of its own. Runs are kept in the folder,
-and a line is printed for each comparison; none begins after `--limit` seconds.
+it took. With `--lanes` several comparisons run side by side, each on two cores of its own. Runs and results are kept in
+the folder, and a line is printed for each comparison; none begins after `--limit` seconds. The same command again makes
+those that are missing: results in the folder count, and what was interrupted begins anew.
 
-`--resample` draws the pairs of each comparison at random from those that were kept, and changes base and new at random,
-which for the same code is as good as another measurement; `--delay` makes one row of each slower.
+`--simulate` measures nothing. A comparison's pairs are drawn at random from those that were kept of the same code, and
+base and new changed at random; of each pair blocks of successive rounds are drawn, the same of both sides and of all
+rows, so that drift, and what successive rounds have in common, stay. `--delays` makes one row of each slower,
+`--rounds` draws more or fewer rounds than were measured. The judgement is the gate's own.
 """
 
 import argparse
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -28,22 +32,47 @@ from queue import SimpleQueue
 from typing import Any, Final
 
 import mlx.core as mx
-from msgspec import structs
+import msgspec
+from msgspec import Struct, structs
 
+from attention.core.results import Report, Row
 from attention.core.workload import Workload
 from attention.implementations.baseline import Baseline
 from attention.implementations.calls import MlxRunner
 from attention.measure.rounds import Runner
 from benchmarks.pty_app import ROOT, environment_for
-from fatui.report.comparison import MIN_PAIRS, RowChange, compare
-from fatui.report.gate import parse_criteria
+from fatui.report.comparison import compare_pairs
+from fatui.report.gate import Gate, judge, parse_criteria
 from fatui.storage.result_files import read
 
 GATE_FAILED: Final = 4
 CORES: Final = 2
 """Cores of a lane."""
 PLANTED: Final = "planted.py"
+RESULT: Final = "result.json"
+BLOCK: Final = 4
+"""Successive rounds that are drawn together."""
 ROW: Final = re.compile(r"^\| .* \| (?P<name>[^|]+) \| [^|]+ \| [^|]+ \| (?P<outcome>[A-Z]+) \|$", re.MULTILINE)
+
+
+class Result(Struct, frozen=True, kw_only=True):
+    """How a comparison ended."""
+
+    outcome: str
+    """"passes", "fails", or what else happened."""
+    slower: tuple[str, ...] = ()
+    """Rows called SLOWER, and those left open."""
+    undecided: tuple[str, ...] = ()
+    pairs: int = 0
+    seconds: float = 0.0
+    load: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """Describe it in a line."""
+        rows = f", {', '.join(self.slower)} slower" if self.slower else ""
+        left = f", undecided {', '.join(self.undecided)}" if self.undecided else ""
+        return f"{self.outcome}{rows}; {self.pairs} pairs{left}; {self.seconds:.0f} s, load {self.load:.1f}"
 
 
 class DelayedRunner(MlxRunner):
@@ -84,38 +113,47 @@ class Delayed(Baseline):
 def main() -> int:
     """Make the comparisons, and print how many passed."""
     options = _options()
-    if options.resample is not None:
-        return _resample(options)
-    kind = f"{options.preset}-{options.seconds or 'own'}-s-{options.delay:g}"
-    began, counts = time.monotonic(), Counter[str]()
+    if options.simulate is not None:
+        return _simulate(options)
+    began, counts = time.monotonic(), dict[str, Counter[str]]()
     lanes: SimpleQueue[list[int]] = SimpleQueue()
     cores = sorted(os.sched_getaffinity(0))[-CORES * options.lanes :] if options.lanes > 1 else []
     for lane in range(options.lanes):
         lanes.put(cores[CORES * lane : CORES * (lane + 1)])
 
     def compare(number: int) -> None:
-        if time.monotonic() - began > options.limit:
+        delay = options.delays[number % len(options.delays)]
+        kind = f"{options.preset}-{options.seconds or 'own'}-s-{delay:g}"
+        folder = options.folder / kind / f"{number:03}"
+        file = folder / RESULT
+        if file.exists():
+            result = msgspec.json.decode(file.read_bytes(), type=Result)
+        elif time.monotonic() - began > options.limit:
             return
-        own = lanes.get()
-        started = time.monotonic()
-        result = _comparison(options, options.folder / kind / f"{number:03}", own)
-        lanes.put(own)
-        counts[result.partition(";")[0]] += 1
-        took = time.monotonic() - started
-        print(f"{kind} {number + 1}: {result}; {took:.0f} s, load {os.getloadavg()[0]:.1f}", flush=True)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)  # of an interrupted comparison
+            own = lanes.get()
+            started = time.monotonic()
+            result = _comparison(options, folder, own, delay)
+            lanes.put(own)
+            result = structs.replace(result, seconds=time.monotonic() - started, load=os.getloadavg()[0])
+            file.write_bytes(msgspec.json.encode(result))
+            print(f"{kind} {number + 1}: {result.text}", flush=True)
+        counts.setdefault(kind, Counter())[result.outcome] += 1
 
     with ThreadPoolExecutor(options.lanes) as pool:
         list(pool.map(compare, range(options.count)))
-    made, passed = counts.total(), sum(count for result, count in counts.items() if result.startswith("passes"))
-    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
-    print(f"{kind}: {passed} of {made} pass, {made - passed} fail ({reasons})")
+    for kind, found in sorted(counts.items()):
+        print(f"{kind}: of {found.total()} comparisons {', '.join(f'{n} {name}' for name, n in found.most_common())}")
     return 0
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=__doc__.split("\n")[0])
     parser.add_argument("--count", type=int, default=10, help="comparisons")
-    parser.add_argument("--delay", type=float, default=0.0, help="planted slowdown as a fraction; 0: the same code")
+    parser.add_argument(
+        "--delays", type=_fractions, default=[0.0], help="planted slowdowns, taken in turns, as fractions; 0: same code"
+    )
     parser.add_argument("--preset", default="quick")
     parser.add_argument("--seconds", type=float, help="of the rounds of a case (the preset's)")
     parser.add_argument("--impl", default="baseline,poc,practical,demo", help="implementations beside the planted one")
@@ -123,76 +161,104 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--fail-on", default="slower:3%")
     parser.add_argument("--lanes", type=int, default=1, help="comparisons side by side, on two cores each")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no comparison begins")
-    parser.add_argument("--folder", type=Path, help="where the runs are kept")
-    parser.add_argument("--resample", type=Path, help="a folder of kept runs to draw comparisons from")
+    parser.add_argument("--folder", type=Path, help="where runs and results are kept")
+    parser.add_argument("--simulate", type=Path, help="a folder of kept runs to draw comparisons from")
+    parser.add_argument("--rounds", type=int, help="drawn rounds of a run (as many as were measured)")
     options = parser.parse_args()
-    if (options.folder is None) is (options.resample is None):
-        parser.error("it takes --folder or --resample")
+    if (options.folder is None) is (options.simulate is None):
+        parser.error("it takes --folder or --simulate")
     return options
 
 
-def _resample(options: argparse.Namespace) -> int:
-    """Judge comparisons of kept pairs of the same code, and print how they end."""
-    pairs = _kept_pairs(options.resample)
-    slower = parse_criteria([options.fail_on]).slower or 0.0
-    draw, counts, used = random.Random(0), Counter[str](), 0
-    for _ in range(options.count):
-        delayed = draw.choice(sorted(pairs[0])) if options.delay else None
-        drawn = []
-        for found in draw.choices(pairs, k=options.pairs):
-            swapped = draw.random() < 0.5
-            drawn.append(
-                {name: _changed(each, swapped, options.delay * (name == delayed)) for name, each in found.items()}
-            )
-        for number in range(MIN_PAIRS, options.pairs + 1):
-            outcomes = {
-                name: structs.replace(each, by_pair=tuple(one[name].by_pair[0] for one in drawn[:number])).outcome(
-                    slower, len(drawn[0])
-                )
-                for name, each in drawn[0].items()
-            }
-            if "SLOWER" in outcomes.values() or "UNDECIDED" not in outcomes.values():
-                break
-        used += number
-        alarm = ", ".join(name for name, outcome in outcomes.items() if outcome == "SLOWER" and name != delayed)
-        counts["another row SLOWER" if alarm else "passes" if "SLOWER" not in outcomes.values() else "fails"] += 1
-        counts["with undecided rows"] += "UNDECIDED" in outcomes.values()
-    each = used / options.count
-    print(f"{options.count} comparisons drawn from {len(pairs)} pairs, {each:.1f} pairs each: {dict(counts)}")
+def _fractions(text: str) -> list[float]:
+    return [float(each) for each in text.split(",")]
+
+
+Pair = tuple[Report, Report]
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    """Judge comparisons drawn from kept pairs of the same code, and print how they end."""
+    kept = kept_pairs(options.simulate)
+    thresholds = parse_criteria([options.fail_on])
+    draw = random.Random(0)
+    names = sorted(row.implementation for row in kept[0][0].cases[0].rows)
+    for delay in dict.fromkeys(options.delays):
+        counts, used = Counter[str](), 0
+        for _ in range(options.count):
+            slowed = draw.choice(names) if delay else None
+            pairs: list[Pair] = []
+            while True:
+                pairs.append(drawn(draw.choice(kept), draw, options.rounds, slowed, delay))
+                gate: Gate = judge(compare_pairs(pairs), thresholds)
+                if gate.ended(options.pairs):
+                    break
+            used += len(pairs)
+            slower = {row.change.implementation for row in gate.rows if row.outcome == "SLOWER"}
+            counts["passes" if gate.passed else "fails"] += 1
+            counts["another row SLOWER"] += bool(slower - {slowed}) and slowed is not None
+            counts["with undecided rows"] += any(row.outcome == "UNDECIDED" for row in gate.rows)
+        print(
+            f"simulated from {len(kept)} kept pairs, one row {delay:.0%} slower: {options.count} comparisons of "
+            f"{used / options.count:.1f} pairs: {', '.join(f'{n} {name}' for name, n in counts.most_common() if n)}",
+            flush=True,
+        )
     return 0
 
 
-def _kept_pairs(folder: Path) -> list[dict[str, RowChange]]:
-    """Return the rows of each kept pair, without planted ones; pairs that lack one of the first pair's are left out."""
-    found: list[dict[str, RowChange]] = []
+def kept_pairs(folder: Path) -> list[Pair]:
+    """Return the kept pairs of runs, without planted rows; pairs that lack rows or samples are left out."""
+    found: list[Pair] = []
     for base in sorted(folder.rglob("base/*.json")):
         new = base.parents[1] / "new" / base.name
         if new.exists():
-            changes = compare(read(base), read(new)).changes
-            rows = {
-                each.implementation: each for each in changes if each.by_pair and PLANTED not in each.implementation
-            }
-            if not found or set(rows) == set(found[0]):
-                found.append(rows)
+            pair = (_unplanted(read(base)), _unplanted(read(new)))
+            rows = [[row.implementation for row in report.cases[0].rows if row.samples] for report in pair]
+            whole = len({len(row.samples) for report in pair for row in report.cases[0].rows}) <= len(pair)
+            if rows[0] == rows[1] and whole and (not found or rows[0] == _names(found[0][0])):
+                found.append(pair)
     return found
 
 
-def _changed(change: RowChange, swapped: bool, delay: float) -> RowChange:
-    (ratio,) = change.by_pair
-    low, high = (1 / ratio.high, 1 / ratio.low) if swapped else (ratio.low, ratio.high)
-    value, share = 1 / ratio.value if swapped else ratio.value, 1 + delay
-    made = structs.replace(ratio, value=value / share, low=low / share, high=high / share)
-    return structs.replace(change, ratio=made, by_pair=(made,))
+def _names(report: Report) -> list[str]:
+    return [row.implementation for row in report.cases[0].rows]
 
 
-def _comparison(options: argparse.Namespace, folder: Path, cores: Sequence[int]) -> str:
-    """Compare two folders with the planted row; return "passes" or by which rows it fails, and the number of pairs."""
+def _unplanted(report: Report) -> Report:
+    case = report.cases[0]
+    rows = tuple(row for row in case.rows if PLANTED not in row.implementation)
+    return structs.replace(report, cases=(structs.replace(case, rows=rows),))
+
+
+def drawn(pair: Pair, draw: random.Random, rounds: int | None, slowed: str | None, delay: float) -> Pair:
+    """Return a pair of runs made of blocks of a pair's rounds, with one row of the second slower."""
+    first, second = pair if draw.random() < 0.5 else pair[::-1]
+    measured = min(len(first.cases[0].rows[0].samples), len(second.cases[0].rows[0].samples))
+    wanted, taken = rounds or measured, list[int]()
+    while len(taken) < wanted:
+        begin = draw.randrange(measured)
+        taken += [(begin + step) % measured for step in range(min(BLOCK, wanted - len(taken)))]
+    return _of_rounds(first, taken, None, 0.0), _of_rounds(second, taken, slowed, delay)
+
+
+def _of_rounds(report: Report, taken: Sequence[int], slowed: str | None, delay: float) -> Report:
+    case = report.cases[0]
+
+    def row_of(row: Row) -> Row:
+        factor = 1 + delay if row.implementation == slowed else 1.0
+        return structs.replace(row, samples=tuple(factor * row.samples[index] for index in taken))
+
+    return structs.replace(report, cases=(structs.replace(case, rows=tuple(map(row_of, case.rows))),))
+
+
+def _comparison(options: argparse.Namespace, folder: Path, cores: Sequence[int], delay: float) -> Result:
+    """Compare two folders with the planted row."""
     implementations = options.impl
-    for side, delay in (("base", 0.0), ("new", options.delay)):
+    for side, own in (("base", 0.0), ("new", delay)):
         (folder / side).mkdir(parents=True, exist_ok=True)
-        text = f"from benchmarks.gate import Delayed\n\n\nclass Planted(Delayed):\n    delay = {delay}\n"
+        text = f"from benchmarks.gate import Delayed\n\n\nclass Planted(Delayed):\n    delay = {own}\n"
         (folder / side / PLANTED).write_text(text)
-    if options.delay:
+    if delay:
         implementations += f",{PLANTED}:Planted"
     bench = f"{options.preset} --impl {implementations}" + (f" --seconds {options.seconds}" if options.seconds else "")
     command = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
@@ -200,12 +266,14 @@ def _comparison(options: argparse.Namespace, folder: Path, cores: Sequence[int])
     command += ["--fail-on", options.fail_on, "--pairs", str(options.pairs), "--keep", str(folder), "--markdown", "-"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment_for(ROOT))
     if done.returncode not in (0, GATE_FAILED):
-        return f"ended with {done.returncode}: {done.stderr[-300:]}"
+        return Result(outcome=f"ended with {done.returncode}: {done.stderr[-300:]}")
     rows = [(match["name"].strip(), match["outcome"]) for match in ROW.finditer(done.stdout)]
-    named = {outcome: ", ".join(name for name, own in rows if own == outcome) for outcome in ("SLOWER", "UNDECIDED")}
-    open_rows = f", undecided {named['UNDECIDED']}" if named["UNDECIDED"] else ""
-    result = "passes" if done.returncode == 0 else f"{named['SLOWER']} slower"
-    return f"{result}; {done.stderr.count('fatui: pair ')} pairs{open_rows}"
+    return Result(
+        outcome="fails" if done.returncode else "passes",
+        slower=tuple(name for name, own in rows if own == "SLOWER"),
+        undecided=tuple(name for name, own in rows if own == "UNDECIDED"),
+        pairs=done.stderr.count("fatui: pair "),
+    )
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def _measure(
 ) -> "Gate":
     """Measure pairs until they decide, or there are as many as allowed; the order within a pair alternates."""
     from fatui.alternation import run_in_turns
-    from fatui.report.comparison import MIN_PAIRS, compare_pairs
+    from fatui.report.comparison import compare_pairs
     from fatui.report.gate import judge
     from fatui.storage.result_files import read
 
@@ -134,5 +134,5 @@ def _measure(
         gate = judge(compare_pairs(runs), thresholds)
         open_rows = sum(bool(row.undecided) for row in gate.rows)
         cli.print_line(f"pair {number} of at most {most}: {open_rows} of {len(gate.rows)} rows undecided")
-        if number >= most or (number >= MIN_PAIRS and gate.decided):
+        if gate.ended(most):
             return gate

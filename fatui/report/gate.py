@@ -9,7 +9,7 @@ from msgspec import Struct, structs
 from attention.core.errors import UsageError, suggestion
 from attention.core.results import Ratio
 from fatui import formatting
-from fatui.report.comparison import DEFAULT_TOLERANCE, Comparison, Outcome, RowChange
+from fatui.report.comparison import DEFAULT_TOLERANCE, MIN_PAIRS, Comparison, Outcome, RowChange
 from fatui.untrusted_text import markdown_cell, one_line
 
 Policy = Literal["fail", "pass"]
@@ -105,6 +105,10 @@ class Gate(Struct, frozen=True, kw_only=True):
     def passed(self) -> bool:
         """Whether the gate passes."""
         return not self.problems
+
+    def ended(self, most: int) -> bool:
+        """Return whether no further pair of runs is measured: they decide, or there are as many as allowed."""
+        return self.comparison.pairs >= most or (self.comparison.pairs >= MIN_PAIRS and self.decided)
 
 
 def _lines(found: Iterable[tuple[GateRow, Iterable[str]]]) -> list[str]:
