@@ -52,6 +52,8 @@ LATE: Final = 4
 RECONNECT_S: Final = 60.0
 """Seconds for which a machine is tried again after a cut connection."""
 RETRY_S: Final = 2.0
+PIPE_HELD_S: Final = 0.5
+"""Seconds between looks whether a worker has ended whose pipe a child of it still holds open."""
 Listener = Callable[[on.AnyEvent], None]
 
 
@@ -337,7 +339,7 @@ class Engine:
     async def _follow(self, worker: Worker) -> None:
         """Take events until the worker closes its stdout, ends, hangs, or is stopped."""
         reading = asyncio.create_task(worker.read(self._take))
-        ended = asyncio.create_task(worker.wait())
+        ended = asyncio.create_task(worker.wait(PIPE_HELD_S))
         try:
             await self._until(_first_of(reading, ended))
             if ended.done():  # the rest of the pipe is still to be read; a child may hold it open

@@ -97,10 +97,10 @@ class Worker:
         finally:
             transport.close()
 
-    async def wait(self) -> None:
+    async def wait(self, every_s: float = POLL_S) -> None:
         """Wait for the process to end, even if its pipes are still open, which asyncio's own wait may wait for."""
         while self.process.returncode is None:
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(every_s)
 
     def signal(self, number: int) -> None:
         """Signal the process and its children."""

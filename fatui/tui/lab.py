@@ -39,6 +39,8 @@ SETTLED_S: Final = 0.8
 """Seconds without a change after which calls of a set-up are timed."""
 MAX_TIMING_S: Final = 60.0
 """Maximum seconds of timing calls of a set-up."""
+TABLE_TICKS: Final = 4
+"""Tables, and what else changes slowly, are repainted at every so many repaints of the trends of rates."""
 LONGER_S: Final = 10.0
 """Seconds that each case is measured longer."""
 MAX_NOTICE: Final = 400

@@ -4,12 +4,16 @@ Textual's own compositor renders every line of every widget of the screen for ea
 widgets included: three quarters of what the app took during a run.
 """
 
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Final, TypeVar
 
+from rich.segment import Segment
 from rich.style import Style
 from textual._compositor import ChopsUpdate, Compositor
+from textual.color import Color
+from textual.filter import LineFilter
 from textual.geometry import Region, Size
 from textual.screen import Screen
 from textual.scroll_view import ScrollView
@@ -43,7 +47,10 @@ class SparingCompositor(Compositor):
         spans = list(self._regions_to_spans(region for region in regions if region))
         if not spans:
             return None
-        return ChopsUpdate(self._render_spans(spans), spans, [cuts[1:] for cuts in self.cuts])
+        lines = {y for y, _, _ in spans}
+        return ChopsUpdate(
+            self._render_spans(spans), spans, [cuts[1:] if y in lines else [] for y, cuts in enumerate(self.cuts)]
+        )
 
     def _render_chops(self, crop: Region, is_rendered_line: Callable[[int], bool]) -> Sequence[Mapping[int, Strip]]:
         width = self.size.width
@@ -53,10 +60,11 @@ class SparingCompositor(Compositor):
     def _render_spans(self, spans: Iterable[Span]) -> list[dict[int, Strip | None]]:
         """Render the pieces of the lines that are in the spans, the foremost widget first; others are None."""
         cuts = self.cuts
-        chops: list[dict[int, Strip | None]] = [dict.fromkeys(each[:-1]) for each in cuts]
+        chops: list[dict[int, Strip | None]] = [{} for _ in cuts]
         missing: dict[int, set[int]] = {}
         for y, begin, end in spans:
             places = cuts[y]
+            chops[y] = dict.fromkeys(places[:-1])
             found = {cut for cut, after in pairwise(places) if cut < end and after > begin}
             missing.setdefault(y, set()).update(found)
         for widget, (region, clip) in self.visible_widgets.items():
@@ -91,6 +99,13 @@ class SparingScreen(Screen[R]):
             self._compositor = SparingCompositor()
 
 
+def _filtered(strip: Strip, each: LineFilter, background: Color) -> Strip:
+    """Return the strip as a filter leaves it: often as it was, of which Textual makes a copy."""
+    segments = list(strip)
+    made = each.apply(segments, background)
+    return strip if made is segments else Strip(made, strip.cell_length)
+
+
 class KeepsStyles(Widget):
     """Widget that keeps the styles of its parts until they change; Textual computes them anew for each repaint.
 
@@ -100,11 +115,34 @@ class KeepsStyles(Widget):
 
     room = Size()
     _kept: dict[str, Style] | None = None
+    _framed: bool | None = None
+    """Whether anything is drawn besides the lines; found with the styles."""
 
     def render_lines(self, crop: Region) -> list[Strip]:
-        """Draw some lines."""
-        self.room = self.scrollable_content_region.size
-        return super().render_lines(crop)
+        """Draw some lines; without a frame or an effect, which Textual looks for at each line, they are as they are."""
+        if self._framed is None:
+            self._framed = has_frame(self)
+        if self._framed:
+            self.room = self.scrollable_content_region.size
+            return super().render_lines(crop)
+        region = self.region
+        self.room = region.shrink(self.scrollbar_gutter).size
+        width, height = region.size
+        background, filters, style = self.background_colors[1], self.get_line_filters(), self.blank_style
+        strips = []
+        for y in crop.line_range:
+            strip = self.render_line(y).adjust_cell_length(width, style) if y < height else Strip.blank(width, style)
+            for each in filters:
+                strip = _filtered(strip, each, background)
+            strips.append(strip)
+        if crop.column_span != (0, width):
+            strips = [strip.crop(*crop.column_span) for strip in strips]
+        return strips
+
+    @property
+    def blank_style(self) -> Style:
+        """The style of what is not drawn on: the background alone."""
+        return Style(bgcolor=self.part_style().bgcolor)
 
     def part_style(self, part: str = "") -> Style:
         """Return the style of a component class, or the widget's own."""
@@ -116,8 +154,65 @@ class KeepsStyles(Widget):
 
     def notify_style_update(self) -> None:
         """Drop the styles: a class, the focus or the theme has changed."""
-        self._kept = None
+        self._kept = self._framed = None
         super().notify_style_update()
+
+
+def has_frame(widget: Widget) -> bool:
+    """Whether a widget has a border, padding, an outline, or an effect over its lines."""
+    styles = widget.styles
+    return bool(
+        any(styles.gutter)
+        or any(edge for edge, _ in styles.outline)
+        or styles.has_rule("hatch")
+        or styles.tint.a
+        or styles.text_opacity != 1.0
+        or widget.opacity != 1.0
+    )
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    return [line] if len(line) <= width else textwrap.wrap(line, width) or [""]
+
+
+class TextLines(KeepsStyles):
+    """Wrapped text that repaints the lines that changed; laid out again only if their number changes."""
+
+    DEFAULT_CSS = "TextLines { height: auto; }"
+
+    def __init__(self, text: str = "", *, id: str) -> None:
+        super().__init__(id=id)
+        self.text = text
+        self._wrapped: tuple[object, list[str]] = (None, [])
+
+    def show(self, text: str) -> None:
+        """Set the text."""
+        if text == self.text:
+            return
+        width = self.size.width
+        before, self.text = self._lines(width), text
+        after = self._lines(width)
+        if len(after) != len(before):
+            self.refresh(layout=True)
+        else:
+            changed = (y for y, line in enumerate(after) if line != before[y])
+            self.refresh(*(Region(0, y, width, 1) for y in changed))
+
+    def _lines(self, width: int) -> list[str]:
+        key = self.text, width
+        if self._wrapped[0] != key:
+            self._wrapped = key, [part for line in self.text.split("\n") for part in _wrapped(line, max(1, width))]
+        return self._wrapped[1]
+
+    def get_content_height(self, container: Size, viewport: Size, width: int) -> int:
+        """Return the number of lines at a width."""
+        return len(self._lines(width))
+
+    def render_line(self, y: int) -> Strip:
+        """Draw a line."""
+        lines = self._lines(self.room.width)
+        parts = [Segment(lines[y], self.part_style())] if y < len(lines) else []
+        return Strip(parts).adjust_cell_length(self.room.width, self.blank_style)
 
 
 def set_title(widget: Widget, title: str) -> None:

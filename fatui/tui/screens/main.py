@@ -16,7 +16,7 @@ from fatui import formatting
 from fatui.draft import UNNAMED
 from fatui.telemetry import Reading
 from fatui.tui import actions
-from fatui.tui.lab import Lab, command_of
+from fatui.tui.lab import TABLE_TICKS, Lab, command_of
 from fatui.tui.painting import SparingScreen
 from fatui.tui.screens.tables import HasTable
 from fatui.tui.view_models import availability, cost, table_lines
@@ -41,8 +41,6 @@ MIN_THREE_COLUMNS = (160, 40)
 MIN_FOUR_CHOICES = 76
 """Minimum columns at which all choices of the workload fit into one row."""
 TOO_SMALL = "fatui needs {0} x {1} characters.\nThis terminal has {2} x {3}; make it larger, or the letters smaller."
-TABLE_TICKS = 4
-"""The table is repainted at every so many repaints of the trends."""
 PANES = {
     "implementations-pane": "setup",
     "workload": "setup",
@@ -73,6 +71,10 @@ class MainScreen(HasTable, SparingScreen[None]):
     ]
     app: Lab
 
+    _status: StatusLine
+    _key_bar: KeyBar
+    _live: LivePane
+    _log: LogPane
     _ticks = 0
     _maximised: Widget | None = None
     """The pane that fills the screen."""
@@ -84,7 +86,10 @@ class MainScreen(HasTable, SparingScreen[None]):
         tabs = PaneTabs()
         tabs.show("log" if self.app.remembered.tab == "log" else "setup")  # nothing has run yet
         self.set_classes(self._layout_classes(tabs.tab))
-        yield StatusLine()
+        self._status, self._key_bar = StatusLine(), KeyBar()
+        self._live = LivePane(id="live", view=self.app.remembered.view)
+        self._log = LogPane(self.app.journal, id="log")
+        yield self._status
         yield Static(id="too-small", markup=False)
         yield tabs
         with Horizontal(id="body"):
@@ -94,12 +99,12 @@ class MainScreen(HasTable, SparingScreen[None]):
                     yield ImplementationPicker(id="implementations")
                 yield WorkloadPane(self.app.draft, id="workload")
             with Vertical(id="right"):
-                yield LivePane(id="live", view=self.app.remembered.view)
+                yield self._live
                 yield HomePane(id="home")
                 yield ComparisonPane(id="comparison")
-                yield LogPane(self.app.journal, id="log")
+                yield self._log
                 yield RowPane(id="row")
-        yield KeyBar()
+        yield self._key_bar
 
     def on_mount(self) -> None:
         """Draw the initial state, and start the repaint timer."""
@@ -117,18 +122,21 @@ class MainScreen(HasTable, SparingScreen[None]):
         self.set_interval(self.app.REPAINT_S, self._tick)
 
     def _tick(self) -> None:
+        active = self.app.runs.active_session
+        if active is not None:
+            cost.note_time_left(active)
         if self.app.session is not None and self.app.session.active:
             self.app.runs.watch_silence()
             self._ticks += 1
             if self._ticks % TABLE_TICKS:
-                self._show_live()
+                self._show_live(memory=False)
                 self._show_bars()
             else:
                 self.show_run()
         elif self.app.runs.active != self._model_ran or self.app.runs.active:
             self._model_ran = self.app.runs.active
             self._show_bars()
-        self.query_one(LogPane).refresh_lines()
+        self._log.refresh_lines()
 
     def on_resize(self) -> None:
         """Choose between panes, tabs, and the notice that the terminal is too small."""
@@ -221,7 +229,7 @@ class MainScreen(HasTable, SparingScreen[None]):
             comparison.show_session(session, self.app.report, self.app.keys)
         elif self.app.report is not None:
             comparison.show_report(self.app.report, self.app.keys)
-        self.query_one(LogPane).refresh_lines()
+        self._log.refresh_lines()
         self.show_row()
         self._show_bars()
 
@@ -239,7 +247,7 @@ class MainScreen(HasTable, SparingScreen[None]):
 
     def show_roofline(self) -> None:
         """Draw the roofline of the workload on the sliders, with what the run has measured."""
-        live = self.query_one(LivePane)
+        live = self._live
         if live.opened != "roofline":
             return
         app, session = self.app, self.app.session
@@ -255,33 +263,36 @@ class MainScreen(HasTable, SparingScreen[None]):
     def action_live_view(self) -> None:
         """Draw the trends of Live in the next view."""
         self.open_tab("live")
-        live = self.query_one(LivePane)
+        live = self._live
         live.turn_view()
         self.app.remembered.view = live.view
 
     def action_live_tab(self) -> None:
         """Open the other tab of Live."""
         self.open_tab("live")
-        self.query_one(LivePane).turn_tab()
+        self._live.turn_tab()
 
     @on(LivePane.Turned)
-    def _show_live(self) -> None:
-        self.query_one(LivePane).show(self.app.session, self.app.report, self.app.keys)
+    def _show_turned(self) -> None:
+        self._show_live()
+
+    def _show_live(self, *, memory: bool = True) -> None:
+        self._live.show(self.app.session, self.app.report, self.app.keys, memory=memory)
         self.show_roofline()
 
     def show_reading(self, reading: Reading) -> None:
         """Draw a reading of the machine."""
-        self.query_one(LivePane).show_reading(reading)
+        self._live.show_reading(reading)
 
     def _show_bars(self) -> None:
         app = self.app
         errors = app.journal.errors
         alarm = errors > 0 or bool(app.session and app.session.silent)
-        self.query_one(StatusLine).show(self._left_text(), self._right_text(), alarm=alarm)
+        self._status.show(self._left_text(), self._right_text(), alarm=alarm)
         bar = actions.RUNNING_BAR if app.runs.active else actions.DONE_BAR if app.report else actions.IDLE_BAR
         names = [name for name in bar if name != "longer" or app.runs.can_go_on]
         by_name = {action.name: action for action in actions.ACTIONS}
-        self.query_one(KeyBar).show(tuple((app.keys[name], by_name[name].label, by_name[name].does) for name in names))
+        self._key_bar.show(tuple((app.keys[name], by_name[name].label, by_name[name].does) for name in names))
 
     def _left_text(self) -> str:
         """Format what is set up and on which machine: "quick · AMD EPYC, 2 cores · MLX 0.32.4"."""
@@ -455,7 +466,7 @@ class MainScreen(HasTable, SparingScreen[None]):
             self._pane().ask_filter()
             return
         self.open_tab("log")
-        self.query_one(LogPane).ask()
+        self._log.ask()
 
     @on(LogView.Opened)
     def _open_log_line(self, event: LogView.Opened) -> None:
@@ -465,7 +476,7 @@ class MainScreen(HasTable, SparingScreen[None]):
 
     def action_pause(self) -> None:
         """Pause or resume the log."""
-        self.query_one(LogPane).toggle_pause()
+        self._log.toggle_pause()
 
     @on(WorkloadPane.Edited)
     def _take_draft(self, event: WorkloadPane.Edited) -> None:

@@ -9,7 +9,7 @@ from textual.binding import BindingType
 from textual.containers import Vertical
 from textual.events import Mount
 from textual.widget import Widget
-from textual.widgets import Input, Static
+from textual.widgets import Input
 
 from attention.core.errors import NoBackendError, UsageError
 from attention.core.plan import MODEL_IMPLEMENTATIONS, FineTuningPlan, GenerationPlan, ModelPlan
@@ -19,8 +19,8 @@ from attention.mlx_lm.configuration import bundled_names, check_mlx_lm, find_mod
 from fatui import formatting
 from fatui.reproduce import finetune_command, model_command
 from fatui.tui import actions
-from fatui.tui.lab import Lab
-from fatui.tui.painting import SparingScreen, set_text, set_title
+from fatui.tui.lab import TABLE_TICKS, Lab
+from fatui.tui.painting import SparingScreen, TextLines, set_title
 from fatui.tui.screens.closing import ClosesOnce
 from fatui.tui.screens.tables import HasTable
 from fatui.tui.view_models import cost, kv_format, model_lines, table_lines
@@ -125,6 +125,8 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
     """What can be selected to be measured."""
     IDLE_TEXT: ClassVar[str] = IDLE
     """Shown before the first run."""
+    DRAWS_OFTEN: ClassVar[bool] = True
+    """Whether the charts are drawn at each tick, not only with the table."""
     app: Lab
 
     def __init__(self) -> None:
@@ -132,6 +134,8 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
         self._cost_of: ModelPlan | None = None
         self._drawn: object = None
         """The run on the screen, its phase and its report, when it was drawn last."""
+        self._ticks = 0
+        self._hint = ""
 
     def compose(self) -> ComposeResult:
         """Yield the choices, the run and the table."""
@@ -146,7 +150,7 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
             yield CostBlock()
         with Vertical(classes="pane", id="live-pane") as pane:
             pane.border_title = "Live"
-            yield Static(id="progress", markup=False)
+            yield TextLines(id="progress")
             with Widget(id="charts"):
                 yield from self.charts()
         yield ModelTable(id="table-pane")
@@ -198,11 +202,16 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
         session = self.session
         active = session is not None and session.active
         state = (session, session.phase if session else "", self.report)
-        if active or state != self._drawn:
+        self._ticks += 1
+        if state != self._drawn or (active and self._ticks % TABLE_TICKS == 0):
             if self._drawn is not None and not active:
                 self._ask_cost()  # the run ended the timing of calls
             self._show()
             self._drawn = state
+        elif session is not None and active:
+            self._show_progress()
+            if self.DRAWS_OFTEN:
+                self.draw(session)
 
     @property
     def session(self) -> ModelSession | None:
@@ -350,27 +359,33 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
         """Fit the table to the new width."""
         self.call_after_refresh(self._show)
 
-    def _show(self) -> None:
-        session, report = self.session, self._shown_report
-        self._show_cost()
+    def _show_progress(self) -> None:
+        """Draw what changes with each tick of a run."""
+        session = self.session
         if session is not None:
             message = session.message if session.active else ""
-            set_text(self.query_one("#progress", Static), "\n".join(filter(None, (progress_line(session), message))))
-            self.draw(session)
+            self.query_one(TextLines).show("\n".join(filter(None, (progress_line(session), message))))
             number = session.case_number
             label = session.plan.cases[number].label if number is not None else ""
             set_title(self.query_one("#live-pane"), f"Live · {label}" if label else "Live")
         else:
             run = self.app.keys[f"{self.NAME}_run"]
-            set_text(self.query_one("#progress", Static), self.IDLE_TEXT.format(run=run))
+            self.query_one(TextLines).show(self.IDLE_TEXT.format(run=run))
+        self.query_one(StatusLine).show(f"{self.TITLE_TEXT}{self._hint}", _phase(session))
+
+    def _show(self) -> None:
+        session, report = self.session, self._shown_report
+        self._show_cost()
         short = self.app.size.height < ROOMY
         over = session is None or (not session.active and short)
         self.query_one("#live-pane").set_class(over, "-idle")
         self.query_one("#live-pane").set_class(report is not None and over and short, "-away")
         folded = short and report is not None and self.query_one(ModelTable).has_pseudo_class("focus-within")
         self.query_one("#setup-pane").set_class(folded, "-away")
-        hint = f" · {self.app.keys[f'{self.NAME}_pane']} shows what is set up" if folded else ""
-        self.query_one(StatusLine).show(f"{self.TITLE_TEXT}{hint}", _phase(session))
+        self._hint = f" · {self.app.keys[f'{self.NAME}_pane']} shows what is set up" if folded else ""
+        self._show_progress()
+        if session is not None:
+            self.draw(session)
         if report is not None:
             self.query_one(ModelTable).show_run(report, session, self.app.keys, curves=self.draws_curves)
 

@@ -113,6 +113,7 @@ class Streaming(ModelScreen):
     NAME = "streaming"
     ROWS = tuple(STREAM_ROWS)
     IDLE_TEXT = IDLE
+    DRAWS_OFTEN = False
 
     def _model_choice(self, chosen: dict[str, tuple[str, ...]]) -> Choice:
         known = tuple(dict.fromkeys((ALONE, *bundled_names(), *chosen.get("model", ()))))

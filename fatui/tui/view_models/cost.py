@@ -304,6 +304,22 @@ class Remaining(Struct, frozen=True):
         return f"{'more than ' if self.at_least else ''}{formatting.time_left(self.seconds)}"
 
 
+def _estimated_left_s(session: AnySession) -> float | None:
+    known, progress = [], session.record.progress
+    if progress is not None and progress.sure:
+        known.append(progress.left_s(session.since_progress_s))
+    if session.expected_s is not None:
+        known.append(session.expected_s + session.once_s - session.elapsed_s)
+    return max(known, default=None)
+
+
+def note_time_left(session: AnySession) -> None:
+    """Keep the least time left of a run so far, which bounds how far the estimate shown may grow."""
+    estimated = _estimated_left_s(session)
+    if estimated is not None:
+        session.least_left_s = min(session.least_left_s, max(estimated, 0.0))
+
+
 def remaining(session: AnySession) -> Remaining | None:
     """Return the estimate shown by both status line and progress bar; None before there is any.
 
@@ -311,16 +327,11 @@ def remaining(session: AnySession) -> Remaining | None:
     timed call, and not more than MAX_GROWTH times the least one before. There is none as long as the worker guesses,
     since no call was timed.
     """
-    known, progress = [], session.record.progress
-    if progress is not None and progress.sure:
-        known.append(progress.left_s(session.since_progress_s))
-    if session.expected_s is not None:
-        known.append(session.expected_s + session.once_s - session.elapsed_s)
-    if not known:
+    estimated = _estimated_left_s(session)
+    if estimated is None:
         return None
-    estimated = max(known)
+    progress = session.record.progress
     seconds = min(estimated, MAX_GROWTH * max(session.least_left_s, SOON_S))
-    session.least_left_s = min(session.least_left_s, max(estimated, 0.0))
     whole = session.elapsed_s + max(seconds, 0.0)
     case_s = progress.case_left_s(session.since_progress_s) if progress is not None and progress.sure else None
     done = min(session.elapsed_s / whole, 0.99) if whole > 0 else 0.0

@@ -89,20 +89,27 @@ def stretched(points: Sequence[float], width: int) -> list[float]:
     if not count:
         return []
     edges = [index * count // width for index in range(width + 1)]
-    return [sum(points[a : max(b, a + 1)]) / max(b - a, 1) for a, b in pairwise(edges)]
+    return [points[a] if b - a < 2 else sum(points[a:b]) / (b - a) for a, b in pairwise(edges)]
 
 
 def area(points: Sequence[float], high: float, columns: int, rows: int) -> list[str]:
     """Return rows of characters, from the top, filled from zero up to each value; what is above `high` is cut off."""
     steps = rows * DOWN
-    values = stretched(points, columns * ACROSS)
     scale = steps / high if high > 0 else 0.0
-    heights = [(round(min(value * scale, steps)) or 1) if value > 0 < scale else 0 for value in values]
+    heights = [round(value * scale) or value > 0 < scale for value in stretched(points, columns * ACROSS)]
+    if heights and max(heights) > steps:
+        heights = [min(height, steps) for height in heights]
+    lowest, highest = min(heights, default=0), max(heights, default=0)
     drawn = []
-    for row in range(rows - 1, -1, -1):
-        levels = [min(max(height - row * DOWN, 0), DOWN) for height in range(steps + 1)]
-        cells = zip(heights[::2], heights[1::2], strict=True)
-        drawn.append("".join(FILLED[levels[a]][levels[b]] for a, b in cells))
+    for bottom in range(steps - DOWN, -1, -DOWN):
+        if highest <= bottom:
+            drawn.append(FILLED[0][0] * columns)
+        elif lowest >= bottom + DOWN:
+            drawn.append(FILLED[DOWN][DOWN] * columns)
+        else:
+            filled = [min(max(height - bottom, 0), DOWN) for height in range(steps + 1)]
+            levels = [filled[height] for height in heights]
+            drawn.append("".join([FILLED[left][right] for left, right in zip(levels[::2], levels[1::2], strict=True)]))
     return drawn
 
 

@@ -93,7 +93,7 @@ class RunSession(Generic[P, C]):
         once_s: seconds before cases were restarted: provisional rounds and compilation, not repeated by the next run.
         expected_s: estimated maximum seconds from the start of the run to the end of its case, from earlier runs or a
             timed call; None without such an estimate, and once the case is complete.
-        least_left_s: the least time left that was shown.
+        least_left_s: the least time left that was estimated at a tick of the screen.
     """
 
     def __init__(

@@ -4,6 +4,7 @@ from typing import ClassVar, Final
 
 from rich.segment import Segment
 from rich.style import Style
+from textual.geometry import Region, Size
 from textual.strip import Strip
 
 from fatui.tui.painting import KeepsStyles
@@ -32,6 +33,10 @@ EDGE: Final = 4
 """Every so many dots of the edges of a band and of a level are drawn, so that both are seen without colour."""
 Drawn = list[list[tuple[str, bool]]]
 """Rows of (text, whether it is shaded)."""
+Row = list[tuple[str, str]]
+"""A row of (text, part)."""
+SHADED: Final = "shaded"
+"""The part of a line on the band."""
 COLOURS = 6
 PARTS = {NOBODY: "axis", CURSOR: "cursor", NOTED: "note"}
 
@@ -48,12 +53,32 @@ class TrendChart(KeepsStyles):
         self.scale = scale
         self.trends: tuple[Trend, ...] = ()
         self._drawn: dict[int, tuple[object, Drawn]] = {}
+        self._rows: list[Row] = []
+        self._strips: dict[int, Strip] = {}
+        """The rows that were drawn, until they change."""
+        self._composed_for = Size()
 
     def show(self, scale: Scale, trends: tuple[Trend, ...]) -> None:
-        """Set the scale and the trends."""
-        if (scale, trends) != (self.scale, self.trends):
-            self.scale, self.trends = scale, trends
+        """Set the scale and the trends, and repaint the rows that changed."""
+        if (scale, trends) == (self.scale, self.trends):
+            return
+        self.scale, self.trends = scale, trends
+        before = self._rows
+        self._compose_rows()
+        if len(before) != len(self._rows):
+            self._strips.clear()
             self.refresh()
+            return
+        changed = [y for y, row in enumerate(self._rows) if row != before[y]]
+        for y in changed:
+            self._strips.pop(y, None)
+        if changed:
+            self.refresh(*(Region(0, y, self.room.width, 1) for y in changed))
+
+    def notify_style_update(self) -> None:
+        """Drop what was drawn in the styles so far."""
+        self._strips = {}
+        super().notify_style_update()
 
     @property
     def _line_width(self) -> int:
@@ -63,43 +88,49 @@ class TrendChart(KeepsStyles):
     def _rows_each(self) -> int:
         return min(MAX_TREND_ROWS, max(1, (self.room.height - 1) // max(1, len(self.trends))))
 
+    def _compose_rows(self) -> None:
+        """Compose the heading, and the rows of all trends, for the room there is."""
+        rows, self._composed_for = range(self._rows_each), self.room
+        self._rows = [[self._head()], *(self._trend(index, row) for index in range(len(self.trends)) for row in rows)]
+
     def render_line(self, y: int) -> Strip:
         """Draw the heading, or one row of one trend."""
-        if y == 0:
-            return self._strip(self._head())
-        index, row = divmod(y - 1, self._rows_each)
-        if index >= len(self.trends):
+        if self.room != self._composed_for:
+            self._compose_rows()
+            self._strips.clear()
+        if y >= len(self._rows):
             return Strip.blank(self.room.width, self.part_style())
-        return self._strip(self._trend(index, row))
+        if y not in self._strips:
+            parts = [Segment(text, self._style_of(part)) for text, part in self._rows[y]]
+            self._strips[y] = Strip(parts).adjust_cell_length(self.room.width, self.part_style())
+        return self._strips[y]
 
-    def _strip(self, segments: list[Segment]) -> Strip:
-        return Strip(segments).adjust_cell_length(self.room.width, self.part_style())
+    def _style_of(self, part: str) -> Style:
+        if part == SHADED:
+            return self.part_style("trend--line") + Style(bgcolor=self.part_style("trend--band").bgcolor)
+        return self.part_style(f"trend--{part}")
 
-    def _head(self) -> list[Segment]:
-        style = self.part_style("trend--head")
+    def _head(self) -> tuple[str, str]:
         scale = self.scale
         words = " · ".join(filter(None, (scale.title, scale.words)))
         if not scale.words:
-            return [Segment(words, style)]
+            return words, "head"
         now, best = scale.columns
         room = LABEL_WIDTH + 2 + self._line_width + FIGURE_WIDTH - len(now)
-        return [Segment(f"{clip(words, room - 1):<{room}}{now}{best:>{FIGURE_WIDTH}}", style)]
+        return f"{clip(words, room - 1):<{room}}{now}{best:>{FIGURE_WIDTH}}", "head"
 
-    def _trend(self, index: int, row: int) -> list[Segment]:
-        """Draw one row of a trend, counted from its top; the last one has the label and the figures."""
+    def _trend(self, index: int, row: int) -> Row:
+        """Return one row of a trend, counted from its top; the last one has the label and the figures."""
         trend, rows = self.trends[index], self._rows_each
-        label, line, band, figure, note = (
-            self.part_style(f"trend--{part}") for part in ("label", "line", "band", "figure", "note")
-        )
         words = row == rows - 1
-        head = Segment(f"{trend.label if words else '':<{LABEL_WIDTH}.{LABEL_WIDTH}} ", label)
+        head = f"{trend.label if words else '':<{LABEL_WIDTH}.{LABEL_WIDTH}} ", "label"
         if not trend.points:
-            return [head, Segment(clip(trend.note, self.room.width - LABEL_WIDTH - 1) if words else "", note)]
-        parts = [Segment(text, _on(line, band) if shaded else line) for text, shaded in self._lines(index)[row]]
+            return [head, (clip(trend.note, self.room.width - LABEL_WIDTH - 1) if words else "", "note")]
+        parts = [(text, SHADED if shaded else "line") for text, shaded in self._lines(index)[row]]
         if words:
-            parts.append(Segment(f" {trend.now:>{FIGURE_WIDTH}}{trend.best:>{FIGURE_WIDTH}}", figure))
+            parts.append((f" {trend.now:>{FIGURE_WIDTH}}{trend.best:>{FIGURE_WIDTH}}", "figure"))
         elif row == rows - 2 and trend.note:
-            parts.append(Segment(f" {trend.note:>{2 * FIGURE_WIDTH}}", note))
+            parts.append((f" {trend.note:>{2 * FIGURE_WIDTH}}", "note"))
         return [head, *parts]
 
     def _lines(self, index: int) -> Drawn:
@@ -111,11 +142,6 @@ class TrendChart(KeepsStyles):
             drawn = _draw_line(trend, *size) if trend.low else _draw_area(trend, self.scale.highest, *size)
             self._drawn[index] = key, drawn
         return self._drawn[index][1]
-
-
-def _on(line: Style, band: Style) -> Style:
-    """Return the style of a line on a shaded background."""
-    return line + Style(bgcolor=band.bgcolor)
 
 
 def _draw_area(trend: Trend, highest: float, columns: int, rows: int) -> Drawn:

@@ -12,7 +12,7 @@ from textual.widgets import Static
 from attention.core.results import Case, Peaks, Report
 from attention.core.workload import Workload
 from fatui.telemetry import Reading, reading_text
-from fatui.tui.painting import set_text, set_title
+from fatui.tui.painting import TextLines, set_text, set_title
 from fatui.tui.terminal import literal
 from fatui.tui.view_models.plot import NOTED, mark_of
 from fatui.tui.view_models.session import Session
@@ -61,6 +61,11 @@ class LivePane(Vertical, can_focus=True):
         self.border_title = "3 Live"
         self.view: View = next((each for each in VIEWS if each == view), "common")
         self.opened: Tab = "trends"
+        self._progress = TextLines(id="progress")
+        self._rates = TrendChart(Scale("tokens/s"), id="rates")
+        self._memory = TrendChart(Scale("memory"), id="memory")
+        self._telemetry = Static(id="telemetry", markup=False)
+        self._said = ""
         self._least: int | None = None
         self._devices = 0
         self._runs = False
@@ -68,14 +73,14 @@ class LivePane(Vertical, can_focus=True):
 
     def compose(self) -> ComposeResult:
         """Yield the progress, two charts, the roofline and the telemetry lines."""
-        yield Static(id="progress", markup=False)
-        yield TrendChart(Scale("tokens/s"), id="rates")
-        yield TrendChart(Scale("memory"), id="memory")
+        yield self._progress
+        yield self._rates
+        yield self._memory
         yield PlotView(id="roofline")
         yield Static(id="roofline-words", markup=False)
         yield Static(id="devices", markup=False)
         yield Static(id="energy", markup=False)
-        yield Static(id="telemetry", markup=False)
+        yield self._telemetry
 
     def turn_view(self) -> None:
         """Draw the trends in the next view; from the roofline, go back to them."""
@@ -90,11 +95,16 @@ class LivePane(Vertical, can_focus=True):
         self.opened = "trends" if self.opened == "roofline" else "roofline"
         self.post_message(self.Turned())
 
-    def show(self, session: Session | None, opened: Report | None, keys: dict[str, str]) -> None:
-        """Draw the run; without one, say which past run is open, or that none is."""
+    def show(
+        self, session: Session | None, opened: Report | None, keys: dict[str, str], *, memory: bool = True
+    ) -> None:
+        """Draw the run; without one, say which past run is open, or that none is.
+
+        `memory`: whether the trends of memory are drawn again, which change slowly.
+        """
         idle = IDLE.format(run=keys["run"])
         line = progress_line(session) if session else opened_line(opened) if opened else idle
-        set_text(self.query_one("#progress", Static), line)
+        self._progress.show(line)
         self._runs = session is not None and session.active
         self.set_class(session is None, "-idle")
         self.set_class(self.opened == "roofline", "-roofline")
@@ -102,27 +112,27 @@ class LivePane(Vertical, can_focus=True):
         if session is None:
             self._watts = None
             self._fit(None)
-            set_text(self.query_one("#telemetry", Static), "")
+            set_text(self._telemetry, "")
             self._say_energy("")
             self._show_devices([])
             set_title(self, "3 Live")
             return
         if self.opened == "trends":
-            self._show_trends(session)
+            self._show_trends(session, memory)
         if not session.active:
-            set_text(self.query_one("#telemetry", Static), "")
+            set_text(self._telemetry, "")
         devices = device_lines(session)
         self._show_devices(devices)
         self._say_energy(energy_text(session, self._watts))
         label = session.plan.cases[session.case_number].label if session.case_number is not None else ""
         set_title(self, f"3 Live · {label}" if label else "3 Live")
 
-    def _show_trends(self, session: Session) -> None:
-        rates, memory = self.query_one("#rates", TrendChart), self.query_one("#memory", TrendChart)
-        rates.show(*rate_chart(session, self.view))
-        memory.show(*memory_chart(session))
-        many, few = len(rates.trends), len(memory.trends)
-        for chart, share in ((rates, 2 * max(1, many) + 1), (memory, max(1, few) + 1)):
+    def _show_trends(self, session: Session, memory: bool) -> None:
+        self._rates.show(*rate_chart(session, self.view))
+        if memory:
+            self._memory.show(*memory_chart(session))
+        many, few = len(self._rates.trends), len(self._memory.trends)
+        for chart, share in ((self._rates, 2 * max(1, many) + 1), (self._memory, max(1, few) + 1)):
             if chart.styles.height is None or chart.styles.height.value != share:
                 chart.styles.height = f"{share}fr"
         height = self.app.size.height
@@ -133,8 +143,8 @@ class LivePane(Vertical, can_focus=True):
         names = {"trends": "Trends", "roofline": "Roofline"}
         tabs = " ".join(f"[{title}]" if name == self.opened else f" {title} " for name, title in names.items())
         words = f"{tabs} {tab} · {view} {SAYS[self.view]}" if self.opened == "trends" else f"{tabs} {tab}"
-        if str(self.border_subtitle or "") != words:
-            self.border_subtitle = literal(words)
+        if self._said != words:
+            self._said, self.border_subtitle = words, literal(words)
 
     def show_roofline(self, workload: Workload | None, peaks: Peaks, cases: tuple[Case, ...], run_key: str) -> None:
         """Draw what limits a workload, and what was measured."""
@@ -184,4 +194,4 @@ class LivePane(Vertical, can_focus=True):
         if not self._runs:
             return
         self._watts = reading.gpu.power_w if reading.gpu else reading.power_w
-        set_text(self.query_one("#telemetry", Static), reading_text(reading))
+        set_text(self._telemetry, reading_text(reading))

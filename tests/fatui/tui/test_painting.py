@@ -9,11 +9,12 @@ from rich.console import Console
 from textual._compositor import Compositor
 from textual.geometry import Region
 from textual.strip import Strip
+from textual.widget import Widget
 
 from attention.core import events as on
 from fatui.tui import terminal
 from fatui.tui.app import FatuiApp, run_app
-from fatui.tui.painting import SparingCompositor
+from fatui.tui.painting import KeepsStyles, SparingCompositor
 from tests.support.stage import on_stage
 
 
@@ -77,6 +78,32 @@ async def test_new_figures_repaint_their_rows_only():
         changed = [index for index, line in enumerate(table.lines) if line != before[index]]
         assert changed
         assert {region.y for region in table._repaint_regions} == {index + 1 for index in changed}
+
+
+async def test_lines_without_a_frame_are_what_textual_draws():
+    async with on_stage() as stage:
+        await running(stage)
+        seen = [each for each in stage.app.screen.query("*") if isinstance(each, KeepsStyles) and each.region.area]
+        assert {each.id for each in seen} >= {"rates", "memory", "progress", "comparison-table", "status", "log-view"}
+        for widget in seen:
+            crop = widget.region.reset_offset
+            ours, theirs = widget.render_lines(crop), Widget.render_lines(widget, crop)
+            assert [list(each.simplify()) for each in ours] == [list(each.simplify()) for each in theirs], widget.id
+
+
+async def test_rounds_repaint_only_the_rows_of_trends_that_changed():
+    async with on_stage() as stage:
+        await running(stage)
+        stage.seen()
+        rates, memory = stage.find("#rates"), stage.find("#memory")
+        before, rows = list(rates._rows), memory._rows
+        rates._repaint_regions.clear()
+        stage.engine.rounds(9, factor={"poc": 3.0})
+        stage.app.main._tick()
+        changed = {y for y, row in enumerate(rates._rows) if row != before[y]}
+        assert 0 < len(changed) < len(rates._rows)
+        assert {region.y for region in rates._repaint_regions} == changed
+        assert memory._rows is rows  # drawn with the table, once a second
 
 
 async def test_kept_styles_follow_the_theme():

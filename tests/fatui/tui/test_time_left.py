@@ -37,6 +37,7 @@ def shown(path):
     for at, event in events:
         while tick < at:
             clock.at = began + tick
+            cost.note_time_left(session)
             left = cost.remaining(session)
             if left is not None:
                 points.append((tick, left.seconds))
@@ -68,6 +69,15 @@ def test_an_estimate_that_jumps_is_shown_as_more_than_a_multiple():
     plan, _, _ = recorded_runs.read(RUNS[0])
     clock = Clock()
     session = Session(plan, Log(lambda: AT), Silent, command="", expected_s=10.0, clock=clock, now=lambda: AT)
+    cost.note_time_left(session)
     assert cost.remaining(session).words == "10 s left"
     session.expected_s = 100.0
     assert cost.remaining(session).words == "more than 30 s left"
+
+
+def test_asking_for_the_time_left_changes_nothing():
+    plan, _, _ = recorded_runs.read(RUNS[0])
+    session = Session(plan, Log(lambda: AT), Silent, command="", expected_s=10.0, clock=Clock(), now=lambda: AT)
+    assert cost.remaining(session).words == "10 s left"
+    session.expected_s = 100.0
+    assert cost.remaining(session).words == "1 min 40 s left"
