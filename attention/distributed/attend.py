@@ -278,7 +278,8 @@ def _attend_and_merge(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -
     if not problem.communicate:
         return out, lse
     peers, _ = collectives.peer_copies(problem.group)
-    if peers is not None and peers.takes_merge(out.shape, out.dtype) and not one_launch.is_traced(q, k, v):
+    given = [q, k, v] if problem.mask.array is None else [q, k, v, problem.mask.array]
+    if peers is not None and peers.takes_merge(out.shape, out.dtype) and not one_launch.is_traced(*given):
         sent = (problem.group.size() - 1) * (out.nbytes + lse.nbytes)
         collectives.count_bytes(sent, sent)
         results = peers.merge(out, lse, problem.return_lse)
@@ -297,8 +298,10 @@ def _attend_own_keys(q: mx.array, k: mx.array, v: mx.array, problem: Problem) ->
     if not found:
         _refuse_as_others(q, k, v, problem)
         shape = (*q.shape[:3], v.shape[3])
-        # with a gradient, as on other ranks, though it is zero
-        token = q.reshape(-1)[:1]
+        # with gradients, as on other ranks, though they are zero
+        array = problem.mask.array
+        given = [q, k, v] if array is None or array.dtype == mx.bool_ else [q, k, v, array]
+        token = mx.concatenate([x.reshape(-1)[:1].astype(mx.float32) for x in given])
         return collectives.tied(mx.zeros(shape, q.dtype), token), collectives.tied(mx.full(shape[:3], -mx.inf), token)
     mask = Mask() if pattern is None else of_pattern(pattern)
     keys, values = (joined([x[:, :, start:stop] for start, stop in places], 2) for x in (k, v))

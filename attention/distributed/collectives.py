@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple, cast
 import mlx.core as mx
 from msgspec import Struct
 
+from attention.core.errors import UnsupportedError
 from attention.distributed import peers
 from attention.implementations.calls import current_backend
 
@@ -108,8 +109,31 @@ def gathered(parts: Sequence[mx.array], group: Group) -> Gathered:
     """
     size = sum(part.nbytes for part in parts)
     count_bytes((group.size() - 1) * size, (group.size() - 1) * size)
-    *arrays, token = _gather(group)(list(parts))
+    *arrays, token = _gather(group)(list(map(unmapped, parts)))
     return Gathered(arrays, token)
+
+
+def unmapped(array: mx.array) -> mx.array:
+    """Return an array that other ranks get, or that waits for theirs; under `mx.vmap` it is refused.
+
+    MLX would mix the mapped axis with that of the ranks.
+    """
+    return cast("mx.array", _unmapped(array))
+
+
+@mx.custom_function
+def _unmapped(array: mx.array) -> mx.array:
+    return mx.stop_gradient(array)
+
+
+@_unmapped.vjp
+def _unmapped_vjp(primal: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    return cotangent
+
+
+@_unmapped.vmap
+def _refuse_vmap(array: mx.array, axis: int) -> tuple[mx.array, int]:
+    raise UnsupportedError("distributed: mx.vmap of a call over several ranks; give the arrays a batch axis instead")
 
 
 @mx.custom_function
@@ -127,7 +151,7 @@ def tied(array: mx.array, token: mx.array) -> mx.array:
 
     A collective waits for all ranks, so that a rank which needs nothing of the others must take part too.
     """
-    return cast("mx.array", _tie(array, token))
+    return cast("mx.array", _tie(unmapped(array), token))
 
 
 def peer_copies(group: Group) -> tuple[peers.PeerCopies | None, str]:

@@ -33,7 +33,7 @@ def needed(
             size = sum(part.nbytes // part.shape[2] for part in parts if part.shape[2])
             others = group.size() - 1
             collectives.count_bytes(others * rows_of(exchange.contributed[rank]) * size, exchange.received(rank) * size)
-            *made, token = _peer_moves(exchange, group, peers)(list(parts))
+            *made, token = _peer_moves(exchange, group, peers)(list(map(collectives.unmapped, parts)))
             return made, token
     own = [_contribution(part, exchange, rank) for part in parts]
     if not communicate:

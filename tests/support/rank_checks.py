@@ -156,9 +156,57 @@ def few(group) -> None:
     decode(group, "contiguous", 2, 301, mask=masks.causal() & masks.documents([150, 151]))
     decode(group, "zigzag", 3, 301, mask=masks.window(40) | masks.prefix(5))
     decode(group, "zigzag", 5, 61, mask=mx.arange(61) % 3 > 0, window=40)
+    gradient_of_one_input(group)
     covered_rows(group)
     refusals(group)
+    refuse_vmap(group)
     by_plan(group)
+
+
+def gradient_of_one_input(group) -> None:
+    """A rank that rows see no key of waits for the gradients of the others too, whatever they are of."""
+    rank = group.rank()
+    for kv_seq, mask, inputs in ((300, masks.window(20), (1, 2)), (3, None, (1, 2, 3)), (1, None, (1, 2, 3))):
+        q, k, v, _ = arrays(1, kv_seq, mx.float32)
+        keys = distributed.make_layout(kv_seq, group.size(), "contiguous")
+        own = [distributed.own_rows(x, keys, rank) for x in (k, v)]
+        layouts = {"layout": distributed.make_layout(1, group.size(), "replicated"), "key_layout": keys}
+        array = mx.random.normal((1, kv_seq), key=mx.random.key(1))
+
+        def loss(*given, mask=mask, **keywords) -> mx.array:
+            *qkv, array = given
+            return (
+                attention(*qkv, mask=array if mask is None else mask, implementation="poc", **keywords).square().sum()
+            )
+
+        for of in inputs:
+            got = mx.grad(loss, of)(q, *own, array, group=group, **layouts)
+            wanted = group.size() * mx.grad(loss, of)(q, k, v, array)
+            if of == 3:
+                got = mx.distributed.all_sum(got, group=group)
+            else:
+                wanted = distributed.own_rows(wanted, keys, rank)
+            mx.eval(got)  # a rank without keys too
+            if got.size and not mx.abs(got - wanted).max().item() < 1e-4:
+                failures.append(f"rank {rank}: gradient of input {of} alone, {kv_seq} keys")
+
+
+def refuse_vmap(group) -> None:
+    """MLX's rule for a gather mixes the mapped axis with that of the ranks."""
+    q, k, v = (mx.stack([x] * 3) for x in arrays(16, 16, mx.float32)[:3])
+    step = {"layout": distributed.make_layout(16, group.size(), "replicated")}
+    step["key_layout"] = distributed.make_layout(16 * group.size(), group.size(), "contiguous")
+    for axes, layouts in (((0, 0, 0), {}), ((0, None, None), {}), ((0, 0, 0), step)):
+        given = [x if axis == 0 else x[0] for x, axis in zip((q, k, v), axes, strict=True)]
+
+        def call(q, k, v, layouts=layouts) -> mx.array:
+            return attention(q, k, v, mask="causal", implementation="poc", group=group, **layouts)
+
+        try:
+            mx.vmap(call, in_axes=axes)(*given)
+            failures.append(f"rank {group.rank()}: mx.vmap over {axes} was not refused")
+        except UnsupportedError:
+            pass
 
 
 def covered_rows(group) -> None:
