@@ -185,8 +185,10 @@ def _attend_context(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -> 
         outs.append(joined([out for out, _ in made], 2))
         sums.append(joined([lse for _, lse in made if lse is not None], 2) if problem.return_lse else None)
     out = joined(outs, 1)
-    out = out if token is None else collectives.tied(out, token)
-    return out, joined([each for each in sums if each is not None], 1) if problem.return_lse else None
+    lse = joined([each for each in sums if each is not None], 1) if problem.return_lse else None
+    if token is None:
+        return out, lse
+    return collectives.tied(out, token), None if lse is None else collectives.tied(lse, token)
 
 
 def head_pieces(k: mx.array, v: mx.array, exchange: Exchange, mask: Mask) -> list[Chunk]:

@@ -194,7 +194,7 @@ def _gather(group: Group) -> Callable[[list[mx.array]], list[mx.array]]:
             made.append(_sum_of_own(after(cotangent, made or outputs), group))
         size = sum(cotangent.nbytes for cotangent in cotangents[:-1]) // ranks
         count_bytes((ranks - 1) * size, (ranks - 1) * size)
-        return made
+        return all_or_none(made)
 
     gather.vjp(scatter)
     return cast("Callable[[list[mx.array]], list[mx.array]]", gather)
@@ -215,12 +215,20 @@ def _together(arrays: list[mx.array]) -> list[mx.array]:
 
 @_together.vjp
 def _together_vjp(primals: Any, cotangents: Sequence[mx.array], outputs: Any) -> list[mx.array]:
-    return [cast("mx.array", mx.depends(cotangent, list(cotangents))) for cotangent in cotangents]
+    return all_or_none(cotangents)
 
 
 def after(array: mx.array, made: Sequence[mx.array]) -> mx.array:
     """Return the array, available once what was made before is."""
     return cast("mx.array", mx.depends(array, made[-1])) if made else array
+
+
+def all_or_none(arrays: Sequence[mx.array]) -> list[mx.array]:
+    """Return the arrays, each available once all are.
+
+    A rank whose results need one of several collectives takes part in the others too, as ranks do that need these.
+    """
+    return [cast("mx.array", mx.depends(array, list(arrays))) for array in arrays]
 
 
 def _sum_of_own(cotangent: mx.array, group: Group) -> mx.array:

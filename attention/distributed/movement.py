@@ -93,7 +93,7 @@ def _peer_moves(exchange: Exchange, group: Group, peers: PeerCopies) -> Callable
             made.append(_sum_of(part, cotangent, others, returned))
             row = part.shape[0] * part.shape[1] * part.shape[3] * part.itemsize
             collectives.count_bytes(returned.plan.contributed[rank] * row, returned.received * row)
-        return made
+        return collectives.all_or_none(made)
 
     move.vjp(pull_back)
     return cast("Callable[[list[mx.array]], list[mx.array]]", move)

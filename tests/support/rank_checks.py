@@ -157,6 +157,7 @@ def few(group) -> None:
     decode(group, "zigzag", 3, 301, mask=masks.window(40) | masks.prefix(5))
     decode(group, "zigzag", 5, 61, mask=mx.arange(61) % 3 > 0, window=40)
     gradient_of_one_input(group)
+    one_result(group)
     covered_rows(group)
     refusals(group)
     refuse_vmap(group)
@@ -189,6 +190,36 @@ def gradient_of_one_input(group) -> None:
             mx.eval(got)  # a rank without keys too
             if got.size and not mx.abs(got - wanted).max().item() < 1e-4:
                 failures.append(f"rank {rank}: gradient of input {of} alone, {kv_seq} keys")
+
+
+def one_result(group) -> None:
+    """The logsumexp alone, and gradients of an implementation whose logsumexp does not depend on the values."""
+    rank = group.rank()
+    q, k, v, _ = arrays(64, 64, mx.float32)
+    own = distributed.shard(q, k, v, group, "contiguous")
+
+    def logsumexp(*given, **keywords) -> mx.array:
+        return attention(*given, mask="causal", implementation="poc", return_lse=True, **keywords)[1]
+
+    def found(k) -> mx.array:
+        return logsumexp(own.q, k, own.v, group=group, layout=own.layout).square().sum()
+
+    sums = logsumexp(*own[:3], group=group, layout=own.layout)
+    mx.eval(sums)
+    slope = mx.grad(found)(own.k)
+    wanted = [logsumexp(q, k, v)[..., None], mx.grad(lambda k: logsumexp(q, k, v).square().sum())(k)]
+    for got, one in zip((sums[..., None], slope), wanted, strict=True):
+        if not mx.abs(got - distributed.own_rows(one, own.layout, rank)).max().item() < 1e-4:
+            failures.append(f"rank {rank}: the logsumexp alone, or its gradient")
+    q = q[:, :, :2]
+    step = {"layout": distributed.make_layout(2, group.size(), "replicated"), "key_layout": own.layout}
+
+    def loss(v, q=q, k=k, **keywords) -> mx.array:
+        return attention(q, k, v, window=2, implementation="baseline", **keywords).square().sum()
+
+    got, one = mx.grad(loss)(own.v, k=own.k, group=group, **step), mx.grad(loss)(v)
+    if not mx.abs(got - group.size() * distributed.own_rows(one, own.layout, rank)).max().item() < 1e-4:
+        failures.append(f"rank {rank}: gradient of values by an implementation in steps")
 
 
 def refuse_vmap(group) -> None:
