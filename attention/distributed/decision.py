@@ -22,6 +22,8 @@ Method = Literal["context", "heads", "split keys", "alone"]
 DEFAULT_BYTES_PER_S: Final = 300e9
 """What peers of one host move over NVLink, one direction, if nothing was measured."""
 DEFAULT_FLOPS_PER_S: Final = 600e12
+FLOPS_PER_BYTE: Final = 150
+"""FLOPs of a GPU in the time of reading a byte, for a memory whose rate was not measured."""
 PIECES: Final = 8
 """The share of the communication before the first computation is one over this."""
 
@@ -102,6 +104,7 @@ def decide(
     *,
     link: Link | None = None,
     flops_per_s: float = DEFAULT_FLOPS_PER_S,
+    memory_bytes_per_s: float | None = None,
     weights: Sequence[float] | None = None,
     method: Method | None = None,
     layout: Kind | None = None,
@@ -115,6 +118,8 @@ def decide(
         ranks: number of ranks.
         link: the connection between ranks.
         flops_per_s: what one rank computes.
+        memory_bytes_per_s: what one rank reads of its memory, which bounds steps of few rows; from `flops_per_s` if
+            nothing was measured.
         weights: relative speeds of the ranks.
         method: the method to take, instead of choosing.
         layout: the layout to take, instead of choosing.
@@ -127,9 +132,9 @@ def decide(
     """
     check_ranks(ranks)
     check_weights(weights, ranks)
-    own_link = link or Link()
+    own_link, memory = link or Link(), memory_bytes_per_s or flops_per_s / FLOPS_PER_BYTE
     options = [
-        _finished(option, workload, own_link, flops_per_s, weights)
+        _finished(option, workload, own_link, flops_per_s, memory, weights)
         for option in _options(workload, ranks, weights, layout, all_to_all, sharded_by)
     ]
     if ranks == 1:
@@ -228,7 +233,12 @@ def _pairs_up_to(workload: Workload, row: int) -> int:
 
 
 def _finished(
-    option: Option, workload: Workload, link: Link, flops_per_s: float, weights: Sequence[float] | None
+    option: Option,
+    workload: Workload,
+    link: Link,
+    flops_per_s: float,
+    memory_bytes_per_s: float,
+    weights: Sequence[float] | None,
 ) -> Option:
     """Return an option with its predicted time: the slowest rank's, and the communication that nothing hides."""
     speeds = [1.0] * len(option.flops) if weights is None else [w * len(weights) / sum(weights) for w in weights]
@@ -236,7 +246,7 @@ def _finished(
     if workload.seq != workload.kv_seq:  # bound by reading the keys
         kv = workload.batch * workload.kv_heads * workload.kv_seq * (workload.head_dim + workload.value_dim)
         readers = 1 if option.method == "alone" else len(option.flops)
-        computing = max(computing, kv * ITEM_BYTES[workload.dtype] / readers / (flops_per_s / 150))
+        computing = max(computing, kv * ITEM_BYTES[workload.dtype] / readers / memory_bytes_per_s)
     most = max(option.bytes_sent)
     latency = 2 * link.latency_s if option.method != "split keys" or link.merge_s is None else link.merge_s
     moving = most / link.bytes_per_s + (latency if most else 0.0)

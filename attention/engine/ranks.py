@@ -176,6 +176,8 @@ class Conditions(Struct, frozen=True, kw_only=True):
     link: Link
     flops_per_s: float
     """The best rate of the slowest rank."""
+    memory_bytes_per_s: float | None = None
+    """Bytes read and written by the best copy of the rank whose memory is slowest."""
     weights: tuple[float, ...] | None = None
     """Speeds of the ranks relative to each other; None if they are alike."""
 
@@ -204,11 +206,13 @@ def measure_group(group: mx.distributed.Group, device: Device, peaks: Peaks | No
         alike: whether all devices are of one machine, so that their speeds are taken as equal.
     """
     known = peaks if peaks and alike else measure_peaks(device, PEAKS_S)
-    rates = [rate for (rate,) in gather(group, [[known.flops_per_s or 0.0]], mx.float32)]
+    measured = gather(group, [[known.flops_per_s or 0.0, known.copy_bytes_per_s or 0.0]], mx.float32)
+    rates, copies = zip(*measured, strict=True)
     uneven = not alike and min(rates) > 0 and max(rates) > UNEVEN * min(rates)
     return Conditions(
         link=_measure_link(group),
         flops_per_s=min(rates) or DEFAULT_FLOPS_PER_S,
+        memory_bytes_per_s=min(copies) or None,
         weights=tuple(rate / max(rates) for rate in rates) if uneven else None,
     )
 
@@ -266,6 +270,7 @@ def divide(workload: Workload, conditions: Conditions | None) -> Decision:
         sharded_by="sequence",
         link=conditions.link,
         flops_per_s=conditions.flops_per_s,
+        memory_bytes_per_s=conditions.memory_bytes_per_s,
         weights=conditions.weights,
     )
 

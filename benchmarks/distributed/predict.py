@@ -23,11 +23,11 @@ MULTIPROCESSORS: Final = 132
 class PeerLink(Struct, frozen=True):
     """What peer copies between GPUs of one host take; as measured on two H200s."""
 
-    pull_bytes_per_s: float = 345e9
+    pull_bytes_per_s: float = 340e9
     """Fetched from another GPU."""
-    send_bytes_per_s: float = 1.6e12
+    send_bytes_per_s: float = 833e9
     """Copied within a GPU."""
-    latency_s: float = 45e-6
+    latency_s: float = 81e-6
 
 
 H200: Final = PeerLink()

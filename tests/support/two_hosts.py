@@ -4,6 +4,7 @@
                                   ◀─ ┘ or forwards nothing while cut         └ ◀─
 
 The link is a process and not the kernel's netem, which not every kernel has. It needs root and /dev/net/tun.
+`VethHosts` have the kernel's own link, a veth pair, whose rate its token bucket filter (`tc ... tbf`) limits.
 """
 
 import contextlib
@@ -120,6 +121,35 @@ class TwoHosts:
             yield
         finally:
             os.environ["PATH"] = before
+
+
+class VethHosts(TwoHosts):
+    """Two namespaces joined by a veth pair, with a rate by the kernel's tbf if one is given; no delay, no loss."""
+
+    def __init__(self, folder: Path, *, bytes_per_s: float | None = None) -> None:
+        super().__init__(folder)
+        self._bytes_per_s = bytes_per_s
+
+    def _set_up(self) -> None:
+        for name in self.names:
+            _run("ip", "netns", "add", name)
+            _run("ip", "-n", name, "link", "set", "lo", "up")
+        ends = [f"type veth peer name {DEVICE}", *self.names]
+        _run(*f"ip link add {DEVICE} netns {ends[1]} {ends[0]} netns {ends[2]}".split())
+        for name, address in zip(self.names, ADDRESSES, strict=True):
+            _run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", DEVICE)
+            _run("ip", "-n", name, "link", "set", "dev", DEVICE, "up")
+            if self._bytes_per_s is not None:
+                limits = f"rate {8 * self._bytes_per_s:.0f}bit burst 32kb latency 50ms"
+                _run("ip", "netns", "exec", name, *f"tc qdisc add dev {DEVICE} root tbf {limits}".split())
+
+    def cut(self) -> None:
+        """Take one end down."""
+        _run("ip", "-n", self.names[1], "link", "set", "dev", DEVICE, "down")
+
+    def mend(self) -> None:
+        """Take it up again."""
+        _run("ip", "-n", self.names[1], "link", "set", "dev", DEVICE, "up")
 
 
 def _run(*command: str) -> None:

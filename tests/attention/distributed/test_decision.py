@@ -39,3 +39,22 @@ def test_alone_every_rank_computes_all_and_sends_nothing():
     assert decision.bytes_sent == (0, 0)
     assert decision.flops[0] == step(4096).flops
     assert decision.layout == "replicated"
+
+
+def test_the_choice_changes_at_the_bandwidth_of_the_arithmetic():
+    workload, memory = step(65536), 4e12
+    sent = 4 * 7 * (2 * 128 + 4)
+    saved_s = workload.key_value_bytes / memory / 2 - 2 * 5e-6
+    for factor, method in ((0.9, "alone"), (1.1, "split keys")):
+        link = Link(bytes_per_s=factor * sent / saved_s, latency_s=5e-6)
+        assert decide(workload, 2, link=link, memory_bytes_per_s=memory).method == method
+
+
+def test_an_all_to_all_of_heads_pays_where_keys_are_many_bytes():
+    """With one query head a K/V head, rows to heads and back are fewer bytes than keys and values on eight ranks."""
+    many = Workload(seq=8192, heads=32, head_dim=128, dtype="bfloat16", mask="causal")
+    slow = Link(bytes_per_s=1e9)
+    assert decide(many, 8, link=slow, sharded_by="sequence", all_to_all=True).method == "heads"
+    assert decide(many, 8, link=slow, sharded_by="sequence").method == "context"
+    few = Workload(seq=8192, heads=32, kv_heads=8, head_dim=128, dtype="bfloat16", mask="causal")
+    assert decide(few, 2, link=slow, sharded_by="sequence", all_to_all=True).method == "context"
