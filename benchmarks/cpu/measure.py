@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -20,7 +20,7 @@ from attention.kernels import cpu
 from attention.kernels.cpu import library
 from attention.measure.device import usable_cores
 from attention.measure.rounds import Arm, TimedCall, calls_for, take_sample
-from benchmarks.rounds import EvaluatedCalls, MlxCalls, TorchCalls, sample
+from benchmarks.rounds import Call, EvaluatedCalls, MlxCalls, TorchCalls, sample
 
 TYPES: Final[dict[str, mx.Dtype]] = {name: getattr(mx, name) for name in DTYPES}
 
@@ -87,6 +87,35 @@ SETTLE_S: Final = 0.012
 """Torch's threads spin for 7 ms after a call, which would take half a processor from the next sample."""
 
 
+UNFREED_BYTES: Final = 2**20
+"""Size of outputs at which `FreedCalls` evaluates and frees them."""
+
+
+class FreedCalls(MlxCalls):
+    """MLX calls whose outputs are evaluated and freed before much memory is in use, as PyTorch's are.
+
+    The outputs of all calls of a sample would be in new pages, which Linux has to clear first: a tenth of the time of
+    4/8/256/32, and a third on a busy virtual machine. A model frees what it has used, too.
+    """
+
+    def __init__(self, call: Call, output_bytes: int) -> None:
+        super().__init__(call)
+        self._at_once = max(1, UNFREED_BYTES // output_bytes)
+        self._queued: list[object] = []
+
+    def queue(self) -> object:
+        """Queue the next call."""
+        self._queued.append(super().queue())
+        if len(self._queued) >= self._at_once:
+            self.wait(())
+        return None
+
+    def wait(self, outputs: Sequence[object]) -> None:
+        """Evaluate and free the outputs of queued calls."""
+        super().wait(self._queued)
+        self._queued.clear()
+
+
 def ours(shape: BenchShape, dtype: str, backward: bool = False, fused: bool = True) -> TimedCall:
     """Return calls of the CPU kernel, or of MLX's own attention if `fused` is false."""
     q, k, v, cotangent = (mx.array(x).astype(TYPES[dtype]) for x in shape.numbers())
@@ -100,8 +129,8 @@ def ours(shape: BenchShape, dtype: str, backward: bool = False, fused: bool = Tr
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
     if backward:
-        return MlxCalls(lambda: mx.vjp(attend, [q, k, v], [cotangent])[1])
-    return MlxCalls(lambda: attend(q, k, v))
+        return FreedCalls(lambda: mx.vjp(attend, [q, k, v], [cotangent])[1], q.nbytes + k.nbytes + v.nbytes)
+    return FreedCalls(lambda: attend(q, k, v), q.nbytes)
 
 
 def torchs(shape: BenchShape, dtype: str, backward: bool = False) -> TimedCall | None:

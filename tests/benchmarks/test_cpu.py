@@ -1,7 +1,9 @@
 """The CPU kernel's benchmark: fair rounds, and a table with a verdict for each figure."""
 
+import mlx.core as mx
 import pytest
 
+from attention.measure.rounds import take_sample
 from benchmarks.cpu import measure
 from benchmarks.cpu.claims import BenchReport, claims
 from benchmarks.cpu.measure import DECODE, SHAPES, BenchRow, BenchShape, DecodeRow, StartTimes, TinyCall
@@ -35,6 +37,16 @@ def report(variant: str = "avx512_bf16", **changes: float) -> BenchReport:
     made.start = StartTimes(figures["first"], 19.0, figures["whole"], figures["later"])
     made.memory_per_thread = figures["memory"]
     return made
+
+
+def test_outputs_of_a_sample_are_freed_on_the_way():
+    x = mx.zeros(measure.UNFREED_BYTES // 8)
+    mx.eval(x)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    take_sample(measure.FreedCalls(lambda: x + 1, x.nbytes), 8)
+    assert mx.get_peak_memory() - before < 1.1 * measure.UNFREED_BYTES
+    assert mx.get_active_memory() - before < x.nbytes
 
 
 def test_everything_holds_where_all_targets_are_met():

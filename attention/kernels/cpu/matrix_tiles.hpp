@@ -9,7 +9,7 @@
 #pragma once
 #include "vector.hpp"
 
-#if defined(__AMX_BF16__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define FATUI_MATRIX_TILES 1
 #include <cstdlib>
 #include <sys/syscall.h>

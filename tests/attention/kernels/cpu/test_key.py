@@ -1,6 +1,7 @@
 """The cache key of a compiled CPU kernel: its source, flags and tools, and the exact processor."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -143,3 +144,14 @@ def test_a_refused_matrix_unit_is_not_named():
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     before, loaded = found.stdout.split()
     assert before == loaded != "amx"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="flags of x86")
+@pytest.mark.parametrize("pairs", [True, False])
+def test_the_matrix_unit_is_used_where_its_name_is(pairs):
+    flags = ("-march=skylake-avx512", "-mamx-tile", "-mamx-bf16", *(("-mavx512bf16",) if pairs else ()))
+    command = (*build.compiler(), "-std=c++20", *flags, "-E", "-dM", str(build.SOURCES / "variant.cpp"))
+    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    if asked.returncode != 0:
+        pytest.skip("the compiler has no AMX")
+    assert ("#define FATUI_MATRIX_TILES" in asked.stdout) == pairs
