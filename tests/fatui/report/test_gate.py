@@ -91,6 +91,16 @@ def test_runs_in_turns_show_a_planted_slowdown(factor, count):
     assert sum(not gate.passed for gate in gates) >= 0.98 * count
 
 
+def test_a_gate_ends_when_five_pairs_decide_or_there_are_no_more():
+    pairs = in_turns(pairs_with({}, 5, 1, 0.001))
+    four, five = (judge(compare_pairs(pairs[:number]), THREE) for number in (4, 5))
+    assert four.decided
+    assert not four.ended(most=12)
+    assert five.ended(most=12)
+    noisy = judge(compare_pairs(in_turns(pairs_with({}, 6, 1, 0.2))), THREE)
+    assert [noisy.ended(most) for most in (6, 7)] == [True, False]
+
+
 @pytest.mark.parametrize(("noise", "count"), [(0.03, 8), slow(0.004, 300), slow(0.15, 300)])
 def test_the_same_code_in_turns_passes_at_every_look(noise, count):
     for seed in range(count):
