@@ -8,6 +8,7 @@ after the other, the change is the geometric mean, and its interval has in it ho
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from statistics import median
 from typing import Final, Literal, TypeVar
@@ -384,12 +385,17 @@ class MachineTable(Struct, frozen=True, kw_only=True):
 
 
 def by_machine(reports: Sequence[Report]) -> MachineTable:
-    """Put the rows of runs side by side, those of one device and backend together."""
+    """Put the rows of runs side by side, those of one machine together.
+
+    A machine is a device and backend, on the CPU with so many cores and so much memory: virtual machines name their
+    processors alike.
+    """
+    names = _machine_names(reports)
     machines: dict[str, int] = {}
     found: dict[tuple[AnyWorkload, str], dict[int, tuple[AnyCase, Row]]] = {}
     versions: dict[str, dict[str, None]] = {}
     for report in sorted(reports, key=lambda each: each.run.started):
-        name = machine_name(report)
+        name = names[_machine_key(report)]
         number = machines.setdefault(name, len(machines))
         versions.setdefault(name, {})[f"fatui {report.environment.fatui}, MLX {report.environment.mlx}"] = None
         for case in report.all_cases:
@@ -412,6 +418,22 @@ def machine_name(report: Report) -> str:
     """Return the device and the backend of a run."""
     where = report.environment
     return f"{where.machine or 'unknown device'}, {where.backend or 'unknown backend'}"
+
+
+def _machine_key(report: Report) -> tuple[str, ...]:
+    """Return what runs of one machine have in common."""
+    where, conditions = report.environment, report.conditions
+    if where.backend != "cpu":
+        return (machine_name(report),)
+    cores = f"{conditions.cores} cores" if conditions and conditions.cores else "unknown cores"
+    return machine_name(report), cores, formatting.size(where.memory_bytes)
+
+
+def _machine_names(reports: Sequence[Report]) -> dict[tuple[str, ...], str]:
+    """Return the name of each machine, with cores and memory where several have the same."""
+    keys = dict.fromkeys(map(_machine_key, reports))
+    alike = Counter(name for name, *_ in keys)
+    return {key: ", ".join(key) if alike[key[0]] > 1 else key[0] for key in keys}
 
 
 def _beside(found: dict[int, tuple[AnyCase, Row]]) -> tuple[MachineRow, ...]:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from msgspec import structs
 
-from attention.core.results import Environment, Report
+from attention.core.results import Conditions, Environment, Report
 from attention.core.workload import Workload
 from fatui.cli import output
 from fatui.cli import run as cli_run
@@ -163,6 +163,17 @@ def test_machines_stand_side_by_side():
             for row in case.rows
             if row.implementation == name
         )
+
+
+def test_machines_with_the_same_processor_and_other_cores_are_two():
+    runs = [
+        structs.replace(on_device("A", f"a{cores}"), conditions=Conditions(cores=cores, other_cores=0.0))
+        for cores in (2, 4)
+    ]
+    table = comparison.by_machine(runs)
+    assert [name.split(", ")[2] for name in table.machines] == ["2 cores", "4 cores"]
+    assert all(entries[1].across is not None for entries in table.rows.values())
+    assert comparison.by_machine(runs[:1]).machines == ("A, cpu",)
 
 
 def test_ratios_between_machines_are_marked(tmp_path, capsys):
