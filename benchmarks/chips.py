@@ -19,8 +19,9 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 from typing import Any, Final
 
 import msgspec
@@ -164,15 +165,30 @@ WORST: Final = 8
 """Rows of each check that are named as the worst."""
 
 
-def read_rows(folder: Path, pattern: str, chip: Chip | None = None) -> list[Measured]:
-    """Return the measured rows of runs kept in a folder."""
-    rows = []
+def read_passes(folder: Path, pattern: str, chip: Chip | None = None) -> list[list[Measured]]:
+    """Return the measured rows of runs kept in a folder, those of one call together."""
+    found: dict[tuple[Workload, str, str], list[Measured]] = {}
     for path in sorted(folder.glob(pattern)):
         report = msgspec.json.decode(path.read_bytes(), type=Report)
         own = chip or chip_of_device(report.environment.device)
         assert own is not None, f"{path}: {report.environment.device} is not in the table of chips"
-        rows += rows_of(report, own, path.name)
-    return rows
+        for row in rows_of(report, own, path.name):
+            found.setdefault((row.workload, row.implementation, row.path), []).append(row)
+    return list(found.values())
+
+
+def read_rows(folder: Path, pattern: str, chip: Chip | None = None) -> list[Measured]:
+    """Return the measured rows of runs kept in a folder; of a call that was measured several times the mean."""
+    return [
+        replace(rows[0], seconds=geometric_mean(row.seconds for row in rows))
+        for rows in read_passes(folder, pattern, chip)
+    ]
+
+
+def repeatability(passes: Sequence[Sequence[Measured]]) -> float | None:
+    """Return by how much the first two times of a call differ, the median over the calls; None without two."""
+    both = [rows for rows in passes if len(rows) > 1]
+    return median(abs(rows[1].seconds / rows[0].seconds - 1) for rows in both) if both else None
 
 
 def calibration_rows() -> list[Measured]:

@@ -35,6 +35,8 @@ NO_SPLIT: Final = 1e9
 ROUND_KEYS: Final = 64
 WARM: Final = 0.7
 """Share of a cache that arrays may take and still be found there."""
+CORE_CACHE_BYTES: Final = 2**21
+"""Last cache that a core of a CPU has for itself, of the Xeon whose rows are kept. What is beyond counts as memory."""
 SHARED_BYTES: Final = {"cuda": 101_376, "metal": 65_536, "cpu": 0}
 """Shared memory of a core where no source states it: the least of the GPUs that the kernels were made for."""
 PASS_BYTES: Final = {"cuda": 10.5, "metal": 10.5, "cpu": 64.0}
@@ -173,8 +175,10 @@ def _times(seconds: float | None, factor: float) -> float | None:
 
 def _traffic(workload: Workload, chip: Chip) -> tuple[float | None, float]:
     """Return the seconds of reading and writing the arrays of a call in memory, and the bytes of those in the cache."""
-    moved = workload.bytes_moved
-    share = WARM * (chip.cache_bytes or 0.0) / moved
+    moved, cache = workload.bytes_moved, chip.cache_bytes or 0.0
+    if chip.backend == "cpu":
+        cache = min(cache, CORE_CACHE_BYTES * (chip.cores or 1.0))
+    share = WARM * cache / moved
     resident = 1.0 if share >= 1 else share**2  # a cyclic sweep beyond the cache evicts most of it
     return _over(moved * (1 - resident), chip.bytes_per_s), moved * resident
 

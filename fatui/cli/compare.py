@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from fatui.storage.history import RunHistory
 
 MAX_THRESHOLD_BYTES: Final = 2**16
+GAP: Final = 2
+DROPPED_FIRST: Final = ("tokens/s", "memory")
+"""Columns that a table of several machines leaves out if it would be too wide."""
 EXAMPLE: Final = """examples:
   fatui compare last~1 last     the run before the last, and the last
   fatui compare 3f9c 81d0
@@ -127,21 +130,28 @@ def _print_or_write(table: "RenderableType", text: str, exports: "Sequence[Expor
 
 
 def _machine_blocks(table: "MachineTable") -> "RenderableType":
+    from rich.cells import cell_len
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     from fatui.report.comparison import HEADS, NOTE, cells, labels
-    from fatui.report.table import short_name
+    from fatui.report.table import WIDTH, short_name
 
     blocks: list[RenderableType] = [Text(f"[{number}] {name}") for number, name in enumerate(table.machines, 1)]
     for label, rows in labels(table).items():
-        shown = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
-        for head in HEADS:
-            shown.add_column("" if head == "implementation" else head, no_wrap=True)
-        for name, entry in rows:
-            first, *rest = cells(name, entry)
-            shown.add_row(short_name(first), *rest)
+        shown = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
+        heads = ("", *HEADS[1:])
+        texts = [(short_name(first), *rest) for first, *rest in (cells(name, entry) for name, entry in rows)]
+        columns = list(zip(heads, *texts, strict=True))
+        for head in ("", *DROPPED_FIRST):  # what does not fit would be cut, figures too
+            columns = [column for column in columns if not head or column[0] != head]
+            if sum(max(map(cell_len, column)) + GAP for column in columns) <= WIDTH + GAP:
+                break
+        for column in columns:
+            shown.add_column(column[0], no_wrap=True)
+        for row in list(zip(*columns, strict=True))[1:]:
+            shown.add_row(*row)
         blocks += [Text(f"\n{label}", style="bold"), shown]
     return Group(*blocks, *(Text(f"  {note}", style="dim") for note in (NOTE, *table.notes)))
 

@@ -188,6 +188,19 @@ def test_ratios_between_machines_are_marked(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("width", "heads"), [(100, {"tokens/s", "memory"}), (78, {"memory"}), (60, set())], ids=("wide", "narrow", "least")
+)
+def test_machines_side_by_side_leave_out_columns_before_figures_are_cut(width, heads, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fatui.report.table.WIDTH", width)
+    for name in ("A", "B"):
+        (tmp_path / f"{name}.json").write_bytes(msgspec.json.encode(on_device(name, name.lower())))
+    assert main(["compare", str(tmp_path), "--by", "device"]) == 0
+    head = next(line for line in capsys.readouterr().out.splitlines() if "per call" in line)
+    assert {"tokens/s", "memory"} & set(head.split()) == heads
+    assert "status" in head
+
+
+@pytest.mark.parametrize(
     ("arguments", "problem"),
     [
         (["last"], "got 1 names"),
