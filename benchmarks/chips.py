@@ -18,7 +18,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -257,13 +257,23 @@ SEEDS: Final = range(5)
 
 
 def check_half_of_cpu(seed: int = 0, intervals: bool = True) -> list[Checked]:
-    """Predict each half of the CPU's shapes, divided at random, from the rows of the other half."""
+    """Predict each half of the CPU's shapes from the rows of the other half.
+
+    They are divided at random, those of each pass and dtype for themselves, so that no family is on one side alone.
+    """
     rows = read_rows(CALIBRATED_ON, "cpu-*.json", CPU_CHIP)
-    shapes = list(dict.fromkeys(row.workload for row in rows))
-    half = set(random.Random(seed).sample(shapes, len(shapes) // 2))
+    half = half_of({row.workload for row in rows}, seed)
     parts = [[row for row in rows if (row.workload in half) is inside] for inside in (True, False)]
     made = [calibrate(part, intervals=intervals) for part in parts]
     return [*_checked(parts[0], made[1]), *_checked(parts[1], made[0])]
+
+
+def half_of(shapes: Set[Workload], seed: int) -> set[Workload]:
+    """Return half of the shapes of each pass and dtype, at random."""
+    draw, groups = random.Random(seed), dict[tuple[str, str], list[Workload]]()
+    for shape in sorted(shapes, key=lambda each: each.label):
+        groups.setdefault((shape.pass_, shape.dtype), []).append(shape)
+    return {shape for group in groups.values() for shape in draw.sample(group, len(group) // 2)}
 
 
 def _checked(rows: Sequence[Measured], made: Calibration, hosts: Mapping[str, float] | None = None) -> list[Checked]:

@@ -47,6 +47,7 @@ STARTS: Final = {
     "vector": 0.03,
     "memory": 1.2,
     "cache": 0.02,
+    "blocks": 1e-6,
     "scores": 4.0,
     "mask": 1.0,
 }
@@ -57,6 +58,7 @@ SPREADS: Final = {
     "vector": 0.7,
     "memory": 0.3,
     "cache": 0.7,
+    "blocks": 1.5,
     "scores": 1.0,
     "mask": 1.5,
 }
@@ -67,7 +69,7 @@ UNTUNED: Final = {"matrix": 2.0, "vector": 2.0, "memory": 1.5, "scores": 2.0}
 """Wider ones, for a CPU."""
 FAR: Final = 0.7
 """Logarithm of the factor by which the prior may be off before a fit begins at several places."""
-POOR: Final = 0.1
+POOR: Final = 0.03
 """Median log error of a fit from which others begin where each term alone explains the rows."""
 START_POWER: Final = 2.0
 OVERLAP: Final = 4.0
@@ -309,14 +311,16 @@ def _beginnings(start: Vector, measured: Vector, predicted: Vector) -> list[Vect
 
 
 def _alone(start: Vector, table: Vector, measured: Vector) -> list[Vector]:
-    """Return beginnings where one term, alone, explains the rows that have it."""
+    """Return beginnings where one term, alone, explains the rows that have it, and where all do in equal parts."""
     made = []
     for column in range(len(FIXED), table.shape[1]):
         has = table[:, column] > 0
         begin = start.copy()
         begin[column] = float(np.median(measured[has] - np.log(table[has, column])))
         made.append(begin)
-    return made
+    together = np.max(made, axis=0) - math.log(max(1, len(made)))
+    together[: len(FIXED)], together[-1] = start[: len(FIXED)], 0.0
+    return [*made, together]
 
 
 def _log_times(table: Vector, theta: Vector) -> Vector:

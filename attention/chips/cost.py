@@ -22,13 +22,14 @@ from attention.kernels.cuda.sm90.schedule import makespan, tile_ranges
 
 Path = Literal["Hopper", "split K", "general", "fused", "unfused", "CPU kernel", "torch CPU", "packed"]
 """Kind of a path: what its costs are counted by, and calibrated apart."""
-TERMS: Final = ("launch", "start", "matrix", "vector", "memory", "cache", "scores", "mask")
+TERMS: Final = ("launch", "start", "matrix", "vector", "memory", "cache", "blocks", "scores", "mask")
 """What each term is.
 
 launch: a constant of the host; start: one of the chip; matrix: products at tile granularity; vector: exponentials;
 memory: arrays read and written; cache: those that stay there, and keys and values that each tile of queries reads
-again; scores: passes of an unfused path over its score matrix; mask: further passes if it is masked, or in fused
-training products of masked pairs, which some kernels do not skip.
+again; blocks: what a CPU does once for each block of queries and keys, such as calls of a library's product; scores:
+passes of an unfused path over its score matrix; mask: further passes if it is masked, or in fused training products of
+masked pairs, which some kernels do not skip.
 """
 NO_SPLIT: Final = 1e9
 """Cost of joining the parts of a tile, for kernels that do not split tiles."""
@@ -58,6 +59,8 @@ class Costs(Struct, frozen=True):
     vector: float | None = 0.0
     memory: float | None = 0.0
     cache: float | None = 0.0
+    blocks: float = 0.0
+    """Times a calibrated number of seconds."""
     scores: float | None = 0.0
     mask: float | None = 0.0
 
@@ -138,7 +141,7 @@ def costs(workload: Workload, chip: Chip, path: Path) -> Costs:
         ValueError: no tile of the kernel fits in the shared memory of a core.
     """
     rate, cycles = chip.rate(workload.dtype), chip.cycles_per_s
-    memory, resident = _traffic(workload, chip)
+    memory, resident = _traffic(workload, chip, path)
     if path == "unfused":
         return _unfused(workload, chip, memory, resident)
     if path == "split K" or workload.pass_ == "decode":
@@ -150,13 +153,14 @@ def costs(workload: Workload, chip: Chip, path: Path) -> Costs:
             memory=_times(memory, slowed),
             cache=_over(resident * slowed, cycles),
         )
-    pairs, read = (_visited_on_cpu if path in PARTS else _visited)(workload, chip, path)
+    pairs, read, blocks = (_visited_on_cpu if path in PARTS else _visited)(workload, chip, path)
     hidden = workload.scores - workload.pairs if workload.pass_ == "training" else 0
     return Costs(
         matrix=_over(pairs * _pair_flops(workload), rate),
         vector=_over(pairs, cycles),
         memory=memory,
         cache=_over(resident + read, cycles),
+        blocks=blocks,
         mask=_over(hidden * _pair_flops(workload), rate),
     )
 
@@ -173,14 +177,24 @@ def _times(seconds: float | None, factor: float) -> float | None:
     return None if seconds is None else seconds * factor
 
 
-def _traffic(workload: Workload, chip: Chip) -> tuple[float | None, float]:
+def _traffic(workload: Workload, chip: Chip, path: Path) -> tuple[float | None, float]:
     """Return the seconds of reading and writing the arrays of a call in memory, and the bytes of those in the cache."""
     moved, cache = workload.bytes_moved, chip.cache_bytes or 0.0
     if chip.backend == "cpu":
         cache = min(cache, CORE_CACHE_BYTES * (chip.cores or 1.0))
-    share = WARM * cache / moved
-    resident = 1.0 if share >= 1 else share**2  # a cyclic sweep beyond the cache evicts most of it
-    return _over(moved * (1 - resident), chip.bytes_per_s), moved * resident
+    kept = _kept(moved, cache)
+    again, kept_again = 0.0, 0.0
+    if path == "torch CPU":  # each query head reads the keys and values that it shares with others
+        again = workload.key_value_bytes * (workload.heads / workload.kv_heads - 1)
+        kept_again = _kept(workload.key_value_bytes / (workload.batch * workload.kv_heads), CORE_CACHE_BYTES)
+    beyond = moved * (1 - kept) + again * (1 - kept_again)
+    return _over(beyond, chip.bytes_per_s), moved * kept + again * kept_again
+
+
+def _kept(size: float, cache: float) -> float:
+    """Return the share of arrays of a size that a cache still holds when they are read again."""
+    share = WARM * cache / size if size else 1.0
+    return 1.0 if share >= 1 else share**2  # a cyclic sweep beyond the cache evicts most of it
 
 
 def _unfused(workload: Workload, chip: Chip, memory: float | None, resident: float) -> Costs:
@@ -211,7 +225,7 @@ def _decode_rounds(workload: Workload, cores: int) -> float:
     return max(1.0, waves * (size / ROUND_KEYS + 1) / even)
 
 
-def _visited(workload: Workload, chip: Chip, path: Path) -> tuple[float, float]:
+def _visited(workload: Workload, chip: Chip, path: Path) -> tuple[float, float, float]:
     """Return the pairs that all cores could compute until the one that ends last is done, and the bytes of tiles read.
 
     The bytes are of keys and values, which each tile of queries reads.
@@ -227,11 +241,11 @@ def _visited(workload: Workload, chip: Chip, path: Path) -> tuple[float, float]:
         )
         steps = makespan(cores, planes, ranges, tiles.joining) * tiles.step
         visited = planes * sum(stop - start for start, stop in ranges)
-        found.append((steps * tiles.rows * tiles.keys * cores, visited * tiles.keys * row_bytes))
+        found.append((steps * tiles.rows * tiles.keys * cores, visited * tiles.keys * row_bytes, 0.0))
     return min(found)
 
 
-def _visited_on_cpu(workload: Workload, chip: Chip, path: Path) -> tuple[float, float]:
+def _visited_on_cpu(workload: Workload, chip: Chip, path: Path) -> tuple[float, float, float]:
     """Return the same for the kernels of a CPU, whose threads take items of rows.
 
     Within its tiles `poc` skips what a part of 16 rows does not see; torch computes whole blocks of keys.
@@ -246,10 +260,12 @@ def _visited_on_cpu(workload: Workload, chip: Chip, path: Path) -> tuple[float, 
     def unseen(first: int) -> int:
         return 0 if workload.window is None else max(0, first + shift + 1 - workload.window)
 
-    pairs, read, longest = 0, 0, 0
+    pairs, read, blocks, longest = 0, 0, 0, 0
     for first in range(0, workload.seq, rows):
         end = min(workload.seq, first + rows)
-        read += min(workload.kv_seq, -(-seen(end - 1) // keys) * keys) - unseen(first) // keys * keys
+        begun, ended = unseen(first) // keys, -(-seen(end - 1) // keys)
+        read += min(workload.kv_seq, ended * keys) - begun * keys
+        blocks += ended - begun
         own = 0
         for begin in range(first, end, part):
             last = min(end, begin + part) - 1
@@ -260,7 +276,7 @@ def _visited_on_cpu(workload: Workload, chip: Chip, path: Path) -> tuple[float, 
     alike = pairs == tiles * longest
     busiest = longest * -(-planes * tiles // cores) if alike else max(longest, planes * pairs / cores)
     row_bytes = (workload.head_dim + workload.value_dim) * ITEM_BYTES[workload.dtype]
-    return float(busiest * cores), float(planes * read * row_bytes)
+    return float(busiest * cores), float(planes * read * row_bytes), planes * blocks / cores
 
 
 def _poc_rows(seq: int) -> tuple[int, int, int, int]:

@@ -52,6 +52,7 @@ LIMITS: Final = {
     "vector": "exponentials and other vector work",
     "memory": "memory traffic",
     "cache": "cache traffic",
+    "blocks": "what is done once for each block",
     "scores": "memory traffic of the score matrix",
     "mask": "masked pairs",
 }

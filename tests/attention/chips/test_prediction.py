@@ -286,3 +286,30 @@ def test_a_cpu_kernel_computes_what_parts_of_a_tile_see():
 def test_a_cpus_last_round_of_items_counts_whole():
     uneven, even = Workload(seq=64, heads=5), Workload(seq=64, heads=8)
     assert flops_of(uneven, "CPU kernel") == pytest.approx(flops_of(even, "CPU kernel"))
+
+
+def test_torchs_query_heads_each_read_the_keys_that_they_share_on_a_cpu():
+    chip = chips()["xeon-8580"].scaled(cores=4 / 60)
+    small, large = (
+        Workload(kv_seq=keys, heads=16, kv_heads=4, head_dim=128, dtype="bfloat16", pass_="decode")
+        for keys in (512, 16384)
+    )
+    assert costs(small, chip, "torch CPU").memory == 0
+    assert costs(small, chip, "torch CPU").cache > 3 * costs(small, chip, "CPU kernel").cache
+    assert costs(large, chip, "torch CPU").memory > 3 * costs(large, chip, "CPU kernel").memory
+
+
+def test_what_is_beyond_the_cores_own_caches_is_memory_on_a_cpu():
+    chip = chips()["xeon-8580"].scaled(cores=4 / 60)
+    large = Workload(kv_seq=65536, heads=8, head_dim=128, dtype="bfloat16", pass_="decode")
+    assert large.bytes_moved < chip.cache_bytes
+    assert costs(large, chip, "CPU kernel").memory > 0
+    assert costs(large, chip.scaled(cores=60), "CPU kernel").memory < costs(large, chip, "CPU kernel").memory
+
+
+def test_a_cpu_counts_the_blocks_of_its_kernels():
+    chip, seen = chips()["xeon-8580"].scaled(cores=4 / 60), {}
+    for mask in ("none", "causal"):
+        workload = Workload(seq=1024, heads=8, mask=mask)
+        seen[mask] = [costs(workload, chip, path).blocks for path in ("CPU kernel", "torch CPU")]
+    assert seen == {"none": [8 * 16 * 8 / 4, 8 * 4 * 2 / 4], "causal": [8 * 72 / 4, 8 * (1 + 1 + 2 + 2) / 4]}
