@@ -396,8 +396,15 @@ class Engine:
         return max(HUNG_S, weights / SLOW_WEIGHTS_PER_S + pass_s)
 
     def _resume_after(self, reason: str) -> None:
-        """Fail the row that was running, and create the assignment of the next worker."""
-        if self.record.current_case is None:
+        """Fail the row that was running, and create the assignment of the next worker.
+
+        Where no row is to blame, a group's failure is told in a message.
+        """
+        case = self.record.current_case
+        blameless = case is None or self._culprit is None or self.record.cases[case].stopped_by is not None
+        if self._grouped and blameless and not self.record.done:
+            self._dispatch(on.Message(level="info", text=f"{reason}; the group of ranks is formed again"))
+        if case is None:
             return
         consequence = REGROUPED if self._grouped else CUT if self._remote else RESTARTED
         assignment = next_assignment(self._assignment, self.record, self._culprit, reason, self._dispatch, consequence)

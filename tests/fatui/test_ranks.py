@@ -1,6 +1,8 @@
 """Runs over several ranks on the ring backend: figures of each rank, and failures that cost one row."""
 
 import asyncio
+import os
+import signal
 import socket
 import time
 from pathlib import Path
@@ -206,6 +208,27 @@ def test_a_port_in_use_is_named() -> None:
         ran = run(plan(hosts=("127.0.0.1", f"127.0.0.1:{port}")))
     assert ran.engine.record.refused is not None
     assert f"rank 1: its address 127.0.0.1:{port} is in use" in ran.engine.record.refused.reason
+    assert not ran.left_over()
+
+
+@pytest.mark.slow
+def test_a_rank_lost_before_the_first_case_is_told_in_a_line() -> None:
+    events: list[tuple[float, on.AnyEvent]] = []
+    killed: list[int] = []
+
+    def listen(event: on.AnyEvent) -> None:
+        events.append((time.monotonic(), event))
+        if isinstance(event, on.RankStarted) and event.rank == 1 and not killed:
+            killed.append(event.process_id)
+            os.kill(event.process_id, signal.SIGKILL)
+
+    engine = Engine(plan(), listen, peaks=PEAKS)
+    asyncio.run(asyncio.wait_for(engine.run(), 120))
+    ran = Ran(engine, events)
+    texts = [event.text for _, event in events if isinstance(event, on.Message)]
+    words = "rank 1: killed by signal 9 (SIGKILL)"
+    assert [text for text in texts if text.startswith(words) and text.endswith("the group of ranks is formed again")]
+    assert ran.row("baseline").status == "ok"
     assert not ran.left_over()
 
 
