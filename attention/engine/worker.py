@@ -7,6 +7,7 @@ import argparse
 import os
 import platform
 import select
+import signal
 import sys
 import threading
 import time
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from attention.measure.device import Device
 
 HEARTBEAT_S: Final = 1.0
+PR_SET_PDEATHSIG: Final = 1
+"""The option of Linux's prctl for the signal that a process gets when its parent ends."""
 
 
 def main() -> int:
@@ -52,9 +55,12 @@ def main() -> int:
         if mark_file is not None:
             os.pwrite(mark_file, bytes([number]), 0)
 
+    rank = None if arguments.rank is None else msgspec.json.decode(arguments.rank, type=RankSetting)
+    if rank is None or rank.orphan_s is None:  # on another host the parent is a shell, whose end means nothing
+        _get_killed_with_parent()
     _prefer_oom_kill()
-    if arguments.rank is not None:
-        return _run_rank(msgspec.json.decode(arguments.rank, type=RankSetting), emit, mark)
+    if rank is not None:
+        return _run_rank(rank, emit, mark)
     assignment = msgspec.json.decode(sys.stdin.buffer.readline(), type=Assignment)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _load_blas(assignment.plan.blas, emit)
@@ -265,6 +271,14 @@ def _exit_with_parent(orphan_s: float | None = None) -> None:
         if not os.read(0, 4096):  # not through sys.stdin, whose lock this thread would hold when the interpreter ends
             break
     os._exit(1)
+
+
+def _get_killed_with_parent() -> None:
+    """Make Linux kill this process when the thread that started it ends: a stopped process reads no closed pipe."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _prefer_oom_kill() -> None:
