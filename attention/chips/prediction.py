@@ -1,8 +1,8 @@
 """Predictions: the time of a call on a chip that need not be here, with an interval, and what limits it.
 
-The interval is the conformal one of the family that the chip is like (`calibration.py`), widened by how unlike the chip
-is: by nothing for the chip of the calibration itself, else by an assumption that grows with the distance. How far the
-assumption for the same architecture holds is checked (`python -m benchmarks.chips check`).
+The interval is the conformal interval of the calibration family that fits the call (`calibration.py`), widened by how
+much the chip differs from the calibrated one: not at all for that chip itself, else by an assumed factor. The factor
+for chips of the same architecture is checked (`python -m benchmarks.chips check`).
 """
 
 import math
@@ -38,12 +38,12 @@ WIDENING: Final[dict[Likeness, float]] = {
     "another vendor": math.log(2.5),
 }
 """Added to the half width in quadrature, in logarithms; all but the first are assumptions."""
-HOSTS: Final = math.log(1.4)
-"""How far hosts of the same GPU differ in the time of a launch, in logarithms: seen on those of H200s.
+HOST_SPREAD: Final = math.log(1.4)
+"""How much hosts of the same GPU differ in launch time, in logarithms, as seen among hosts of H200s.
 
-Added in quadrature by the share of the launch in the predicted time, unless the host's launches were measured.
+Added in quadrature, weighted by the launch's share of the predicted time, unless the host's launches were measured.
 """
-KNOWN_HOST: Final = math.log(1.1)
+KNOWN_HOST_SPREAD: Final = math.log(1.1)
 """The same for a host whose launches were measured; an assumption."""
 LIMITS: Final = {
     "launch": "the launch of a call",
@@ -118,8 +118,8 @@ def predict(
         implementation: what computes it.
         chip: the chip.
         given: the calibration; the package's by default.
-        launch_s: what the host launches a call of MLX in, `queued_launch_s` of its runs' peaks, if that is known.
-        hosts: the host's time of a launch over that of the calibration's host, by library, if that is known.
+        launch_s: seconds that a launch by MLX takes on the host (`queued_launch_s` of its runs' peaks), if known.
+        hosts: launch time of the host over that of the calibration's host, by library, if known.
     """
     known = given or calibration()
     if implementation == "demo":
@@ -155,8 +155,10 @@ def predict(
     predicted = seconds(found, family.constants)
     like = likeness(chip, family)
     shares = parts(found, family.constants)
-    fixed = sum(shares.get(name, 0.0) for name in FIXED)  # which of the two is the host's, few rows tell
-    half = math.hypot(family.half_width, WIDENING[like], (KNOWN_HOST if host else HOSTS) * min(1.0, fixed / predicted))
+    fixed = sum(shares.get(name, 0.0) for name in FIXED)  # few rows can separate the host's share
+    half = math.hypot(
+        family.half_width, WIDENING[like], (KNOWN_HOST_SPREAD if host else HOST_SPREAD) * min(1.0, fixed / predicted)
+    )
     return Prediction(
         workload=workload,
         implementation=implementation,
@@ -177,9 +179,9 @@ def predict(
 
 
 def hosts_of(smallest: Sequence[Measured], known: Calibration) -> dict[str, float]:
-    """Return what a host takes for launches over the calibration's, by library, from rows that launches limit.
+    """Return a host's launch time over that of the calibration's host, by library, from rows limited by launches.
 
-    Which rows those are, the caller says: they are no longer a test of the predictions made with it.
+    The caller chooses those rows; they cannot test predictions that use the result.
     """
     ratios: dict[str, list[float]] = {}
     for row in smallest:

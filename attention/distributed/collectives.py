@@ -22,7 +22,7 @@ _WIDE: Final = mx.float32
 
 
 class Statistics(Struct):
-    """What this rank's distributed calls sent and received, by arithmetic, since the start or a reset."""
+    """What this rank's distributed calls sent and received since the start or a reset, computed from shapes."""
 
     calls: int = 0
     bytes_sent: int = 0

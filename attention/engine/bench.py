@@ -67,7 +67,7 @@ class Bench(CaseRunner[Plan]):
             self._progress.emit(found)
 
     def _measure_peaks(self, device: Device) -> None:
-        self._progress.emit_progress("what this machine can do at best")
+        self._progress.emit_progress("measuring peak rates")
         self._progress.emit(on.PeaksMeasured(peaks=measure_peaks(device)))
 
     def _run_case(self, case: int) -> str:
@@ -84,7 +84,7 @@ class Bench(CaseRunner[Plan]):
             if self._member is None:
                 self._preview([name for name in names if name not in slow], setting)
             self._build(slow, workload, device)
-            self._measure_peaks(device)  # what was built may know a better one
+            self._measure_peaks(device)  # a new kernel may reach a higher one
             self._progress.begin_case(case)  # all are measured together again
         arms = self._arms(names, setting)
         if not arms:

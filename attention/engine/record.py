@@ -113,7 +113,7 @@ class RunRecord(ABC, Generic[P, C]):
         plan: the plan of the run.
         cases: one entry for each case of the plan.
         environment, peaks: empty until the worker reports them.
-        conditions: what else went on, at its worst over the cases so far; None before the first is complete.
+        conditions: other load on the machine, the worst of the cases so far; None before the first is complete.
         fingerprint: None until the worker reports it.
         progress: the latest Progress event, or None.
         last_rounds: the latest RoundsDone event, with its memory figures.

@@ -62,7 +62,7 @@ class StreamBench(CaseRunner[StreamPlan]):
         self._device = device
         self._peaks = self._assignment.peaks
         if self._peaks is None:
-            self._progress.emit_progress("what this machine can do at best", 0.0)
+            self._progress.emit_progress("measuring peak rates", 0.0)
             self._peaks = measure_peaks(device)
             self._progress.emit(on.PeaksMeasured(peaks=self._peaks))
         self._limit = self._plan.memory_limit_bytes or device.available_bytes

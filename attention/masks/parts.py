@@ -113,7 +113,7 @@ class Window(_Band, frozen=True):
 
 
 def band(pattern: Pattern) -> int | None:
-    """Return the keys up to its own that each query sees, 0 for all of them, if that is all that the pattern says."""
+    """Return the window of a pattern that is only causal or a window: keys up to a query's own, 0 for all; or None."""
     if isinstance(pattern, _Band):
         return pattern.reach or 0
     if not isinstance(pattern, Both | Either):

@@ -1,4 +1,4 @@
-"""The patch that replaces MLX's attention in every model of mlx-lm by an implementation, or by nothing; its counts."""
+"""The patch of mlx-lm: an implementation, or none, instead of MLX's attention in every model; counts of its calls."""
 
 import inspect
 import sys

@@ -51,7 +51,8 @@ from attention.quantized_kv import kv_format_of
 SAMPLES_PER_CHECK: Final = 8
 """One in this many samples is observed by the tuner: a few microseconds in each sample would distort the result."""
 TRY_S: Final = 0.0003
-"""Approximate length of a group of calls of a challenger: long against a wait for the device, short beside a sample."""
+"""Approximate seconds of a group of an alternative's calls: long compared with a wait for the device, short compared
+with a sample."""
 
 
 NOT_TRIED: Final = "not tried yet"

@@ -24,7 +24,7 @@ inline void copy_row(const bfloat16_t* from, int64_t stride, int64_t count, bflo
   std::memset(to + count, 0, size_t(padded - count) * 2);
 }
 
-// Transposes query rows in words. `line` is scratch for one tile of padded rows.
+// Transposes query rows in words. `buffer` is scratch for one tile of padded rows.
 inline void turn_pairs(const Rows<bfloat16_t>& rows, int64_t columns, int64_t padded, int64_t width, float* out,
                        bfloat16_t* buffer) {
   Rows<float> wide;

@@ -52,7 +52,7 @@ def attend(
         raise ValueError("k, v: got one quantized and one not; both are, or neither")  # noqa: TRY004
     parts = (k.scales, k.biases, v.scales, v.biases)
     formats = [code(x.format) for x in (k, v)]
-    both: tuple[mx.array, mx.array | None] = module.flash_attention_quantized(
+    results: tuple[mx.array, mx.array | None] = module.flash_attention_quantized(
         q, k.numbers, v.numbers, *options, *listed, *parts, *formats, logsumexp
     )
-    return both
+    return results

@@ -120,7 +120,7 @@ class Chips(ClosesOnce, Screen[None]):
             return
         selected = tuple(name for name in draft.implementations if name in chips.PREDICTABLE)
         names = selected[: chips.MAX_NAMES] or SHOWN
-        made = chips.shown(workload, names, self._keys, self._percent)
+        made = chips.predict_chips(workload, names, self._keys, self._percent)
         cases = self._cases()
         status.show("Chips · predicted, not measured", workload.label)
         chart.empty = "No source states the rate and the bandwidth of these chips."
@@ -128,7 +128,9 @@ class Chips(ClosesOnce, Screen[None]):
         pane = self.query_one("#chart-pane")
         pane.border_title = literal(chips.title(workload, made))
         pane.border_subtitle = literal(chips.legend(made, cases, names))
-        self.query_one("#words", Static).update("\n".join(chips.words(workload, made, self.app.peaks, cases)))
+        self.query_one("#words", Static).update(
+            "\n".join(chips.description_lines(workload, made, self.app.peaks, cases))
+        )
 
     def _cases(self) -> tuple[Case, ...]:
         """Return what was measured where the engine runs: the shown report if it is of a run there."""

@@ -30,7 +30,7 @@ MAX_NAMES: Final = 4
 PREDICTABLE: Final = prediction.PREDICTED
 
 
-class Shown(Struct, frozen=True):
+class ChipPredictions(Struct, frozen=True):
     """What the screen shows of the chips, the chosen one first."""
 
     chips: tuple[Chip, ...]
@@ -43,17 +43,21 @@ def known_keys() -> tuple[str, ...]:
     return tuple(chips())
 
 
-def shown(workload: Workload, names: Sequence[str], keys: Sequence[str], percent: Mapping[str, int]) -> Shown:
+def predict_chips(
+    workload: Workload, names: Sequence[str], keys: Sequence[str], percent: Mapping[str, int]
+) -> ChipPredictions:
     """Predict a case on some chips; the figures of the first are changed by the sliders' percentages."""
     factors = {name: value / 100 for name, value in percent.items() if value != 100}
     found = [chips()[key] for key in keys if key != NONE]
     if found and factors:
         found[0] = what_if(found[0], factors)
-    return Shown(tuple(found), tuple(tuple(predict(workload, name, chip) for name in names) for chip in found))
+    return ChipPredictions(
+        tuple(found), tuple(tuple(predict(workload, name, chip) for name in names) for chip in found)
+    )
 
 
 def plot(
-    workload: Workload, made: Shown, peaks: Peaks, cases: Sequence[Case] = (), names: Sequence[str] = ()
+    workload: Workload, made: ChipPredictions, peaks: Peaks, cases: Sequence[Case] = (), names: Sequence[str] = ()
 ) -> Plot | None:
     """Return FLOP/s over FLOP/byte: a roof for each chip with the case on it, this machine's with what was measured.
 
@@ -95,14 +99,14 @@ def plot(
     return Plot(x, y, (*lines, *measured), tuple(notes), cursor=at)
 
 
-def title(workload: Workload, made: Shown) -> str:
+def title(workload: Workload, made: ChipPredictions) -> str:
     """Format what the plot shows: "FLOP/s over FLOP/byte · NVIDIA H200 SXM, Apple M4 Max", or of several of each."""
     names = ", ".join(chip.name + (" *" if chip.changed else "") for chip in made.chips)
     several = f" · {workload.ranks} of each" if workload.ranks > 1 else ""
     return f"FLOP/s over FLOP/byte · {names}{several}"
 
 
-def legend(made: Shown, cases: Sequence[Case], names: Sequence[str]) -> str:
+def legend(made: ChipPredictions, cases: Sequence[Case], names: Sequence[str]) -> str:
     """Explain the marks of the plot."""
     there = {row.implementation for case in cases for row in case.rows}
     measured = "  ".join(f"{mark_of(number)} {name}" for number, name in enumerate(names) if name in there)
@@ -115,7 +119,7 @@ def _rates(workload: Workload, prediction: Prediction) -> tuple[float, float]:
     return workload.flops / (prediction.high_s or 1.0), workload.flops / (prediction.low_s or 1.0)
 
 
-def words(workload: Workload, made: Shown, peaks: Peaks, cases: Sequence[Case] = ()) -> list[str]:
+def description_lines(workload: Workload, made: ChipPredictions, peaks: Peaks, cases: Sequence[Case] = ()) -> list[str]:
     """Describe each chip and what limits the case on it; this machine's measured figures come first."""
     lines = roofline.limit_words(workload, peaks, cases)
     said = [f"this machine, measured. {lines[0]}", *lines[1:]] if lines else []

@@ -13,9 +13,9 @@ from tests.support.stage import on_stage
 PREFILL = Workload(seq=8192, heads=16, head_dim=128, dtype="bfloat16", mask="causal")
 
 
-def test_each_chip_has_a_roof_and_this_machine_one_of_measured_rates():
+def test_each_chip_has_a_roof_and_this_machine_a_measured_one():
     report = report_of()
-    made = chips.shown(PREFILL, ("mlx",), ("h200", "m4-max"), {})
+    made = chips.predict_chips(PREFILL, ("mlx",), ("h200", "m4-max"), {})
     plot = chips.plot(PREFILL, made, report.peaks)
     assert plot is not None
     roofs = {line.number for line in plot.lines if len(line.points) == 3 or line.number == ROOF}
@@ -27,25 +27,25 @@ def test_each_chip_has_a_roof_and_this_machine_one_of_measured_rates():
 
 
 def test_only_the_first_chip_has_other_figures():
-    made = chips.shown(PREFILL, ("mlx",), ("h200", "h100"), {"bandwidth": 200, "rate": 100})
+    made = chips.predict_chips(PREFILL, ("mlx",), ("h200", "h100"), {"bandwidth": 200, "rate": 100})
     assert made.chips[0].changed == ("bytes_per_s",)
     assert made.chips[1].changed == ()
 
 
 def test_words_say_what_is_measured_and_what_is_predicted():
     report = report_of()
-    made = chips.shown(PREFILL, ("mlx",), ("h200", chips.NONE), {})
-    said = "\n".join(chips.words(PREFILL, made, report.peaks))
+    made = chips.predict_chips(PREFILL, ("mlx",), ("h200", chips.NONE), {})
+    said = "\n".join(chips.description_lines(PREFILL, made, report.peaks))
     assert said.startswith("this machine, measured.")
     assert "mlx predicted" in said and "Calibrated on" in said
 
 
 def test_a_chip_beside_itself_keeps_its_own_predictions():
-    made = chips.shown(PREFILL, ("mlx",), ("h200", "h200"), {"rate": 50})
+    made = chips.predict_chips(PREFILL, ("mlx",), ("h200", "h200"), {"rate": 50})
     plot = chips.plot(PREFILL, made, report_of().peaks)
     assert plot is not None
     assert [note.number for note in plot.notes if note.sign == chips.PREDICTED] == [0, 1]
-    said = chips.words(PREFILL, made, report_of().peaks)
+    said = chips.description_lines(PREFILL, made, report_of().peaks)
     changed, itself = (number for number, line in enumerate(said) if line.startswith("NVIDIA H200"))
     assert [sum("mlx predicted" in line for line in part) for part in (said[changed:itself], said[itself:])] == [1, 1]
 
@@ -69,6 +69,7 @@ async def test_a_slider_moves_the_case_and_a_figure_of_the_chip(stage):
     assert not isinstance(stage.app.screen, Chips)
 
 
+@pytest.mark.thorough
 async def test_a_short_terminal_has_the_controls_without_the_roofs():
     async with on_stage(size=(60, 16)) as stage:
         await stage.press("C")
@@ -81,7 +82,7 @@ def test_a_case_on_several_devices_has_the_roofs_of_as_many():
     peaks = Peaks(matmul_flops_per_s=60e9, fma_flops_per_s=900e9, copy_bytes_per_s=12e9)
     tops = []
     for case in (one, two):
-        made = chips.shown(case, ("poc",), ("h200", chips.NONE), {})
+        made = chips.predict_chips(case, ("poc",), ("h200", chips.NONE), {})
         tops.append([max(point.y for point in line.points) for line in chips.plot(case, made, peaks).lines[:2]])
     assert tops[1] == pytest.approx([2 * top for top in tops[0]])
     assert "2 of each" in chips.title(two, made)

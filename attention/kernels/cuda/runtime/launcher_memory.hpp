@@ -18,7 +18,7 @@ inline void allocate(mx::array& out, mx::Stream stream) {
   source.set_data(mx::allocator::Data(mx::allocator::Buffer(nullptr), {}), halves, mx::Strides{1}, flags);
   std::vector<mx::array> made{mx::astype(source, mx::float16, stream)};
   made[0].primitive().eval_gpu({source}, made);
-  if (made[0].buffer().ptr() == nullptr) throw std::runtime_error("MLX hands out no device memory");
+  if (made[0].buffer().ptr() == nullptr) throw std::runtime_error("MLX returned no device memory");
   flags.col_contiguous = out.size() <= 1 || out.ndim() == 1;
   out.copy_shared_buffer(made[0], out.strides(), flags, out.size());
 }
