@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 API := attention attention.implementations attention.measure attention.masks
 
-.PHONY: help venv test test-slow test-gpu fuzz lint format bench docs manual dist clean
+.PHONY: help venv test test-thorough test-slow test-gpu fuzz lint format bench docs manual dist clean
 
 help:  ## list the tasks
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-15s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(BIN)/pytest  ## create .venv with everything that development needs
 
@@ -16,6 +16,9 @@ $(BIN)/pytest:
 
 test: venv  ## the default tests, two processes
 	$(BIN)/pytest
+
+test-thorough: venv  ## tests of about a second that the default ones leave out
+	$(BIN)/pytest -m thorough
 
 test-slow: venv  ## tests that take long or need a quiet machine, one process
 	$(BIN)/pytest -m slow -n 0

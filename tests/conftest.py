@@ -1,5 +1,6 @@
-"""Settings of a session: no folder of the user's; one cache folder, so that the kernel is compiled once; little garbage
-collection; no compiler; samples of large products of parameters; a summary of tests that take too long.
+"""Settings of a session: no folder of the user's; one cache folder, so that the kernel is compiled once, from the start
+of a run of all tests; little garbage collection; no compiler of graphs; samples of large products of parameters; a
+summary of tests that take too long.
 
 Compiled objects outlive the session, in pytest's own cache folder; their names are hashes of what they depend on.
 """
@@ -8,6 +9,8 @@ import gc
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
@@ -17,9 +20,15 @@ import pytest
 
 from tests.support.sampling import samples
 
+gc.disable()  # until tests are collected: it would look at all that was imported again and again
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # two workers' BLAS threads wait for each other, spinning
 
 FOLDER = "FATUI_CACHE_DIR"
+FLAGS = "FATUI_KERNEL_CXXFLAGS"
+QUICK_FLAGS = "-O1"
+"""Flags of the CPU kernel in the default run: compiled in two thirds of the time, for small shapes as fast."""
+DEFAULT_RUN = "not slow"
+"""The selection of the default run, in pyproject.toml."""
 COMPILING = ("compiles", "slow", "gpu")
 """Markers of tests in which `mx.compile` compiles."""
 USER_FOLDERS = {
@@ -36,7 +45,9 @@ HOME_OF_SESSION = "FATUI_TESTS_HOME"
 MAX_CPU_S = 3.0
 """Seconds of CPU time, child processes included, above which a test of the default run is named in the summary."""
 CPU_S = "cpu_s"
+TESTS = Path(__file__).parent
 _made = pytest.StashKey[list[str]]()
+_compilation = pytest.StashKey[subprocess.Popen[bytes]]()
 
 
 def _copy_objects(source: Path, to: Path) -> None:
@@ -58,8 +69,28 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+def _starts_workers(config: pytest.Config) -> bool:
+    return bool(getattr(config.option, "numprocesses", None)) and "PYTEST_XDIST_WORKER" not in os.environ
+
+
+def _set_examples(default_run: bool) -> None:
+    """Set Hypothesis's number of examples, the same ones each time."""
+    from hypothesis import settings
+
+    settings.register_profile("fatui", deadline=None, max_examples=30 if default_run else 60, derandomize=True)
+    settings.load_profile("fatui")
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the session's folders; workers, and processes that tests start, find them in their environment."""
+    """Make the session's folders; workers, and processes that tests start, find them in their environment.
+
+    A run of all tests compiles the CPU kernel while its workers collect, and run tests that do not need it.
+    """
+    default_run = config.option.markexpr == DEFAULT_RUN
+    if default_run:
+        os.environ.setdefault(FLAGS, QUICK_FLAGS)
+    if not _starts_workers(config):
+        _set_examples(default_run)
     made = config.stash.setdefault(_made, [])
     if HOME_OF_SESSION not in os.environ:
         home = os.environ[HOME_OF_SESSION] = tempfile.mkdtemp(prefix="fatui-tests-home-")
@@ -74,6 +105,16 @@ def pytest_configure(config: pytest.Config) -> None:
         made.append(FOLDER)
         if kept := _kept(config, "kernels"):
             _copy_objects(kept, Path(os.environ[FOLDER]) / "kernels")
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.collectonly
+    if _starts_workers(config) and whole:
+        program = "from attention.kernels import cpu; cpu.availability()[0] and cpu.load()"
+        config.stash[_compilation] = subprocess.Popen(
+            [sys.executable, "-c", program],
+            cwd=config.rootpath,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
 
 
 @pytest.hookimpl(wrapper=True)
@@ -86,7 +127,10 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
 
 
 def _mark_unsampled(items: list[pytest.Item]) -> None:
-    """Mark as slow what `sampled(share)` leaves out of a test's products of parameters."""
+    """Mark as slow what is thorough, and what `sampled(share)` leaves out of a test's products of parameters."""
+    for item in items:
+        if item.get_closest_marker("thorough"):
+            item.add_marker("slow")
     sampled = {
         item.nodeid: (item, mark.args[0])
         for item in items
@@ -103,7 +147,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Sample products, and leave out tests that need a CUDA device where there is none; skipping them takes seconds."""
     import mlx.core as mx
 
-    items.sort(key=lambda item: item.path)  # the same in all workers
+    # the same in all workers; what needs no compiled kernel first
+    items.sort(key=lambda item: (item.path.relative_to(TESTS).parts[0] != "fatui", item.path))
     _mark_unsampled(items)
     if not mx.cuda.is_available():
         needing = [item for item in items if item.get_closest_marker("gpu")]
@@ -113,9 +158,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     """Collect garbage rarely, and never what collection made: it took a fifth of the app's tests."""
-    gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+    gc.enable()
 
 
 @pytest.hookimpl(trylast=True)
@@ -125,6 +170,12 @@ def pytest_sessionfinish() -> None:
     gc.freeze()
 
 
+def _compiles(item: pytest.Item) -> bool:
+    """Return whether `mx.compile` compiles in a test: what is slow by being thorough alone runs as by default."""
+    marks = {mark.name for mark in item.iter_markers()}
+    return bool(marks.intersection(COMPILING) - ({"slow"} if "thorough" in marks else set()))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Let `mx.compile` compile only in tests marked for it: on a CPU each graph takes the C++ compiler half a second.
 
@@ -132,7 +183,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """
     import mlx.core as mx
 
-    if any(map(item.get_closest_marker, COMPILING)):
+    if _compiles(item):
         mx.enable_compile()
         os.environ.pop("MLX_DISABLE_COMPILE", None)
     else:
@@ -174,6 +225,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Keep the objects for the next run, and remove the folders that this process made."""
     made = config.stash.get(_made, [])
+    if compilation := config.stash.get(_compilation, None):
+        compilation.kill()  # it has ended, unless the tests were interrupted
+        compilation.wait()
     if FOLDER in made:
         kept, used = _kept(config, "kernels"), Path(os.environ[FOLDER]) / "kernels"
         if kept and used.is_dir():

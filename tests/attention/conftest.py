@@ -4,12 +4,8 @@ import os
 
 import mlx.core as mx
 import pytest
-from hypothesis import settings
 
 from attention.kernels import cpu
-
-settings.register_profile("engine", deadline=None, max_examples=60, derandomize=True)
-settings.load_profile("engine")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -55,6 +55,7 @@ def tiles(seq: int, practical: Practical, **size: int) -> dict[str, int]:
     }
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("budget", [1 << 12, 1 << 16, 1 << 20, 16 * MIB, 256 * MIB])
 def test_a_graph_has_few_thousand_tiles_whatever_the_budget(budget: int) -> None:
     assert max(tiles(32_768, Practical(budget), heads=8, head_dim=128).values()) <= 6000
@@ -72,6 +73,7 @@ def test_a_quarter_of_a_million_tokens_can_be_transformed(mode: str) -> None:
     assert seconds_to_trace(LONG, Practical(256 * MIB), mode) < 120  # of processor time; a minute would be long
 
 
+@pytest.mark.thorough
 @pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("mode", ["forward", "gradient"])
 def test_no_array_is_read_by_as_many_nodes_as_there_are_tiles(mode: str, tmp_path: Path) -> None:

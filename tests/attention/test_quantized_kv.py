@@ -25,6 +25,7 @@ def packed(form="int8", x=K, dtype=mx.float32) -> QuantizedArray:
     return quantized(x.astype(dtype), form)
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 def test_values_are_exact(form, dtype):

@@ -1,3 +1,3 @@
-from tests.attention.kernels.conftest import compiled_kernel, kernel
+from tests.support.compiled_kernel import compiled_kernel, kernel
 
 __all__ = ["compiled_kernel", "kernel"]

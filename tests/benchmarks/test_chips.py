@@ -42,7 +42,7 @@ def test_a_row_outside_its_interval_is_marked_in_the_table():
     assert lines[-2].endswith("|  |") and lines[-1].endswith("| outside |")
 
 
-def test_the_shipped_constants_name_the_kept_runs_by_their_digests():
+def test_shipped_constants_name_the_kept_runs_by_digest():
     kept = {
         path.name: digest_of(msgspec.json.decode(path.read_bytes())) for path in benchmark.CALIBRATED_ON.glob("*.json")
     }

@@ -5,9 +5,10 @@ import sys
 import pytest
 
 from benchmarks import streaming
+from tests.support.marks import thorough
 
 
-@pytest.mark.parametrize("mode", ["run", "queued"])
+@pytest.mark.parametrize("mode", [thorough("run"), "queued"])
 def test_a_short_run_prints_its_figures(mode, monkeypatch, capsys):
     """Ten tenths with the memory, or the time of a token in each format."""
     monkeypatch.setattr(streaming, "BLOCK", 5)

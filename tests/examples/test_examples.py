@@ -30,6 +30,7 @@ def example(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.thorough
 def test_the_sensor_stream_finds_faults_in_constant_memory() -> None:
     sensors = example("sensor_stream")
     seen = sensors.follow(1800, first=64, window=448)
@@ -77,6 +78,7 @@ def test_a_trained_model_chats_without_an_end(tmp_path: Path) -> None:
     assert turns[-1].cache_bytes == turns[1].cache_bytes
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "mine"),
     [

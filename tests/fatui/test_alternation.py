@@ -56,22 +56,24 @@ def test_rounds_alternate(versions):
     assert run(versions(**bodies)) == "a0 b0 a1 b1 a2 b2 a3 b3 "
 
 
+@pytest.mark.thorough
 def test_one_goes_on_alone_when_the_other_is_done(versions):
     folders = versions(a=ROUNDS.format(name="a", rounds=1), b=ROUNDS.format(name="b", rounds=3))
     assert run(folders) == "a0 b0 b1 b2 "
 
 
+@pytest.mark.thorough
 def test_a_version_that_takes_no_turns_runs_alone(versions):
     alone = 'Path("../log").open("a").write("old ")'
     assert run(versions(a=ROUNDS.format(name="a", rounds=2), old=alone)) == "old a0 a1 "
 
 
-def test_a_worker_that_starts_again_takes_the_place_of_the_first(versions):
+def test_a_restarted_worker_takes_the_place_of_the_first(versions):
     again = ROUNDS.format(name="b", rounds=1) + "turns._socket.close()\n" + ROUNDS.format(name="again", rounds=1)
     assert run(versions(a=ROUNDS.format(name="a", rounds=3), b=again)).split()[:3] == ["a0", "b0", "a1"]
 
 
-def test_a_version_that_measures_nothing_is_named_with_its_last_line(versions):
+def test_a_version_without_rows_is_named_with_its_last_line(versions):
     folders = versions(a="", b='raise SystemExit("no such implementation: x")')
     with pytest.raises(Ended, match=r"b: no run was measured: no such implementation: x$"):
         run(folders)

@@ -36,7 +36,7 @@ def plan(*planted: str, cases: tuple[Workload, ...] = (SMALL,), seconds: float =
 
 def run(plan: Plan) -> Engine:
     engine = Engine(plan, peaks=PEAKS)
-    asyncio.run(asyncio.wait_for(engine.run(), 60))
+    asyncio.run(asyncio.wait_for(engine.run(), patient(60)))
     return engine
 
 
@@ -52,12 +52,13 @@ MASKED = (
 
 @pytest.fixture(scope="module")
 def masked_run() -> Engine:
-    return run(plan("KnowsNoPatterns", cases=MASKED))
+    return run(plan("KnowsNoPatterns", cases=MASKED[2:]))
 
 
 @pytest.mark.slow
-def test_a_masked_case_is_measured_beside_its_dense_shape(masked_run: Engine) -> None:
-    first, second = (row(masked_run.record.case(index), "baseline") for index in (0, 1))
+def test_a_masked_case_is_measured_beside_its_dense_shape() -> None:
+    record = run(plan("KnowsNoPatterns", cases=MASKED[:2])).record
+    first, second = (row(record.case(index), "baseline") for index in (0, 1))
     assert first.over_dense is None
     assert first.dense_s is None
     assert second.dense_s is not None
@@ -65,8 +66,9 @@ def test_a_masked_case_is_measured_beside_its_dense_shape(masked_run: Engine) ->
     assert 0.1 < second.over_dense.value < 10
 
 
+@pytest.mark.thorough
 def test_quantized_and_unquantized_are_measured_together(masked_run: Engine) -> None:
-    found = row(masked_run.record.case(3), "baseline")
+    found = row(masked_run.record.case(1), "baseline")
     assert found.status == "ok"
     assert found.over_dense is not None
     assert found.over_unquantized is not None
@@ -77,8 +79,9 @@ def test_quantized_and_unquantized_are_measured_together(masked_run: Engine) -> 
     assert found.max_error < 0.01, "against float64 over what the format keeps"
 
 
+@pytest.mark.thorough
 def test_without_patterns_a_mask_is_unsupported(masked_run: Engine) -> None:
-    found = row(masked_run.record.case(2), "KnowsNoPatterns")
+    found = row(masked_run.record.case(0), "KnowsNoPatterns")
     assert (found.status, found.reason) == ("unsupported", "it takes no patterns of attention.masks")
 
 
@@ -121,7 +124,7 @@ FAILING = {
 @pytest.fixture(scope="module")
 def one_run() -> Engine:
     """One run of one worker with all that costs at most its own row."""
-    return run(plan(*FAILING, "Wrong", "NotANumber", "Prints", "KeepsScratch", "Planted", seconds=0.5))
+    return run(plan(*FAILING, "Wrong", "NotANumber", "Prints", "KeepsScratch", "Planted", seconds=patient(0.5)))
 
 
 @pytest.mark.parametrize(("planted", "reason"), FAILING.items())
@@ -132,6 +135,7 @@ def test_an_exception_costs_one_row_without_a_new_worker(one_run: Engine, plante
     assert not one_run.record.log
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -147,10 +151,11 @@ def test_a_file_that_exits_on_import_is_named(tmp_path: Path, text: str, reason:
     assert engine.record.refused.reason == f"implementation: '{name}' cannot be loaded: {reason}"
 
 
+@pytest.mark.thorough
 def test_a_broken_gpu_costs_one_row_and_a_new_process_goes_on() -> None:
     heard: list[on.AnyEvent] = []
     engine = Engine(plan("BreaksTheGpu", cases=(SMALL, SMALL)), heard.append, peaks=PEAKS)
-    asyncio.run(asyncio.wait_for(engine.run(), 60))
+    asyncio.run(asyncio.wait_for(engine.run(), patient(60)))
     assert engine.record.done
     for index in (0, 1):
         case = engine.record.case(index)
@@ -178,10 +183,11 @@ def untidy_run(tmp_path_factory: pytest.TempPathFactory) -> Untidy:
     started = time.perf_counter()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PLANTED_PID", str(noted))
-        asyncio.run(asyncio.wait_for(engine.run(), 60))
+        asyncio.run(asyncio.wait_for(engine.run(), patient(60)))
     return Untidy(engine, heard, time.perf_counter() - started, int(noted.read_text()))
 
 
+@pytest.mark.thorough
 def test_writing_into_shared_memory_costs_the_writers_row_alone(untidy_run: Untidy) -> None:
     case = untidy_run.engine.record.case(0)
     assert row(case, "WritesIntoMemory").status == "failed"
@@ -189,6 +195,7 @@ def test_writing_into_shared_memory_costs_the_writers_row_alone(untidy_run: Unti
     assert [row(case, name).status for name in ("baseline", "Planted")] == ["ok", "ok"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("planted", ["LeavesAChild", "WritesALongLine"])
 def test_what_hangs_on_stderr_is_not_waited_for(untidy_run: Untidy, planted: str) -> None:
     case = untidy_run.engine.record.case(0)
@@ -298,6 +305,7 @@ def test_stopping_ends_a_worker_that_is_stuck_in_a_call(planted: str) -> None:
     assert engine.process_id is None
 
 
+@pytest.mark.thorough
 def test_a_worker_killed_in_mid_run_is_reported_and_replaced() -> None:
     engine = Engine(plan("Planted", seconds=0.5, precision=0), peaks=PEAKS)
 
@@ -307,7 +315,7 @@ def test_a_worker_killed_in_mid_run_is_reported_and_replaced() -> None:
             await asyncio.sleep(0.01)
         assert engine.process_id is not None
         os.kill(engine.process_id, signal.SIGKILL)
-        await asyncio.wait_for(running, 60)
+        await asyncio.wait_for(running, patient(60))
 
     asyncio.run(kill_once())
     statuses = sorted(row.status for row in engine.record.case(0).rows)
@@ -320,9 +328,11 @@ def test_a_hung_worker_is_ended_and_costs_its_row(monkeypatch: pytest.MonkeyPatc
         if isinstance(event, on.StepStarted):
             planted = event.implementation.endswith("IgnoresSignals")
             monkeypatch.setattr(engine_module, "HUNG_S", 1.0 if planted else 600.0)
+        elif isinstance(event, on.RowEnded):  # the next worker may take its time to start
+            monkeypatch.setattr(engine_module, "HUNG_S", 600.0)
 
     engine = Engine(plan("IgnoresSignals"), hurry, peaks=PEAKS)
-    asyncio.run(asyncio.wait_for(engine.run(), 60))
+    asyncio.run(asyncio.wait_for(engine.run(), patient(60)))
     case = engine.record.case(0)
     assert row(case, "baseline").status == "ok"
     assert row(case, "IgnoresSignals").status == "failed"
@@ -343,7 +353,7 @@ def test_a_hung_call_in_a_model_costs_its_row(monkeypatch: pytest.MonkeyPatch) -
     cases = generations(2, model="tiny-llama", prompts=[16], batches=[1], generate=2, dtype="float32")[:1]
     names = ("baseline", f"{PLANTED}:IgnoresSignals")
     engine = Engine(GenerationPlan(cases=cases, implementations=names, seconds=0.2), hurry)
-    asyncio.run(asyncio.wait_for(engine.run(), 100))
+    asyncio.run(asyncio.wait_for(engine.run(), patient(100)))
     rows = engine.record.case(0).rows
     assert [each.status for each in rows] == ["ok", "failed"]
     assert (rows[1].reason or "").startswith("was silent for ")
@@ -363,6 +373,7 @@ def test_silence_in_a_model_is_bounded_around_the_estimate(work: Generation | Fi
     assert engine._longest_silence_s() == before
 
 
+@pytest.mark.thorough
 def test_a_silence_in_the_rounds_names_them(untidy_run: Untidy) -> None:
     heard = untidy_run.heard
     begun = next(index for index, event in enumerate(heard) if isinstance(event, on.RoundsDone))
@@ -372,6 +383,7 @@ def test_a_silence_in_the_rounds_names_them(untidy_run: Untidy) -> None:
     assert silence.step == "rounds"
 
 
+@pytest.mark.thorough
 def test_a_child_in_a_session_of_its_own_ends_with_the_run(untidy_run: Untidy) -> None:
     child = untidy_run.orphan
     deadline = time.monotonic() + 5
@@ -397,13 +409,13 @@ async def _stop_when(engine: Engine, kind: type[on.Event]) -> float:
     seen = asyncio.Event()
     engine._listener = lambda event: seen.set() if isinstance(event, kind) else None
     running = asyncio.create_task(engine.run())
-    await asyncio.wait_for(seen.wait(), 30)
+    await asyncio.wait_for(seen.wait(), patient(30))
     if kind is on.StepStarted:
         await asyncio.sleep(0.3)
     worker = psutil.Process(engine.process_id)
     started = time.perf_counter()
     engine.stop()
-    await asyncio.wait_for(running, 30)
+    await asyncio.wait_for(running, patient(30))
     took = time.perf_counter() - started
     assert not worker.is_running()
     return took

@@ -93,6 +93,7 @@ def test_a_long_name_hides_no_id_in_the_list(tmp_path, capsys):
     assert "another" in capsys.readouterr().out
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_command_prints_a_hostile_run(kind, kept, capsys):
     for arguments in (["history", "show", f"{kind}1"], ["compare", f"{kind}1", f"{kind}2"]):
@@ -106,6 +107,7 @@ def test_every_command_prints_a_hostile_run(kind, kept, capsys):
     assert "<script" not in as_html(out)
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_page_of_a_hostile_run_has_no_element_of_it(kind):
     page = to_html(compose([hostile.report(kind, "a")]))

@@ -52,6 +52,7 @@ def test_fatui_attention_names_a_foreign_package(foreign_package):
     assert "is another project's: pip uninstall attention" in ran.stderr.splitlines()[-1]
 
 
+@pytest.mark.thorough
 def test_the_engine_by_fatuis_name_is_the_same_engine():
     code = """
 import attention.core.workload
@@ -71,6 +72,7 @@ except ModuleNotFoundError as error:
     assert (ran.stdout, ran.stderr) == ("attention.nothing\n", "")
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

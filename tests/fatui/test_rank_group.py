@@ -95,7 +95,7 @@ def test_a_command_that_does_not_arrive_is_noticed(pair: Watched) -> None:
     assert pair.verdict().startswith("nothing that rank 0 sends has reached rank 1")
 
 
-def test_a_crash_is_of_the_step_that_began_after_the_last_report(pair: Watched) -> None:
+def test_a_crash_belongs_to_the_step_begun_after_the_report(pair: Watched) -> None:
     pair.watch.take(0, alive(0, busy=True, running="baseline"))
     pair.watch.take(0, on.StepStarted(case=0, implementation="poc", step="first call"))
     pair.watch.end(0, 255, "the engine ended with code 255")
@@ -156,7 +156,7 @@ def test_fewer_ranks_than_hosts_run_on_the_first() -> None:
     assert only.host.name == "127.0.0.1"
 
 
-def test_the_address_of_a_host_is_that_of_its_name_without_the_user() -> None:
+def test_the_address_of_a_host_leaves_out_the_user() -> None:
     (only,) = rank_launches(1, parse_hosts("me@localhost:4000"))
     assert only.setting.addresses == ("127.0.0.1:4000",)
     assert "me@localhost" in only.command

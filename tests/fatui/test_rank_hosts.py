@@ -11,7 +11,7 @@ from attention.core import events as on
 from attention.core.workload import Workload
 from attention.distributed.decision import Link, decide
 from fatui.engine_process import Engine
-from tests.fatui.test_ranks import PEAKS, Ran, plan
+from tests.support.rank_runs import PEAKS, Ran, plan
 from tests.support.two_hosts import TwoHosts, unavailable
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "available")]

@@ -4,59 +4,19 @@ import asyncio
 import os
 import signal
 import socket
-import time
 from pathlib import Path
 
 import mlx.core as mx
-import psutil
 import pytest
-from msgspec import Struct
 
 from attention.core import events as on
-from attention.core.plan import GenerationPlan, Plan
-from attention.core.results import Case, Peaks, Row
+from attention.core.plan import GenerationPlan
 from attention.core.workload import Workload, generations
 from fatui import rank_launch
 from fatui.engine_process import Engine
 from fatui.rank_launch import RankLaunch
+from tests.support.rank_runs import ON_TWO, PEAKS, PLANTED, RING, SMALL, Ran, plan, run
 from tests.support.sshd import instead_of_ssh
-
-PLANTED = Path(__file__).parents[1] / "support" / "planted.py"
-RING = Path(__file__).parents[1] / "support" / "ring_of_two.json"
-"""Two ranks of this machine over MLX's ring, also where there is a GPU: they share it."""
-PEAKS = Peaks(matmul_flops_per_s=1e10, copy_bytes_per_s=1e10)
-SMALL = Workload(seq=64, heads=2, head_dim=16, dtype="float32")
-ON_TWO = Workload(seq=64, heads=2, head_dim=16, dtype="float32", ranks=2)
-
-
-def plan(*planted: str, cases: tuple[Workload, ...] = (ON_TWO,), **fields: object) -> Plan:
-    names = ("baseline", *(f"{PLANTED}:{name}" for name in planted))
-    if "hosts" not in fields:
-        fields = {"hostfile": str(RING), **fields}
-    return Plan(cases=cases, implementations=names, seconds=0.5, **fields)  # type: ignore[arg-type]
-
-
-class Ran(Struct):
-    engine: Engine
-    events: list[tuple[float, on.AnyEvent]]
-
-    def case(self, index: int = 0) -> Case:
-        return self.engine.record.case(index)
-
-    def row(self, name: str, index: int = 0) -> Row:
-        return next(row for row in self.case(index).rows if row.implementation.endswith(name))
-
-    def left_over(self) -> list[int]:
-        """Return the processes of the run's ranks that still run."""
-        pids = {event.process_id for _, event in self.events if isinstance(event, on.RankStarted)}
-        return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]
-
-
-def run(planned: Plan, seconds: float = 120) -> Ran:
-    events: list[tuple[float, on.AnyEvent]] = []
-    engine = Engine(planned, lambda event: events.append((time.monotonic(), event)), peaks=PEAKS)
-    asyncio.run(asyncio.wait_for(engine.run(), seconds))
-    return Ran(engine, events)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +24,7 @@ def two_ranks() -> Ran:
     return run(plan(cases=(SMALL, ON_TWO)))
 
 
+@pytest.mark.thorough
 def test_each_rank_has_its_time_waiting_and_bytes(two_ranks: Ran) -> None:
     row = two_ranks.row("baseline", 1)
     assert row.status == "ok"
@@ -71,11 +32,13 @@ def test_each_rank_has_its_time_waiting_and_bytes(two_ranks: Ran) -> None:
     assert all(each.call_s > 0 and each.compute_s and each.sent_bytes for each in row.per_rank)
 
 
+@pytest.mark.thorough
 def test_one_device_is_timed_in_the_same_rounds(two_ranks: Ran) -> None:
     assert two_ranks.row("baseline", 1).one_device_s is not None
     assert two_ranks.row("baseline").one_device_s is None
 
 
+@pytest.mark.thorough
 def test_efficiency_is_relative_to_all_ranks_devices(two_ranks: Ran) -> None:
     row = two_ranks.row("baseline", 1)
     assert row.flops_per_s is not None
@@ -83,6 +46,7 @@ def test_efficiency_is_relative_to_all_ranks_devices(two_ranks: Ran) -> None:
     assert (two_ranks.engine.record.environment.device or "").startswith("2 x ")
 
 
+@pytest.mark.thorough
 def test_no_rank_is_left_after_the_run(two_ranks: Ran) -> None:
     assert not two_ranks.left_over()
 

@@ -214,6 +214,7 @@ def test_a_machine_that_cannot_be_reached_is_code_1(tmp_path, capsys):
     assert capsys.readouterr().err == "fatui: gpu-box cannot be reached: Connection refused\n"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "given", ["an environment", slow("an environment/bin/python"), slow("~/an environment"), slow(None)]
 )
@@ -233,12 +234,13 @@ async def test_fatui_is_found_by_interpreter_environment_or_path(given, tmp_path
         assert await greeting_of(Remote(host="gpu-box", python=named)) == own_greeting()
 
 
-def test_what_calls_take_is_known_for_the_machine_that_made_them():
+def test_call_times_are_kept_for_the_machine_that_made_them():
     timing = Timing()
     timing.take(on.RunStarted(environment=Environment(device="NVIDIA H200", host="gpu-box")), plan())
     assert timing.device == "NVIDIA H200 on gpu-box"
 
 
+@pytest.mark.thorough
 async def test_routes_and_device_are_those_of_the_machine(there, monkeypatch):
     monkeypatch.setattr(advisor, "RETRY_S", 0.1)
     answered = asyncio.Event()

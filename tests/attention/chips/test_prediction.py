@@ -145,7 +145,8 @@ def test_a_fast_host_shortens_what_its_launches_limit(workload, factor):
     assert predict(workload, "poc", H200, KNOWN, launch_s=1e-6).host is None  # its calibration does not know its host
 
 
-def test_rows_of_hosts_with_different_launches_give_the_same_constants():
+@pytest.mark.thorough
+def test_hosts_with_other_launch_times_give_the_same_constants():
     shapes = [Workload(seq=seq, heads=8, head_dim=64, dtype="bfloat16") for seq in (64, 128, 256, 512, 4096, 8192)]
     rows = []
     for launch_s in (1e-6, 2e-6, 4e-6):
@@ -164,7 +165,7 @@ def test_a_hosts_launches_follow_from_rows_that_they_limit():
     assert hosts_of(rows, KNOWN) == {"MLX": pytest.approx(0.5, rel=0.01)}
 
 
-def test_a_row_that_falls_back_is_not_of_its_implementations_kernels():
+def test_a_row_that_falls_back_is_not_one_of_its_kernels():
     report = report_of()
     (case,) = report.cases
     fallen = structs.replace(case.rows[1], path="falls back: MLX SDPA, unfused")
@@ -187,7 +188,7 @@ def test_an_interval_leaves_a_tenth_of_the_errors_outside():
     assert conformal([0.1, 0.2]) == pytest.approx(0.3)  # too few for nine in ten
 
 
-def test_the_interval_is_wider_the_less_a_chip_is_like_the_calibrations():
+def test_the_interval_widens_with_distance_from_calibration():
     kept = [at(chips()[key]) for key in ("h200", "h100", "b200", "m4-max")]
     assert [each.like for each in kept] == list(WIDENING)
     widths = [math.log(each.high_s / each.low_s) for each in kept]

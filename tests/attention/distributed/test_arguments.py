@@ -27,7 +27,7 @@ def test_heads_need_no_logsumexp():
     assert attention(q, k, v, group=OF_TWO, layout="heads", implementation="mlx").shape == q.shape
 
 
-def test_a_layout_by_name_with_unequal_parts_is_refused_on_every_rank():
+def test_a_layout_with_unequal_parts_is_refused_on_every_rank():
     for rank in range(4):
         with pytest.raises(UsageError, match="zigzag of 148 rows does not give each of 4 ranks 37"):
             attention(*arrays(37), group=OneOfRanks(rank, 4))

@@ -12,6 +12,7 @@ def assert_ranks_agree_with_float64(ranks: int, *checks: str, timeout_s: float =
     assert all(result.returncode == 0 for result in results), "\n".join(result.output for result in results)
 
 
+@pytest.mark.thorough
 def test_two_ranks_equal_float64_attention():
     assert_ranks_agree_with_float64(2, "few")
 

@@ -40,7 +40,7 @@ def test_what_would_be_refused_is_reported_and_not_timed():
     assert not any(isinstance(event, on.CallTimed) for event in events)
 
 
-def test_a_stream_is_estimated_and_says_from_where_it_is_extrapolated():
+def test_a_stream_estimate_says_where_it_is_extrapolated():
     case = Stream(tokens=4096, window=64, heads=2, head_dim=32, dtype="float32")
     build(load_implementation(ATTENDS), case.workload, print)  # what has to be compiled first is not timed
     plan, events = StreamPlan(cases=(case,), implementations=("full", "streaming"), memory_limit_bytes=2**20), []

@@ -121,6 +121,7 @@ class _Tags(HTMLParser):
         self.texts.append(data)
 
 
+@pytest.mark.thorough
 def test_notebooks_show_a_table_with_escaped_texts():
     made = here(SMALL, {"baseline": "baseline", "<b>\u00e9&": fused})
     parser = _Tags()
@@ -130,6 +131,7 @@ def test_notebooks_show_a_table_with_escaped_texts():
     assert "<b>\u00e9&" in repr(made)
 
 
+@pytest.mark.thorough
 def test_without_a_baseline_the_first_is_the_reference():
     (case,) = here(SMALL, [fused, unmasked]).cases
     assert case.reference == "fused"
@@ -175,6 +177,7 @@ def test_a_keyboard_interrupt_ends_a_run_in_this_process():
         here(SMALL, [fused, interrupted])
 
 
+@pytest.mark.thorough
 def test_names_are_forgotten_after_the_run():
     from attention.implementations import load_implementation
 
@@ -232,6 +235,7 @@ def test_cases_of_several_kinds_are_taken_once():
     ]
 
 
+@pytest.mark.thorough
 def test_a_decorated_function_stays_as_it_is():
     @benchmark(SMALL, against={"base": "baseline"}, seconds=0.05)
     def kernel(q, k, v, *, scale):
@@ -242,6 +246,7 @@ def test_a_decorated_function_stays_as_it_is():
     assert [row.implementation for _, row in kernel.bench(in_process=True)] == ["base", "kernel"]
 
 
+@pytest.mark.thorough
 def test_the_process_measures_functions_and_survives_a_crash():
     named = {"baseline": "baseline", "mine": fused, "crash": ends_the_process}
     made = bench(SMALL, named, seconds=0.05)

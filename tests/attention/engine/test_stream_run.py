@@ -82,6 +82,7 @@ def test_chunks_and_a_quantized_window_stream_too() -> None:
     assert row.tokens == 300
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("quick")
 def test_a_stream_ends_when_its_time_is_up() -> None:
     plan = structs.replace(small(tokens=10_000_000), seconds=0.05, implementations=(STREAMING,))

@@ -14,7 +14,7 @@ from attention.implementations.bounded.blockwise import BlockwiseParams, exact_p
 from attention.implementations.bounded.blockwise_gradient import blockwise
 from attention.implementations.bounded.implementation import Practical
 from attention.masks import Mask
-from tests.support.marks import slow
+from tests.support.marks import slow, thorough
 from tests.support.stacks import SMALL_STACK, on_a_stack
 
 BUDGETS = [None, 1 << 16]
@@ -26,6 +26,7 @@ def normal(*shape: int, key: int = 0) -> mx.array:
     return made
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("size", [1e-30, 1.0, 200.0, 1e4, 1e30])
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_rows_whose_first_keys_are_hidden_keep_their_mean(budget: int | None, size: float) -> None:
@@ -107,6 +108,7 @@ def test_vmap_of_gradients_gives_each_its_own(budget: int | None) -> None:
             assert np.allclose(np.array(got[index]), np.array(wanted), atol=1e-4)
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("shape", [(3, 1, 1, 13, 13), (3, 1, 1, 13, 1), (3, 1, 1, 1, 13)], ids=str)
 @pytest.mark.parametrize("implementation", ["baseline", "mlx", "practical", slow("blocks"), "poc"])
 def test_vmap_of_bool_masks_gives_each_call_its_own(implementation: str, shape: tuple[int, ...]) -> None:
@@ -142,6 +144,7 @@ def test_gradients_cancel_in_tiles_of_any_shape(monkeypatch: pytest.MonkeyPatch)
     assert all(mx.abs(found).max().item() == 0 for found in gradient(q, k))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mode", [slow("compile"), "gradient"])
 @pytest.mark.compiles
 def test_the_depth_of_a_graph_does_not_grow_with_its_tiles(mode: str) -> None:
@@ -182,6 +185,7 @@ def test_a_batch_larger_than_a_benchmark_takes_is_taken(implementation: str) -> 
     assert mx.allclose(attention(q, q, q, implementation=implementation), q)
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize(
     "implementation", ["baseline", Practical(), Practical(1 << 16)], ids=["baseline", "whole", "blocks"]
 )
@@ -203,7 +207,7 @@ def test_second_derivatives_and_tangents_are_those_of_float64(implementation: ob
     assert tangent.item() == pytest.approx(along(q).item(), rel=1e-3)
 
 
-@pytest.mark.sampled(0.5)
+@pytest.mark.sampled(0.2)
 @pytest.mark.parametrize("kind", [None, "causal", "bool", "add"])
 @pytest.mark.parametrize("scale", [0.3, -0.3])
 def test_torch_has_its_gradients_and_signs(scale: float, kind: str | None) -> None:
@@ -269,6 +273,7 @@ EVERY = ["baseline", Practical(), Practical(1 << 16), "poc"]
 every_implementation = pytest.mark.parametrize("implementation", EVERY, ids=["baseline", "whole", "blocks", "poc"])
 
 
+@pytest.mark.sampled(0.4)
 @every_implementation
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
@@ -285,6 +290,7 @@ def test_a_row_that_one_number_covers_keeps_its_scores(implementation: object, c
     assert np.allclose(np.array(got.astype(mx.float32)), np.array(wanted), atol=2e-2)
 
 
+@pytest.mark.sampled(0.3)
 @every_implementation
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("hidden", [-4096.0, -1e9])
@@ -308,6 +314,7 @@ def test_the_logsumexp_takes_no_score_of_a_covered_row(
     assert np.allclose(np.array(logsumexp), np.array(sums), rtol=1e-6, atol=0.2)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_float32_scores_are_no_less_exact_in_blocks(budget: int | None) -> None:
     """Scores near 1500 are rounded by 6e-5, and each further rounding of them shows in the output."""
@@ -329,8 +336,8 @@ def test_a_number_of_a_mask_that_is_clipped_has_its_gradient() -> None:
     assert np.allclose(gradient("baseline"), gradient("practical"), atol=0.02)
 
 
-@pytest.mark.sampled(0.5)
-@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.sampled(0.3)
+@pytest.mark.parametrize("softcap", [None, thorough(5.0)])
 @pytest.mark.parametrize("arithmetic", ["wide", slow("wide float32")])
 def test_blocks_as_on_cuda_are_right(monkeypatch: pytest.MonkeyPatch, arithmetic: str, softcap: float | None) -> None:
     q, k, v = normal(2, 4, 33, 16), normal(2, 2, 70, 16, key=1), normal(2, 2, 70, 8, key=2)
@@ -350,6 +357,7 @@ def test_blocks_as_on_cuda_are_right(monkeypatch: pytest.MonkeyPatch, arithmetic
         assert np.allclose(np.array(one), np.array(other), atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_rounded_outputs_do_not_spoil_gradients_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values that share a large component: in bfloat16 the output keeps little of what they differ by."""
     monkeypatch.setattr("attention.implementations.bounded.implementation.arithmetic_of", lambda dtype, backend: "wide")

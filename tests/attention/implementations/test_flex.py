@@ -49,6 +49,7 @@ def shown(call: FlexCall) -> np.ndarray:
     return full | (partial & function)
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("seq", "kv_seq"), [slow(256, 256), (130, 300)])
 def test_a_block_mask_shows_what_the_mask_shows(mask: str, seq: int, kv_seq: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from attention import UnsupportedError, attention
 from tests.support.attention_examples import INSTALLED
+from tests.support.marks import slow, thorough
 from tests.support.onnx_cases import MATRIX, TOLERANCE, cases, run
 
 NO_SOFTCAP = ("mlx", "torch")
@@ -28,7 +29,7 @@ def test_only_the_score_matrix_output_cannot_be_expressed() -> None:
 
 
 @pytest.mark.parametrize(
-    "implementation", [pytest.param(n, marks=pytest.mark.slow) if n == "demo" else n for n in INSTALLED]
+    "implementation", [slow("demo") if n == "demo" else thorough(n) if n == "torch" else n for n in INSTALLED]
 )  # demo has a trial for each kind of case, and takes one of the others
 def test_all_cases_agree_in_every_output_that_attention_has(implementation: str) -> None:
     attend, refused = partial(attention, implementation=implementation), []

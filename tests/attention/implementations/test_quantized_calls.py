@@ -75,7 +75,7 @@ def assert_right(out, q, k, v, options):
     kernel_oracle.assert_near(out, wanted, plain, q.dtype, 2, "output", 4e-6 * np.abs(given[2]).max())
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(data=st.data())
 def test_every_implementation_is_right(data):
     """Formats of K and V, shapes, groups of heads, layouts, masks and dtypes vary independently."""
@@ -140,6 +140,7 @@ def test_sinks_are_an_extra_weight(name, form, seq):
     assert near(out, wanted)
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("name", ["baseline", "practical", "in tiles", "mlx"])
 @pytest.mark.parametrize(("seq", "form"), [(1, "int8:32+int4"), (40, "int8:32+int4"), (40, "mxfp8"), (1, "nvfp4")])
 def test_gradients_of_the_query_and_of_the_mask_are_right(name, seq, form):
@@ -156,6 +157,7 @@ def test_gradients_of_the_query_and_of_the_mask_are_right(name, seq, form):
         assert near(one, other)
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("name", ["baseline", "practical", "in tiles", "mlx"])
 def test_gradients_of_scales_and_biases_are_right(name):
     q, k, v = arrays()
@@ -195,6 +197,7 @@ def test_a_kernel_has_no_gradient_and_says_so():
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("name", ["baseline", "practical", "in tiles", "poc"])
 def test_calls_are_mapped(name):
     q, k, v = arrays()
@@ -217,6 +220,7 @@ def test_few_rows_that_mlx_cannot_map_are_refused(name):
         mx.vmap(lambda q: attention(q, k, v, implementation=name))(q[None])
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("name", BY)
 @pytest.mark.parametrize("seq", [1, 40])
 def test_a_graph_for_any_shape_is_right_or_refused(name, seq):
@@ -288,7 +292,7 @@ def test_practical_stays_within_its_budget(seq):
         assert peak <= predicted
 
 
-@pytest.mark.sampled(0.3)
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("mask", ["none", "causal", "bool"])
 @pytest.mark.parametrize("form", ["int4+int8", "mxfp8"])
 def test_slices_for_a_gpu_are_right(plant, monkeypatch, form, mask):
@@ -336,7 +340,7 @@ def test_backends_have_their_own_ways(plant, backend, seq, fused, path):
     assert softcapped.path != "dequantized in slices"
 
 
-@pytest.mark.sampled(0.3)
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("form", ["int4", "mxfp8"])
 def test_unfused_paths_predict_what_they_need(form, dtype):
@@ -357,6 +361,7 @@ def test_what_practical_chose_is_explained(seq, backend):
     assert ("tile" in found) != packed
 
 
+@pytest.mark.thorough
 def test_demo_tries_candidates_that_read_quantized_ones(tmp_path: Path):
     store = Store(tmp_path / "tuning.toml")
     among = {"practical": Practical(), "mlx": MlxSdpa(), "baseline": Baseline()}
@@ -374,6 +379,7 @@ def test_demo_tries_candidates_that_read_quantized_ones(tmp_path: Path):
     assert "K/V" not in store.entries()[1].workload.label
 
 
+@pytest.mark.thorough
 def test_a_wrong_candidate_is_out_for_quantized_ones(tmp_path: Path):
     class Wrong(Baseline):
         name = "wrong"

@@ -37,7 +37,7 @@ def same_bits(a, b):
     return np.array_equal(np.array(mx.contiguous(a).view(mx.uint8)), np.array(mx.contiguous(b).view(mx.uint8)))
 
 
-@pytest.mark.sampled(0.4)
+@pytest.mark.sampled(0.2)
 @pytest.mark.parametrize("text", FORMATS)
 @pytest.mark.parametrize("kind", ["normal", "wide", "ties", "zero and tiny"])
 def test_rows_are_those_of_mx_quantize(text, kind):

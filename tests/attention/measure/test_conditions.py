@@ -20,6 +20,7 @@ def no_family(monkeypatch):
     monkeypatch.setattr(conditions, "_family", set)
 
 
+@pytest.mark.thorough
 def test_another_busy_process_is_counted_and_named(no_family):
     watch = ConditionsWatch(DEVICE)
     busy = subprocess.Popen([sys.executable, "-c", SPIN])

@@ -15,7 +15,7 @@ from attention.engine.record import record_of
 from attention.measure import energy
 from attention.measure.device import Device, open_nvml
 from attention.measure.energy import RaplCounter, energy_counter, energy_of_calls, per_call, watts_of
-from tests.support.marks import slow
+from tests.support.marks import slow, thorough
 
 CPU = Device(backend="cpu", name="a CPU", cores=2, memory_bytes=1, available_bytes=1)
 
@@ -106,7 +106,7 @@ def test_the_gpu_is_the_first_that_cuda_sees(visible, taken, monkeypatch):
     [
         (1e6, 200.0, None),
         slow(0.0, 200.0, "no energy: its calls took"),
-        (1e6, 10.0, "W, beyond the 10 W of the device"),
+        thorough(1e6, 10.0, "W, beyond the 10 W of the device"),
     ],
 )
 def test_rows_have_the_energy_of_a_token(max_slower, limit_w, problem, monkeypatch):

@@ -31,6 +31,7 @@ from attention.core.route import Route, unsupported
 from attention.implementations.bounded.implementation import Practical
 from attention.mlx_lm import caches
 from attention.mlx_lm.generation import why_unread
+from tests.support.marks import slow, thorough
 from tests.support.tiny_models import LAYERS, tiny, tokens
 
 WINDOW = 24
@@ -114,14 +115,19 @@ def assert_same(model: Any, layout: str, kv_format: str, chunks: Chunks, impleme
         assert_close(got, wanted)
 
 
-@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize(
-    ("layout", "kv_format"), [*zip(LAYOUTS, FORMATS, strict=False), ("rotating", "nvfp4"), ("batch", "int3:32")]
+    ("layout", "kv_format"),
+    [
+        *(thorough(*each) if number % 2 else each for number, each in enumerate(zip(LAYOUTS, FORMATS, strict=False))),
+        thorough("rotating", "nvfp4"),
+        slow("batch", "int3:32"),
+    ],
 )
 def test_logits_are_those_of_the_dequantized_cache(layout: str, kv_format: str) -> None:
     assert_same(tiny("qwen2", num_hidden_layers=1), layout, kv_format, CHUNKS)
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("model", ["llama", "qwen2"])
 def test_logits_of_two_layers_agree(model: str) -> None:
     assert_same(tiny(model), "rotating, 4 kept", "int8:32+int4:32", CHUNKS)
@@ -148,7 +154,7 @@ def test_logits_agree_in_bfloat16(layout: str) -> None:
     assert_same(tiny("llama", mx.bfloat16, num_hidden_layers=1), layout, "int8:32+int4:32", CHUNKS)
 
 
-@pytest.mark.sampled(0.35)
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_mlx_lms_own_attention_reads_one_affine_format(layout: str) -> None:
     model = tiny("llama", num_hidden_layers=1)
@@ -156,7 +162,7 @@ def test_mlx_lms_own_attention_reads_one_affine_format(layout: str) -> None:
     np.testing.assert_allclose(logits(model, [packed(layout, "int6:32")], CHUNKS), wanted, atol=TOLERANCE[mx.float32])
 
 
-@pytest.mark.sampled(0.35)
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize(("window", "keep", "chunk"), [(8, 0, 25), (8, 4, 25), (24, 4, 24), (5, 4, 1), (1, 0, 7)])
 def test_a_window_may_be_smaller_than_a_chunk(
     window: int, keep: int, chunk: int, monkeypatch: pytest.MonkeyPatch
@@ -165,12 +171,14 @@ def test_a_window_may_be_smaller_than_a_chunk(
     assert_same(tiny("qwen2", num_hidden_layers=1), "small", "int8:32", [chunk, chunk, *[1] * 10, chunk])
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("chunks", [[8, 1], [7, 1, 1], [11, 5, 1], [16, 1], [1] * 9], ids=str)
 def test_chunks_may_end_where_the_buffer_does(chunks: Chunks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(KVCache, "step", 8)
     assert_same(tiny("qwen2", num_hidden_layers=1), "plain", "int8:32", chunks)
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("kv_format", ["int8:32", "mxfp4+int8:32"])
 def test_a_model_with_sinks_takes_a_quantized_cache(kv_format: str) -> None:
     model, chunks = tiny("gpt_oss"), [29, 11, *[1] * 5]
@@ -226,6 +234,7 @@ def test_dense_copies_for_an_implementation_are_counted() -> None:
     np.testing.assert_allclose(got, wanted, atol=TOLERANCE[mx.float32])
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("model_name", ["qwen2", "gpt_oss"])
 def test_generate_quantizes_rotating_caches_in_the_patch(model_name: str) -> None:
     model, prompt = tiny(model_name), tokens(40)
@@ -259,7 +268,7 @@ def batched_tokens(model: Any, make: Callable[[], list[Any]]) -> tuple[list[list
     return [made[uid] for uid in uids], [left[uid] for uid in uids]
 
 
-@pytest.mark.parametrize(("model_name", "max_kv_size"), [("qwen2", WINDOW), ("gpt_oss", None)])
+@pytest.mark.parametrize(("model_name", "max_kv_size"), [("qwen2", WINDOW), thorough("gpt_oss", None)])
 def test_batches_of_uneven_prompts_agree(model_name: str, max_kv_size: int | None) -> None:
     model, form = tiny(model_name), Format("affine", 8, 32)
     with attention.patch_mlx_lm("practical"):
@@ -274,6 +283,7 @@ def test_batches_of_uneven_prompts_agree(model_name: str, max_kv_size: int | Non
     assert [[one.offset for one in each] for each in left] == [[length + 6] * LAYERS for length in PROMPTS]
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_order_of_operations_leaves_the_same_rows(layout: str) -> None:
     kv_format, random = "int8:32+nvfp4", np.random.default_rng(11)
@@ -341,7 +351,7 @@ def test_a_batch_takes_one_format() -> None:
         caches_of_two[0].merge([caches_of_two[0], KVCache()])
 
 
-@pytest.mark.sampled(0.35)
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_files_and_copies_continue_where_the_cache_was(layout: str, tmp_path: Path) -> None:
     model = tiny("qwen2")
@@ -393,6 +403,7 @@ DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_one_clear_line(damage: str, tmp_path: Path) -> None:
     path = str(tmp_path / "cache.safetensors")
@@ -411,6 +422,7 @@ def test_what_mlx_lm_cannot_read_names_the_patch() -> None:
         logits(model, [packed("plain", "int8:32+mxfp4") for _ in range(LAYERS)], [3])
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("make", [lambda: RotatingKVCache(WINDOW, keep=4), lambda: QuantizedKVCache(32, 8)])
 def test_a_quantized_copy_leaves_the_cache_alone(make: Callable[[], Any]) -> None:
     model = tiny("qwen2")

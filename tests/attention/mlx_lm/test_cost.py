@@ -31,6 +31,7 @@ def of_kind(events, kind):
     return [event for event in events if isinstance(event, kind)]
 
 
+@pytest.mark.thorough
 def test_a_stream_through_a_model_is_estimated():
     case = Stream(model="tiny-llama", tokens=64, window=16, dtype="float32")
     build(load_implementation(ATTENDS), case.workload, print)  # what has to be compiled first is not timed

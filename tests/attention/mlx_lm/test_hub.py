@@ -51,6 +51,7 @@ def test_a_folder_of_such_a_name_is_a_folder(tmp_path, monkeypatch):
     assert not hub.is_hub_name("org/name")
 
 
+@pytest.mark.thorough
 def test_a_model_of_the_hub_is_found_in_its_cache_afterwards(folder, monkeypatch):
     with hub_of(NAME, folder) as (address, _):
         monkeypatch.setenv("HF_ENDPOINT", address)
@@ -75,6 +76,7 @@ def test_a_hub_that_does_not_answer_is_given_up():
             hub.download(NAME, look_up_s=0.2)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("command", ["model", slow("finetune"), slow("stream")])
 def test_without_a_network_a_name_is_one_line_and_code_2(command, capsys):
     assert main([command, NAME]) == 2

@@ -30,6 +30,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_engine, "BARE_S", 0.001)
 
 
+@pytest.mark.thorough
 def test_all_rows_agree_while_nothing_falls_out_of_the_window() -> None:
     rows = rows_of(CASE, FULL, WINDOW, STREAMING)
     losses = [[block.loss for block in rows[name].blocks] for name in (FULL, WINDOW, STREAMING)]

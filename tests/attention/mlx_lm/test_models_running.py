@@ -127,6 +127,7 @@ def test_decoding_leaves_the_cache_as_it_found_it():
     assert mx.allclose(first, decode.results()[0])
 
 
+@pytest.mark.thorough
 def test_every_implementation_learns_the_same():
     work = FineTuning(model="tiny-llama", seq=8, batch=1, iters=7, rank=2, layers=4, tuned_layers=1, dtype="float32")
     record, told = watched(FineTuningBench, FineTuningPlan(cases=(work,), implementations=NAMES, seconds=60))
@@ -200,6 +201,7 @@ def test_arms_of_a_shared_pass_differ_by_attention_alone():
         assert times[slow] < 10 * take_sample(alone, 1)
 
 
+@pytest.mark.thorough
 def test_a_shared_pass_goes_on_without_an_arm_that_fails():
     broken = f"{Path(__file__).parents[2] / 'support' / 'planted.py'}:Raises"
     for arms in ([broken, "mlx", "poc"], ["mlx", broken, "poc"]):

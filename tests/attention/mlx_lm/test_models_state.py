@@ -77,6 +77,7 @@ def test_calls_of_a_model_that_attends_by_itself_are_counted(name: str) -> None:
     assert event.path
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_decode_run_starts_from_the_prompts_state(name: str) -> None:
     run, cache = decoding(name)
@@ -164,6 +165,7 @@ def test_a_mixture_of_experts_is_tuned_from_the_same_weights(tuned_experts: Any)
     assert ours.loss_difference < 1e-4
 
 
+@pytest.mark.thorough
 def test_a_row_that_would_start_elsewhere_fails(tuned_experts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fine_tuning, "_restore_modules", lambda model, own: None)
     rows = tuned_experts()

@@ -105,6 +105,7 @@ def test_practical_takes_every_call_that_models_make(mask: str, kind: str, budge
     np.testing.assert_allclose(np.array(got), np.array(wanted), atol=2e-5)
 
 
+@pytest.mark.thorough
 def test_sinks_have_mlxs_gradient_in_blocks() -> None:
     q, k, v = arrays(9, 33)
     sinks = mx.array([1.0, -2.0, 0.5, 3.0])

@@ -71,6 +71,7 @@ def test_a_wrong_command_line_is_reported_in_one_line(words: list[str], line: st
     assert "".join(written).strip() == line
 
 
+@pytest.mark.thorough
 def test_without_mlx_lm_the_error_says_how_to_get_it() -> None:
     program = (
         "import sys; sys.modules['mlx_lm'] = None\n"

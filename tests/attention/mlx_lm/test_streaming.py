@@ -13,6 +13,7 @@ from attention import StreamingKV, UsageError, patch_mlx_lm
 from attention.mlx_lm.configuration import find_model
 from attention.mlx_lm.network import Network
 from attention.mlx_lm.streaming import StreamingCache, make_prompt_cache, rope_of
+from tests.support.marks import thorough
 
 PROMPT = mx.array([[(7 * i) % 41 for i in range(60)]])
 
@@ -36,7 +37,7 @@ def test_a_window_longer_than_the_text_changes_nothing(model):
     assert all(path.endswith("first and latest tokens") for path in patch.taken)
 
 
-@pytest.mark.parametrize("implementation", ["practical", "poc"])
+@pytest.mark.parametrize("implementation", [thorough("practical"), "poc"])
 def test_a_prompt_at_once_is_a_prompt_token_by_token(model, implementation):
     """Positions within the window are the same, however the tokens arrive."""
     with patch_mlx_lm(implementation) as patch:

@@ -66,6 +66,7 @@ def model_of(module: Any) -> Any:
     return model
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("module", MORE, ids=lambda module: module.__name__.rpartition(".")[2])
 def test_a_models_window_is_a_bound(module):
     model, tokens = model_of(module), mx.random.randint(0, 50, (1, 30), key=mx.random.key(1))
@@ -120,7 +121,7 @@ def test_arrays_that_are_gone_are_forgotten():
     assert base.create_causal_mask.__module__ == "mlx_lm.models.base"
 
 
-@pytest.mark.sampled(0.3)
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize(("rows", "offset"), [(80, 0), (70, 30), (3, 100)])
 @pytest.mark.parametrize(
@@ -182,6 +183,7 @@ def gemma2_model(key_heads=2, head_dim=16):
     return model
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("key_heads", [4, 2])
 @pytest.mark.parametrize("name", ["practical", "poc"])
 def test_gemma_2_attends_by_the_implementation(name, key_heads):
@@ -269,6 +271,7 @@ def test_gemma_2_has_its_gradients():
         np.testing.assert_allclose(np.array(mx.grad(loss)(x)), np.array(wanted), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("parts", [(70, 90, 1), (200, 80, 1, 100), (3, 66)], ids=str)
 def test_padded_rotating_caches_are_windows_with_padding(parts):
     window, padding, recorder = 40, [7, 0, 30], Recorder(takes_patterns=True)

@@ -250,6 +250,7 @@ def test_long_calls_are_all_sampled_and_short_ones_less_often() -> None:
     assert program.pace.stride == 1
 
 
+@pytest.mark.thorough
 def test_nested_calls_are_not_counted_however_fast() -> None:
     q, k, v = arrays()
     with attention.monitor() as monitor:
@@ -259,6 +260,7 @@ def test_nested_calls_are_not_counted_however_fast() -> None:
     assert monitor.calls == pytest.approx(10_000, rel=0.1)
 
 
+@pytest.mark.thorough
 def test_a_sampled_call_stands_for_those_before_it() -> None:
     q, k, v = arrays()
     calls = 20_000

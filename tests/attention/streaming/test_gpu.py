@@ -7,7 +7,7 @@ import pytest
 from attention import StreamingKV, quantized
 from attention.core.kv_format import parse_kv_format
 from attention.streaming import attend
-from tests.attention.streaming.test_streaming import ROPES, close, expected, made, rope_of
+from tests.support.streaming_calls import ROPES, close, expected, made, rope_of
 from tests.support.streaming_oracle import Sequence
 
 pytestmark = pytest.mark.gpu

@@ -13,37 +13,11 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, rule
 
 from attention import Rope, StreamingKV, UsageError, attention, quantized
 from attention.core.kv_format import parse_kv_format
+from tests.support.streaming_calls import ROPES, close, expected, made, rope_of
 from tests.support.streaming_oracle import Sequence
 
-HEADS, KV_HEADS, WIDTH = 4, 2, 16
-ROPES = {"none": None, "halves": (16, 10000.0, False), "adjacent": (8, 100.0, True)}
 
-
-def made(tokens: int, batch: int = 1, seed: int = 0, width: int = WIDTH) -> list[np.ndarray]:
-    """Return q, k and v of new tokens, (batch, heads, tokens, width)."""
-    rng = np.random.default_rng(seed)
-    return [rng.standard_normal((batch, h, tokens, width), np.float32) for h in (HEADS, KV_HEADS, KV_HEADS)]
-
-
-def rope_of(values: tuple[int, float, bool] | None) -> Rope | None:
-    """Return the product's object."""
-    return None if values is None else Rope(values[0], base=values[1], traditional=values[2])
-
-
-def expected(row: Sequence, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Append tokens (heads, L, D) to an oracle and return its outputs (H, L, D)."""
-    out = []
-    for t in range(q.shape[1]):
-        row.append(k[:, t].astype(float), v[:, t].astype(float))
-        out.append(row.attend(q[:, t].astype(float)))
-    return np.stack(out, 1)
-
-
-def close(got: mx.array, want: np.ndarray, error: float = 3e-6) -> bool:
-    """Return whether outputs agree."""
-    return bool(np.abs(np.array(got.astype(mx.float32)) - want).max() <= error)
-
-
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
 @pytest.mark.parametrize(("first", "window", "spare"), [(4, 10, 0), (0, 5, 0), (3, 7, 4), (2, 1, 0)])
 @pytest.mark.parametrize("implementation", ["practical", "poc"])
@@ -209,6 +183,7 @@ def test_a_loaded_state_is_the_saved_one(tmp_path):
     assert mx.array_equal(again.attend(q, k, v), state.attend(q, k, v))
 
 
+@pytest.mark.thorough
 def test_a_full_disk_is_an_error_of_the_system(tmp_path):
     """MLX raises RuntimeError; what was saved before stays."""
     program = (

@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.support.marks import thorough
+
 ROOT = Path(__file__).parents[3]
 COMMAND = [sys.executable, "-m", "fatui", "bench"]
 SMALL = ["--batch", "1", "--seq", "32", "--head-dim", "16", "--heads", "2", "--dtype", "float32"]
@@ -30,17 +32,17 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return [child for child in psutil.Process(process.pid).children() if "attention.engine.worker" in child.cmdline()]
 
 
-def test_without_a_backend_it_says_what_to_install_and_exits_3(tmp_path):
+@pytest.mark.parametrize("command", ["bench quick", thorough("explain"), thorough("doctor --no-measure")])
+def test_without_a_backend_it_says_what_to_install_and_exits_3(tmp_path, command):
     (tmp_path / "mlx").mkdir()
     (tmp_path / "mlx" / "__init__.py").touch()
     (tmp_path / "mlx" / "core.py").write_text("raise ImportError('libmlx.so: cannot open shared object file')")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    for command in (["bench", "quick"], ["explain"], ["doctor", "--no-measure"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "fatui", *command], env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 3, command
-        assert "fatui[cpu]" in done.stdout + done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "fatui", *command.split()], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 3
+    assert "fatui[cpu]" in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_small_case_gives_rows_that_say_what_ran():

@@ -42,6 +42,7 @@ def told(capsys) -> list[str]:
     return [line.removeprefix("fatui: ") for line in captured.err.splitlines()]
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("command", sorted(cli_main.COMMANDS))
 def test_every_commands_help_has_an_example(command, capsys):
     assert main([command, "--help"]) == 0
@@ -225,6 +226,7 @@ def test_exports_are_written_and_say_what_the_table_says(capsys, tmp_path):
     assert "| poc | CPU kernel avx512 |" in targets[2].read_text()
 
 
+@pytest.mark.thorough
 def test_a_full_disk_on_export_keeps_the_old_file(tmp_path):
     target = tmp_path / "out.json"
     target.write_text("old")
@@ -253,6 +255,7 @@ def test_the_app_without_a_terminal_is_one_line_and_exit_code_2(environment):
     assert err == b"fatui: the app needs a terminal; try `fatui bench`, which needs none\n"
 
 
+@pytest.mark.thorough
 def test_a_closed_stdout_is_reported():
     command = f"exec {sys.executable} {FAKE} history >&-"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -273,6 +276,7 @@ def test_the_history_takes_no_export_that_it_would_ignore(words, tmp_path, capsy
     assert told(capsys) == [f"history {words[0]}: it takes no --json; `show ID --json FILE` exports a run"]
 
 
+@pytest.mark.thorough
 def test_stdout_closed_early_is_no_error():
     with fatui("bench", "scaling") as process:
         assert process.stdout is not None and process.stderr is not None
@@ -324,6 +328,7 @@ def test_no_colour_and_no_escapes_when_piped():
     assert b"\x1b" not in out + err
 
 
+@pytest.mark.thorough
 def test_an_ascii_terminal_gets_a_table_too():
     process = fatui("bench", "quick", PYTHONIOENCODING="ascii")
     out, err = process.communicate(timeout=20)

@@ -3,6 +3,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -17,6 +19,7 @@ def cpu_seconds(program: str) -> float:
     return min(times)
 
 
+@pytest.mark.thorough
 def test_help_takes_less_than_100_ms_beyond_bare_python():
     ours = cpu_seconds("from fatui.cli.main import main; main(['--help'])")
     assert ours - cpu_seconds("pass") < 0.1

@@ -79,6 +79,7 @@ def test_the_check_prints_two_figures(
     assert second.endswith("; 95% is required")
 
 
+@pytest.mark.thorough
 def test_choices_that_other_kernels_were_tried_for_are_marked(
     preset: str, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +139,7 @@ def test_a_case_that_does_not_fit_is_refused_and_not_begun(
     assert not file.exists()
 
 
+@pytest.mark.thorough
 def test_a_damaged_file_is_reported_and_kept(preset: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file.write_text("nonsense")
     assert main(["tune", preset, "--seconds", "0.05"]) == 0

@@ -97,6 +97,7 @@ def test_sparse_patterns_have_claims_and_a_table_by_density() -> None:
     assert sparse_blocks([masked("causal", None)], ["poc"]) == []
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not charts.available(), reason="matplotlib is not installed")
 def test_the_report_draws_time_by_density_with_break_even() -> None:
     [chart] = density_charts(DENSITIES, ["poc", "mlx"])
@@ -212,6 +213,7 @@ def test_models_caches_are_beside_the_unquantized_one() -> None:
     ]
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not charts.available(), reason="matplotlib is not installed")
 def test_charts_show_speed_and_error_over_the_formats() -> None:
     speed, error = format_charts(FORMATS, ["poc"])
@@ -221,6 +223,7 @@ def test_charts_show_speed_and_error_over_the_formats() -> None:
     assert format_charts(FORMATS[:1], ["poc"]) == []
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not charts.available(), reason="matplotlib is not installed")
 def test_a_chart_shows_speed_over_length_by_format() -> None:
     (chart,) = format_charts(LENGTHS, ["poc"])

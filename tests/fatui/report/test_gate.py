@@ -128,7 +128,7 @@ def test_rows_that_skip_rounds_are_compared_by_their_medians():
     assert change.ratio and change.ratio.value == pytest.approx(change.before.call_s.median / poc.call_s.median)
 
 
-def test_noise_makes_a_row_undecided_which_passes_unless_refused():
+def test_noise_makes_a_row_undecided_which_passes_by_default():
     runs = compare_pairs(pairs_with({}, 3, seed=1, noise=0.2))
     gate = judge(runs, THREE)
     assert outcomes(gate)["poc"] == "UNDECIDED"

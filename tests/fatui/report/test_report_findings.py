@@ -140,6 +140,7 @@ def test_the_growth_of_a_sweep_is_reported_with_its_power():
     assert "Length 128 to 1024" in grown
 
 
+@pytest.mark.thorough
 def test_a_speedup_falling_with_length_is_called_diminishing():
     report = report_of(plan_of(SWEEP))
     cases = []
@@ -151,6 +152,7 @@ def test_a_speedup_falling_with_length_is_called_diminishing():
     assert any("speedup of poc over baseline diminishes: 0.50 times" in text for text in told)
 
 
+@pytest.mark.thorough
 def test_a_crossover_names_the_two_lengths_around_it():
     report = report_of(plan_of(SWEEP, ("baseline", "practical")))
     cases = []
@@ -268,6 +270,7 @@ def test_names_and_paths_cannot_put_markup_into_the_page():
     assert "&lt;script&gt;" in page
 
 
+@pytest.mark.thorough
 def test_a_sweep_is_drawn_in_the_page_s_own_colours_and_markers():
     _, *charts = blocks(compose([report_of(plan_of(SWEEP))]), Chart)  # the first is the verdict's
     assert [chart.title.partition(",")[0] for chart in charts] == [

@@ -46,7 +46,7 @@ VALUES = (
         {"a": 1},
     ),
 )
-ROUNDS = 60
+ROUNDS = 30
 
 
 def leaves(document):
@@ -284,6 +284,7 @@ def test_a_text_without_end_is_cut():
     assert len(made.run.command) < 1.1 * result_files.MAX_TEXT
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("command", [["history", "add"], ["report"], ["presets", "check"], ["bench"], ["explain"]])
 def test_devices_pipes_and_folders_are_refused_without_waiting(command, tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")

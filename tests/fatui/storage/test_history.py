@@ -66,6 +66,7 @@ def test_nothing_is_made_by_looking(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.thorough
 def test_two_processes_at_once_lose_nothing(tmp_path):
     path = tmp_path / "h.sqlite"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

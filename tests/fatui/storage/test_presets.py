@@ -160,7 +160,7 @@ workloads = st.builds(
 texts = st.text(st.characters(blacklist_categories=["Cs"]), max_size=40)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     cases=st.lists(workloads, min_size=1, max_size=5, unique=True),
     title=texts,

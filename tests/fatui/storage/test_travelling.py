@@ -55,7 +55,7 @@ def problems(document: object) -> list[str]:
     return [f"{error.json_path}: {error.message}"[:300] for error in validator.iter_errors(document)]
 
 
-@pytest.mark.sampled(0.2)
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("path", KEPT, ids=[path.stem for path in KEPT])
 def test_every_kept_result_is_as_the_schema_says(path):
     document = json.loads(path.read_bytes())
@@ -101,6 +101,7 @@ def test_the_schema_refuses_what_is_wrong(place, value):
     assert problems(document)
 
 
+@pytest.mark.thorough
 def test_the_command_prints_the_schema(tmp_path, capsys):
     assert main(["schema"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(result_files.schema_text())

@@ -50,6 +50,7 @@ async def test_a_driver_that_breaks_leaves_the_app_and_the_rows(stage):
     assert "the engine's driver failed: KeyError" in stage.app.journal.text()
 
 
+@pytest.mark.thorough
 async def test_a_run_that_is_refused_says_why(stage):
     await stage.press("r")
     stage.engine.tell(on.RunRefused(kind="no backend", reason="MLX is not installed"))
@@ -73,6 +74,7 @@ async def test_a_newer_history_is_reported_and_the_report_stays(stage):
     await stage.settle(lambda: "made by a newer fatui" in " ".join(stage.seen().split()))
 
 
+@pytest.mark.thorough
 async def test_a_broken_engine_line_is_reported_and_the_run_goes_on(stage):
     await stage.press("r")
     stage.engine.begin()
@@ -87,6 +89,7 @@ async def test_a_broken_engine_line_is_reported_and_the_run_goes_on(stage):
     assert stage.app.journal.errors == 0
 
 
+@pytest.mark.thorough
 async def test_compiling_is_shown_and_its_silence_is_no_alarm(stage):
     await stage.press("r")
     stage.engine.begin()
@@ -106,6 +109,7 @@ async def test_compiling_is_shown_and_its_silence_is_no_alarm(stage):
     assert stage.app.session.once_s == 48
 
 
+@pytest.mark.thorough
 async def test_an_engine_that_does_not_heed_a_stop_is_killed(stage):
     await stage.press("r")
     process = await asyncio.create_subprocess_exec("sh", "-c", "trap '' TERM; sleep 60", start_new_session=True)
@@ -119,6 +123,7 @@ async def test_an_engine_that_does_not_heed_a_stop_is_killed(stage):
     await stage.settle(lambda: not stage.app.runs.active)
 
 
+@pytest.mark.thorough
 def test_a_terminal_that_hangs_up_without_signal_ends_the_app():
     with PtyApp("sh", "-c", f"trap '' HUP; exec {sys.executable} -m fatui") as app:
         assert app.read(20, until="Implementations") is not None
@@ -157,6 +162,7 @@ async def test_too_few_rounds_are_said_and_earn_nothing(stage):
     assert "★" not in seen and "noise floor" not in seen and "fastest" not in seen
 
 
+@pytest.mark.thorough
 def test_the_app_does_not_draw_into_a_file(tmp_path):
     with PtyApp("sh", "-c", f"{sys.executable} -m fatui 2>{tmp_path / 'err'}") as app:
         assert app.ended(20)

@@ -106,6 +106,7 @@ def test_a_model_says_its_memory_and_time():
     ]
 
 
+@pytest.mark.thorough
 async def test_calls_are_timed_once_the_set_up_has_settled(stage, monkeypatch):
     monkeypatch.setattr("fatui.tui.lab.SETTLED_S", 0.0)
     asked = []
@@ -169,6 +170,7 @@ def test_the_layers_of_an_edited_model_are_read_again(tmp_path):
     assert shown(2) == shown(2)
 
 
+@pytest.mark.thorough
 async def test_what_a_model_takes_is_still_known_after_a_run(stage):
     plan = GenerationPlan(cases=generations(4, model="tiny-llama", prompts=(64,), generate=8, batches=(1,)))
     stage.app.costs.enabled = True

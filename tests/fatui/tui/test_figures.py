@@ -90,6 +90,7 @@ def test_a_series_keeps_its_bound_its_mean_and_its_extremes():
     assert sum(series.points) / len(series.points) == pytest.approx(5000, rel=0.05)
 
 
+@pytest.mark.thorough
 def test_a_journal_keeps_the_last_lines_and_counts_all():
     journal = Log(most=1000)
     for number in range(100_000):

@@ -21,6 +21,7 @@ async def look(stage, *keys, shows=""):
     assert not hostile.unsafe_in(seen)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["shapes", slow("model"), slow("finetune")])
 async def test_every_screen_shows_a_hostile_run(kind):
     for number in (1, 2):
@@ -48,6 +49,7 @@ async def test_every_screen_shows_a_hostile_run(kind):
         await look(stage, "escape", "question_mark")
 
 
+@pytest.mark.thorough
 async def test_hostile_presets_settings_and_messages_are_shown():
     folder = storage.own_presets()
     folder.mkdir(parents=True)

@@ -61,6 +61,7 @@ def test_a_history_that_cannot_be_read_is_no_history(tmp_path):
     assert find_past(DEVICE, RunHistory(path)) is None
 
 
+@pytest.mark.thorough
 async def test_without_a_history_it_says_what_a_first_run_will_tell(stage):
     seen = stage.seen()
     assert "No run on this machine yet." in seen and "r starts it." in seen

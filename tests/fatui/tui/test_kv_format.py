@@ -83,6 +83,7 @@ async def test_the_choice_is_turned_or_typed() -> None:
         assert stage.app.draft.kv_format == "int3"
 
 
+@pytest.mark.thorough
 async def test_a_width_that_no_group_divides_is_reported() -> None:
     async with on_stage() as stage:
         stage.app.set_draft(stage.app.draft.set_axis("head_dim", (80,)).set_choice("kv_format", ("int4",)))

@@ -13,6 +13,7 @@ def at(stage, pane):
     return stage.find(f"#{pane}").region
 
 
+@pytest.mark.thorough
 async def test_from_160_columns_panes_are_side_by_side():
     async with on_stage(size=(160, 48)) as stage:
         await stage.run_to_the_end()
@@ -33,6 +34,7 @@ async def test_below_160_columns_there_is_no_row_pane(stage):
     assert "needs 160 columns" in stage.app.journal.text()
 
 
+@pytest.mark.thorough
 async def test_hiding_a_pane_leaves_no_hole():
     async with on_stage(size=(160, 48)) as stage:
         await stage.run_to_the_end()
@@ -109,6 +111,7 @@ async def test_up_and_down_go_between_controls_as_between_rows(stage):
     assert stage.app.focused.id == "axis-batch"  # the first; up does not leave the pane
 
 
+@pytest.mark.thorough
 async def test_jump_mode_labels_all_that_can_be_reached(stage):
     await stage.press("semicolon")
     jump = stage.app.screen
@@ -124,6 +127,7 @@ async def test_jump_mode_labels_all_that_can_be_reached(stage):
     assert stage.app.focused is picker and picker._cursor == 2
 
 
+@pytest.mark.thorough
 @pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("key", ["escape", "semicolon"])
 async def test_jump_mode_closes_without_going_anywhere(stage, key):

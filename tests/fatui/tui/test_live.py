@@ -60,6 +60,7 @@ async def test_v_changes_the_scale_and_is_remembered(stage):
     assert "0 to 800 K" in stage.seen()
 
 
+@pytest.mark.thorough
 async def test_ratios_have_a_noise_band_and_a_narrowing_interval(stage):
     session = await start(stage, [6])
     _, first = rate_chart(session, "ratio")
@@ -202,6 +203,7 @@ async def test_the_roofline_follows_the_sliders_before_a_run():
         assert "The roofs are measured" in stage.seen()
 
 
+@pytest.mark.thorough
 async def test_the_roofline_has_the_points_of_a_run(stage):
     await stage.run_to_the_end()
     await stage.settle(lambda: stage.app.remembered.peaks_of == "Test CPU")

@@ -86,6 +86,7 @@ async def test_long_lines_wrap_and_open_whole(stage):
     assert stage.app.screen is stage.app.main
 
 
+@pytest.mark.thorough
 async def test_a_search_goes_from_match_to_match_and_hides_nothing(stage):
     for number in range(40):
         stage.app.journal.write("an apple" if number in (3, 30) else f"line {number}")

@@ -58,6 +58,7 @@ async def test_a_model_is_set_up_run_shown_kept_and_exported(stage, monkeypatch)
     assert len(json.loads(path.read_text())["models"]) == 2
 
 
+@pytest.mark.thorough
 async def test_fine_tuning_shows_loss_curves_beside_rates(stage):
     await stage.press("f")
     assert isinstance(stage.app.screen, FineTunings)
@@ -153,6 +154,7 @@ async def test_a_model_says_how_long_it_takes_before_its_rounds(stage):
     assert "42 min 00 s left" in seen and "32 s left" not in seen
 
 
+@pytest.mark.thorough
 async def test_what_cannot_run_is_reported(stage):
     await stage.press("m")
     stage.find("#layers", Choice).focus()
@@ -201,6 +203,7 @@ async def test_cache_formats_have_groups_that_fit_the_model():
         assert "K/V int4:32" in stage.seen()
 
 
+@pytest.mark.thorough
 async def test_a_model_is_measured_on_several_devices(stage):
     await stage.press("m")
     devices = stage.find("#ranks", Choice)

@@ -39,6 +39,7 @@ async def running(stage):
     await stage.pilot.pause()
 
 
+@pytest.mark.thorough
 @pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 55)])
 async def test_a_repaint_is_what_textual_draws(size):
@@ -57,6 +58,7 @@ async def test_a_repaint_is_what_textual_draws(size):
             assert written(sparing) == written(Compositor.render_partial_update(ours))
 
 
+@pytest.mark.thorough
 async def test_a_tick_without_news_repaints_no_pane():
     async with on_stage() as stage:
         await running(stage)
@@ -106,6 +108,7 @@ async def test_rounds_repaint_only_the_rows_of_trends_that_changed():
         assert memory._rows is rows  # drawn with the table, once a second
 
 
+@pytest.mark.thorough
 async def test_kept_styles_follow_the_theme():
     async with on_stage() as stage:
         await running(stage)

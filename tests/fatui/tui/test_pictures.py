@@ -163,15 +163,16 @@ async def streaming(app, pilot, engines, clock):
     app.screen._show()
 
 
-@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize(
     ("steps", "size"),
     [
         pytest.param(
-            steps, size, marks=() if number % 2 else pytest.mark.slow, id=f"{steps.__name__}-{columns}x{lines}"
+            steps,
+            size,
+            marks=() if (steps, size) == (running, SIZES[1]) else pytest.mark.slow,
+            id=f"{steps.__name__}-{size[0]}x{size[1]}",
         )
-        for number, (steps, size) in enumerate(product((idle, running, done), SIZES))
-        for columns, lines in (size,)
+        for steps, size in product((idle, running, done), SIZES)
     ],
 )
 def test_main_screen(snap_compare, size, steps):
@@ -188,12 +189,11 @@ OTHERS = (
     *(sweep, swept, scaled, scaled_latency, scaled_flops, scaled_memory, roofline, maximised),
     *(compare, models, fine_tuning, streaming),
 )
-QUICK = ((models, SIZES[1]), (roofline, SIZES[1]), (compare, SIZES[0]))
+QUICK = ((roofline, SIZES[1]),)
 EARLIER = ((swept, SIZES[1]), (scaled, SIZES[1]))
 """Those with a test of their own below."""
 
 
-@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize(
     ("steps", "size"),
     [
@@ -237,6 +237,7 @@ def test_scaling_at_120_x_40(snap_compare):
     picture(snap_compare, (120, 40), scaled)
 
 
+@pytest.mark.thorough
 def test_without_colour(snap_compare, monkeypatch):
     monkeypatch.setenv("NO_COLOR", "")
     picture(snap_compare, (120, 40), done)

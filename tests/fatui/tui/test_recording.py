@@ -5,11 +5,14 @@ import re
 from pathlib import Path
 from xml.dom import minidom
 
+import pytest
+
 from tests.support.stage import on_stage
 
 SCRIPT = Path(__file__).parents[3] / "docs" / "pictures.py"
 
 
+@pytest.mark.thorough
 async def test_a_recording_writes_a_row_that_stays_once():
     spec = importlib.util.spec_from_file_location("pictures", SCRIPT)
     pictures = importlib.util.module_from_spec(spec)

@@ -35,6 +35,7 @@ async def test_a_run_fills_the_table_says_its_finding_and_is_kept(stage):
     assert not RunHistory().runs()[0].interrupted
 
 
+@pytest.mark.thorough
 async def test_stop_keeps_what_was_measured(stage):
     await stage.press("r")
     stage.engine.begin()
@@ -47,6 +48,7 @@ async def test_stop_keeps_what_was_measured(stage):
     assert stage.app.report.run.interrupted
 
 
+@pytest.mark.thorough
 async def test_quit_in_mid_run_asks_once_and_stay_goes_on(stage):
     await stage.press("r", "q")
     assert isinstance(stage.app.screen, Question)
@@ -79,6 +81,7 @@ async def test_the_last_run_times_the_calls_of_the_next(stage):
     assert "judging by a timed call of each" in str(stage.find("#cost").content)
 
 
+@pytest.mark.thorough
 async def test_a_sweep_has_a_block_a_case_and_a_mean(stage):
     stage.app.set_draft(stage.app.draft.toggle_sweep().set_axis("seq", (64, 128)))
     await stage.run_to_the_end()

@@ -34,6 +34,7 @@ async def save_as(stage, name):
     await stage.pilot.pause(0.1)
 
 
+@pytest.mark.thorough
 async def test_a_preset_is_saved_and_loaded_again(stage):
     stage.find("#axis-seq", Slider).focus()
     await stage.press("end")
@@ -112,6 +113,7 @@ async def test_a_preset_given_at_the_start_is_loaded_and_run():
         assert len(stage.engine.record.cases) == 6
 
 
+@pytest.mark.thorough
 async def test_an_unknown_preset_is_reported_and_nothing_runs():
     async with on_stage(preset="quik", run=True) as stage:
         await stage.settle(lambda: "none named 'quik'" in stage.app.journal.text())
@@ -146,6 +148,7 @@ async def test_past_runs_are_opened_compared_deleted_and_brought_back(stage):
     assert "is open" in stage.seen()
 
 
+@pytest.mark.thorough
 async def test_scaling_draws_a_map_a_chart_and_names_crossovers(stage):
     draft = stage.app.draft.toggle_sweep().set_axis("seq", (64, 128, 256)).set_axis("batch", (1, 2))
     stage.app.set_draft(draft)
@@ -275,6 +278,7 @@ async def test_a_row_opens_with_its_samples_and_its_command(stage):
     assert stage.app.screen is stage.app.main
 
 
+@pytest.mark.thorough
 async def test_help_lists_the_keys_of_the_screen_it_is_opened_on(stage):
     await stage.press("question_mark")
     assert "Run what is set up" in stage.seen()
@@ -306,6 +310,7 @@ def test_every_screen_that_closes_does_so_once():
     assert [each for each in ours if not issubclass(each, ClosesOnce)] == [MainScreen]
 
 
+@pytest.mark.thorough
 @pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("name", [None, "models"])
 async def test_keys_pressed_before_a_dialog_is_gone_do_nothing(stage, name):
@@ -321,6 +326,7 @@ async def test_keys_pressed_before_a_dialog_is_gone_do_nothing(stage, name):
     assert stage.app.screen is below
 
 
+@pytest.mark.thorough
 async def test_a_run_is_compared_with_a_file_of_another_device(stage, tmp_path):
     before, after = compared(device="Apple M4")
     RunHistory().add(before)
@@ -340,6 +346,7 @@ async def test_a_run_is_compared_with_a_file_of_another_device(stage, tmp_path):
     assert "The runs differ in device: AMD EPYC 9R14, then Apple M4" in stage.seen()
 
 
+@pytest.mark.thorough
 async def test_title_history_and_export_have_one_name(stage):
     await save_as(stage, "mine")
     await stage.run_to_the_end()
@@ -358,6 +365,7 @@ async def test_title_history_and_export_have_one_name(stage):
     stage.engine.end()
 
 
+@pytest.mark.thorough
 async def test_a_run_saved_as_a_preset_goes_on_under_its_name(stage):
     await stage.run_to_the_end()
     await save_as(stage, "mine")

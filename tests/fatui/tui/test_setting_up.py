@@ -40,6 +40,7 @@ async def test_seconds_have_a_slider_with_expected_precision(stage):
     assert "takes whole seconds from 1" in stage.app.journal.text()
 
 
+@pytest.mark.thorough
 async def test_memory_and_time_stand_beside_the_implementation(stage):
     stage.app.remembered.pace = RunSpeed(device="Test CPU", calls={"poc float16 forward": [(Workload().flops, 0.002)]})
     advise(stage.app)
@@ -62,6 +63,7 @@ async def test_short_terminals_fold_controls_at_their_defaults():
         assert stage.find("#seconds").display and "u shows them: K/V heads, devices" in stage.seen()
 
 
+@pytest.mark.thorough
 async def test_a_long_list_scrolls_to_its_cursor():
     async with on_stage(size=(80, 24)) as stage:
         stage.find("#implementations").styles.height = 5
@@ -87,6 +89,7 @@ async def test_a_slider_goes_by_stops_and_to_its_ends(stage):
     assert stage.app.draft.axes["seq"] == (131_072,)
 
 
+@pytest.mark.thorough
 async def test_a_typed_value_takes_any_legal_number(stage):
     stage.find("#axis-seq", Slider).focus()
     await stage.press("7", "7", "7", "enter")
@@ -97,6 +100,7 @@ async def test_a_typed_value_takes_any_legal_number(stage):
     assert stage.app.draft.axes["seq"] == (1024,)
 
 
+@pytest.mark.thorough
 async def test_a_typed_value_that_is_none_is_refused_in_words(stage):
     stage.find("#axis-heads", Slider).focus()
     await stage.press("9", "9", "9", "9", "9", "enter")
@@ -158,6 +162,7 @@ async def test_nothing_runs_or_sweeps_while_a_number_is_typed(stage):
     assert "seq: 2 is being typed; enter applies it, escape drops it" in stage.app.journal.text()
 
 
+@pytest.mark.thorough
 async def test_a_sweep_marks_several_values_and_says_how_many_cases(stage):
     await stage.press("s")
     stage.find("#axis-seq", Slider).focus()
@@ -170,6 +175,7 @@ async def test_a_sweep_marks_several_values_and_says_how_many_cases(stage):
     assert stage.app.draft.axes["seq"] == (1,)
 
 
+@pytest.mark.thorough
 async def test_a_sweep_that_cannot_run_says_why_and_does_not_start(stage):
     await stage.press("s")
     stage.app.set_draft(stage.app.draft.set_axis("heads", (8, 12)).set_axis("kv_heads", (8,)))
@@ -219,6 +225,7 @@ async def test_an_old_answer_is_marked_as_one_until_the_next_comes(stage):
     assert "manual, unfused …" not in stage.seen()
 
 
+@pytest.mark.thorough
 async def test_space_takes_an_implementation_out_and_none_cannot_run(stage):
     stage.find("#implementations").focus()
     for _ in range(4):
@@ -238,6 +245,7 @@ async def test_a_machine_without_a_backend_is_reported_in_words(stage):
     assert "MLX has no backend" in stage.seen()
 
 
+@pytest.mark.thorough
 async def test_a_mask_has_sliders_and_a_picture_and_none_folds_them(stage):
     stage.app.set_draft(stage.app.draft.set_axis("seq", (2048,)))
     editor = stage.find("#mask-editor", Vertical)
@@ -418,6 +426,7 @@ def test_a_peer_outside_mlx_runs_on_one_device_only():
     assert routes["mlx"].path.startswith("x2 ")
 
 
+@pytest.mark.thorough
 async def test_a_run_leaves_the_slider_so_that_digits_go_to_panes(stage):
     await stage.press("2", "r")
     assert stage.app.focused.id == "comparison-table"

@@ -7,7 +7,7 @@ from fatui.storage import settings
 from fatui.tui import actions
 from fatui.tui.screens.dialogs import Help
 from fatui.tui.widgets.slider import Slider
-from tests.support.marks import slow
+from tests.support.marks import slow, thorough
 from tests.support.stage import on_stage
 
 
@@ -29,6 +29,7 @@ async def test_keys_are_other_ones_where_the_config_file_says_so():
         assert isinstance(stage.app.screen, Help)
 
 
+@pytest.mark.thorough
 async def test_config_errors_are_all_reported_and_the_rest_applies():
     config("theme = 'gruvbx'\nascii = 3\ncolour = 1\n[keys]\nrnu = 'r'\nrun = 7\nstop = 'f6'\n")
     async with on_stage() as stage:
@@ -72,6 +73,7 @@ async def test_layout_theme_and_workload_come_back():
         assert (stage.app.remembered.sort, stage.app.remembered.descending) == ("path", True)
 
 
+@pytest.mark.thorough
 async def test_a_damaged_state_file_is_reported_and_replaced():
     path = settings.state_path()
     path.parent.mkdir(parents=True)
@@ -125,8 +127,7 @@ async def test_a_narrow_terminal_follows_the_run_through_its_tabs():
         assert "[Log]" in stage.seen()
 
 
-@pytest.mark.sampled(0.5)
-@pytest.mark.parametrize(("size", "times"), [((80, 24), 1), ((120, 40), 0)])
+@pytest.mark.parametrize(("size", "times"), [((80, 24), 1), thorough((120, 40), 0)])
 async def test_a_tab_restyles_the_screen_at_most_once(monkeypatch, size, times):
     async with on_stage(size=size) as stage:
         restyled, update = [], Stylesheet.update_nodes

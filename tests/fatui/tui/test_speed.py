@@ -12,7 +12,7 @@ import pytest
 from benchmarks.app import FATUI, PAINTED, measure_keys, measure_live, paired_ratios, quantile, summary
 from benchmarks.pty_app import PtyApp
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.quiet]
 
 EMPTY = "from textual.app import App; App().run()"
 LAST_CELL = "\x1b[40;1H"

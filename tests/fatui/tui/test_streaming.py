@@ -48,6 +48,7 @@ async def test_a_stream_is_set_up_drawn_live_and_kept(stage):
     assert "--window 512" in RunHistory().get("last").run.command
 
 
+@pytest.mark.thorough
 async def test_a_model_has_all_rows_and_its_own_heads(stage):
     await start(stage, ("model", ["left"]))
     plan = stage.engine.record.plan
@@ -60,6 +61,7 @@ async def test_a_model_has_all_rows_and_its_own_heads(stage):
     assert "loss inside" in stage.seen()
 
 
+@pytest.mark.thorough
 async def test_first_tokens_beyond_the_window_are_refused_in_words(stage):
     await start(stage, ("window", "8"), ("first", "9"))
     assert not stage.app.runs.active

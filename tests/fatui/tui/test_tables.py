@@ -61,6 +61,7 @@ def test_another_reference_changes_speedups_not_times():
     assert rebased(case, "nobody") is case
 
 
+@pytest.mark.thorough
 async def test_the_comparison_is_filtered_and_shown_over_another_row(stage):
     await stage.run_to_the_end()
     table = stage.find("#comparison-table", RowTable)
@@ -81,6 +82,7 @@ async def test_the_comparison_is_filtered_and_shown_over_another_row(stage):
     assert table.lines[0].cells["speedup"] == "1"
 
 
+@pytest.mark.thorough
 @pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 55)])
 async def test_compare_shows_drift_and_the_change_beyond_it(size):
@@ -102,6 +104,7 @@ async def test_compare_shows_drift_and_the_change_beyond_it(size):
         assert stage.app.screen is stage.app.main
 
 
+@pytest.mark.thorough
 async def test_runs_in_turns_are_compared_without_a_reference(stage):
     runs = (structs.replace(each, run=structs.replace(each.run, in_turns="both")) for each in compared())
     stage.app.push_screen(Compare(*runs))
@@ -152,7 +155,7 @@ async def test_notes_below_the_last_row_are_scrolled_to():
         assert table.scroll_offset.y == table.max_scroll_y > 0
 
 
-def test_a_first_call_is_not_said_to_hold_what_was_compiled_before_it():
+def test_a_first_call_excludes_what_was_compiled_before_it():
     case = report_of().cases[0]
     (line,) = [text for text in figure_lines(case.rows[0], case) if text.startswith("first call")]
     assert "timed apart" in line and "including compilation" not in line

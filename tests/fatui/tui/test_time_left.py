@@ -65,7 +65,7 @@ def test_the_time_left_ends_near_the_truth(path):
         assert truth / 2 - SOON_S <= seconds <= 2 * truth + 2 * SOON_S
 
 
-def test_an_estimate_that_jumps_is_shown_as_more_than_a_multiple():
+def test_a_jumping_estimate_is_shown_as_more_than_a_multiple():
     plan, _, _ = recorded_runs.read(RUNS[0])
     clock = Clock()
     session = Session(plan, Log(lambda: AT), Silent, command="", expected_s=10.0, clock=clock, now=lambda: AT)

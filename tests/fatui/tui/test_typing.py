@@ -9,6 +9,7 @@ from fatui.tui.screens.models import ModelScreen
 from fatui.tui.view_models import mask_editor
 from fatui.tui.widgets.choice import Choice
 from fatui.tui.widgets.slider import Slider
+from tests.support.marks import thorough
 from tests.support.stage import on_stage
 
 VALID, LARGE, ZERO, WRONG = "3", "9" * 9, "0", "1.,"
@@ -47,7 +48,7 @@ async def walk_choice(stage, choice):
                 stage.app.screen.plan()
 
 
-@pytest.mark.parametrize("screen", OPENED_BY)
+@pytest.mark.parametrize("screen", [name if name == "models" else thorough(name) for name in OPENED_BY])
 async def test_every_control_takes_typed_digits(screen):
     async with on_stage() as stage:
         await stage.press(*OPENED_BY[screen])
@@ -64,6 +65,7 @@ async def test_every_control_takes_typed_digits(screen):
         assert choices or sliders, "the screen has nothing to type into"
 
 
+@pytest.mark.thorough
 async def test_every_number_of_a_mask_takes_typed_digits(stage):
     for kind in mask_editor.KINDS:
         stage.app.set_draft(stage.app.draft.set_choice("mask", (kind.mask,)))
@@ -72,6 +74,7 @@ async def test_every_number_of_a_mask_takes_typed_digits(stage):
             assert parameter.label in stage.app.journal.text().splitlines()[-1]
 
 
+@pytest.mark.thorough
 async def test_a_window_beyond_all_lengths_is_refused(stage):
     stage.find("#choice-mask", Choice).focus()
     await stage.press(*LARGE)
@@ -79,6 +82,7 @@ async def test_a_window_beyond_all_lengths_is_refused(stage):
     assert "mask takes a whole number from 1 to 16,777,216" in stage.app.journal.text()
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("key", ["up", "k"])
 async def test_up_from_the_first_slider_stays(stage, key):
     stage.find("#axis-seq", Slider).focus()

@@ -8,6 +8,7 @@ from attention.core.results import Conditions
 from fatui.tui import terminal
 from fatui.tui.widgets.text_panes import VerdictCard
 from fatui.verdict import headline, verdicts
+from tests.support.marks import thorough
 
 
 async def finished(stage, conditions=None):
@@ -61,6 +62,7 @@ async def test_there_is_no_card_while_a_run_is_active(stage):
     assert not stage.find("VerdictCard").display
 
 
+@pytest.mark.thorough
 async def test_plus_adds_rounds_to_those_measured(stage):
     await finished(stage)
     before = stage.app.report
@@ -91,8 +93,7 @@ async def test_plus_needs_a_run_of_this_session(stage):
     assert "cannot measure longer" in stage.app.journal.text()
 
 
-@pytest.mark.sampled(0.5)
-@pytest.mark.parametrize(("key", "begins"), [("y", "**Use poc"), ("Y", "fatui bench")])
+@pytest.mark.parametrize(("key", "begins"), [("y", "**Use poc"), thorough("Y", "fatui bench")])
 async def test_the_verdict_and_the_command_are_copied(stage, monkeypatch, key, begins):
     copied = []
     monkeypatch.setattr(terminal, "copy", lambda text: copied.append(text) or "test")
@@ -115,6 +116,7 @@ async def test_a_noisy_run_names_the_key_that_measures_longer(stage):
     assert "Too noisy to rank" in stage.seen() and "+ measures longer" in stage.seen()
 
 
+@pytest.mark.thorough
 async def test_what_is_not_continued_is_not_offered(stage):
     await finished(stage)
     latest = stage.app.report

@@ -69,6 +69,7 @@ def test_first_calls_are_outside_of_the_figures(tmp_path: Path) -> None:
     assert checked.share.value == pytest.approx(1.0)
 
 
+@pytest.mark.thorough
 def test_the_check_continues_while_demos_share_is_undecided(tmp_path: Path) -> None:
     def taken(spread: float, seed: int) -> float:
         draw, machine = random.Random(seed), Machine(tmp_path, a=1e-3)

@@ -92,6 +92,7 @@ TELL_NOTHING = {
 }
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("content", TELL_NOTHING)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
 def test_inputs_that_tell_nothing_settle_no_choice(store: Store, heard: Heard, content: str, dtype: mx.Dtype) -> None:
@@ -170,6 +171,7 @@ def test_the_runner_tunes_its_pass_before_the_clock_starts(store: Store) -> None
     assert demo.route(WORKLOAD, device).path == "not tried yet"
 
 
+@pytest.mark.thorough
 def test_calls_may_be_taken_as_training(store: Store) -> None:
     demo = Demo(store=store, pass_="training", budget_s=0.1)
     call(demo)
@@ -231,6 +233,7 @@ def test_tracing_before_any_trial_runs_one_on_own_inputs(store: Store, array: mx
     assert entry.workload.mask == ("none" if array is None else "array")
 
 
+@pytest.mark.thorough
 @pytest.mark.compiles
 def test_tracing_a_training_step_runs_a_trial_of_both_passes(store: Store) -> None:
     demo = make(store).for_training()
@@ -247,6 +250,7 @@ def test_tracing_a_training_step_runs_a_trial_of_both_passes(store: Store) -> No
     assert [entry.workload.pass_ for entry in store.entries()] == ["training"]
 
 
+@pytest.mark.thorough
 def test_what_was_tried_for_training_shows_in_the_route(store: Store) -> None:
     demo = make(store)
     call(demo.for_training())
@@ -301,6 +305,7 @@ def test_gradients_flow_through_calls_that_are_looked_at(store: Store) -> None:
         assert mx.allclose(loss(q), expected, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_dispatch_costs_less_than_5_us(store: Store) -> None:
     demo = make(store)
     q, k, v = make_inputs(Workload(seq=64, heads=8, head_dim=32), 0)
@@ -321,6 +326,7 @@ def test_dispatch_costs_less_than_5_us(store: Store) -> None:
     assert cost < 5e-6, f"{cost * 1e6:.2f} us"
 
 
+@pytest.mark.thorough
 def test_what_looks_cost_is_bounded_by_the_clock(store: Store) -> None:
     clock = FakeTime()
     demo = Demo(store=store, among={"a": Timed("a", 1e-6, clock)}, clock=clock)
@@ -394,6 +400,7 @@ def _hides_a_row(shown: mx.array) -> mx.array:
     return mx.where(shown & (mx.arange(shown.shape[2])[:, None] != 40), 0.0, -1e9)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_hidden_row_does_not_excuse_the_others(dtype: DType) -> None:
     workload = structs.replace(PATTERN, mask="none", dtype=dtype)

@@ -41,6 +41,7 @@ def told_by(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> list[on.AnyEvent]:
     return events
 
 
+@pytest.mark.thorough
 def test_the_trial_is_reported_before_and_apart_from_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     among = {"slow": Timed("slow", 0.002), "fast": Timed("fast", 0.001)}
     events = told_by(Demo(store=Store(tmp_path / "tuning.toml"), among=among, budget_s=0.3), monkeypatch)

@@ -122,6 +122,7 @@ def test_a_bound_call_is_tuned_within_the_budget(tmp_path: Path, approximate: Ap
     assert approximate.calls == before, "its error in another process is above the budget"
 
 
+@pytest.mark.thorough
 def test_a_candidate_that_should_be_exact_has_no_budget(tmp_path: Path, approximate: Approximate) -> None:
     approximate.error = 0.3
     wrong, exact = Approximate(0.05, "wrong"), Timed("exact", 0.002)

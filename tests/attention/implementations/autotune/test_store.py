@@ -119,6 +119,7 @@ def test_figures_that_no_trial_finds_are_damage(path: Path, found: str, edited: 
     assert len(told) == 1 and "\n" not in told[0]
 
 
+@pytest.mark.thorough
 def test_a_large_store_is_parsed_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = {class_number(number): an_entry(class_number(number)) for number in range(1, 301)}
     path.parent.mkdir()

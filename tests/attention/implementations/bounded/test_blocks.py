@@ -75,6 +75,7 @@ def test_long_contexts_take_few_thousand_tiles() -> None:
         assert tile_bytes(shape, blocks) <= 640 * MIB
 
 
+@pytest.mark.thorough
 @given(shapes, budgets)
 def test_tiles_are_counted_as_they_are_computed(shape: ProblemSize, budget: int) -> None:
     blocks = choose_blocks(shape, budget)

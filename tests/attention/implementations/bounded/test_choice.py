@@ -74,6 +74,7 @@ def test_slices_fit_the_budget_wherever_any_slice_can(workload: Workload, mebiby
     assert size.rows % 128 == 0 or size.rows < 128 or size.rows == workload.seq
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("pass_", ["forward", "training"])
 @pytest.mark.parametrize("budget", [1 << 12, 1 << 16, 1 << 20])
 def test_a_tiny_budget_gives_no_more_parts_than_a_graph_takes(
@@ -119,6 +120,7 @@ def test_where_no_slice_fits_blocks_are_taken() -> None:
     assert strategy_text(choose_strategy(LONG, "cuda", NO_NEEDS, 10_000)) == "blocks"
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("pass_", ["forward", "training"])
 @pytest.mark.parametrize("mebibytes", [256, 2560])
 def test_no_other_slices_would_be_fewer(mebibytes: int, pass_: Literal["forward", "training"]) -> None:
@@ -271,6 +273,7 @@ def test_a_large_size_is_said_in_a_unit_that_fits_it():
     ]
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("dtype", [mx.bool_, slow(mx.float32), mx.float16], ids=str)
 @pytest.mark.parametrize("heads", [1, slow(4)])
 def test_the_route_of_an_array_mask_is_the_path_that_runs(dtype: mx.Dtype, heads: int) -> None:
@@ -285,6 +288,7 @@ def test_the_route_of_an_array_mask_is_the_path_that_runs(dtype: mx.Dtype, heads
         assert calls.take_path() == practical.route(asked, CPU, needs).path, kibibytes
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_an_output_in_tf32_has_no_gradient_in_blocks(monkeypatch, dtype):
     """With scores near a million another key wins in TF32; gradients in blocks are not in it and were in the 1000s."""

@@ -21,6 +21,7 @@ def excess(implementation: Practical, workload: Workload) -> int:
     return peak - workload.output_bytes
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("mask", "pass_"),
     [
@@ -66,6 +67,7 @@ def test_blocks_are_named_with_their_size_and_the_reason() -> None:
     assert route.predicted_bytes is not None
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("pass_", ["forward", "training", "decode"])
 @pytest.mark.parametrize("mask", ["none", slow("causal"), "window:64"])
 @pytest.mark.parametrize("implementation", [Baseline(), MlxSdpa()], ids=["baseline", "mlx"])

@@ -118,11 +118,13 @@ def test_a_wrong_product_is_found():
         blas.check(SimpleNamespace(cblas_sgemm=in_one_order))
 
 
+@pytest.mark.thorough
 def test_the_library_is_private_and_verified(tmp_path):
     done = in_process(PRIVATE, FATUI_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("loaded", "shown"), [("load()", "numpy's OpenBLAS"), ("_compiled(openblas())", "reference BLAS")]
 )

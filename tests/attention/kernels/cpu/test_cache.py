@@ -37,6 +37,7 @@ def python(code: str, **environment: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.thorough
 def test_availability_takes_milliseconds_and_imports_no_mlx():
     code = (
         "import sys, time; from attention.kernels import cpu; cpu.availability(); t = time.process_time();"
@@ -57,6 +58,7 @@ def test_a_later_process_starts_it_in_milliseconds(fresh):
     assert time.process_time() - start < 0.5  # 50 ms on a quiet machine
 
 
+@pytest.mark.thorough
 def test_the_first_use_says_that_it_compiles(own_folder):
     messages = []
     assert not cpu.is_compiled()
@@ -84,6 +86,7 @@ def test_a_changed_library_is_rebuilt_and_not_loaded(own_folder):
     assert cache.digest(path) == json.loads(record(own_folder).read_text())["sha256"]
 
 
+@pytest.mark.thorough
 def test_compiling_removes_what_was_long_unused(own_folder):
     long_ago = time.time() - 100 * 86400
     stale, leftover, foreign = own_folder / "0123.so", own_folder / ".building-x", own_folder / "fresh.cubin"
@@ -99,6 +102,7 @@ def test_compiling_removes_what_was_long_unused(own_folder):
     assert len(list(own_folder.glob("*.o"))) == len(build._jobs(build.find()))  # used by the link
 
 
+@pytest.mark.thorough
 def test_a_library_in_use_stays_however_old_it_is(own_folder):
     cpu.load()
     for path in own_folder.iterdir():
@@ -122,6 +126,7 @@ def test_a_lock_that_is_held_stays_however_old_its_file_is(fresh, tmp_path, monk
     assert not (tmp_path / "kernels" / "key.lock").exists()
 
 
+@pytest.mark.thorough
 def test_two_processes_compiling_at_once_both_get_a_kernel(own_folder):
     code = "from attention.kernels import cpu; cpu.load(); print('ready')"
     both = [python(code, FATUI_CACHE_DIR=str(own_folder.parent)) for _ in range(2)]
@@ -198,6 +203,7 @@ def test_a_failed_compilation_is_stored_with_its_message(own_folder, monkeypatch
     assert "no-such-option" in reason
 
 
+@pytest.mark.thorough
 def test_a_failure_is_tried_again_a_day_later(own_folder, monkeypatch):
     with monkeypatch.context() as killed:
         killed.setattr(build, "_kernel_command", lambda tools: ("false",))
@@ -214,6 +220,7 @@ def test_a_failure_is_tried_again_a_day_later(own_folder, monkeypatch):
     assert cpu.availability()[0]
 
 
+@pytest.mark.thorough
 def test_a_full_disk_is_a_reason_for_ten_minutes_of_one_process(own_folder, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -254,6 +261,7 @@ def test_no_room_is_found_out_before_anything_is_compiled(own_folder, monkeypatc
     assert not list(own_folder.glob("*.o"))
 
 
+@pytest.mark.thorough
 def test_a_kernel_that_cannot_be_recorded_is_used_all_the_same(own_folder, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -264,6 +272,7 @@ def test_a_kernel_that_cannot_be_recorded_is_used_all_the_same(own_folder, monke
     assert "not kept for the next time: [Errno 28] No space left" in messages[1]
 
 
+@pytest.mark.thorough
 def test_a_damaged_object_is_compiled_anew(own_folder, objects, monkeypatch):
     compiled, run = [], build.run
 
@@ -290,6 +299,7 @@ def test_objects_are_shared_between_checkouts(tmp_path, monkeypatch):
     assert [build._object_name(*job, tools) for job in build._jobs(tools)] == names
 
 
+@pytest.mark.thorough
 def test_what_the_compiler_leaves_open_to_others_is_closed(own_folder):
     before = os.umask(0)
     try:
@@ -357,6 +367,7 @@ def test_a_folder_that_others_may_write_is_not_used_and_named(fresh, empty_folde
         cpu.load()
 
 
+@pytest.mark.thorough
 def test_a_record_names_no_file(own_folder, tmp_path):
     cpu.load()
     path = record(own_folder)
@@ -367,6 +378,7 @@ def test_a_record_names_no_file(own_folder, tmp_path):
     assert Path(library._loaded.__spec__.origin) == path.with_suffix(".so")
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize(
     "text",
     [
@@ -412,6 +424,7 @@ def test_a_fifo_in_the_place_of_a_record_does_not_hang(empty_folder):
     assert cache.read_record("key") == {}
 
 
+@pytest.mark.thorough
 def test_a_library_that_was_removed_is_not_called_compiled(own_folder):
     cpu.load()
     next(own_folder.glob("*.so")).unlink()

@@ -40,6 +40,7 @@ def assert_right(q, k, v, options, rounding=0):
     np.testing.assert_allclose(np.array(logsumexp)[~empty], exact_logsumexp[~empty], atol=tolerance, rtol=1e-5)
 
 
+@pytest.mark.sampled(0.5)
 @dtypes
 @pytest.mark.parametrize(
     ("shape", "keywords"),
@@ -68,6 +69,7 @@ def test_large_scores_stay_exact(dtype):
     assert_right(8 * q, 8 * k, v, kernel_oracle.Options(scale=0.125))
 
 
+@pytest.mark.sampled(0.4)
 @dtypes
 @pytest.mark.parametrize("mask_shape", [(2, 4, 50, 70), (1, 1, 50, 70), (50, 70), (2, 1, 1, 70), (50, 1), (4, 1, 1)])
 @pytest.mark.parametrize("boolean", [True, False])
@@ -103,7 +105,7 @@ def test_many_shapes_strides_and_masks(call, name):
     assert_right_at_random(call, name)
 
 
-@pytest.mark.sampled(0.25)
+@pytest.mark.sampled(0.12)
 @dtypes
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 9])
 @pytest.mark.parametrize("layout", range(4))
@@ -115,6 +117,7 @@ def test_few_rows_against_many_keys(dtype, rows, layout):
     assert_few_right(*(laid_out(x, layout) for x in qkv(*shape, dtype)), options)
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("layout", range(4))
 @pytest.mark.parametrize("queries", [1, 200])
 def test_inputs_are_read_where_they_lie(layout, queries):
@@ -139,7 +142,7 @@ def options_of(kind, lq, lk):
     }[kind]
 
 
-@pytest.mark.sampled(0.25)
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("kind", ["full", "window", "bool", "added"])
 @pytest.mark.parametrize("negative", [False, True])
 @pytest.mark.parametrize(("dtype", "exponent"), SCORE_EXPONENTS, ids=str)

@@ -56,6 +56,7 @@ def assert_same(ours, theirs, tolerance=1e-4):
         np.testing.assert_allclose(np.array(a), np.array(b), atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.sampled(0.5)
 @dtypes
 @pytest.mark.parametrize(
     ("shape", "keywords"),
@@ -102,6 +103,7 @@ def test_gradients_of_many_shapes_strides_and_masks(call, name):
     assert_right_at_random(call, name)
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize(("dtype", "exponent"), SCORE_EXPONENTS, ids=str)
 def test_gradients_at_scores_of_any_size(dtype, exponent):
     for seed, shape in enumerate(SCORE_SHAPES):
@@ -116,6 +118,7 @@ def test_gradients_at_scores_of_any_size(dtype, exponent):
             assert a.dtype == dtype
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("hidden", [-1e4, -1e9, float(np.finfo(np.float32).min)])
 @pytest.mark.parametrize("shape", [(1, 2, 2, 130, 300, 32, 32), (1, 4, 1, 1, 3000, 16, 16)], ids=str)
 @dtypes

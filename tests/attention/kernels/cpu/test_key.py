@@ -83,6 +83,7 @@ def test_another_nanobind_in_the_same_place_is_compiled_anew(places, tmp_path):
     assert not set(before) & set(places(X86.format(""), tools=moved))
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.skipif(build.platform.machine() != "x86_64", reason="these are x86's")
 @pytest.mark.parametrize(
     ("flags", "name"),
@@ -125,6 +126,7 @@ def test_a_library_says_what_it_runs(own_folder, monkeypatch):
     assert cpu.variant() == asked
 
 
+@pytest.mark.thorough
 def test_later_processes_read_what_a_library_is_compiled_for(own_folder, monkeypatch):
     cpu.load(parts={"float32"})
     name = cpu.variant()
@@ -138,6 +140,7 @@ def test_later_processes_read_what_a_library_is_compiled_for(own_folder, monkeyp
         assert cpu.variant() == "plain"
 
 
+@pytest.mark.thorough
 def test_a_refused_matrix_unit_is_not_named():
     code = "from attention.kernels import cpu; print(cpu.variant()); cpu.load(); print(cpu.variant())"
     environment = {**os.environ, "FATUI_AMX": "0"}

@@ -95,7 +95,7 @@ def assert_right(q, k, v, mask, *, slopes=None, array=None, softcap=None, seed=0
 dtypes = pytest.mark.parametrize("dtype", kernel_oracle.DTYPES.values(), ids=kernel_oracle.DTYPES)
 
 
-@pytest.mark.sampled(0.5)
+@pytest.mark.sampled(0.3)
 @dtypes
 @pytest.mark.parametrize("kind", ["tiles", "band", "noise", "rows"])
 def test_listed_tiles_give_what_the_mask_gives(dtype, kind):
@@ -103,6 +103,7 @@ def test_listed_tiles_give_what_the_mask_gives(dtype, kind):
     assert_right(*qkv(*shape, dtype), mask_of(kind, (1, 4, *shape[3:5])), seed=1)
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("planes", [(1, 1), (2, 1), (1, 4), (2, 4)])
 @pytest.mark.parametrize("queries", [5, 130])
 def test_planes_repeat_over_batch_and_heads(planes, queries):
@@ -110,7 +111,7 @@ def test_planes_repeat_over_batch_and_heads(planes, queries):
     assert_right(*qkv(*shape, mx.float32), mask_of("tiles", (*planes, *shape[3:5])))
 
 
-@pytest.mark.sampled(0.5)
+@pytest.mark.sampled(0.2)
 @dtypes
 @pytest.mark.parametrize("rows", [(8, 2, 1), slow((8, 8, 1)), slow((16, 1, 1)), (4, 1, 3), (6, 2, 21), slow((2, 1, 9))])
 def test_few_queries_against_long_lists(dtype, rows):
@@ -120,6 +121,7 @@ def test_few_queries_against_long_lists(dtype, rows):
     assert_right(*qkv(1, heads, kv_heads, queries, 2100, 32, 64, dtype), mask, seed=2)
 
 
+@pytest.mark.sampled(0.3)
 @dtypes
 def test_lists_go_with_softcap_array_mask_and_alibi(dtype):
     shape = (1, 4, 2, 150, 260, 32, 32)
@@ -129,6 +131,7 @@ def test_lists_go_with_softcap_array_mask_and_alibi(dtype):
         assert_right(*qkv(*shape, dtype), lists, slopes=slopes_of(4), array=array, softcap=3.0)
 
 
+@pytest.mark.sampled(0.4)
 @dtypes
 @pytest.mark.parametrize("queries", [2, 140])
 def test_alibi_needs_no_lists(dtype, queries):
@@ -190,6 +193,7 @@ def listed_loss(lists, **more):
     return lambda q, k, v: (cpu.flash_attention(q, k, v, scale=0.2, lists=lists, **more) ** 2).sum()
 
 
+@pytest.mark.thorough
 def test_bits_do_not_depend_on_threads_or_the_order_of_items(monkeypatch):
     """With one head the gradients take two passes on several threads, with many heads one."""
     for heads in (1, 6):
@@ -301,6 +305,7 @@ PATTERNS = {
 }
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("queries", [3, 190])
 def test_poc_takes_patterns(name, queries):

@@ -63,6 +63,7 @@ IN_INTERVALS = (
 )
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("seed", range(60))
 def test_lists_of_adjacent_keys_are_those_of_numpy(builder, seed):
     random = np.random.default_rng(seed)
@@ -74,6 +75,7 @@ def test_lists_of_adjacent_keys_are_those_of_numpy(builder, seed):
     assert check(builder, pattern, Grid(*shape, *tile))
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("density", [0.0, 0.05, 0.5, 1.0])
 @pytest.mark.parametrize(("block", "tile"), [(128, (128, 128)), (128, (64, 128)), (128, (128, 64)), (512, (64, 64))])
 def test_lists_of_blocks_are_those_of_numpy(builder, density, block, tile):
@@ -86,6 +88,7 @@ def test_blocks_beyond_the_scores_are_those_of_numpy(builder):
     assert check(builder, masks.blocks(flags, block=1024), Grid(2, 1, 256, 2560, 64, 128))
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("seed", range(10))
 def test_other_masks_are_left_to_numpy(builder, seed):
     random, shape = np.random.default_rng(seed), (1, 2, 200, 300)

@@ -11,6 +11,7 @@ from attention.kernels import cpu
 from attention.kernels.common import cache
 from attention.kernels.cpu import build, library, path, selfcheck
 from attention.measure.device import usable_cores
+from tests.support.marks import thorough
 
 pytestmark = [
     pytest.mark.usefixtures("compiled_kernel"),
@@ -54,6 +55,7 @@ def test_a_process_that_has_not_called_predicts_the_same_memory():
     assert path.route(case, Needs()) == called
 
 
+@pytest.mark.thorough
 def test_a_damaged_library_leaves_an_upper_bound_of_memory(own_folder, monkeypatch):
     case = Workload(seq=128, heads=8, head_dim=32)
     loaded_again(path._parts(case))
@@ -70,8 +72,7 @@ def test_a_kernel_to_be_compiled_has_an_upper_bound(own_folder):
     assert cpu._module is None
 
 
-@pytest.mark.sampled(0.5)
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [name if name == "gradients" else thorough(name) for name in CALLS])
 def test_a_call_gets_what_it_needs_and_computes_the_same(own_folder, call):
     cpu.load(parts=())
     assert not library._parts
@@ -83,7 +84,7 @@ def test_a_call_gets_what_it_needs_and_computes_the_same(own_folder, call):
     assert mx.array_equal(found, CALLS[call]()).item()
 
 
-@pytest.mark.sampled(0.35)
+@pytest.mark.sampled(0.1)
 @pytest.mark.parametrize("queries", [1, 8, 9, 63, 64, 65, 72, 73, 128, 130, 256, 264, 265])
 def test_the_parts_of_a_workload_are_those_of_its_calls(own_folder, queries):
     for pass_ in ("forward", "training"):
@@ -99,6 +100,7 @@ def test_the_parts_of_a_workload_are_those_of_its_calls(own_folder, queries):
             break  # from now on every library has it
 
 
+@pytest.mark.thorough
 def test_a_stream_has_its_kernel_before_its_first_step(own_folder):
     from attention.streaming import attend
 
@@ -115,6 +117,7 @@ def test_the_first_library_compiles_little(own_folder):
     assert done.isdisjoint({"forward_float32", "backward", "few", "quantized", "integer_products", "streaming"})
 
 
+@pytest.mark.thorough
 def test_parts_stay_together_from_process_to_process(own_folder):
     assert loaded_again({"float16"}) == {"float16"}
     assert loaded_again({"gradients"}) == {"float16", "gradients"}
@@ -126,6 +129,7 @@ def test_parts_stay_together_from_process_to_process(own_folder):
     assert loaded_again() == build.ALL
 
 
+@pytest.mark.thorough
 @pytest.mark.sampled(0.35)
 @pytest.mark.parametrize("parts", [["no such part"], "float16", [1], None, {"float16": 1}])
 def test_a_hostile_record_of_parts_counts_as_none(own_folder, parts):
@@ -147,6 +151,7 @@ def test_a_part_that_does_not_compile_leaves_the_others(own_folder, monkeypatch)
     assert cpu.availability({"float32"})[0]
 
 
+@pytest.mark.thorough
 def test_a_part_without_its_functions_is_no_endless_search(own_folder, monkeypatch):
     cpu.load(parts={"float32"})
     monkeypatch.setattr(library, "_parts", build.ALL)
@@ -154,6 +159,7 @@ def test_a_part_without_its_functions_is_no_endless_search(own_folder, monkeypat
         CALLS["few"]()
 
 
+@pytest.mark.thorough
 @pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("part", ["float16", "bfloat16"])
 def test_the_self_check_tries_each_part(own_folder, part, monkeypatch):

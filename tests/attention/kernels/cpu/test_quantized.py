@@ -78,13 +78,17 @@ def width(form, tiles):
 # Every format of K and of V, each with every dtype of queries and of scales; other factors take turns.
 CASES = [
     pytest.param(
-        SHAPES[i % 7], (form, quantized_values.FORMATS[(i * 8 + 5) % 21]), MASKS[(i // 3 + i) % 7], i, id=f"{i}-{form}"
+        SHAPES[i % 7],
+        (form, quantized_values.FORMATS[(i * 8 + 5) % 21]),
+        MASKS[(i // 3 + i) % 7],
+        i,
+        id=f"{i}-{form}",
+        marks=() if i < len(quantized_values.FORMATS) else pytest.mark.slow,
     )
     for i, form in enumerate(quantized_values.FORMATS * 3)
 ]
 
 
-@pytest.mark.sampled(0.35)
 @pytest.mark.parametrize(("shape", "forms", "mask", "number"), CASES)
 def test_any_format_agrees_with_float64(shape, forms, mask, number):
     batch, heads, kv_heads, queries, keys = shape
@@ -197,6 +201,7 @@ def test_large_keys_and_small_queries_have_scores_in_between(form):
     assert_right(q, k, quantized_values.normal(2, (1, 1, 200, 64), mx.float16, "int8"), {}, {})
 
 
+@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("largest", [3.0, 50.0, 3000.0])
 @pytest.mark.parametrize("form", ["int8:32", "int4:32", "mxfp4"])
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])

@@ -36,6 +36,7 @@ def call(dtype, shape):
     return [np.array(x.astype(mx.float32)) for x in results]
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("dtype", [mx.float32, slow(mx.float16), mx.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 4, 2, 300, 300, 64), (1, 8, 2, 1, 4000, 64), (1, 3, 1, 130, 700, 32)], ids=str)
 def test_the_bits_do_not_depend_on_the_number_of_threads(dtype, shape, monkeypatch):
@@ -122,6 +123,7 @@ assert module.fma_peak() > 0
 """
 
 
+@pytest.mark.thorough
 def test_the_pool_is_rebuilt_after_a_fork():
     environment = {**os.environ, "FATUI_THREADS": "3"}
     done = subprocess.run([sys.executable, "-c", AFTER_A_FORK], check=False, env=environment, timeout=60)
@@ -162,6 +164,7 @@ def test_a_process_forked_after_the_first_use_says_so(call):
     assert len(done.stdout.splitlines()) == 1
 
 
+@pytest.mark.thorough
 def test_a_process_forked_before_the_first_use_computes():
     code = IN_A_CHILD.format(call=CALLS[1], before=False)
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
@@ -192,6 +195,7 @@ assert threads() == limit + 3, threads()
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux" or os.getuid() != 0, reason="limits the threads of a user of its own")
 def test_threads_that_the_system_refuses_are_done_without():
     environment = {**os.environ, "FATUI_THREADS": "6"}

@@ -26,7 +26,7 @@ SHAPES = [
 ROUNDING = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
 
 
-@pytest.mark.sampled(0.5)
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("mask", ["none", "causal", "window:90"])
 @pytest.mark.parametrize("dtype", ["float32", slow("float16"), "bfloat16"])

@@ -38,6 +38,7 @@ def recorder(monkeypatch):
         yield on("H100").recorder
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("queries", "dim"), [(300, 64), (300, 128), (3, 128), (300, 256), (1, 64)])
 def test_a_call_with_slopes_gets_kernels_that_take_them(recorder, queries, dim, kind):

@@ -44,6 +44,7 @@ def test_few_registers_are_spilled_and_products_overlap(program):
     assert found.registers * program.threads <= REGISTERS
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("kernel", [kernel for kernel in KERNELS if not kernel.lists], ids=str)
 @pytest.mark.parametrize(("queries", "keys"), [(300, 300), (77, 900), (65, 31), (1000, 1000), (1, 1)])
 def test_the_schedule_counts_the_tiles_that_see_a_key(kernel, queries, keys):

@@ -31,6 +31,7 @@ def parts(word):
     return word >> 8, word >> 4 & 15, word & 15
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("dim", [64, 128, 256])
 @pytest.mark.parametrize(("causal", "window"), [(False, 0), (True, 0), (True, 100)])
 @pytest.mark.parametrize("shape", SHAPES)

@@ -56,6 +56,7 @@ def test_heads_may_lie_inside_rows_and_slices_anywhere():
     assert np.allclose(np.array(found), exact(q, k, v, scale=0.2), atol=2e-6)
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("shape", [(37,), (40, 37), (2, 1, 1, 37), (1, 4, 40, 1), (2, 4, 40, 37)], ids=str)
 def test_a_mask_may_have_any_shape_that_broadcasts(shape):
     q, k, v, mask = arrays((2, 4, 40, 32), (2, 2, 37, 32), (2, 2, 37, 32), shape)
@@ -63,6 +64,7 @@ def test_a_mask_may_have_any_shape_that_broadcasts(shape):
     assert np.allclose(np.array(found), exact(q, k, v, scale=0.2, mask=mask), atol=2e-6)
 
 
+@pytest.mark.thorough
 @needs_verifier
 def test_small_arrays_are_device_memory(device):
     """MLX passes arrays of fewer than 8 elements as constant memory, which changes the source unless prevented."""

@@ -50,6 +50,7 @@ def test_forward_and_gradients_are_right_and_clean(device):
     assert problems(SHAPE, LISTED["lists of heads"]) == []
 
 
+@pytest.mark.thorough
 def test_lists_of_causal_pairs_are_bitwise_the_causal_kernel(device):
     shape, causal = replace(SHAPE, heads=2, kv_heads=1, queries=70, keys=100), CallParams(CALL.scale, causal=True)
     given = selfcheck.inputs(shape, causal)

@@ -81,6 +81,7 @@ def test_a_missing_barrier_is_reported_with_its_line():
     assert re.search(rf"read while thread \d+ wrote it, with no barrier between at line \d+: `{re.escape(own)}`", race)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("kind", "shape"),
     [

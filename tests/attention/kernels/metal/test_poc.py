@@ -57,6 +57,7 @@ def mlx_is_fused(monkeypatch):
     monkeypatch.setattr(mlx_sdpa, "why_unfused", lambda *_: None)
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize(
     ("workload", "needs"),
     [
@@ -131,6 +132,7 @@ def test_demos_candidate_ignores_trials_and_can_be_retried(monkeypatch, tmp_path
     implementations._load.cache_clear()
 
 
+@pytest.mark.thorough
 def test_sinks_are_taken_and_get_a_gradient():
     q, k, v = arrays()
     sinks = mx.array([0.5, -1.0])

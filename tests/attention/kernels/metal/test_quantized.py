@@ -31,6 +31,7 @@ def shape_of(queries, keys, head_dim, dtype, kv_format):
     return CallShape(1, 4, 2, queries, keys, head_dim, dtype, parse_kv_format(kv_format))
 
 
+@pytest.mark.sampled(0.4)
 @pytest.mark.parametrize(
     ("kv_format", "kind"),
     [("int4+int8", "all at once"), ("mxfp4+nvfp4", "lists and all"), ("int3:32+mxfp8", "bool mask")],
@@ -67,6 +68,7 @@ def test_every_format_is_right_and_clean(kv_format, dtype):
     assert wrong == {}
 
 
+@pytest.mark.thorough
 def test_the_layout_of_a_cache_is_read_in_place():
     mx.random.seed(1)
     q, k, v = mx.random.normal((2, 4, 1, 64)), *(mx.random.normal((2, 2, 600, 64)) for _ in range(2))

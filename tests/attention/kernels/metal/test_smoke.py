@@ -96,6 +96,7 @@ def test_address_spaces_are_right_and_buffers_few_enough(device, dtype, kind):
     assert address_spaces(dense.replace("const device T* data", "threadgroup T* data"))
 
 
+@pytest.mark.thorough
 def test_no_launch_is_cut_off_at_the_grids_edge(device):
     problems(CallShape(2, 4, 2, 45, 70, 64, "float16"), KINDS["full"])
     problems(CallShape(2, 4, 2, 1, 520, 64, "float16"), KINDS["full"], backward=False)

@@ -68,6 +68,7 @@ def test_so_they_are_at_every_head_dim_and_type(dtype, head_dim, shape):
         check(one, whole, kind.call(head_dim, dtype))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("kind", "planes", "head_dim", "dtype"),
     [

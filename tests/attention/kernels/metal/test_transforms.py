@@ -46,6 +46,7 @@ def one_by_one(function, arrays, axes):
     return [mx.stack(list(each)) for each in zip(*calls, strict=True)]
 
 
+@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("axes", AXES, ids=str)
 def test_vmap_is_a_call_for_each_index(axes):
     arrays = given(axes)
@@ -53,6 +54,7 @@ def test_vmap_is_a_call_for_each_index(axes):
     assert np.allclose(np.array(mx.vmap(attend, in_axes=axes)(*arrays)), np.array(expected), atol=2e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("axes", [AXES[0], *map(slow, (AXES[1], *AXES[3:]))], ids=str)
 def test_vmap_of_the_gradient_is_one_for_each_index(axes):
     arrays = given(axes)
@@ -62,6 +64,7 @@ def test_vmap_of_the_gradient_is_one_for_each_index(axes):
         assert np.allclose(np.array(ours), np.array(expected), atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_the_gradient_of_vmap_is_the_sum_of_the_gradients():
     axes = AXES[0]
     arrays = given(axes)
