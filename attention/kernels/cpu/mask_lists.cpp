@@ -48,10 +48,36 @@ int64_t count(const uint8_t* flags, int64_t width) {
   return found;
 }
 
-void list_row(const uint8_t* flags, int64_t width, uint64_t* out) {
+// Writes the numbers of the set bits, counted from `first`, as full tiles, and returns the end.
+uint64_t* list_bits(uint64_t bits, int64_t first, uint64_t* out) {
+  for (; bits != 0; bits &= bits - 1) *out++ = full | uint64_t(first + std::countr_zero(bits));
+  return out;
+}
+
+#if defined(__AVX512VBMI2__)
+// The same for up to 16 bits, without a branch for each; writes 16 entries, of which the later are anything.
+inline uint64_t* list_few_bits(uint64_t bits, __m512i numbers, int64_t first, uint64_t* out) {
+  const __m128i found = _mm512_castsi512_si128(_mm512_maskz_compress_epi8(bits, numbers));
+  const __m512i tile = _mm512_set1_epi64(int64_t(full | uint64_t(first)));
+  _mm512_storeu_si512(out, _mm512_add_epi64(_mm512_cvtepu8_epi64(found), tile));
+  _mm512_storeu_si512(out + 8, _mm512_add_epi64(_mm512_cvtepu8_epi64(_mm_srli_si128(found, 8)), tile));
+  return out + std::popcount(bits);
+}
+#endif
+
+// Lists the flags that are set, up to `end`, where the entries of other rows follow.
+void list_row(const uint8_t* flags, int64_t width, uint64_t* out, [[maybe_unused]] const uint64_t* end) {
   int64_t i = 0;
-  for (; i + 64 <= width; i += 64)
-    for (uint64_t bits = bits_of(flags + i); bits != 0; bits &= bits - 1) *out++ = full | uint64_t(i + std::countr_zero(bits));
+#if defined(__AVX512VBMI2__)
+  alignas(64) uint8_t order[64];
+  std::iota(order, order + 64, uint8_t(0));
+  const __m512i numbers = _mm512_load_si512(order);
+  for (; i + 64 <= width; i += 64) {
+    const uint64_t bits = bits_of(flags + i);
+    out = end - out >= 16 && std::popcount(bits) <= 16 ? list_few_bits(bits, numbers, i, out) : list_bits(bits, i, out);
+  }
+#endif
+  for (; i + 64 <= width; i += 64) out = list_bits(bits_of(flags + i), i, out);
   for (; i < width; i++)
     if (flags[i]) *out++ = full | uint64_t(i);
 }
@@ -257,7 +283,7 @@ void list_blocks(const BlockFlags& b, const int32_t* offsets, int64_t* entries) 
     const uint8_t* flags = b.flags + (plane * b.rows + row) * b.width;
     for (int64_t tile = first_tile(b, plane, row); tile < first_tile(b, plane, row + 1); tile++) {
       auto* out = reinterpret_cast<uint64_t*>(entries + offsets[tile]);
-      if (b.wide == 1) list_row(flags, b.width, out);
+      if (b.wide == 1) list_row(flags, b.width, out, reinterpret_cast<uint64_t*>(entries + offsets[tile + 1]));
       else list_wide_row(b, flags, out);
     }
   });

@@ -83,6 +83,12 @@ def test_lists_of_blocks_are_those_of_numpy(builder, density, block, tile):
     assert check(builder, masks.blocks(flags, block=block), Grid(1, 2, 1280, 2304, *tile))
 
 
+@pytest.mark.parametrize("density", [0.02, 0.1, 0.2, 0.3, 0.9])
+def test_long_rows_of_blocks_are_listed_by_words_of_64_flags(builder, density):
+    flags = np.random.default_rng(4).random((1, 2, 3, 200)) < density
+    assert check(builder, masks.blocks(flags, block=32), Grid(1, 2, 96, 6400, 32, 32))
+
+
 def test_blocks_beyond_the_scores_are_those_of_numpy(builder):
     flags = np.array([[[[True, False, True]]], [[[False, True, True]]]])
     assert check(builder, masks.blocks(flags, block=1024), Grid(2, 1, 256, 2560, 64, 128))
