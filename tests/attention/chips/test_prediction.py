@@ -289,7 +289,7 @@ def test_a_cpus_last_round_of_items_counts_whole():
     assert flops_of(uneven, "CPU kernel") == pytest.approx(flops_of(even, "CPU kernel"))
 
 
-def test_torchs_query_heads_each_read_the_keys_that_they_share_on_a_cpu():
+def test_each_query_head_of_torch_reads_its_keys_on_a_cpu():
     chip = chips()["xeon-8580"].scaled(cores=4 / 60)
     small, large = (
         Workload(kv_seq=keys, heads=16, kv_heads=4, head_dim=128, dtype="bfloat16", pass_="decode")

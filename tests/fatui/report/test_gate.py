@@ -91,7 +91,7 @@ def test_runs_in_turns_show_a_planted_slowdown(factor, count):
     assert sum(not gate.passed for gate in gates) >= 0.98 * count
 
 
-def test_a_gate_ends_when_five_pairs_decide_or_there_are_no_more():
+def test_a_gate_ends_at_five_deciding_pairs_or_the_last():
     pairs = in_turns(pairs_with({}, 5, 1, 0.001))
     four, five = (judge(compare_pairs(pairs[:number]), THREE) for number in (4, 5))
     assert four.decided

@@ -165,7 +165,7 @@ def test_machines_stand_side_by_side():
         )
 
 
-def test_machines_with_the_same_processor_and_other_cores_are_two():
+def test_one_processor_with_other_cores_is_another_machine():
     runs = [
         structs.replace(on_device("A", f"a{cores}"), conditions=Conditions(cores=cores, other_cores=0.0))
         for cores in (2, 4)
@@ -190,7 +190,7 @@ def test_ratios_between_machines_are_marked(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("width", "heads"), [(100, {"tokens/s", "memory"}), (78, {"memory"}), (60, set())], ids=("wide", "narrow", "least")
 )
-def test_machines_side_by_side_leave_out_columns_before_figures_are_cut(width, heads, tmp_path, capsys, monkeypatch):
+def test_side_by_side_columns_go_before_figures_are_cut(width, heads, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("fatui.report.table.WIDTH", width)
     for name in ("A", "B"):
         (tmp_path / f"{name}.json").write_bytes(msgspec.json.encode(on_device(name, name.lower())))

@@ -453,7 +453,7 @@ def test_a_cache_folder_of_nobody_is_ignored(variable, value, monkeypatch):
     assert storage.cache_dir() == usual.parent
 
 
-def test_a_folder_called_mlx_on_the_path_is_not_taken_for_the_package(monkeypatch, tmp_path):
+def test_a_folder_named_mlx_is_not_taken_for_the_package(monkeypatch, tmp_path):
     (tmp_path / "mlx").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     assert any(build.package_folder("mlx").glob("core.*.so"))
