@@ -214,7 +214,7 @@ def kept_pairs(folder: Path) -> list[Pair]:
         if new.exists():
             pair = (_unplanted(read(base)), _unplanted(read(new)))
             rows = [[row.implementation for row in report.cases[0].rows if row.samples] for report in pair]
-            whole = len({len(row.samples) for report in pair for row in report.cases[0].rows}) <= len(pair)
+            whole = all(len({len(row.samples) for row in report.cases[0].rows}) == 1 for report in pair)
             if rows[0] == rows[1] and whole and (not found or rows[0] == _names(found[0][0])):
                 found.append(pair)
     return found

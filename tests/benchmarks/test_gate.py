@@ -59,6 +59,18 @@ def test_a_planted_slowdown_is_of_one_row_of_the_second_run():
     assert set(ratios.values()) == {1.0}
 
 
+def test_kept_pairs_whose_rows_skip_rounds_are_left_out(tmp_path):
+    whole = pair_of()
+    case = whole[1].cases[0]
+    rows = (*case.rows[:-1], structs.replace(case.rows[-1], samples=case.rows[-1].samples[:-1]))
+    skipping = (whole[0], structs.replace(whole[1], cases=(structs.replace(case, rows=rows),)))
+    for number, pair in enumerate((whole, skipping)):
+        for side, report in zip(("base", "new"), pair, strict=True):
+            (tmp_path / side).mkdir(exist_ok=True)
+            (tmp_path / side / f"{number}.json").write_bytes(msgspec.json.encode(report))
+    assert len(benchmark.kept_pairs(tmp_path)) == 1
+
+
 def test_results_in_the_folder_are_not_measured_again(tmp_path, monkeypatch, capsys):
     measured = []
 
