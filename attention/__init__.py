@@ -59,6 +59,8 @@ def __getattr__(name: str) -> Any:
     try:
         globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
     except ImportError as error:
+        if "mlx" not in f"{error.name} {error.path}":
+            raise  # a file beside the script that hides one of Python's modules, for example
         raise NoBackendError(f"MLX cannot be imported: {error}") from error
     return globals()[name]
 

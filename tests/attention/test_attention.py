@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -98,3 +99,18 @@ def test_two_mistakes_are_both_reported() -> None:
 def test_what_an_implementation_does_not_take_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="no softcap"):
         attention(Q, K, V, softcap=3.0, implementation="mlx")
+
+
+@pytest.mark.parametrize(
+    ("hidden", "error"),
+    [
+        ("html", "ImportError: cannot import name 'escape'"),
+        ("mlx", "NoBackendError: MLX cannot be imported: No module named 'mlx.core'"),
+    ],
+)
+def test_what_cannot_be_imported_is_named(hidden: str, error: str, tmp_path: Path) -> None:
+    name = "attention.bench" if hidden == "html" else "attention.StreamingKV"
+    (tmp_path / f"{hidden}.py").touch()
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import attention; {name}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert error in done.stderr.splitlines()[-1]
