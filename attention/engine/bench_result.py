@@ -17,7 +17,7 @@ UNKNOWN: Final = "n/a"
 WIDE: Final = 0.25
 """An interval that reaches this far from 1 is unclear, as in the tables of the command line."""
 HEADS: Final = ("case", "implementation", "path", "per call", "tokens/s", "speedup", "memory", "max error", "status")
-TIMES: Final = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
+TIMES: Final = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 SIZES: Final = ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
