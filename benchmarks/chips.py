@@ -359,7 +359,11 @@ def check(markdown: Path | None) -> int:
     others = ", ".join(f"{error:.1%}" for error in errors)
     lines = [*summary_lines("H100, calibrated on the H200's rows alone", gpu), *table_lines(gpu), ""]
     lines += summary_lines("CPU, calibrated on half of the shapes", cpu)
-    lines += [f"Median errors of four other divisions of the shapes: {others}.", "", *table_lines(cpu), ""]
+    lines += [f"Median errors of four other divisions of the shapes: {others}."]
+    between = repeatability(read_passes(CALIBRATED_ON, "cpu-*.json", CPU_CHIP))
+    if between is not None:
+        lines += [f"Between two passes over all shapes, in other processes, times differ by {between:.1%} (median)."]
+    lines += ["", *table_lines(cpu), ""]
     print("\n".join(lines))
     if markdown:
         before = markdown.read_text().partition(MARK)[0] if markdown.exists() else ""

@@ -1,14 +1,18 @@
 """The check of predictions: what it counts, and that the shipped constants are those of the kept rows."""
 
+from collections import Counter
+
 import msgspec
 import pytest
+from msgspec import structs
 
 from attention.chips.calibration import Measured
 from attention.chips.prediction import Prediction, calibration
 from attention.chips.table import chips
-from attention.core.results import digest_of
+from attention.core.results import Interval, digest_of
 from attention.core.workload import Workload
 from benchmarks import chips as benchmark
+from tests.support.sample_runs import plan_of, report_of
 
 ROW = Measured(Workload(seq=512), "poc", "Hopper", chips()["h100"], 1e-4)
 
@@ -55,3 +59,39 @@ def test_the_shipped_constants_are_those_of_the_kept_rows():
     assert set(made.families) == set(calibration().families)
     for key, family in calibration().families.items():
         assert made.families[key].constants == pytest.approx(family.constants, rel=0.01), key
+
+
+def test_passes_over_a_call_are_one_row_and_say_how_far_they_differ(tmp_path):
+    report = report_of(plan_of(names=("baseline", "poc")))
+    slower = structs.replace(
+        report,
+        cases=tuple(
+            structs.replace(case, rows=tuple(scaled_row(row, 1.21) for row in case.rows)) for case in report.cases
+        ),
+    )
+    for number, each in enumerate((report, slower), 1):
+        (tmp_path / f"cpu-{number}.json").write_bytes(msgspec.json.encode(each))
+    passes = benchmark.read_passes(tmp_path, "cpu-*.json", chips()["xeon-8580"])
+    assert benchmark.repeatability(passes) == pytest.approx(0.21)
+    assert benchmark.repeatability([rows[:1] for rows in passes]) is None
+    merged = benchmark.read_rows(tmp_path, "cpu-*.json", chips()["xeon-8580"])
+    assert [row.seconds for row in merged] == pytest.approx([1.1 * rows[0].seconds for rows in passes])
+
+
+def scaled_row(row, factor):
+    call_s = Interval(**{name: factor * getattr(row.call_s, name) for name in ("median", "low", "high")})
+    return structs.replace(row, call_s=call_s, samples=tuple(factor * each for each in row.samples))
+
+
+def test_half_of_the_shapes_is_half_of_each_pass_and_dtype():
+    shapes = {
+        Workload(seq=seq, dtype=dtype, pass_=pass_)
+        for seq in (64, 128, 256, 512)
+        for dtype in ("float32", "bfloat16")
+        for pass_ in ("forward", "training")
+    }
+    half = benchmark.half_of(shapes, 1)
+    assert Counter((shape.pass_, shape.dtype) for shape in half) == dict.fromkeys(
+        ((shape.pass_, shape.dtype) for shape in shapes), 2
+    )
+    assert half != benchmark.half_of(shapes, 2)
