@@ -27,7 +27,7 @@ from typing import Any, Final
 import msgspec
 
 from attention import bench
-from attention.chips.calibration import FIXED, Calibration, Measured, calibrate, rows_of
+from attention.chips.calibration import FIXED, MIN_ROWS, Calibration, Measured, calibrate, rows_of
 from attention.chips.cost import Path as PathKind
 from attention.chips.prediction import LIMITS, Prediction, hosts_of, predict
 from attention.chips.table import Chip, chip_of_device, chips
@@ -360,6 +360,9 @@ def check(markdown: Path | None) -> int:
     lines = [*summary_lines("H100, calibrated on the H200's rows alone", gpu), *table_lines(gpu), ""]
     lines += summary_lines("CPU, calibrated on half of the shapes", cpu)
     lines += [f"Median errors of four other divisions of the shapes: {others}."]
+    left_out = len(read_rows(CALIBRATED_ON, "cpu-*.json", CPU_CHIP)) - len(cpu)
+    if left_out:
+        lines += [f"{left_out} rows are not predicted: the other half has fewer than {MIN_ROWS} of their family."]
     between = repeatability(read_passes(CALIBRATED_ON, "cpu-*.json", CPU_CHIP))
     if between is not None:
         lines += [f"Between two passes over all shapes, in other processes, times differ by {between:.1%} (median)."]
