@@ -24,6 +24,7 @@ from fatui.draft import Draft
 from fatui.storage import settings
 from fatui.telemetry import Reading, Telemetry
 from fatui.tui import actions, terminal
+from fatui.tui.key_order import OrderedKeys
 from fatui.tui.lab import MAX_NOTICE, Lab
 from fatui.tui.screens.main import MainScreen
 from fatui.tui.view_models.session import MakeEngine
@@ -94,7 +95,7 @@ def make_screen(name: str) -> Screen[Any]:
     raise KeyError(name)
 
 
-class FatuiApp(Lab):
+class FatuiApp(Lab, OrderedKeys):
     """fatui's terminal app.
 
     Attributes:

@@ -385,8 +385,11 @@ class MainScreen(HasTable, SparingScreen[None]):
         if self._maximised is not None:
             self._maximise(self.query_one(f"#{name}"))
         self.open_tab(PANES[name])
-        target = "#home" if name == "comparison" and self._is_home else FOCUS[name]
-        self.call_after_refresh(self.query_one(target).focus)
+        target = self.query_one("#home" if name == "comparison" and self._is_home else FOCUS[name])
+        if target.region.area and not self.has_class("-narrow"):
+            self.set_focus(target)
+        else:  # it is on the screen after the next layout
+            self.call_after_refresh(self.set_focus, target)
 
     def _focused_pane(self) -> Widget | None:
         node = self.focused

@@ -3,8 +3,10 @@
 from contextlib import suppress
 
 import pytest
+from textual import events
 
 from attention.core.errors import UsageError
+from fatui.tui.key_order import OrderedKeys
 from fatui.tui.screens.models import ModelScreen
 from fatui.tui.view_models import mask_editor
 from fatui.tui.widgets.choice import Choice
@@ -88,3 +90,24 @@ async def test_up_from_the_first_slider_stays(stage, key):
     stage.find("#axis-seq", Slider).focus()
     await stage.press(key, key, key)
     assert stage.app.focused.id == "axis-batch"
+
+
+def type_ahead(app, *keys):
+    """Hand keys to the app at once, as it reads them from a paste or a slow connection."""
+    for key in keys:
+        app.post_message(events.Key(key, key if len(key) == 1 else None))
+
+
+@pytest.mark.parametrize("size", [(120, 40), (80, 24)])
+async def test_keys_read_at_once_act_where_the_ones_before_led(size):
+    async with on_stage(size=size) as stage:
+        type_ahead(stage.app, "2", "6", "4", "enter", "down", "2", "5", "6", "enter")
+        await stage.settle(lambda: stage.app.draft.axes["seq"] == (256,))
+        assert stage.app.draft.axes["batch"] == (64,)
+
+
+async def test_keys_go_on_after_one_that_got_lost(stage, monkeypatch):
+    monkeypatch.setattr("fatui.tui.key_order.MAX_WAIT_S", 0.05)
+    monkeypatch.setattr(OrderedKeys, "on_key_done", lambda app, event: None)
+    type_ahead(stage.app, "2", "3", "enter")
+    await stage.settle(lambda: stage.app.draft.axes["batch"] == (3,))

@@ -1,0 +1,75 @@
+"""Keys in their order: each acts where the one before it has led, however fast they come."""
+
+import time
+from collections import deque
+from typing import Final
+
+from textual import events
+from textual.app import App
+from textual.message import Message
+
+MAX_WAIT_S: Final = 0.5
+"""Seconds after which a key counts as done whose widget has gone, or is busy."""
+
+
+class KeyDone(Message, bubble=True):
+    """Posted to where a key went, so that it takes the same way to the app: it arrives when the key has acted."""
+
+
+class OrderedKeys(App[int]):
+    """App that holds a key back while an earlier one is on its way.
+
+    Textual hands a key to the widget that has the focus as it is read: of keys that are typed fast or pasted, those
+    after one that moves the focus went to where the focus was before.
+    """
+
+    _acting_since: float | None = None
+    """When the key was handed out that is on its way."""
+    _acting = ""
+    """That key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: deque[events.Key] = deque()
+
+    async def on_event(self, event: events.Event) -> None:
+        """Handle an event; hold a key that was read while another is on its way."""
+        if not isinstance(event, events.Key) or event.is_forwarded:
+            await super().on_event(event)
+        elif self._acting_since is not None and time.monotonic() - self._acting_since < MAX_WAIT_S:
+            self._held.append(event)
+            if len(self._held) == 1:
+                self.set_timer(MAX_WAIT_S, self._release_late)
+        else:
+            self._held.append(event)
+            await self._act()
+
+    async def _act(self) -> None:
+        """Hand out the next key that is held, if any is."""
+        self._acting_since = None
+        if self._held:
+            key = self._held.popleft()
+            target = self.focused or self.screen
+            self._acting, self._acting_since = key.key, time.monotonic()
+            await super().on_event(key)
+            target.post_message(KeyDone())
+            if self._held:
+                self.set_timer(MAX_WAIT_S, self._release_late)
+
+    def on_key_done(self, event: KeyDone) -> None:
+        """Hand out the next key, once the screen is laid out and a focus that was requested is set.
+
+        A key that is held down does not wait for that, which would take longer than its rate of repetition.
+        """
+        event.stop()
+        if self._held and self._held[0].key == self._acting:
+            self.call_later(self._act)
+        elif self._held:
+            self.screen.call_after_refresh(self.call_later, self._act)
+        else:
+            self._acting_since = None
+
+    async def _release_late(self) -> None:
+        """Hand out the next key if the one before it got lost."""
+        if self._held and self._acting_since is not None and time.monotonic() - self._acting_since >= MAX_WAIT_S:
+            await self._act()
