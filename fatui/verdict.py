@@ -360,9 +360,26 @@ def _losses(cases: Sequence[AnyCase], names: Sequence[str], winner: str | None) 
 
 def _times_slower(cases: Sequence[AnyCase], name: str, winner: str) -> float | None:
     """Return the geometric mean of an implementation's times over the winner's, in the cases that both ran."""
-    pairs = [(_call_s(case, name), _call_s(case, winner)) for case in cases]
-    factors = [own / best for own, best in pairs if own and best]
+    factors = [factor for case in cases if (factor := _factor(case, name, winner))]
     return geometric_mean(factors) if factors else None
+
+
+def _factor(case: AnyCase, name: str, winner: str) -> float | None:
+    """Return how many times as long as the winner an implementation takes on a case, from the same rounds as the
+    speedups are, with which it has to agree; else from the medians of their times.
+    """
+    own, best = _call_s(case, name), _call_s(case, winner)
+    if not own or not best:
+        return None
+    paired = [_over_reference(case, each) for each in (name, winner)]
+    return paired[1] / paired[0] if paired[0] and paired[1] else own / best
+
+
+def _over_reference(case: AnyCase, name: str) -> float | None:
+    if name == case.reference:
+        return 1.0
+    row = next((row for row in case.rows if row.implementation == name), None)
+    return row.speedup.value if row is not None and row.speedup is not None else None
 
 
 def _loss(cases: Sequence[AnyCase], name: str, winner: str, slower: float | None) -> Loss:

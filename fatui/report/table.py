@@ -357,7 +357,7 @@ MAX_PATH_LINES: Final = 2
 SMALL_RATE: Final = 1e12
 """Rates below this many FLOP/s are shown in GFLOP/s, since they would be mostly zeros in TFLOP/s."""
 DROPPED_FIRST: Final = (
-    *(("TFLOP/s", "GFLOP/s"), (ENERGY,), ("error", "off"), ("eff.", "loss"), ("path",)),
+    *(("TFLOP/s", "GFLOP/s"), (ENERGY,), ("error", "off"), ("of peak", "loss"), ("path",)),
     *(("of bound",), ("per call", "to 1st token", "per token", "per iteration"), ("99 %",), ("memory",)),
 )
 TEXTS: Final = (IMPLEMENTATION, "path", "verdict")
@@ -439,7 +439,7 @@ def _columns(case: Case, rate_unit: tuple[float, str], further: FurtherColumns) 
         TextColumn("speedup", [formatting.speedup_text(row.speedup) for row in rows]),
         *_text_columns(further, rows),
         TextColumn(unit, [formatting.per(row.flops_per_s, factor) for row in rows]),
-        TextColumn("eff.", [formatting.percent(row.efficiency) for row in rows]),
+        TextColumn("of peak", [formatting.percent(row.efficiency) for row in rows]),
         TextColumn("memory", [formatting.size(row.peak_bytes) for row in rows]),
         TextColumn("error", [formatting.row_error(row) for row in rows]),
         TextColumn("verdict", [formatting.word(row, case) for row in rows]),

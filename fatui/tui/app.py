@@ -24,6 +24,7 @@ from fatui.draft import Draft
 from fatui.storage import settings
 from fatui.telemetry import Reading, Telemetry
 from fatui.tui import actions, terminal
+from fatui.tui.contrast import legible
 from fatui.tui.key_order import OrderedKeys
 from fatui.tui.lab import MAX_NOTICE, Lab
 from fatui.tui.screens.main import MainScreen
@@ -145,6 +146,10 @@ class FatuiApp(Lab, OrderedKeys):
     def get_default_screen(self) -> Screen[Any]:
         """Return the main screen."""
         return MainScreen()
+
+    def get_css_variables(self) -> dict[str, str]:
+        """Return the theme's colours, legible."""
+        return legible(super().get_css_variables())
 
     def get_line_filters(self) -> list[LineFilter]:
         """Return Textual's filters, the one for control characters, and the one for ASCII if chosen."""

@@ -7,6 +7,7 @@ from textual import on
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical
+from textual.geometry import Size
 from textual.widget import Widget
 from textual.widgets import Static
 
@@ -50,7 +51,6 @@ PANES = {
     "row": "results",
 }
 """The tab of each pane, in the order of their numbers."""
-RIGHT = ("live", "comparison", "log", "row")
 FOCUS = {
     "implementations-pane": "#implementations",
     "workload": "#axis-batch",
@@ -85,10 +85,10 @@ class MainScreen(HasTable, SparingScreen[None]):
         """Yield the panes; the classes of the layout come first, as setting them later styles every widget again."""
         tabs = PaneTabs()
         tabs.show("log" if self.app.remembered.tab == "log" else "setup")  # nothing has run yet
-        self.set_classes(self._layout_classes(tabs.tab))
         self._status, self._key_bar = StatusLine(), KeyBar()
         self._live = LivePane(id="live", view=self.app.remembered.view)
         self._log = LogPane(self.app.journal, id="log")
+        self.set_classes(self._layout_classes(tabs.tab))
         yield self._status
         yield Static(id="too-small", markup=False)
         yield tabs
@@ -98,11 +98,14 @@ class MainScreen(HasTable, SparingScreen[None]):
                     pane.border_title = "1 Implementations"
                     yield ImplementationPicker(id="implementations")
                 yield WorkloadPane(self.app.draft, id="workload")
+                if self.has_class("-wide"):
+                    yield self._log
             with Vertical(id="right"):
                 yield self._live
                 yield HomePane(id="home")
                 yield ComparisonPane(id="comparison")
-                yield self._log
+                if not self.has_class("-wide"):
+                    yield self._log
                 yield RowPane(id="row")
         yield self._key_bar
 
@@ -147,19 +150,45 @@ class MainScreen(HasTable, SparingScreen[None]):
 
     def _lay_out(self) -> None:
         """Set the classes that the layout depends on, all at once, as each change restyles every widget."""
+        self._offer_tab()
         classes = self._layout_classes(self.tab)
         if classes != self.classes:
             self.set_classes(classes)
+        self._place_log()
         self._fill_the_grid()
+
+    def _offer_tab(self) -> None:
+        """Let Live show the roofline on the first screen of wide terminals, where there is room for it."""
+        known = self._is_home and self.app.peaks.flops_per_s is not None
+        self._live.offer("roofline" if known and _is_wide(self.app.size) else "trends")
+
+    def _place_log(self) -> None:
+        """Let the log stand below the set-up on wide terminals, else below the comparison: as another widget of it,
+        since a widget keeps its parent.
+        """
+        column, old = self.query_one("#left" if self.has_class("-wide") else "#right"), self._log
+        if old.parent is column:
+            return
+        focused = self._focused_pane() is old
+        self._log = LogPane(self.app.journal, id="log", like=old)
+        if self._maximised is old:
+            self._maximised = self._log
+            for each in (self.query_one("#left"), self.query_one("#right")):
+                each.set_class(each is column, "-holds")
+        old.remove()
+        column.mount(self._log, after=self.query_one("#workload" if column.id == "left" else "#comparison"))
+        if focused:
+            self.call_after_refresh(self._log.view.focus)
 
     def _layout_classes(self, tab: str) -> frozenset[str]:
         """Return the screen's classes for the terminal's size and an open tab."""
         width, height = self.app.size
         narrow = width < MIN_WIDE_SIZE[0] or height < MIN_WIDE_SIZE[1]
         wanted = {
-            "-wide": width >= MIN_THREE_COLUMNS[0] and height >= MIN_THREE_COLUMNS[1],
+            "-wide": _is_wide(self.app.size),
             "-max": self._maximised is not None,
             "-home": self._is_home,
+            "-roofline": self._live.opened == "roofline",
             "-small": width < MIN_SIZE[0] or height < MIN_SIZE[1],
             "-narrow": narrow,
             "-slim": width < MIN_FOUR_CHOICES,
@@ -168,12 +197,17 @@ class MainScreen(HasTable, SparingScreen[None]):
         return frozenset((self.classes - wanted.keys()) | {name for name, is_set in wanted.items() if is_set})
 
     def _fill_the_grid(self) -> None:
-        """Let the last of an odd number of panes take the whole row of the grid of wide terminals."""
+        """Let the visible panes of wide terminals fill their grid: Live on the left, the others on the right."""
         home = self._is_home
-        panes = [self.query_one(f"#{name}") for name in RIGHT]
-        seen = [pane for pane in panes if not pane.has_class("-away") and not (home and pane.id == "row")]
+        panes = [self.query_one(f"#{name}") for name in ("live", *(("home",) if home else ("comparison", "row")))]
+        away = self.query_one("#comparison").has_class("-away")
+        seen = [pane for pane in panes if not (away if pane.id == "home" else pane.has_class("-away"))]
+        beside = [pane for pane in seen if pane.id != "live"]
         for pane in panes:
-            pane.set_class(len(seen) % 2 == 1 and pane is seen[-1], "-fill")
+            alone = len(beside if pane.id != "live" and not home else seen) == 1
+            pane.set_class(alone or (pane.id == "live" and not home), "-tall")
+            pane.set_class(home or len(seen) == len(beside) or not beside, "-broad")
+        self.query_one("#workload").set_class(self._log.has_class("-away"), "-alone")
 
     def show_draft(self) -> None:
         """Draw the draft and the advice for it."""
@@ -189,7 +223,8 @@ class MainScreen(HasTable, SparingScreen[None]):
         if pane.draft is not app.draft or pane.devices != devices:
             pane.devices = devices
             pane.show(app.draft)
-        self.show_roofline()
+        self._lay_out()
+        self._show_live()
         pane.show_cost(self._cost_lines() if workload else [], app.keys)
         self._show_bars()
 
@@ -248,7 +283,7 @@ class MainScreen(HasTable, SparingScreen[None]):
     def show_roofline(self) -> None:
         """Draw the roofline of the workload on the sliders, with what the run has measured."""
         live = self._live
-        if live.opened != "roofline":
+        if not live.draws_roofline:
             return
         app, session = self.app, self.app.session
         cases = app.report.cases if app.report else ()
@@ -274,6 +309,7 @@ class MainScreen(HasTable, SparingScreen[None]):
 
     @on(LivePane.Turned)
     def _show_turned(self) -> None:
+        self._lay_out()
         self._show_live()
 
     def _show_live(self, *, memory: bool = True) -> None:
@@ -525,6 +561,10 @@ class MainScreen(HasTable, SparingScreen[None]):
         else:
             return None, None, ""
         return case, next((row for row in case.rows if row.implementation == implementation), None), command
+
+
+def _is_wide(size: Size) -> bool:
+    return size.width >= MIN_THREE_COLUMNS[0] and size.height >= MIN_THREE_COLUMNS[1]
 
 
 def _phase(session: AnySession) -> str:

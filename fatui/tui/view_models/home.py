@@ -19,8 +19,12 @@ MAX_RUNS: Final = 12
 """Maximum runs of a trend."""
 MAX_READ: Final = 36
 """Maximum reports that are read to find them."""
+MAX_OTHERS: Final = 12
+"""Maximum runs that are listed below the latest."""
 MAX_LOSSES: Final = 3
 TREND_COLUMNS: Final = 24
+NAME: Final = 14
+"""Columns of the names of runs in their list."""
 FIRST: Final = """No run on {where} yet.
 
 A first run of what is set up on the left tells
@@ -37,6 +41,8 @@ class Past(Struct, frozen=True):
 
     report: Report
     earlier: tuple[Report, ...] = ()
+    others: "tuple[RunSummary, ...]" = ()
+    """Runs on the machine before the latest, of whatever cases."""
 
 
 def find_past(device: str, history: "RunHistory | None" = None) -> Past | None:
@@ -69,7 +75,10 @@ def _past(history: "RunHistory", lines: "Sequence[RunSummary]") -> Past | None:
             earlier.append(report)
         if len(earlier) == MAX_RUNS - 1:
             break
-    return Past(latest, tuple(earlier)) if latest else None
+    if latest is None:
+        return None
+    before = [line for line in lines if line.id != latest.run.id]
+    return Past(latest, tuple(earlier), tuple(before[:MAX_OTHERS]))
 
 
 def _compared(case: Case) -> tuple[Workload, str | None]:
@@ -90,8 +99,8 @@ def trend(past: Past) -> tuple[str, list[float]]:
     return name or "", found
 
 
-def home_text(past: Past | None, keys: dict[str, str], where: str = "this machine") -> str:
-    """Format the first screen; `where` names the machine that runs."""
+def home_text(past: Past | None, keys: dict[str, str], where: str = "this machine", width: int = 80) -> str:
+    """Format the first screen; `where`: the machine that runs; `width`: of the lines of runs before the latest."""
     if past is None:
         return FIRST.format(where=where, run=keys["run"], presets=keys["presets"], palette="ctrl+p")
     from fatui.trust import trust, trust_line
@@ -115,4 +124,13 @@ def home_text(past: Past | None, keys: dict[str, str], where: str = "this machin
         (drawn,) = area(values, top, min(TREND_COLUMNS, 4 * len(values)), 1)
         span = f"{formatting.three(min(values))} to {formatting.three(top)}x"
         lines += ["", f"{name} over {len(values)} runs of the same cases  {drawn}  {span}"]
-    return "\n".join([*lines, "", KEYS.format(again=keys["run_again"], run=keys["run"])])
+    lines += ["", KEYS.format(again=keys["run_again"], run=keys["run"])]
+    if past.others:
+        lines += ["", f"Before that; {keys['history']} lists all", *(_line(run, width) for run in past.others)]
+    return "\n".join(lines)
+
+
+def _line(run: "RunSummary", width: int) -> str:
+    """Format a run in a line: when, its name, and its finding."""
+    text = f"{formatting.started_text(run.started)}  {(run.preset or UNNAMED)[:NAME]:<{NAME}}  {run.finding}"
+    return text if len(text) <= width else f"{text[: width - 1]}…"

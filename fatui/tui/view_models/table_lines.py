@@ -117,7 +117,7 @@ COLUMNS: Final = (
     TableColumn(name="sent", title="sent", rank=4, optional=True),
     TableColumn(name="exposed", title="exposed", rank=4, optional=True),
     TableColumn(name="energy", title="J/token", rank=6, optional=True),
-    TableColumn(name="efficiency", title="eff.", rank=7),
+    TableColumn(name="efficiency", title="of peak", rank=7),
     TableColumn(name="verdict", title="verdict", right=False, rank=3, least=8, widest=19),
     TableColumn(name="memory", title="memory", rank=8),
     TableColumn(name="max error", title="max error", rank=9),

@@ -12,6 +12,7 @@ from fatui.tui.widgets.table_pane import TablePane
 from fatui.tui.widgets.text_panes import VerdictCard
 
 EMPTY = "No rows yet. Press r to run; rows appear as they are measured."
+RUNNING = "Rows appear as they are measured, from the first rounds on."
 
 
 class ComparisonPane(TablePane):
@@ -50,6 +51,7 @@ class ComparisonPane(TablePane):
     def show_session(self, session: Session, report: Report | None, keys: dict[str, str]) -> None:
         """Draw the current run; `report`: of the finished run, for its verdict."""
         self._begin(session)
+        self.table.empty = RUNNING if session.active else EMPTY
         record, several = session.record, len(session.plan.cases) > 1
         lines: list[TableLine] = []
         for index, case_record in enumerate(record.cases):

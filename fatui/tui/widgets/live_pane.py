@@ -66,6 +66,8 @@ class LivePane(Vertical, can_focus=True):
         self._memory = TrendChart(Scale("memory"), id="memory")
         self._telemetry = Static(id="telemetry", markup=False)
         self._said = ""
+        self._turned = False
+        """Whether a tab was chosen by key."""
         self._least: int | None = None
         self._devices = 0
         self._runs = False
@@ -84,6 +86,7 @@ class LivePane(Vertical, can_focus=True):
 
     def turn_view(self) -> None:
         """Draw the trends in the next view; from the roofline, go back to them."""
+        self._turned = True
         if self.opened == "roofline":
             self.opened = "trends"
         else:
@@ -92,8 +95,20 @@ class LivePane(Vertical, can_focus=True):
 
     def turn_tab(self) -> None:
         """Open the other tab."""
+        self._turned = True
         self.opened = "trends" if self.opened == "roofline" else "roofline"
         self.post_message(self.Turned())
+
+    @property
+    def draws_roofline(self) -> bool:
+        """Whether the roofline is visible: as the open tab, or below the trends of a run that has ended."""
+        wide = self.screen.has_class("-wide") and not self.screen.has_class("-home")
+        return self.opened == "roofline" or (wide and not self._runs)
+
+    def offer(self, tab: Tab) -> None:
+        """Open a tab, unless one was chosen by key."""
+        if not self._turned:
+            self.opened = tab
 
     def show(
         self, session: Session | None, opened: Report | None, keys: dict[str, str], *, memory: bool = True
@@ -108,6 +123,7 @@ class LivePane(Vertical, can_focus=True):
         self._runs = session is not None and session.active
         self.set_class(session is None, "-idle")
         self.set_class(self.opened == "roofline", "-roofline")
+        self.set_class(self.draws_roofline and self.opened == "trends", "-both")
         self._say_tabs(keys)
         if session is None:
             self._watts = None
@@ -153,7 +169,7 @@ class LivePane(Vertical, can_focus=True):
         plot, words = self.query_one("#roofline", PlotView), self.query_one("#roofline-words", Static)
         names = tuple(dict.fromkeys(row.implementation for case in cases for row in case.rows))
         found = roofline.roofline(workload, peaks, cases, names) if workload else None
-        plot.display = found is not None
+        self.set_class(found is not None, "-plotted")
         plot.show(found)
         if workload is None or found is None:
             legend = Text(roofline.UNMEASURED.format(run=run_key))

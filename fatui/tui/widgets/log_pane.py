@@ -73,6 +73,11 @@ class LogView(ScrollView, KeepsStyles, can_focus=True):
         self._read = 0
         self._following = True
 
+    def take_over(self, other: "LogView") -> None:
+        """Show the lines that another view shows, as it shows them."""
+        self.needle, self.level, self.paused, self.cursor = other.needle, other.level, other.paused, other.cursor
+        self._lines, self._read, self._following = list(other._lines), other._read, other._following
+
     def _passes(self, line: LogLine) -> bool:
         return LEVELS.index(line.level) >= LEVELS.index(self.level)
 
@@ -217,8 +222,10 @@ class LogView(ScrollView, KeepsStyles, can_focus=True):
         """Draw one row; the level is shown as a word as well as by colour."""
         width = self._width
         row = y + self.scroll_offset.y
-        if not self._rows and not self._lines and row == 0 and not self.needle:
-            return Strip([Segment(EMPTY, self.part_style("log--time"))]).adjust_cell_length(width, self.part_style())
+        if not self._rows and not self._lines and not self.needle:
+            words = textwrap.wrap(EMPTY, max(10, width))
+            parts = [Segment(words[row], self.part_style("log--time"))] if row < len(words) else []
+            return Strip(parts).adjust_cell_length(width, self.part_style())
         if row >= len(self._rows):
             return Strip.blank(width, self.part_style())
         index, text = self._rows[row]
@@ -244,19 +251,20 @@ class LogPane(Vertical):
 
     DEFAULT_CSS = "LogPane Input { height: 1; border: none; padding: 0 1; } LogPane LogView { height: 1fr; }"
 
-    def __init__(self, journal: Log, *, id: str) -> None:
+    def __init__(self, journal: Log, *, id: str, like: "LogPane | None" = None) -> None:
+        """Create the pane; `like`: another one in whose place it comes."""
         super().__init__(id=id, classes="pane")
         self.journal = journal
         self._title = ""
+        self.view = LogView(journal, id="log-view")
+        """The view of the lines."""
+        if like is not None:
+            self.set_classes(like.classes)
+            self.view.take_over(like.view)
 
     def compose(self) -> ComposeResult:
         """Yield the lines; the search is mounted when it is opened."""
-        yield LogView(self.journal, id="log-view")
-
-    @property
-    def view(self) -> LogView:
-        """The view of the lines."""
-        return self.query_one(LogView)
+        yield self.view
 
     def refresh_lines(self) -> None:
         """Show new lines and update the title."""

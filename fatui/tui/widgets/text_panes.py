@@ -42,6 +42,7 @@ class HomePane(VerticalScroll):
         super().__init__(id=id, classes="pane")
         self.border_title = "4 Home"
         self.past: Past | None = None
+        self._told: tuple[dict[str, str], str] | None = None
 
     def compose(self) -> ComposeResult:
         """Yield the text."""
@@ -49,8 +50,14 @@ class HomePane(VerticalScroll):
 
     def show(self, past: Past | None, keys: dict[str, str], where: str = "this machine") -> None:
         """Draw the last run on a machine."""
-        self.past = past
-        self.query_one("#home-text", Static).update(home_text(past, keys, where))
+        self.past, self._told = past, (keys, where)
+        width = self.content_size.width - 2 if self.content_size else WIDTH  # a scroll bar may come
+        set_text(self.query_one("#home-text", Static), home_text(past, keys, where, width))
+
+    def on_resize(self) -> None:
+        """Fit the list of runs to the new width."""
+        if self._told is not None:
+            self.show(self.past, *self._told)
 
     def action_open(self) -> None:
         """Open the run."""

@@ -43,7 +43,7 @@ def test_everything_fits_also_with_long_names_and_large_figures(width, own):
     lines = printed(record.report(run_of()), width)
     text = "\n".join(lines)
     assert max(map(cell_len, lines)) <= width
-    for head in ("path", "tokens/s", "per call", "speedup", "FLOP/s", "eff.", "memory", "error", "verdict"):
+    for head in ("path", "tokens/s", "per call", "speedup", "FLOP/s", "of peak", "memory", "error", "verdict"):
         assert head in text
     assert text.count("…") == (
         5 if own == LONG else 0

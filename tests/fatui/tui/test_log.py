@@ -106,13 +106,13 @@ async def test_a_search_goes_from_match_to_match_and_hides_nothing(stage):
     assert "later" in stage.seen()
 
 
-@pytest.mark.slow
-async def test_a_notification_does_not_cover_the_log():
+@pytest.mark.parametrize("size", [(120, 40), (80, 24)])
+async def test_a_notification_covers_no_pane(size):
     app = make_app()
     with impatient(app):
-        async with app.run_test(size=(120, 40), notifications=True) as pilot:
-            app.tell("something happened")
+        async with app.run_test(size=size, notifications=True) as pilot:
+            app.tell("something happened, and it can be told in one line of the terminal")
             await pilot.pause()
             (toast,) = app.screen.query("Toast")
-            assert toast.region.height > 0
-            assert toast.region.bottom <= app.screen.query_one("#log").region.y
+            assert toast.region == app.screen.query_one("#key-bar").region.intersection(toast.region)
+            assert toast.region.height == 1
