@@ -281,11 +281,10 @@ def _leads(cases: Sequence[AnyCase], winner: str) -> list[tuple[float, float]]:
     leads = []
     for case in cases:
         best = formatting.best_of(case)
-        own = _call_s(case, winner)
-        others = [_call_s(case, row.implementation) for row in case.rows if row.implementation not in best]
-        known = [seconds for seconds in others if seconds]
-        if winner in best and own and known:
-            leads.append((min(known) / own - 1, case.noise_floor.floor if case.noise_floor else 0.0))
+        others = [_factor(case, row.implementation, winner) for row in case.rows if row.implementation not in best]
+        known = [factor for factor in others if factor]
+        if winner in best and known:
+            leads.append((min(known) - 1, case.noise_floor.floor if case.noise_floor else 0.0))
     return leads
 
 

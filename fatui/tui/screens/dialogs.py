@@ -176,16 +176,25 @@ class ChangeDetails(Closable):
             ("samples", [str(len(row.samples)) for row in both]),
         ]
         lines = [f"{'':<12}{'before':<26}after", *(f"{name:<12}{first:<26}{last}" for name, (first, last) in rows)]
-        lines += [
-            "",
-            f"after / before     {formatting.speedup_text(change.times)}",
-            f"drift              {formatting.speedup_text(change.drift)} of {change.reference or formatting.UNKNOWN}",
-            f"beyond the drift   {formatting.speedup_text(change.ratio)}",
-        ]
+        lines += ["", *_change_lines(change)]
         with VerticalScroll(classes="dialog") as dialog:
             dialog.border_title = literal(f"{change.implementation} on {change.workload.label}")
             dialog.border_subtitle = "escape closes"
             yield Static("\n".join(lines), markup=False)
+
+
+def _change_lines(change: RowChange) -> list[str]:
+    """Say how much faster a row is after, and what the machine's own drift has to do with it."""
+    times = f"after / before     {formatting.speedup_text(change.times)}"
+    if change.in_turns:
+        return [times, "", "Both were measured in turns, round by round: the machine's drift is in neither."]
+    if change.drift is None:
+        none = (
+            "the runs have no common reference" if change.reference is None else f"too few rounds of {change.reference}"
+        )
+        return [times, f"drift              not known: {none}"]
+    lines = [times, f"drift              {formatting.speedup_text(change.drift)} of {change.reference}"]
+    return lines if change.is_reference else [*lines, f"beyond the drift   {formatting.speedup_text(change.ratio)}"]
 
 
 class SortMenu(ClosesOnce, ModalScreen[str]):

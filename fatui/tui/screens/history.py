@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar
 
+from msgspec import structs
 from textual import on
 from textual.app import ComposeResult
 from textual.binding import BindingType
@@ -47,14 +48,18 @@ CHANGE_COLUMNS = (
     TableColumn(name="implementation", title="", right=False, widest=16),
     TableColumn(name="before", title="tokens/s before", rank=2),
     TableColumn(name="after", title="after", rank=1),
-    TableColumn(name="times", title="after / before", rank=4),
-    TableColumn(name="drift", title="drift", rank=5),
+    TableColumn(name="times", title="after / before", rank=4, optional=True),
+    TableColumn(name="drift", title="drift", rank=5, optional=True),
     TableColumn(name="ratio", title="beyond the drift", rank=0),
     TableColumn(name="word", title="verdict", right=False, rank=3, widest=12),
     TableColumn(name="memory", title="memory", rank=6, widest=24),
     TableColumn(name="path before", title="path before", right=False, rank=7, widest=22),
     TableColumn(name="path after", title="path after", right=False, rank=8, widest=22),
 )
+IN_TURNS = tuple(
+    structs.replace(column, title="after / before") if column.name == "ratio" else column for column in CHANGE_COLUMNS
+)
+"""The columns of runs measured in turns, between which nothing drifts."""
 MAX_NAMED = 3
 NOTHING_IN_COMMON = "These two runs have no workload and implementation in common."
 
@@ -288,7 +293,8 @@ class Compare(HasTable, ClosesOnce, Screen[None]):
                 label = change.workload.label
                 lines.append(TableLine(span=f"{label} · {_basis(change)}", tone="head"))
             lines.append(_change_line(change))
-        self.query_one(TablePane).show_lines(lines)
+        in_turns = all(change.in_turns for change in self._comparison.changes)
+        self.query_one(TablePane).show_lines(lines, IN_TURNS if in_turns else CHANGE_COLUMNS)
 
     def _differences(self) -> list[str]:
         made = self._comparison.differences
@@ -367,8 +373,8 @@ def _change_line(change: comparison.RowChange) -> TableLine:
         "path after": change.after.path or "-",
         "before": _rate(change.before),
         "after": _rate(change.after),
-        "times": formatting.speedup_text(change.times),
-        "drift": formatting.speedup_text(change.drift),
+        "times": "" if change.in_turns else formatting.speedup_text(change.times),
+        "drift": "" if change.in_turns else formatting.speedup_text(change.drift),
         "ratio": "-" if own else formatting.speedup_text(change.ratio),
         "word": word,
         "memory": f"{formatting.size(change.before.peak_bytes)}, {formatting.size(change.after.peak_bytes)}",

@@ -26,6 +26,12 @@ ENDED_BY: Final = {
 """Why the rounds of a row ended, by its `stopped_by`."""
 
 
+CANDIDATES: Final = {
+    " tall": "tall: in work items of 256 query rows, which read keys and values less often; there are fewer to share.",
+    " compiled": "compiled: through mx.compile.",
+    " MiB": "MiB: what the scores of its blocks may take.",
+}
+"""What the names of an autotuned row's candidates mean, by how they end."""
 WIDTH: Final = 66
 """Columns of text in a dialog."""
 
@@ -192,6 +198,8 @@ def sample_lines(row: Row) -> list[str]:
 def sentences(row: Row, case: AnyCase, command: str) -> list[str]:
     """Return the reason for the path, what an autotuned row ran, throttling, and the command that measures it again."""
     lines = [row.reason] if row.reason else []
+    if row.path and row.path.startswith(formatting.TUNED):
+        lines += [words for end, words in CANDIDATES.items() if row.path.endswith(end)]
     lines += [note for note in formatting.same_paths(case) if note.startswith(f"{row.implementation} ")]
     if row.throttled:
         lines.append("The reference slowed down while this case ran: the machine throttles, or was busy.")

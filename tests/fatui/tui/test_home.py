@@ -9,7 +9,7 @@ from fatui.tui.view_models.home import find_past, home_text, trend
 from tests.support.sample_runs import ENVIRONMENT, plan_of, report_of, run_of
 from tests.support.stage import advise, on_stage
 
-KEYS = {"run": "r", "run_again": "R", "presets": "p"}
+KEYS = {"run": "r", "run_again": "R", "presets": "p", "history": "h"}
 DEVICE = ENVIRONMENT.device
 
 
@@ -39,6 +39,9 @@ def test_the_last_run_has_earlier_ones_of_its_cases():
         and "poc over 3 runs of the same cases" in text
     )
     assert "enter opens it   R runs it again   r runs what is set up" in text
+    assert [run.id for run in past.others] == ["00000002", "00000001", "00000000"]
+    listed = home_text(past, KEYS, width=60).partition("Before that; h lists all\n")[2].splitlines()
+    assert len(listed) == 3 and all("Use poc" in line and len(line) <= 60 for line in listed)
 
 
 def test_runs_with_another_reference_are_no_part_of_a_trend():

@@ -3,10 +3,11 @@
 import pytest
 
 from fatui.tui.screens.jump import Jump
+from fatui.tui.screens.main import FOCUS
 from fatui.tui.widgets.implementation_picker import ImplementationPicker
 from fatui.tui.widgets.row_table import RowTable
 from fatui.tui.widgets.slider import Slider
-from tests.support.stage import on_stage
+from tests.support.stage import PEAKS, on_stage
 
 
 def at(stage, pane):
@@ -19,7 +20,9 @@ async def test_from_160_columns_panes_are_side_by_side():
         await stage.run_to_the_end()
         live, comparison, log, row = (at(stage, pane) for pane in ("live", "comparison", "log", "row"))
         assert live.y == comparison.y and comparison.x >= live.right
-        assert row.x == comparison.x and row.y >= comparison.bottom and log.x == live.x
+        assert row.x == comparison.x and row.y >= comparison.bottom and live.height > comparison.height + row.height - 2
+        assert log.x == at(stage, "workload").x and log.y >= at(stage, "workload").bottom
+        assert log.bottom == live.bottom == row.bottom == stage.find("#body").region.bottom
         assert "6 Row · baseline" in stage.seen()
         assert "fatui bench" in str(stage.find("#row-text").content)
         stage.find("#comparison-table", RowTable).focus()
@@ -35,14 +38,46 @@ async def test_below_160_columns_there_is_no_row_pane(stage):
 
 
 @pytest.mark.thorough
-async def test_hiding_a_pane_leaves_no_hole():
+@pytest.mark.parametrize("pane", ["live", "comparison", "log", "row"])
+async def test_hiding_a_pane_leaves_no_hole(pane):
     async with on_stage(size=(160, 48)) as stage:
         await stage.run_to_the_end()
-        stage.find("#log-view").focus()
+        stage.app.main.set_focus(stage.find(FOCUS[pane]))
         await stage.press("Z")
         await stage.pilot.pause()
-        assert not stage.find("#log").display
-        assert at(stage, "row").width == at(stage, "live").width + at(stage, "comparison").width
+        assert not stage.find(f"#{pane}").display
+        names = ("implementations-pane", "workload", "live", "comparison", "log", "row")
+        seen = [at(stage, name) for name in names if name != pane]
+        assert sum(region.area for region in seen) == stage.find("#body").region.area
+
+
+@pytest.mark.slow
+async def test_the_log_keeps_its_place_as_the_terminal_gets_wide_and_narrow():
+    async with on_stage(size=(160, 48)) as stage:
+        await stage.run_to_the_end()
+        stage.app.main.set_focus(stage.find("#log-view"))
+        await stage.press("slash", *"poc", "enter", "l")
+        count = len(stage.find("#log-view").journal)
+        stage.app.journal.write("later")
+        for size, column in (((120, 40), "right"), ((160, 48), "left")):
+            await stage.pilot.resize_terminal(*size)
+            await stage.settle(lambda column=column: stage.find("#log").parent.id == column)
+            (view,) = stage.app.screen.query("#log-view")
+            assert view.needle == "poc" and view.paused and view.held_back == 1
+            assert len(view._lines) == count and "paused, 1 held back" in str(stage.find("#log").border_title)
+            assert stage.app.focused is view
+
+
+@pytest.mark.slow
+async def test_the_first_screen_of_a_wide_terminal_shows_the_roofline_if_it_is_known():
+    async with on_stage(size=(160, 48)) as stage:
+        assert not stage.find("#roofline").display
+        stage.app.remembered.peaks, stage.app.remembered.peaks_of = PEAKS, stage.app.device_name
+        stage.app.main.show_draft()
+        await stage.pilot.pause()
+        assert stage.find("#roofline").region.height > 8
+        await stage.press("r")
+        assert not stage.find("#roofline").display and stage.find("#rates").display
 
 
 @pytest.mark.slow

@@ -106,6 +106,7 @@ async def test_a_search_goes_from_match_to_match_and_hides_nothing(stage):
     assert "later" in stage.seen()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(120, 40), (80, 24)])
 async def test_a_notification_covers_no_pane(size):
     app = make_app()

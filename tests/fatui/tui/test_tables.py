@@ -110,7 +110,13 @@ async def test_runs_in_turns_are_compared_without_a_reference(stage):
     stage.app.push_screen(Compare(*runs))
     await stage.pilot.pause()
     assert "measured in turns: times are compared as they are" in stage.seen()
-    assert not any(line.cells["word"] == "reference" for line in stage.find("#changes", RowTable).lines[1:])
+    table = stage.find("#changes", RowTable)
+    assert not any(line.cells["word"] == "reference" for line in table.lines[1:])
+    assert not {"drift", "times"} & {column.name for page in table.pages for column in page}
+    assert "beyond the drift" not in stage.seen() and "after / before" in stage.seen()
+    await stage.press("enter")
+    seen = stage.seen()
+    assert isinstance(stage.app.screen, ChangeDetails) and "round by round" in seen and "n/a" not in seen
 
 
 @pytest.mark.slow
