@@ -76,7 +76,8 @@ class LogView(ScrollView, KeepsStyles, can_focus=True):
     def take_over(self, other: "LogView") -> None:
         """Show the lines that another view shows, as it shows them."""
         self.needle, self.level, self.paused, self.cursor = other.needle, other.level, other.paused, other.cursor
-        self._lines, self._read, self._following = list(other._lines), other._read, other._following
+        self._read, self._following = other._read, other._following
+        self._append(other._lines)  # wrapped again once there is a width
 
     def _passes(self, line: LogLine) -> bool:
         return LEVELS.index(line.level) >= LEVELS.index(self.level)

@@ -5,6 +5,7 @@ import pytest
 from fatui.tui.screens.jump import Jump
 from fatui.tui.screens.main import FOCUS
 from fatui.tui.widgets.implementation_picker import ImplementationPicker
+from fatui.tui.widgets.log_pane import LogView
 from fatui.tui.widgets.row_table import RowTable
 from fatui.tui.widgets.slider import Slider
 from tests.support.stage import PEAKS, on_stage
@@ -49,6 +50,19 @@ async def test_hiding_a_pane_leaves_no_hole(pane):
         names = ("implementations-pane", "workload", "live", "comparison", "log", "row")
         seen = [at(stage, name) for name in names if name != pane]
         assert sum(region.area for region in seen) == stage.find("#body").region.area
+
+
+async def test_the_log_takes_lines_while_it_moves():
+    async with on_stage(size=(160, 48)) as stage:
+        for number in range(9):
+            stage.app.journal.write(f"line {number}")
+        stage.app.main._tick()
+        view = LogView(stage.app.journal, id="other")
+        view.take_over(stage.find("#log-view", LogView))
+        stage.app.journal.write("later")
+        view._append(stage.app.journal.since(9))  # before it has a width
+        assert len(view._starts) == len(view._lines) == 10
+        assert [view._rows[start][0] for start in view._starts] == list(range(10))
 
 
 @pytest.mark.slow
