@@ -89,7 +89,7 @@ HELP: Final = "app.explain_keys"
 ANYWHERE: Final = (
     Action("theme", "t", "Theme, colours", "Choose a theme", "app.change_theme"),
     Action("jump", "semicolon", "Jump", "Label all that can be reached; the letter goes there", "app.jump"),
-    Action("help", "question_mark", "Help", "The keys of this screen", HELP),
+    Action("help", "question_mark,f1", "Help", "The keys of this screen", HELP),
     Action("quit", "q", "Quit", "Quit; asks first while a run is active", "app.leave"),
 )
 

@@ -252,6 +252,10 @@ class FatuiApp(Lab, OrderedKeys):
             if self.runs.active:
                 self.main.leave_sliders()
 
+    def action_help_quit(self) -> None:
+        """Say which key quits: ctrl+c does not, so that a run does not end by a habit."""
+        self.tell(f"{self.keys['quit']} quits the app")
+
     def action_run_again(self) -> None:
         """Run again what is shown, or the last run on this machine."""
         self.run_again()

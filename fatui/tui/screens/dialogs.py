@@ -77,7 +77,7 @@ class Closable(ClosesOnce, ModalScreen[None]):
 class Help(Closable):
     """List of keys, each with a sentence."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [Binding("question_mark", "close", "Close", id="help")]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("question_mark,f1", "close", "Close", id="help")]
 
     def __init__(self, groups: list[tuple[str, list[tuple[str, str]]]], config: str) -> None:
         super().__init__()

@@ -82,6 +82,7 @@ async def test_new_figures_repaint_their_rows_only():
         assert {region.y for region in table._repaint_regions} == {index + 1 for index in changed}
 
 
+@pytest.mark.thorough
 async def test_lines_without_a_frame_are_what_textual_draws():
     async with on_stage() as stage:
         await running(stage)

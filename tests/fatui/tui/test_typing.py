@@ -98,7 +98,7 @@ def type_ahead(app, *keys):
         app.post_message(events.Key(key, key if len(key) == 1 else None))
 
 
-@pytest.mark.sampled(0.5)
+@pytest.mark.thorough
 @pytest.mark.parametrize("size", [(120, 40), (80, 24)])
 async def test_keys_read_at_once_act_where_the_ones_before_led(size):
     async with on_stage(size=size) as stage:
