@@ -25,7 +25,6 @@ from fatui.storage import settings
 from fatui.telemetry import Reading, Telemetry
 from fatui.tui import actions, terminal
 from fatui.tui.contrast import legible
-from fatui.tui.key_order import OrderedKeys
 from fatui.tui.lab import MAX_NOTICE, Lab
 from fatui.tui.screens.main import MainScreen
 from fatui.tui.view_models.session import MakeEngine
@@ -96,7 +95,7 @@ def make_screen(name: str) -> Screen[Any]:
     raise KeyError(name)
 
 
-class FatuiApp(Lab, OrderedKeys):
+class FatuiApp(Lab):
     """fatui's terminal app.
 
     Attributes:

@@ -7,6 +7,8 @@ from typing import Final
 from textual import events
 from textual.app import App
 from textual.message import Message
+from textual.screen import Screen
+from textual.widget import Widget
 
 MAX_WAIT_S: Final = 0.5
 """Seconds after which a key counts as done whose widget has gone, or is busy."""
@@ -25,12 +27,23 @@ class OrderedKeys(App[int]):
 
     _acting_since: float | None = None
     """When the key was handed out that is on its way."""
-    _acting = ""
-    """That key."""
+    _acting_on: Screen[object] | None = None
+    """The screen that it went to."""
+    _to_focus: Widget | None = None
+    """The widget that gets the focus with the next layout."""
 
     def __init__(self) -> None:
         super().__init__()
         self._held: deque[events.Key] = deque()
+
+    def focus_after_layout(self, widget: Widget) -> None:
+        """Focus a widget that is on the screen after the next layout; keys wait for that."""
+        self._to_focus = widget
+        self.screen.call_after_refresh(self._focus_now, widget)
+
+    def _focus_now(self, widget: Widget) -> None:
+        self._to_focus = None
+        widget.screen.set_focus(widget)
 
     async def on_event(self, event: events.Event) -> None:
         """Handle an event; hold a key that was read while another is on its way."""
@@ -50,24 +63,21 @@ class OrderedKeys(App[int]):
         if self._held:
             key = self._held.popleft()
             target = self.focused or self.screen
-            self._acting, self._acting_since = key.key, time.monotonic()
+            self._acting_on, self._acting_since = self.screen, time.monotonic()
             await super().on_event(key)
             target.post_message(KeyDone())
             if self._held:
                 self.set_timer(MAX_WAIT_S, self._release_late)
 
     def on_key_done(self, event: KeyDone) -> None:
-        """Hand out the next key, once the screen is laid out and a focus that was requested is set.
-
-        A key that is held down does not wait for that, which would take longer than its rate of repetition.
-        """
+        """Hand out the next key; after one that opened a screen, or moves the focus, once the screen is laid out."""
         event.stop()
-        if self._held and self._held[0].key == self._acting:
-            self.call_later(self._act)
-        elif self._held:
+        if not self._held:
+            self._acting_since = None
+        elif self._to_focus is not None or self.screen is not self._acting_on:
             self.screen.call_after_refresh(self.call_later, self._act)
         else:
-            self._acting_since = None
+            self.call_later(self._act)  # after a focus that was requested
 
     async def _release_late(self) -> None:
         """Hand out the next key if the one before it got lost."""

@@ -7,7 +7,6 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from msgspec import structs
-from textual.app import App
 
 from attention.core.errors import UsageError
 from attention.core.plan import AnyPlan, Assignment, KnownTimes, ModelPlan, Plan
@@ -20,6 +19,7 @@ from fatui.storage import settings
 from fatui.telemetry import Reading
 from fatui.tui import actions
 from fatui.tui.advisor import Advice
+from fatui.tui.key_order import OrderedKeys
 from fatui.tui.view_models import cost
 from fatui.tui.view_models.availability import names_for
 from fatui.tui.view_models.cost import Timing, costliest_kinds, is_known
@@ -91,7 +91,7 @@ class MainView(Protocol):
         """Draw the last run on this machine."""
 
 
-class Lab(App[int]):
+class Lab(OrderedKeys):
     """The state of the app, and what its screens do with it.
 
     Attributes:

@@ -424,8 +424,8 @@ class MainScreen(HasTable, SparingScreen[None]):
         target = self.query_one("#home" if name == "comparison" and self._is_home else FOCUS[name])
         if target.region.area and not self.has_class("-narrow"):
             self.set_focus(target)
-        else:  # it is on the screen after the next layout
-            self.call_after_refresh(self.set_focus, target)
+        else:
+            self.app.focus_after_layout(target)
 
     def _focused_pane(self) -> Widget | None:
         node = self.focused

@@ -112,3 +112,15 @@ async def test_keys_go_on_after_one_that_got_lost(stage, monkeypatch):
     monkeypatch.setattr(OrderedKeys, "on_key_done", lambda app, event: None)
     type_ahead(stage.app, "2", "3", "enter")
     await stage.settle(lambda: stage.app.draft.axes["batch"] == (3,))
+
+
+@pytest.mark.thorough
+async def test_keys_read_at_once_reach_what_they_open(stage):
+    type_ahead(stage.app, "w", *"mine", "enter")
+    await stage.settle(lambda: "saved as" in stage.app.journal.text())
+    assert "mine.toml" in stage.app.journal.text()
+    await stage.run_to_the_end()
+    table = stage.find("#comparison-table")
+    type_ahead(stage.app, "4", "slash", *"poc", "enter", "down")
+    await stage.settle(lambda: table.key == "0:demo")
+    assert len(table.lines) == 2
