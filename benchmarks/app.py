@@ -132,7 +132,7 @@ def rates_on_command_line(preset: str) -> Rates:
 
 
 def _newest() -> int:
-    """Return when the history was written last: a look at it that disturbs no run."""
+    """Return when the history was last written, without opening it, which could disturb a run."""
     files = Path(os.environ["XDG_DATA_HOME"]).rglob("*.sqlite*")
     return max((path.stat().st_mtime_ns for path in files), default=0)
 

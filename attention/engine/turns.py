@@ -24,7 +24,7 @@ class Turns:
         self._socket: socket.socket | None = None
         if path:
             self._socket = socket.socket(socket.AF_UNIX)
-            with suppress(OSError):  # nobody hands out turns any more
+            with suppress(OSError):  # the process that assigns turns has ended
                 self._socket.connect(path)
             self._wait()
 

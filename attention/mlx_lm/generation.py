@@ -583,7 +583,7 @@ class GenerationBench(CaseRunner[GenerationPlan]):
 
     def _estimate_time(self, work: Generation, count: int) -> None:
         """Time two layers, of which a prefill completes one; if the case takes long, log a way to shorten it."""
-        self._progress.emit_progress("a look at two layers")
+        self._progress.emit_progress("timing two layers")
         probe_run = PrefillRun(self._network, self._prompts(work), layers=2)
         for _ in range(2):  # the first pass compiles: what it says is long is timed again
             whole_s = take_sample(probe_run, 1) * (work.layers - 1)

@@ -26,7 +26,7 @@ These models have random weights and need no download: {models}.
 ORG/NAME is downloaded once from Hugging Face's hub, as mlx-lm does it, into the hub's cache.
 Prefill is the time from the prompt to the first token, in steps of 2048 tokens as mlx-lm takes them; decode makes
 tokens one after another. `mlx` is mlx-lm as it is; the others are patched in, and pay for that. The attention share
-is the part of the time that the same model is spared, in the same rounds, when attention returns its query at once.
+is the share of the model's time that is saved, in the same rounds, when attention returns its query unchanged.
 With a quantized cache `mlx` is mlx-lm's own quantized attention, the K/V speedup is over the same implementation with
 an unquantized cache, and KL the divergence (in nats) of the next token's distribution from that with one.
 With --layers fewer layers run, in two numbers, and the whole model is estimated from them; the table says so.

@@ -145,7 +145,7 @@ async def test_a_model_says_how_long_it_takes_before_its_rounds(stage):
     stage.engine.tell(
         on.CaseStarted(case=0),
         on.CaseTimeEstimated(case=0, seconds=2520, implementations=5),
-        on.Progress(done=0.1, remaining_s=32, now="a look at two layers"),
+        on.Progress(done=0.1, remaining_s=32, now="timing two layers"),
     )
     stage.app.screen._show()
     await stage.pilot.pause()
