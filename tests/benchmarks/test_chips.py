@@ -61,7 +61,7 @@ def test_the_shipped_constants_are_those_of_the_kept_rows():
         assert made.families[key].constants == pytest.approx(family.constants, rel=0.01), key
 
 
-def test_passes_over_a_call_are_one_row_and_say_how_far_they_differ(tmp_path):
+def test_passes_over_a_call_are_one_row_with_their_difference(tmp_path):
     report = report_of(plan_of(names=("baseline", "poc")))
     slower = structs.replace(
         report,

@@ -67,7 +67,7 @@ def test_the_others_lose_for_a_reason_and_in_order():
     assert lines[-1] == "demo: refused: needs 41 GiB of 22"
 
 
-def test_a_row_loses_by_as_much_as_the_speedups_of_the_same_rounds_say():
+def test_a_row_loses_by_the_speedups_of_the_same_rounds():
     case = case_of()
     drifted = structs.replace(case.rows[0].call_s, median=2 * case.rows[0].call_s.median)
     lines = loss_lines(verdict_of([row_with(case, "baseline", call_s=drifted)]))

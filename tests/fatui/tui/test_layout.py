@@ -66,7 +66,7 @@ async def test_the_log_takes_lines_while_it_moves():
 
 
 @pytest.mark.slow
-async def test_the_log_keeps_its_place_as_the_terminal_gets_wide_and_narrow():
+async def test_the_log_keeps_its_place_at_other_widths():
     async with on_stage(size=(160, 48)) as stage:
         await stage.run_to_the_end()
         stage.app.main.set_focus(stage.find("#log-view"))
@@ -83,7 +83,7 @@ async def test_the_log_keeps_its_place_as_the_terminal_gets_wide_and_narrow():
 
 
 @pytest.mark.slow
-async def test_the_first_screen_of_a_wide_terminal_shows_the_roofline_if_it_is_known():
+async def test_a_wide_first_screen_shows_a_known_roofline():
     async with on_stage(size=(160, 48)) as stage:
         assert not stage.find("#roofline").display
         stage.app.remembered.peaks, stage.app.remembered.peaks_of = PEAKS, stage.app.device_name
