@@ -52,7 +52,7 @@ class TrendChart(KeepsStyles):
         super().__init__(id=id)
         self.scale = scale
         self.trends: tuple[Trend, ...] = ()
-        self._drawn: dict[int, tuple[object, Drawn]] = {}
+        self._drawn: dict[int, tuple[object, Trend, Drawn]] = {}
         self._rows: list[Row] = []
         self._strips: dict[int, Strip] = {}
         """The rows that were drawn, until they change."""
@@ -134,14 +134,24 @@ class TrendChart(KeepsStyles):
         return [head, *parts]
 
     def _lines(self, index: int) -> Drawn:
-        """Return the rows of a trend's graph, which are drawn once for each state of it."""
-        trend = self.trends[index]
-        key = trend, self._line_width, self._rows_each, self.scale.highest
-        if self._drawn.get(index, (None,))[0] != key:
-            size = self._line_width, self._rows_each
-            drawn = _draw_line(trend, *size) if trend.low else _draw_area(trend, self.scale.highest, *size)
-            self._drawn[index] = key, drawn
-        return self._drawn[index][1]
+        """Return the rows of a trend's graph, drawn again once it differs by a dot."""
+        trend, room = self.trends[index], (self._line_width, self._rows_each, self.scale.highest)
+        before = self._drawn.get(index)
+        if before is not None and before[0] == room and _looks_like(before[1], trend, self._line_width * ACROSS):
+            return before[2]
+        size = self._line_width, self._rows_each
+        drawn = _draw_line(trend, *size) if trend.low else _draw_area(trend, self.scale.highest, *size)
+        self._drawn[index] = room, trend, drawn
+        return drawn
+
+
+def _looks_like(before: Trend, after: Trend, dots: int) -> bool:
+    """Whether a trend with some more points is drawn as it was, but for less than the width of a dot."""
+    more = len(after.points) - len(before.points)
+    frame = (before.label, before.low, before.high, before.band, before.line)
+    if frame != (after.label, after.low, after.high, after.band, after.line):
+        return False
+    return before.points == after.points if more == 0 else 0 < more * dots < len(after.points)
 
 
 def _draw_area(trend: Trend, highest: float, columns: int, rows: int) -> Drawn:

@@ -119,6 +119,8 @@ class LivePane(Vertical, can_focus=True):
         """
         idle = IDLE.format(run=keys["run"])
         line = progress_line(session) if session else opened_line(opened) if opened else idle
+        if session is not None and session.active and "\n" not in line:
+            line += "\n"  # two lines throughout a run: each change of their number lays the screen out again
         self._progress.show(line)
         self._runs = session is not None and session.active
         self.set_class(session is None, "-idle")

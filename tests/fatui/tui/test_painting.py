@@ -15,6 +15,7 @@ from attention.core import events as on
 from fatui.tui import terminal
 from fatui.tui.app import FatuiApp, run_app
 from fatui.tui.painting import KeepsStyles, SparingCompositor
+from fatui.tui.view_models.trends import Trend
 from tests.support.stage import on_stage
 
 
@@ -108,6 +109,23 @@ async def test_rounds_repaint_only_the_rows_of_trends_that_changed():
         assert 0 < len(changed) < len(rates._rows)
         assert {region.y for region in rates._repaint_regions} == changed
         assert memory._rows is rows  # drawn with the table, once a second
+
+
+@pytest.mark.thorough
+async def test_a_graph_is_drawn_again_once_it_differs_by_a_dot():
+    async with on_stage() as stage:
+        await running(stage)
+        stage.seen()
+        rates, points = stage.find("#rates"), tuple(1.0 + 0.5 * (index % 7) for index in range(400))
+        dots = 2 * rates._line_width
+        rates.show(rates.scale, (Trend("poc", points, now="1", high=5.0),))
+        for more, redrawn in ((1, False), (400 // dots + 1, True)):
+            before = list(rates._rows)
+            after = Trend("poc", points + (4.0,) * more, now=f"{more + 1}", high=5.0)
+            rates.show(rates.scale, (after,))
+            changed = [y for y, row in enumerate(rates._rows) if row != before[y]]
+            assert rates._rows[-1][-1][0].split()[0] == f"{more + 1}"
+            assert (len(changed) > 1) == redrawn
 
 
 @pytest.mark.thorough
