@@ -93,6 +93,7 @@ def test_a_long_name_hides_no_id_in_the_list(tmp_path, capsys):
     assert "another" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 @pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_command_prints_a_hostile_run(kind, kept, capsys):

@@ -3,8 +3,6 @@
 import subprocess
 import sys
 
-import pytest
-
 PROGRAM = """
 import os, signal, mlx.core as mx
 mx.set_default_device(mx.cpu)
@@ -38,7 +36,6 @@ os.waitpid(child, 0)
 """
 
 
-@pytest.mark.thorough
 def test_a_forked_child_says_so_wherever_arrays_are_made(tmp_path):
     program = f"PATH = {str(tmp_path / 'state')!r}\n{PROGRAM}"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120)

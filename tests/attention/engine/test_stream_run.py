@@ -64,6 +64,7 @@ def test_a_stream_is_estimated_before_its_rows() -> None:
     assert kinds.index(on.CaseTimeEstimated) < kinds.index(on.StreamAdvanced)
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("quick")
 def test_a_stream_whose_time_cannot_be_estimated_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> list[float]:

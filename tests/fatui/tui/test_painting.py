@@ -69,6 +69,7 @@ async def test_a_tick_without_news_repaints_no_pane():
         assert not {widget.id for widget in stage.app.main._dirty_widgets} & {"live", "comparison", "progress", "row"}
 
 
+@pytest.mark.thorough
 async def test_new_figures_repaint_their_rows_only():
     async with on_stage() as stage:
         await running(stage)

@@ -57,6 +57,7 @@ def test_the_trial_is_reported_before_and_apart_from_the_call(tmp_path: Path, mo
     assert [row.path for row in record.case(0).rows] == ["manual, unfused", "tuned: fast"]
 
 
+@pytest.mark.thorough
 def test_a_switch_in_a_run_is_reported_with_the_new_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attention.implementations.autotune.implementation.SAMPLES_PER_CHECK", 1)
     slow, clock = [1.0], FakeTime()

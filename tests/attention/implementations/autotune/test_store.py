@@ -228,6 +228,7 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_nothing(
     assert "No space left on device" in told[0]
 
 
+@pytest.mark.thorough
 def test_processes_that_write_at_once_lose_nothing(path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from tests.support.tuning_examples import *\n"

@@ -119,6 +119,7 @@ def test_no_path_is_named_for_a_compiler_that_cannot_make_it(fresh, monkeypatch,
     assert not path.route(Workload(dtype="float32"), NO_NEEDS).supported
 
 
+@pytest.mark.thorough
 def test_a_library_says_what_it_runs(own_folder, monkeypatch):
     asked = cpu.variant()
     assert asked in build.VARIANTS
