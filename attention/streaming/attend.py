@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from attention.kernels.cuda.streaming.launch import StepPlan
 
 ALL_SEEN: Final = Mask()
-LEAST_SUM: Final = 1e-37
+MIN_SUM: Final = 1e-37
 """Divides the zeros of rows that see nothing; the sum of other rows is at least 1."""
 HALVES = (mx.bfloat16, mx.float16)
 _PARTS: Final = ("streams", "few")
@@ -90,7 +90,7 @@ def _joined(outputs: Sequence[mx.array], logsumexps: Sequence[mx.array], sinks: 
         top = mx.maximum(top, lse)
     base = mx.where(mx.isfinite(top), top, 0)
     weights = [mx.exp(lse - base) for lse in logsumexps]
-    total = mx.maximum(sum(weights[1:], weights[0]), LEAST_SUM)
+    total = mx.maximum(sum(weights[1:], weights[0]), MIN_SUM)
     made = sum(
         (out.astype(mx.float32) * (weight / total)[..., None] for out, weight in zip(outputs, weights, strict=False)),
         mx.zeros(1),

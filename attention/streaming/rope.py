@@ -1,4 +1,4 @@
-"""Rotary positions whose keys stay as they were rotated: a query is rotated to where its distances are right."""
+"""Rotary positions: keys keep the rotation that they are stored with; queries are rotated to the right distances."""
 
 from typing import TYPE_CHECKING, Final
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 MAX_DIMS: Final = 65_536
-LEAST, LARGEST = 1e-30, 1e30
+MIN_FACTOR, MAX_FACTOR = 1e-30, 1e30
 """Bounds of base and scale, between which angles stay in float32's range."""
 
 
@@ -34,9 +34,9 @@ class Rope(Struct, frozen=True, eq=False):
         if type(self.dims) is not int or not 2 <= self.dims <= MAX_DIMS or self.dims % 2:
             raise UsageError(f"rope: got dims {shown_value(self.dims)}; it takes an even number from 2 to {MAX_DIMS:,}")
         for name, value in (("base", self.base), ("scale", self.scale)):
-            if not is_number(value) or not LEAST <= value <= LARGEST:
+            if not is_number(value) or not MIN_FACTOR <= value <= MAX_FACTOR:
                 raise UsageError(
-                    f"rope: got {name} {shown_value(value)}; it takes a number from {LEAST:g} to {LARGEST:g}"
+                    f"rope: got {name} {shown_value(value)}; it takes a number from {MIN_FACTOR:g} to {MAX_FACTOR:g}"
                 )
             structs.force_setattr(self, name, float(value))
         if type(self.traditional) is not bool:

@@ -80,7 +80,7 @@ HEADS: Final = (
 )
 SQL_TABLES: Final = ("attention", "models", "fine_tunings", "streams")
 """Names of the SQL tables, by kind of run."""
-LARGEST_INTEGER: Final = 2**63 - 1
+MAX_INTEGER: Final = 2**63 - 1
 
 
 def to_json(report: Report, study: Mapping[str, Any] | None = None) -> str:
@@ -297,7 +297,7 @@ def _sql_literal(value: object) -> str:
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, int | float):
-        return repr(value) if abs(value) <= LARGEST_INTEGER or isinstance(value, float) else repr(float(value))
+        return repr(value) if abs(value) <= MAX_INTEGER or isinstance(value, float) else repr(float(value))
     text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
     quoted = text.replace("'", "''")
     return f"'{quoted}'"
