@@ -46,13 +46,17 @@ class Recorder:
 
     def keep_packed_call(self, *arrays_keywords_and_plan):
         *given, plan = arrays_keywords_and_plan
-        self.calls[self._packed(given)] = plan
+        if self._is_as_wide(given):
+            self.calls[self._packed((*given[:7], *given[8:]))] = plan
 
     def find_packed_call(self, *given):
-        q, v, v_bits = given[0], given[4], given[7]
-        as_wide = v.shape[3] * 32 == q.shape[3] * v_bits
-        plan = self.calls.get(self._packed((*given[:7], *given[8:]))) if as_wide else None
+        plan = self.calls.get(self._packed((*given[:7], *given[8:]))) if self._is_as_wide(given) else None
         return plan and plan([x for x in given[:7] if x is not None])[0]
+
+    @staticmethod
+    def _is_as_wide(given):
+        q, v, v_bits = given[0], given[4], given[7]
+        return v.shape[3] * 32 == q.shape[3] * v_bits
 
     @staticmethod
     def _packed(given):

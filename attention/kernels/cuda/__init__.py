@@ -203,11 +203,6 @@ def flash_attention_quantized(
     return known(given)[: 2 if logsumexp else 1]
 
 
-def _is_as_wide(v: QuantizedArray, q: mx.array) -> bool:
-    """Return whether values are as wide as queries: then the shapes of the parts tell the formats."""
-    return v.numbers.shape[3] * 32 == q.shape[3] * v.format.bits
-
-
 def _attend(
     q: mx.array,
     k: mx.array,
@@ -297,7 +292,7 @@ def _resolve_packed_call(
 ) -> Attend:
     """Select the kernels of a call with quantized keys and values.
 
-    A plan without mask is also added to the table if the shapes of its parts tell their formats (`_is_as_wide`).
+    A plan without mask is also added to the launcher's table, if the shapes of its parts tell their formats.
     """
     from attention.kernels.cuda.attend import repeated_packed_call
     from attention.kernels.cuda.quantized.formats import PackedKV, check_packed
@@ -309,8 +304,8 @@ def _resolve_packed_call(
     call = normalize(scale, causal, window, softcap, k.shape[2], kind, pattern, alibi is not None)
     made = repeated_packed_call(q.shape, k.shape, v.shape[3], dtype, call, PackedKV.of(k, v), logsumexp)
     plain = mask is None and pattern is None and alibi is None and not logsumexp
-    if plain and _is_as_wide(v, q) and launcher.is_plan(made):
+    if plain and launcher.is_plan(made):
         parts = (k.numbers, k.scales, k.biases, v.numbers, v.scales, v.biases)
-        launcher.module().keep_packed_call(q, *parts, scale, causal, window, softcap, made)
+        launcher.module().keep_packed_call(q, *parts, v.format.bits, scale, causal, window, softcap, made)
         _find_packed_call = launcher.module().find_packed_call
     return made

@@ -160,4 +160,5 @@ def _of_heads(stage: Stage, group: int, queries: tuple[int, int], whole: dict[st
         omitted=frozenset(name_of(name) for name in stage.omitted),
         first=dict.fromkeys(("q", "mask", "slopes", *OUTPUTS), queries),
         whole=whole,
+        scratch=frozenset(),
     )

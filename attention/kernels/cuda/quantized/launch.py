@@ -11,7 +11,7 @@ from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.gpu import gpu
 from attention.kernels.cuda.runtime.launch import OUTPUTS, Stage
 from attention.kernels.cuda.sm90.decode import LONG_KEYS
-from attention.kernels.cuda.sm90.launch import SPLIT_OUTPUTS, KeySplit, decode, unwritten
+from attention.kernels.cuda.sm90.launch import SPLIT_OUTPUTS, KeySplit, decode, scratch_of, unwritten
 
 READS: Final = ("q", "k", "k_scales", "k_biases", "v", "v_scales", "v_biases")
 MIN_STAGES: Final = 3
@@ -134,5 +134,6 @@ def stages(
             alignments=packed.alignments(shape.head_dim),
             omitted=packed.missing | {OUTPUTS[2]} | unwritten(made, with_logsumexp),
             serial=True,
+            scratch=scratch_of(made),
         )
     ]

@@ -1,6 +1,7 @@
 """Launch parameters of the Hopper forward and split-K kernels, and kernel launches through MLX."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal, cast
@@ -102,7 +103,7 @@ def _as_int32(table: object) -> Any:
     return table.view(np.int32) if table.size else np.zeros((1, *table.shape[1:]), np.int32)  # never a null pointer
 
 
-POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING, PASSED = range(7)
+POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING, PASSED, SCRATCH = range(8)
 """Argument kinds, numbered as in launcher.cpp."""
 
 PlanKind = Literal["forward", "fp8", "own gradient", "general gradient", "packed"]
@@ -135,6 +136,8 @@ class Stage:
     writes: tuple[str, ...]
     updates: frozenset[str] = frozenset()
     """Arrays of `reads` that are updated in place."""
+    after: tuple[str, ...] = ()
+    """Arrays that the kernel does not take, but which are computed before it: it overwrites what that read."""
     maps: Mapping[str, TensorBox] = field(default_factory=dict)
     """Arrays passed as a tensor map (`const __grid_constant__`, 128 bytes) instead of an address."""
     strided: tuple[str, ...] = ()
@@ -153,6 +156,8 @@ class Stage:
     """Batch entry and head at which an array begins for the kernel, of slopes the head, if not at the first ones."""
     whole: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Shapes of arrays of which the launch writes a part."""
+    scratch: frozenset[str] = frozenset()
+    """Arrays of `writes` whose contents no other launch reads: memory of the launcher, not arrays of a call."""
 
     @property
     def outputs(self) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
@@ -179,7 +184,7 @@ def make_plan(
     Raises:
         KernelUnavailable: the launcher cannot be compiled here.
     """
-    described = {name: made for stage in stages for name, made in stage.outputs.items()}
+    described = {name: made for stage in stages for name, made in stage.outputs.items() if name not in stage.scratch}
     made = [*outputs, *(name for name in described if name not in outputs)]
     constants = [array for stage in stages for array in stage.launch.constants]
     first_output = len(inputs) + len(constants)
@@ -249,8 +254,8 @@ def _step(stage: Stage, place: Mapping[str, int], constant: int) -> tuple[object
     if stage.serial:
         taken.append([SERIAL])
     taken += [[PASSED, number] for number in stage.passed]
-    reads = [place[name] for name in stage.reads if name not in stage.updates | stage.omitted]
-    writes = [place[name] for name in (*stage.updates, *stage.outputs)]
+    reads = [place[name] for name in (*stage.reads, *stage.after) if name not in stage.updates | stage.omitted]
+    writes = [place[name] for name in (*stage.updates, *stage.outputs) if name not in stage.scratch]
     threads = keywords["threadgroup"][0]
     blocks = keywords["grid"][0] // threads
     code, shared = keywords["compiled_source"], keywords["shared_memory"]
@@ -261,6 +266,9 @@ def _argument(stage: Stage, name: str, place: Mapping[str, int]) -> list[int]:
     """Return the argument descriptor of an array of a stage."""
     if name in stage.omitted:
         return [NOTHING]
+    if name in stage.scratch:
+        size, dtype = stage.outputs[name]
+        return [SCRATCH, math.prod(size) * dtype.size]
     first = stage.first.get(name, ())
     if name not in stage.maps:
         return [POINTER, place[name], *first]

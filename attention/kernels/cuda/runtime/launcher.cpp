@@ -7,107 +7,11 @@
 #include "launcher_memory.hpp"
 #include "launcher_peers.hpp"
 #include "launcher_plan.hpp"
+#include "launcher_run.hpp"
+#include "launcher_steps.hpp"
 #include "launcher_waiting.hpp"
 
 namespace nb = nanobind;
-
-namespace fatui {
-namespace {
-
-// ---- the primitive -----------------------------------------------------------------------------------------------
-
-// Python's functions for a plan's gradient, and for a plan under vmap.
-struct Transforms {
-  nb::object gradient, batched;
-};
-
-Transforms& transforms() {
-  static auto* functions = new Transforms();  // never freed: Python may be gone by then
-  return *functions;
-}
-
-class Launches : public mx::Primitive {
- public:
-  // `traced` are the shapes of the inputs if these are tracers, else empty; `passed` the numbers of this call.
-  Launches(mx::Stream stream, std::shared_ptr<const Plan> plan, std::vector<mx::Shape> traced, std::vector<int64_t> passed)
-      : mx::Primitive(stream), plan_(std::move(plan)), traced_(std::move(traced)), passed_(std::move(passed)) {}
-
-  void eval_cpu(const Arrays&, Arrays&) override {
-    throw std::runtime_error("The CUDA attention kernels run on MLX's GPU streams only.");
-  }
-
-  void eval_gpu(const Arrays& inputs, Arrays& outputs) override {
-    auto& encoder = mx::cu::get_command_encoder(stream());
-    Arrays arrays;
-    arrays.reserve(inputs.size() + outputs.size());
-    for (size_t i = 0; i < inputs.size(); i++) {
-      arrays.push_back(complies(inputs[i], plan_->layouts[i]) ? inputs[i] : copied(inputs[i], stream(), encoder));
-    }
-    for (auto& out : outputs) {
-      allocate(out, stream());
-      arrays.push_back(out);
-    }
-    for (const Step& step : plan_->steps) launch(step, arrays, passed_, encoder);
-  }
-
-  Arrays vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
-             const Arrays& outputs) override {
-    const nb::gil_scoped_acquire held;
-    const auto made = nb::cast<Arrays>(transforms().gradient(plan_->label, primals, cotangents, outputs));
-    Arrays wanted;
-    for (const int n : argnums) wanted.push_back(made.at(n));
-    return wanted;
-  }
-
-  // The plan of a batch as many times as large, whose outputs get the new axis in front. What a plan writes for itself
-  // alone is not among them, and nothing ever reads it.
-  std::pair<Arrays, std::vector<int>> vmap(const Arrays& inputs, const std::vector<int>& axes) override {
-    const nb::gil_scoped_acquire held;
-    const size_t own = inputs.size() - plan_->constants.size();
-    const Arrays arrays(inputs.begin(), inputs.begin() + own);
-    const std::vector<int> own_axes(axes.begin(), axes.begin() + own);
-    auto made = nb::cast<Arrays>(transforms().batched(plan_->label, arrays, own_axes));
-    std::vector<int> made_axes(made.size(), 0);
-    made.resize(plan_->shapes.size(), mx::array(0.0f)), made_axes.resize(plan_->shapes.size(), -1);
-    return {std::move(made), std::move(made_axes)};
-  }
-
-  const char* name() const override { return "FatuiCudaKernels"; }
-  bool is_equivalent(const mx::Primitive& other) const override {
-    const auto* same = dynamic_cast<const Launches*>(&other);
-    return same != nullptr && same->plan_ == plan_ && same->passed_ == passed_;
-  }
-  // mx.compile(shapeless=True) calls it for inputs of other shapes than those traced, but a plan's launches are for these.
-  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override {
-    for (size_t i = 0; i < traced_.size(); i++) {
-      if (inputs[i].shape() == traced_[i]) continue;
-      throw std::invalid_argument(
-          "[flash_attention] The kernels are prepared for arrays of the shapes traced; mx.compile without shapeless traces each.");
-    }
-    return plan_->shapes;
-  }
-
- private:
-  std::shared_ptr<const Plan> plan_;
-  std::vector<mx::Shape> traced_;
-  std::vector<int64_t> passed_;
-};
-
-Arrays run(std::shared_ptr<const Plan> plan, Arrays inputs, std::vector<int64_t> passed = {}) {
-  const mx::Stream stream = mx::default_stream(mx::default_device());
-  if (stream.device != mx::Device::gpu) throw std::invalid_argument("[flash_attention] The default device is not a GPU.");
-  const bool traced = std::any_of(inputs.begin(), inputs.end(), [](const mx::array& a) { return a.is_tracer(); });
-  if (plan->untraced != nullptr && !traced) plan = plan->untraced;
-  std::vector<mx::Shape> shapes;
-  if (traced) {
-    for (const mx::array& a : inputs) shapes.push_back(a.shape());
-  }
-  inputs.insert(inputs.end(), plan->constants.begin(), plan->constants.end());
-  auto primitive = std::make_shared<Launches>(stream, plan, std::move(shapes), std::move(passed));
-  return mx::array::make_arrays(plan->shapes, plan->types, primitive, inputs);
-}
-}  // namespace
-}  // namespace fatui
 
 // A plan as Python holds it.
 struct Handle {
@@ -122,6 +26,16 @@ using Window = std::optional<int64_t>;
 auto& known_calls() {
   static auto* known = new fatui::Known<std::shared_ptr<const fatui::Plan>>();  // never freed, as MLX's arrays may be gone
   return *known;
+}
+
+// The key of a call with quantized keys and values; none if values are not as wide as queries, whose formats the shapes of the
+// parts do not tell.
+std::optional<fatui::CallKey> packed_key(std::initializer_list<const Array*> arrays, int value_bits,
+                                         const fatui::Keywords& keywords) {
+  const auto key = fatui::key_of(arrays, keywords);
+  const Array &q = **arrays.begin(), &v = **(arrays.begin() + 4);
+  if (!key || int64_t(v.shape(3)) * 32 != int64_t(q.shape(3)) * value_bits) return std::nullopt;
+  return key;
 }
 
 void define_plans(nb::module_& m) {
@@ -143,6 +57,25 @@ void define_plans(nb::module_& m) {
         },
         nb::arg("steps"), nb::arg("inputs"), nb::arg("shapes"), nb::arg("types"), nb::arg("constants"), nb::arg("label"),
         nb::arg("untraced").none());
+  nb::class_<fatui::Steps>(m, "Steps")
+      .def("__call__",
+           [](fatui::Steps& steps, const Array& q, const Array& k, const Array& v, nb::object scale, nb::object softcap,
+              nb::object rotated, nb::object implementation) {
+             return steps.next(q, k, v, {scale, softcap, rotated, implementation});
+           },
+           nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("scale").none(), nb::arg("softcap").none(), nb::arg("rotated"),
+           nb::arg("implementation"),
+           "The output of the next step, or None if it is not like the ones before.");
+  m.def("make_steps",
+        [](const Handle& handle, const std::vector<Array>& like, std::vector<Array> fixed, const Array& latest, int64_t first,
+           int64_t window, int64_t ring, int64_t seen, nb::object scale, nb::object softcap, nb::object rotated,
+           nb::object implementation) {
+          return fatui::Steps(handle.plan, like, std::move(fixed), latest, {first, window, ring}, seen,
+                              {scale, softcap, rotated, implementation});
+        },
+        nb::arg("plan"), nb::arg("like"), nb::arg("fixed"), nb::arg("latest"), nb::arg("first"), nb::arg("window"),
+        nb::arg("ring"), nb::arg("seen"), nb::arg("scale").none(), nb::arg("softcap").none(), nb::arg("rotated"),
+        nb::arg("implementation"));
   m.def("is_queued", [](const Array& a) { return a.status() == Array::Status::unscheduled; },
         "Whether nothing has begun to evaluate an array.");
   m.def("set_transforms",
@@ -171,11 +104,11 @@ void define_calls(nb::module_& m) {
         });
   m.def("find_packed_call",
         [](const Array& q, const Array& k, const Array& k_scales, const Array* k_biases, const Array& v, const Array& v_scales,
-           const Array* v_biases, int v_bits, double scale, bool causal, Window window, Optional softcap) -> std::optional<Array> {
+           const Array* v_biases, int v_bits, double scale, bool causal, Window window,
+           Optional softcap) -> std::optional<Array> {
           const auto key =
-              fatui::key_of({&q, &k, &k_scales, k_biases, &v, &v_scales, v_biases}, {scale, causal, window, softcap});
-          if (!key || int64_t(v.shape(3)) * 32 != int64_t(q.shape(3)) * v_bits) return std::nullopt;
-          const auto* plan = known_calls().find(*key);
+              packed_key({&q, &k, &k_scales, k_biases, &v, &v_scales, v_biases}, v_bits, {scale, causal, window, softcap});
+          const auto* plan = key ? known_calls().find(*key) : nullptr;
           if (plan == nullptr) return std::nullopt;
           std::vector<Array> inputs{q, k, k_scales};
           if (k_biases != nullptr) inputs.push_back(*k_biases);
@@ -184,25 +117,26 @@ void define_calls(nb::module_& m) {
           return fatui::run(*plan, std::move(inputs))[0];
         },
         nb::arg("q"), nb::arg("k"), nb::arg("k_scales"), nb::arg("k_biases").none(), nb::arg("v"), nb::arg("v_scales"),
-        nb::arg("v_biases").none(), nb::arg("v_bits"), nb::arg("scale"), nb::arg("causal"), nb::arg("window").none(), nb::arg("softcap").none(),
-        "As find_call, with the parts of quantized keys and values, and the bits of a value's number; None if values are not as wide "
-        "as queries.");
+        nb::arg("v_biases").none(), nb::arg("v_bits"), nb::arg("scale"), nb::arg("causal"), nb::arg("window").none(),
+        nb::arg("softcap").none(),
+        "As find_call, with the parts of quantized keys and values, and the bits of a value's number.");
   m.def("keep_packed_call",
         [](const Array& q, const Array& k, const Array& k_scales, const Array* k_biases, const Array& v, const Array& v_scales,
-           const Array* v_biases, double scale, bool causal, Window window, Optional softcap, const Handle& handle) {
+           const Array* v_biases, int v_bits, double scale, bool causal, Window window, Optional softcap, const Handle& handle) {
           const auto key =
-              fatui::key_of({&q, &k, &k_scales, k_biases, &v, &v_scales, v_biases}, {scale, causal, window, softcap});
+              packed_key({&q, &k, &k_scales, k_biases, &v, &v_scales, v_biases}, v_bits, {scale, causal, window, softcap});
           if (key) known_calls().keep(*key, handle.plan);
         },
         nb::arg("q"), nb::arg("k"), nb::arg("k_scales"), nb::arg("k_biases").none(), nb::arg("v"), nb::arg("v_scales"),
-        nb::arg("v_biases").none(), nb::arg("scale"), nb::arg("causal"), nb::arg("window").none(), nb::arg("softcap").none(),
-        nb::arg("plan"));
+        nb::arg("v_biases").none(), nb::arg("v_bits"), nb::arg("scale"), nb::arg("causal"), nb::arg("window").none(),
+        nb::arg("softcap").none(), nb::arg("plan"), "Not kept if values are not as wide as queries.");
   m.def("forget_calls", [] { known_calls().clear(); });
 }
 
 void define_layout(nb::module_& m) {
   m.def("laid_out", &fatui::laid_out, nb::arg("arrays"), nb::arg("given"),
-        "The arrays, which are given to MLX's SDPA or come from it, copied where MLX's SDPA does not take them as they lie; what is copied is decided when they are computed.");
+        "The arrays, which are given to MLX's SDPA or come from it, copied where MLX's SDPA does not take them as they lie; what "
+        "is copied is decided when they are computed.");
 }
 
 // Peers as Python holds them.
@@ -222,14 +156,14 @@ fatui::RowPlan row_plan(const Runs& sent, const Runs& needed, std::vector<int64_
 void define_peers(nb::module_& m) {
   nb::class_<PeersHandle>(m, "Peers")
       .def("gather",
-           [](const PeersHandle& handle, const Array& part, const Runs& sent, const Runs& needed, std::vector<int64_t> contributed,
-              int64_t rows, mlx::core::Stream stream) {
+           [](const PeersHandle& handle, const Array& part, const Runs& sent, const Runs& needed,
+              std::vector<int64_t> contributed, int64_t rows, mlx::core::Stream stream) {
              return fatui::gather_from_peers(handle.peers, part, row_plan(sent, needed, std::move(contributed), rows), stream);
            },
            "Rows of (B, heads, rows, width) of all ranks; runs of rows are (rank, first, place, count).")
       .def("attend",
-           [](const PeersHandle& handle, const Handle& plan, std::vector<Array> inputs, std::vector<int64_t> planes, const Runs& sent,
-              const Runs& needed, std::vector<int64_t> contributed, int64_t rows) {
+           [](const PeersHandle& handle, const Handle& plan, std::vector<Array> inputs, std::vector<int64_t> planes,
+              const Runs& sent, const Runs& needed, std::vector<int64_t> contributed, int64_t rows) {
              return fatui::attend_with_peers(handle.peers, plan.plan, std::move(inputs),
                                              row_plan(sent, needed, std::move(contributed), rows), std::move(planes));
            },
@@ -241,7 +175,8 @@ void define_peers(nb::module_& m) {
            "A plan that ends with a merge, and its inputs; all ranks merge in the same order.");
   m.def("make_peers",
         [](int rank, std::vector<uint64_t> slots, uint64_t flags, size_t slot_bytes, int slot_count, Array merges) {
-          return PeersHandle{std::make_shared<fatui::Peers>(rank, std::move(slots), flags, slot_bytes, slot_count, std::move(merges))};
+          return PeersHandle{
+              std::make_shared<fatui::Peers>(rank, std::move(slots), flags, slot_bytes, slot_count, std::move(merges))};
         },
         nb::arg("rank"), nb::arg("slots"), nb::arg("flags"), nb::arg("slot_bytes"), nb::arg("slot_count"), nb::arg("merges"));
   m.def("is_traced",

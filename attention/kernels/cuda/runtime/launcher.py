@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.util
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,10 @@ SOURCES = Path(__file__).parent
 TEXTS = (
     "launcher.hpp",
     "launcher_maps.hpp",
+    "launcher_scratch.hpp",
     "launcher_plan.hpp",
+    "launcher_run.hpp",
+    "launcher_steps.hpp",
     "launcher_known.hpp",
     "launcher_layout.hpp",
     "launcher_waiting.hpp",
@@ -32,6 +36,9 @@ TEXTS = (
     "launcher_peers.hpp",
     "launcher.cpp",
 )
+
+
+_loading = threading.Lock()
 
 
 @functools.cache
@@ -49,7 +56,7 @@ def unavailable_reason() -> str | None:
 
 def known_obstacle() -> str | None:
     """Return why the launcher is known to be unavailable, in one line, or None; compiles nothing."""
-    if module.cache_info().currsize:
+    if _module.cache_info().currsize:
         return None  # finding the tools takes a millisecond, and decoding calls this at each length
     try:
         tools = build.find()
@@ -70,6 +77,12 @@ def module() -> ModuleType:
     Raises:
         KernelUnavailable: it cannot be compiled or loaded here; `unavailable_reason` returns the reason instead.
     """
+    with _loading:  # a second import by another thread would register its types again, and make objects of neither
+        return _module()
+
+
+@functools.cache
+def _module() -> ModuleType:
     import mlx.core  # noqa: F401  the module shares its types
 
     tools = build.find()

@@ -329,7 +329,7 @@ class PeerAttend : public mx::Primitive {
     peers_->join_sent(stream);
     for (size_t i = 0; i < marks.size(); i++) {
       peers_->join_with(stream, marks[i]);
-      launch(plan_->steps[i], arrays, {}, encoder);
+      launch(plan_->steps[i], arrays, {}, this->stream(), encoder);
       encoder.commit();
     }
   }
@@ -370,7 +370,7 @@ class PeerMerge : public mx::Primitive {
     const uint32_t number = peers_->next_merge();
     for (const Step& step : plan_->steps) {
       if (&step == &plan_->steps.back()) encoder.set_output_array(peers_->merges());  // one after another, as on other ranks
-      launch(step, arrays, {number}, encoder);
+      launch(step, arrays, {number}, stream(), encoder);
     }
   }
 

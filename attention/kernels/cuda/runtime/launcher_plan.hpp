@@ -12,6 +12,7 @@
 #include <random>
 
 #include "launcher_maps.hpp"
+#include "launcher_scratch.hpp"
 
 namespace fatui {
 
@@ -38,12 +39,12 @@ inline CUfunc_st* load(const std::string& name, const char* code, int shared) {
 }
 
 // Kind of an argument: address of an array, its tensor map, the stride of one of its axes in elements, a number, the serial
-// number of the launch, a null pointer, or a number that each call passes.
-enum Kind { POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING, PASSED };
+// number of the launch, a null pointer, a number that each call passes, or scratch of so many bytes.
+enum Kind { POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING, PASSED, SCRATCH };
 
 struct Argument {
   Kind kind;
-  int64_t value;  // index of the array (inputs first, then outputs), the number, or its index among those passed
+  int64_t value;  // index of the array (inputs first, then outputs), the number, its index among those passed, or bytes
   int axis;
   int alignment;  // of the rows of an array whose strides are passed, in bytes
   int batch, head;  // at which the array begins for the kernel
@@ -87,7 +88,8 @@ inline char* beginning(const mx::array& a, const Argument& argument) {
 }
 
 // Queues a kernel; `passed` are the numbers of this call.
-inline void launch(const Step& step, const Arrays& arrays, const std::vector<int64_t>& passed, mx::cu::CommandEncoder& encoder) {
+inline void launch(const Step& step, const Arrays& arrays, const std::vector<int64_t>& passed, mx::Stream stream,
+                   mx::cu::CommandEncoder& encoder) {
   int64_t words[MAX_ARGUMENTS];
   TensorMap maps[MAX_MAPS];
   void* places[MAX_ARGUMENTS];
@@ -101,6 +103,12 @@ inline void launch(const Step& step, const Arrays& arrays, const std::vector<int
       case SERIAL: words[n] = serial(); break;
       case NOTHING: words[n] = 0; break;
       case PASSED: words[n] = passed.at(argument.value); break;
+      case SCRATCH: {
+        const mx::array& room = scratch(size_t(argument.value), stream, encoder);
+        encoder.set_output_array(room);
+        words[n] = reinterpret_cast<int64_t>(pointer(room));
+        break;
+      }
       case MAP:
         maps[map] = argument.map->of(arrays[argument.value], beginning(arrays[argument.value], argument));
         places[n] = &maps[map++];

@@ -211,6 +211,8 @@ def decode(shape: CallShape, call: CallParams, plan: KeySplit[Any]) -> Launch:
 PARTS: Final = ("parts", "marks")
 OUTPUT_NAMES: Final = (*OUTPUTS, *PARTS)
 """Arrays written by the forward kernel; parts exist only if the keys of some queries are split over several blocks."""
+MAX_SCRATCH: Final = 2 << 20
+"""Bytes of parts up to which they are scratch of the launcher, which keeps eight of a stream."""
 SPLIT_OUTPUTS: Final = (*OUTPUTS, PARTS[0])
 """Arrays written by a split-K kernel: one fewer, since an allocation takes the host a microsecond."""
 
@@ -246,7 +248,23 @@ def decode_stages(
     """Return the launch of the split-K kernel with a given splitting."""
     made = decode(shape, call, plan)
     reads = (*INPUTS, *extra_inputs(call))
-    return [Stage(made, reads, SPLIT_OUTPUTS, strided=INPUTS, omitted=unwritten(made, with_logsumexp), serial=True)]
+    return [
+        Stage(
+            made,
+            reads,
+            SPLIT_OUTPUTS,
+            strided=INPUTS,
+            omitted=unwritten(made, with_logsumexp),
+            serial=True,
+            scratch=scratch_of(made),
+        )
+    ]
+
+
+def scratch_of(made: launch.Launch) -> frozenset[str]:
+    """Return the arrays of a split-K launch that may be the launcher's scratch: small parts."""
+    parts = math.prod(made.keywords["output_shapes"][SPLIT_OUTPUTS.index(PARTS[0])])
+    return frozenset({PARTS[0]} if 0 < 4 * parts <= MAX_SCRATCH else ())
 
 
 def unwritten(made: launch.Launch, with_logsumexp: bool = True) -> frozenset[str]:

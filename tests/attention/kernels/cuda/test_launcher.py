@@ -3,7 +3,9 @@
 import errno
 import os
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +42,7 @@ def a_new_process(monkeypatch, tmp_path):
 
 def forget():
     launcher.module.cache_clear()
+    launcher._module.cache_clear()
     launcher.unavailable_reason.cache_clear()
 
 
@@ -161,3 +164,24 @@ def test_the_sanitizers_need_a_gpu_and_say_so(monkeypatch, capsys):
     monkeypatch.setattr(cuda, "availability", lambda: (False, "there is no NVIDIA driver"))
     assert sanitize.main() == 3
     assert capsys.readouterr().err == "there is no NVIDIA driver\n"
+
+
+def test_threads_that_need_it_first_share_one_module(monkeypatch):
+    both, made = threading.Barrier(2), []
+
+    def loaded(*_):
+        time.sleep(0.02)
+        made.append(SimpleNamespace())
+        return made[-1]
+
+    def use():
+        both.wait()
+        return launcher.module()
+
+    monkeypatch.setattr(launcher, "_loaded", loaded)
+    monkeypatch.setattr(build, "find", lambda: None)
+    monkeypatch.setattr(launcher, "_key", lambda tools: "key")
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.submit(use), pool.submit(use)
+        assert first.result() is second.result() is made[0]
+    assert len(made) == 1

@@ -12,7 +12,7 @@ from attention.kernels import cuda
 from attention.kernels.cuda import KernelUnavailable, path, peers
 from attention.kernels.cuda.runtime import launch, launcher
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
-from attention.kernels.cuda.runtime.launch import MAP, NOTHING, NUMBER, POINTER
+from attention.kernels.cuda.runtime.launch import MAP, NOTHING, NUMBER, POINTER, SCRATCH
 from attention.kernels.cuda.runtime.program import Program
 from attention.masks import Mask
 from tests.support.cuda_planted import planted, signature
@@ -85,8 +85,25 @@ def test_every_kernel_gets_the_parameters_of_its_signature(recorder):
     gradients(recorder, True)
     call(1, 5000)
     for _, program, *_, arguments in (step for plan in recorder.plans for step in plan.steps):
-        found = [POINTER if argument[0] == NOTHING else argument[0] for argument in arguments]
+        found = [POINTER if argument[0] in (NOTHING, SCRATCH) else argument[0] for argument in arguments]
         assert found == signature(program), program.name
+
+
+@pytest.mark.parametrize("largest", [sm90_launch.MAX_SCRATCH, 0])
+def test_small_parts_of_few_queries_are_no_arrays(recorder, monkeypatch, largest):
+    """They are memory of the launcher; large ones, and those that another launch reads, are arrays."""
+    monkeypatch.setattr(sm90_launch, "MAX_SCRATCH", largest)
+    call(1, 5000)
+    plan = next(plan for plan in recorder.plans if not plan.label)  # the one of calls without a gradient
+    (step,) = plan.steps
+    sizes = [argument[1] for argument in step[7] if argument[0] == SCRATCH]
+    blocks = step[2]
+    parts = 4 * (blocks * sm90_launch.Decode(64, False, "bf16", False, False, "sm_90a").part_floats + 2 * 2)
+    assert sizes == ([parts] if largest else [])
+    assert plan.shapes == ([[1, 4, 1, 64]] if largest else [[1, 4, 1, 64], [parts // 4]])
+    assert step[6] == ([3] if largest else [3, 4])
+    call(300, 300)
+    assert not [a for step in recorder.plans[-1].steps for a in step[7] if a[0] == SCRATCH]
 
 
 @pytest.mark.parametrize("with_logsumexp", [False, True])

@@ -1,5 +1,6 @@
 """CUDA kernels with quantized keys and values against float64 over their exact values; most need a CUDA device."""
 
+import functools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from attention.kernels.cuda.quantized.forward_launch import Heads, divided_heads
 from attention.kernels.cuda.quantized.launch import alone_on_multiprocessor, fill, inputs, make_key_split
 from attention.kernels.cuda.runtime import launcher
 from attention.kernels.cuda.runtime.call import CallShape, normalize
-from attention.kernels.cuda.runtime.launch import NOTHING, POINTER, Launch, Stage, TensorBox
+from attention.kernels.cuda.runtime.launch import NOTHING, POINTER, SCRATCH, Launch, Stage, TensorBox
 from attention.quantized_kv import quantized
 from tests.support import kernel_oracle
 from tests.support.cuda_compiled import needs_nvrtc, report
@@ -216,6 +217,27 @@ def test_the_same_input_gives_the_same_bits():
 
 @pytest.mark.gpu
 @needs_gpu
+def test_calls_queued_together_are_those_evaluated_alone():
+    """Their parts are in a few buffers of the launcher, which calls of several sizes take in turn."""
+    calls = []
+    for keys in (900, 5000, 1500, 3000):
+        q, k = (mx.random.normal((1, heads, n, 128)).astype(mx.bfloat16) for heads, n in ((8, 1), (2, keys)))
+        packed = quantized(k, "int4")
+        mx.eval(q, k, packed.arrays)
+        calls.append(functools.partial(cuda.flash_attention, q, k, k, scale=0.1))
+        calls.append(lambda q=q, kv=packed: cuda.flash_attention_quantized(q, kv, kv, scale=0.1)[0])
+    alone = []
+    for call in calls:
+        alone.append(call())
+        mx.eval(alone[-1])
+    together = [call() for _ in range(20) for call in calls]
+    mx.eval(together)
+    for i, output in enumerate(together):
+        assert mx.array_equal(output, alone[i % len(calls)]).item(), i
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_vmap_folds_the_axis_into_the_batch():
     case = Case((3, 8, 2, 1, 200), 64, "int4:32")
     k, v = case.kv
@@ -399,7 +421,7 @@ def test_every_kernel_gets_the_parameters_of_its_signature(on, what, queries):
     }[what]
     cuda.flash_attention_quantized(q, kv, kv, scale=0.1, **extra)
     for _, program, *_, arguments in recorder.plans[-1].steps:
-        found = [POINTER if argument[0] == NOTHING else argument[0] for argument in arguments]
+        found = [POINTER if argument[0] in (NOTHING, SCRATCH) else argument[0] for argument in arguments]
         assert found == signature(program), program.name
 
 
