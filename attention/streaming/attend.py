@@ -98,6 +98,9 @@ def _joined(outputs: Sequence[mx.array], logsumexps: Sequence[mx.array], sinks: 
     return made.astype(outputs[0].dtype)
 
 
+CUDA_PATH: Final = "CUDA kernels, step of a stream"
+
+
 class Token(Struct, frozen=True, eq=False):
     """The arguments of a step."""
 
@@ -107,6 +110,8 @@ class Token(Struct, frozen=True, eq=False):
     scale: float
     softcap: float | None
     rotated: bool
+    given: tuple[object, object, bool, object] | None = None
+    """Scale, softcap, `rotated` and implementation of the call; None if the next one is not compared with it."""
 
 
 class Step:
@@ -114,6 +119,7 @@ class Step:
 
     Attributes:
         latest: the output of the latest step on CUDA, until something else has waited for it.
+        again: makes the steps after it that are like it; None if there is none, or for other kinds.
     """
 
     def __init__(self, layout: Layout, formats: KVFormat | None, rope: Rope | None) -> None:
@@ -122,6 +128,7 @@ class Step:
         self._radians = None if rope is None else rope.radians()
         self._plans = BoundedDict[tuple[object, ...], "StepPlan | None"]()
         self.latest: mx.array | None = None
+        self.again: Callable[..., mx.array | None] | None = None
 
     def backend_for(self, implementation: str | Implementation) -> Backend | None:
         """Return the backend whose kernel computes steps with an implementation: `poc`, unless calls are watched."""
@@ -137,7 +144,7 @@ class Step:
         """Evaluate the steps of CUDA, before anything else uses the slots."""
         if self.latest is not None:
             mx.eval(self.latest)
-            self.latest = None
+            self.latest = self.again = None
 
     def on_cpu(self, token: Token, slots: list[mx.array], rows: list[tuple[int, int]]) -> mx.array:
         """Write one token into slots, and attend with its query; slots are replaced where they had to be copied.
@@ -200,8 +207,30 @@ class Step:
         arrays = [q, *new, *slots, *radians, k if self.latest is None else self.latest]
         positions = (slot - at, slot + ring - at, first + layout.window - 1 - at)
         out: mx.array = made(arrays, [slot, *positions, first, slot + 1, slot + 1, before, 0, first])
-        self.latest = out
-        record_path("CUDA kernels, step of a stream")
+        self.latest, self.again = out, None
+        if token.given is not None and len(new) == 2:
+            ring_numbers = (first, layout.window, ring)
+            self.again = made.repeated([q, *new], [*slots, *radians], out, ring_numbers, row.seen + 1, token.given)
+        record_path(CUDA_PATH)
+        return out
+
+    def repeat(
+        self, q: mx.array, k: mx.array, v: mx.array, given: tuple[object, object, bool, object]
+    ) -> mx.array | None:
+        """Return the output of a step that is like the one before on CUDA; None if it is not."""
+        if self.again is None or call_hooks:
+            return None
+        try:
+            out = self.again(q, k, v, *given)
+        except TypeError:  # the general way says what is wrong
+            return None
+        except Exception:
+            self.again = None
+            raise
+        if out is not None:
+            check_not_forked()
+            self.latest = out
+            record_path(CUDA_PATH)
         return out
 
     def _cuda_plan(self, token: Token) -> StepPlan | None:

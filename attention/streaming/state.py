@@ -217,6 +217,14 @@ class StreamingKV:
             UsageError: shapes or dtypes are not those of the first call, or do not fit each other, or a number is out
                 of range; nothing is stored.
         """
+        given = (scale, softcap, rotated, implementation)
+        if lengths is None and sinks is None and self._pending is None:
+            repeated = self._fused.repeat(q, k, v, given)
+            if repeated is not None:
+                for row in self._rows:
+                    row.seen += 1
+                    row.oldest += 1
+                return repeated
         shape = q.shape if isinstance(q, mx.array) else ()
         if len(shape) != 4:
             _check_query(q, k)
@@ -224,7 +232,7 @@ class StreamingKV:
         if self._pending is not None:
             self._flush()
         elif lengths is None and sinks is None and shape[2] == 1:
-            stepped = self._step(q, k, v, factor, cap, rotated, implementation)
+            stepped = self._step(q, k, v, factor, cap, rotated, implementation, given)
             if stepped is not None:
                 return stepped
         chosen = found_implementation(implementation)
@@ -266,15 +274,19 @@ class StreamingKV:
         softcap: float | None,
         rotated: bool,
         implementation: str | Implementation,
+        given: tuple[object, object, bool, object] | None = None,
     ) -> mx.array | None:
-        """Store a token and attend with its query in one operation of a kernel; None if that cannot be."""
+        """Store a token and attend with its query in one operation of a kernel; None if that cannot be.
+
+        `given` as in `attend.Token`.
+        """
         held = self._kept.get("streaming")
         backend = None if held is None or len(self._kept) > 1 else self._fused.backend_for(implementation)
         if held is None or backend is None:
             return None
         keys, values = held.keys.arrays, held.values.arrays
         slots = [*keys, *values]
-        token = attend.Token(q, k, v, scale, softcap, rotated)
+        token = attend.Token(q, k, v, scale, softcap, rotated, given)
         out: mx.array | None = None
         try:
             if backend == "cpu":
@@ -628,6 +640,7 @@ class StreamingKV:
         most = self.removable(row=row)
         if type(tokens) is not int or not 0 <= tokens <= most:
             raise UsageError(f"tokens: got {tokens!r}; this state can take back from 0 to {most}")
+        self._fused.again = None  # the ring is not full any more
         for one in self._chosen(row):
             one.seen -= tokens
 

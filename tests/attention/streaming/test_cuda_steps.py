@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from attention import StreamingKV
-from attention.kernels.cuda.runtime.launch import NOTHING, NUMBER, PASSED, POINTER
+from attention.kernels.cuda.runtime.launch import NOTHING, NUMBER, PASSED, POINTER, SCRATCH
 from attention.kernels.cuda.streaming import launch
 from attention.streaming import attend
 from tests.support.cuda_planted import signature
@@ -19,7 +19,7 @@ class Computed:
     """What a plan does, by MLX's operations; counts its calls."""
 
     def __init__(self, kind, rope):
-        self.kind, self.rope, self.calls = kind, rope, 0
+        self.kind, self.rope, self.calls, self.repeats = kind, rope, 0, 0
 
     def __call__(self, arrays, numbers):
         self.calls += 1
@@ -37,6 +37,24 @@ class Computed:
         weights = mx.softmax(mx.concatenate(scores, -1) * self.kind.call.scale, axis=-1)
         seen = mx.concatenate([mx.repeat(values[:, :, a:b], group, 1) for a, b in runs], 2)
         return (weights @ seen.astype(mx.float32)).astype(q.dtype)
+
+    def repeated(self, like, fixed, latest, ring, seen, given):
+        """What launcher_steps.hpp does."""
+        first, window, size = ring
+        kept = [(x.shape, x.dtype) for x in like]
+
+        def step(q, k, v, *others):
+            nonlocal seen
+            if [(x.shape, x.dtype) for x in (q, k, v)] != kept or others != given:
+                return None
+            slot = first + (seen - first) % size
+            at, seen = (slot if given[2] else 0), seen + 1
+            positions = (slot - at, slot + size - at, first + window - 1 - at)
+            self.repeats += 1
+            arrays = [q, k, v, *fixed, latest]
+            return self(arrays, [slot, *positions, first, slot + 1, slot + 1, first + size, 0, first])
+
+        return step
 
 
 @pytest.mark.sampled(0.4)
@@ -64,6 +82,7 @@ def test_slots_positions_and_runs(monkeypatch, rope, rotated):
             state.rewind(2)
             oracle.rewind(2)
     assert 25 <= sum(plan.calls for plan in plans) <= 37
+    assert sum(plan.repeats for plan in plans) >= 20
     assert len(plans) == 1
 
 
@@ -109,13 +128,15 @@ def test_a_plan_writes_its_slots_before_it_reads_them(recorded, kv_format, dims,
     assert len(recorded) == launches
     new, slots = map(len, kind.parts)
     first, second = recorded[:2]
+    before = 1 + new + slots + (1 if dims else 0)
+    assert before in first[5]  # it overwrites what the launches of the step before read
     written = first[6][:slots]
     assert set(written) == set(range(1 + new, 1 + new + slots))
     assert set(written) <= set(second[5])
     assert [argument[1] for argument in first[7] if argument[0] == PASSED] == ([0, 1, 2, 3] if dims else [0])
     assert [argument[1] for argument in second[7] if argument[0] == PASSED] == ([4, 5, 6, 7, 8, 9] if dims else [])
     assert first[2] == 2 * 2 + (2 * 8 if dims else 0)
-    like = {PASSED: NUMBER, NOTHING: POINTER}
+    like = {PASSED: NUMBER, NOTHING: POINTER, SCRATCH: POINTER}
     for _, program, *_, arguments in recorded[: 1 if form and not dims else None]:  # the next one has tests of its own
         assert [like.get(argument[0], argument[0]) for argument in arguments] == signature(program), program.name
 

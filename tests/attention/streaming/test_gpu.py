@@ -50,14 +50,19 @@ def test_quantized_storage(kv_format):
 def test_quantized_storage_with_rope(monkeypatch, kv_format, rope, rotated):
     """Steps of the kernels over a quantized ring with rotary positions equal attention in parts over the same ring."""
     taken = []
-    on_cuda = attend.Step.on_cuda
 
-    def watched(*given):
-        made = on_cuda(*given)
-        taken.append(made is not None)
-        return made
+    def watched(name):
+        method = getattr(attend.Step, name)
 
-    monkeypatch.setattr(attend.Step, "on_cuda", watched)
+        def call(*given):
+            made = method(*given)
+            taken.append(made is not None)
+            return made
+
+        monkeypatch.setattr(attend.Step, name, call)
+
+    watched("on_cuda")
+    watched("repeat")
     steps, parts = (StreamingKV(4, 300, kv_format, rope=rope_of(rope)) for _ in range(2))
     for seed, length in enumerate((400, *[1] * 40, 700, *[1] * 40)):
         q, k, v = (rounded(x, mx.bfloat16)[0] for x in made(length, seed=seed, width=64))
@@ -81,6 +86,27 @@ def test_steps_store_the_bits_of_mx_quantize(kv_format, dtype):
         parts.attend(q, k, v, implementation="practical")
     for one, other in zip(*(state.evaluated()._kept["streaming"].arrays for state in (steps, parts)), strict=True):
         assert mx.array_equal(one, other).item()
+
+
+@pytest.mark.parametrize("rope", [None, ROPES["halves"]], ids=["none", "halves"])
+@pytest.mark.parametrize("kv_format", ["none", "int4", "int8:128", "mxfp4"])
+def test_queued_steps_are_those_evaluated_one_by_one(kv_format, rope):
+    """MLX runs launches of a queue side by side: a step must not overwrite what the one before still reads."""
+    mx.random.seed(3)
+    queued, alone = (StreamingKV(4, 4000, kv_format, rope=rope_of(rope)) for _ in range(2))
+    before = [mx.random.normal((1, 8, 4010, 128)).astype(mx.bfloat16) for _ in range(2)]
+    tokens = [[2 * mx.random.normal((1, h, 1, 128)).astype(mx.bfloat16) for h in (32, 8, 8)] for _ in range(40)]
+    outputs = []
+    for state in (queued, alone):
+        state.append(*before)
+        state.evaluated()
+    mx.eval(tokens)
+    for token in tokens:
+        outputs.append(alone.attend(*token))
+        mx.eval(outputs[-1])
+    found = [queued.attend(*token) for token in tokens]
+    mx.eval(found)
+    assert [i for i, (a, b) in enumerate(zip(found, outputs, strict=True)) if not mx.array_equal(a, b).item()] == []
 
 
 def test_memory_does_not_grow():

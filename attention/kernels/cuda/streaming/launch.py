@@ -1,6 +1,7 @@
 """Plans of a stream's steps: the new rows are written, and the query attends to all slots, as one MLX primitive."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ from attention.kernels.cuda.sm90.launch import (
     decode_stages,
     make_key_split,
     same_kernel,
+    scratch_of,
     unwritten,
 )
 from attention.masks import dtype_name
@@ -34,6 +36,8 @@ from attention.quantized_kv import arrays_of, quantized
 VERSIONS: Final = 3
 """Of a query with rotary positions: for the lap of the newest token, the lap before, and the first tokens."""
 THREADS: Final = 128
+BEFORE: Final = "before"
+"""Name of the output of the step before: MLX runs launches side by side that do not read what another one writes."""
 STARTED_TOGETHER: Final = 8
 """Queued steps after which the GPU starts."""
 SLOT, POSITIONS, SPANS = (0,), (1, 2, 3), (4, 5, 6, 7, 8, 9)
@@ -123,6 +127,7 @@ def _append(kind: StepKind) -> Stage:
         (*(("q",) if rope else ()), *rows, *(("radians",) if rope else ())),
         ("turned",) if rope else (),
         updates=frozenset(slots),
+        after=(BEFORE,),
         passed=(*SLOT, *(POSITIONS if rope else ())),
     )
 
@@ -144,6 +149,7 @@ def _spans_stages(kind: StepKind, split: KeySplit[Any]) -> list[Stage]:
         omitted=unwritten(made) | missing | {"stats"},
         serial=True,
         passed=SPANS,
+        scratch=scratch_of(made),
     )
     program = Program(
         name="stream_join",
@@ -203,7 +209,7 @@ def plan(kind: StepKind) -> "StepPlan":
             raise KernelUnavailable(f"the call takes the {path} kernel")
         stages += decode_stages(kind.shape, kind.call, make_key_split(kind.shape, kind.call), False)
     new, slots = kind.parts
-    inputs = ("q", *new, *slots, *(("radians",) if kind.rope_dims else ()), "before")
+    inputs = ("q", *new, *slots, *(("radians",) if kind.rope_dims else ()), BEFORE)
     return StepPlan(make_plan(inputs, ("output",), stages), kind.quantizes)
 
 
@@ -218,6 +224,7 @@ class StepPlan:
     """
 
     def __init__(self, made: object, quantizes: bool = False) -> None:
+        self._made = made
         self._run = made.with_numbers  # type: ignore[attr-defined]  # of the launcher
         module = launcher.module()
         self._is_queued, self._is_traced = module.is_queued, module.is_traced
@@ -231,6 +238,33 @@ class StepPlan:
         if self._calls % STARTED_TOGETHER == 0 and self._is_queued(arrays[-1]) and not self._is_traced([out]):
             mx.async_eval(out)  # type: ignore[no-untyped-call]
         return out
+
+    def repeated(
+        self,
+        like: list[mx.array],
+        fixed: list[mx.array],
+        latest: mx.array,
+        ring: tuple[int, int, int],
+        seen: int,
+        given: tuple[object, object, bool, object],
+    ) -> Callable[..., mx.array | None]:
+        """Return what makes the steps after one, as long as they are like it, faster than `__call__` is called.
+
+        Args:
+            like: query, key and value of the step.
+            fixed: its slots, and radians if there are any.
+            latest: its output.
+            ring: numbers of first tokens, of tokens that are seen in the ring, and of the ring's slots.
+            seen: tokens after the step.
+            given: scale, softcap, whether query and key are rotated, and implementation, as given.
+
+        Returns:
+            A function of query, key, value and the arguments of `given`: the output, or None for another kind of step.
+        """
+        made: Callable[..., mx.array | None] = launcher.module().make_steps(
+            self._made, like, fixed, latest, *ring, seen, *given
+        )
+        return made
 
 
 def _compare_spans(kind: StepKind, split: KeySplit[Any]) -> str | None:
