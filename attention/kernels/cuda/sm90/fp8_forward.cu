@@ -103,19 +103,30 @@ DEVICE u32 unit_of(u32 tile, int row, int unit) {
   return tile + unit / 8 * (WARPGROUP_ROWS * 128) + row * 128 + (unit % 8 ^ row % 8) * 16;
 }
 
+// The larger magnitudes of both halves of two words, with any sign.
+DEVICE u32 larger_magnitudes(u32 a, u32 b) {
+  u32 x;
+#if BFLOAT16
+  asm("max.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+#else
+  asm("max.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
+#endif
+  return x;
+}
+
 // Quantizes a consumer's queries in place, times `factor`, with one power of two for all, whose exponent is the last word of
 // `room`; the others are for a number of each warp. A thread has half of a row.
 DEVICE void quantize_queries(u32 tile, u32 room, int barrier, float factor) {
   constexpr int UNITS = HEAD_DIM / 16;
   const int thread = threadIdx.x % WARPGROUP, row = thread % WARPGROUP_ROWS, first = thread / WARPGROUP_ROWS * UNITS;
-  u32 words[UNITS][4];
-  float largest = 0;
+  u32 words[UNITS][4], most = 0;
 #pragma unroll
   for (int i = 0; i < UNITS; ++i) {
     load_four(words[i], unit_of(tile, row, first + i));
 #pragma unroll
-    for (int j = 0; j < 4; ++j) largest = fmaxf(largest, fmaxf(fabsf(low_of(words[i][j])), fabsf(high_of(words[i][j]))));
+    for (int j = 0; j < 4; ++j) most = larger_magnitudes(most, words[i][j]);
   }
+  float largest = fmaxf(fabsf(low_of(most)), fabsf(high_of(most)));
 #pragma unroll
   for (int i = 16; i > 0; i /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, i));
   if (thread % 32 == 0) store_word(room + thread / 32 * 4, __float_as_uint(largest));
@@ -125,14 +136,14 @@ DEVICE void quantize_queries(u32 tile, u32 room, int barrier, float factor) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) largest = fmaxf(largest, __uint_as_float(found[i]));
   const int exponent = exponent_for(largest * factor);
-  const float by = power_of_two(-exponent);
+  const float by = factor * power_of_two(-exponent);
 #pragma unroll
   for (int i = 0; i < UNITS; i += 2) {
     u32 made[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const u32 a = words[i + j / 2][j % 2 * 2], b = words[i + j / 2][j % 2 * 2 + 1];
-      made[j] = pack_fp8(low_of(a) * factor * by, high_of(a) * factor * by, low_of(b) * factor * by, high_of(b) * factor * by);
+      made[j] = pack_fp8(low_of(a) * by, high_of(a) * by, low_of(b) * by, high_of(b) * by);
     }
     store_four(unit_of(tile, row, (first + i) / 2), made);
   }
@@ -181,16 +192,19 @@ struct Consumer : Position {
 
   // Writes the rows of the work, or their part of a split tile; the last part to finish combines them.
   DEVICE void finish(Output& out, Rows& rows, const Problem& problem, const Results& results) const {
-    const float unit[2] = {power_of_two(value_exponent), power_of_two(value_exponent)};
-    scale_output(out, unit);
-    rows.sum[0] *= 0.25f, rows.sum[1] *= 0.25f;  // each lane of a quad has the whole sum
+    float unit = power_of_two(value_exponent);
     const Part part(same_in_warp(schedule.part()));
     if (part.count > 0) {
+      const float factor[2] = {unit, unit};
+      scale_output(out, factor);
       if (!same_in_warp(leave_part(out, rows, results.parts, part))) return;
       join_parts(out, rows, results.parts, part, 1);
+      unit = 1;
     }
+    // each lane of a quad has the whole sums; rows that see nothing are 0
+    const float inverse[2] = {rows.sum[0] > 0 ? unit / rows.sum[0] : 0, rows.sum[1] > 0 ? unit / rows.sum[1] : 0};
+    scale_output(out, inverse);
     const u64 plane_rows = static_cast<u64>(schedule.plane()) * problem.queries;
-    finish_rows(out, rows, {nullptr, nullptr}, row(), problem);
     store_output(results.output + (plane_rows + row()) * problem.columns * 2, out, problem.queries - row(), problem.columns);
   }
 };
