@@ -11,6 +11,8 @@ from attention.distributed.layout import LAYOUTS, Kind, Layout, check_layout_nam
 from attention.distributed.shards import Shards, check_layout, layout_for, own_rows, shard, unshard
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     import mlx.core as mx
 
     from attention.distributed.bound_call import BoundCall
@@ -28,6 +30,7 @@ __all__ = [
     "Shards",
     "attention",
     "decide",
+    "in_sequence",
     "layout_for",
     "make_layout",
     "own_rows",
@@ -134,6 +137,18 @@ def attention(
     check_supported(problem)
     out, lse = attend(q, k, v, problem)
     return (out, lse) if return_lse else out
+
+
+def in_sequence() -> "AbstractContextManager[None]":
+    """Return a context for calls of which each depends on the one before, as those of a model's layers do.
+
+    Their collectives are left to a later evaluation, and `mx.compile` takes them. Otherwise each is submitted as it is
+    called, so that all ranks have one order of what does not depend on each other; while a gradient is traced, the
+    program waits for it.
+    """
+    from attention.distributed import collectives
+
+    return collectives.in_sequence()
 
 
 def statistics() -> "Statistics":

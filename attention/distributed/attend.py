@@ -181,7 +181,8 @@ def _attend_context(q: mx.array, k: mx.array, v: mx.array, problem: Problem) -> 
         ]
         if not made:  # a rank without rows
             _refuse_as_others(rows, keys, values, problem)
-            made = [(mx.zeros((*rows.shape[:3], v.shape[3]), q.dtype), mx.zeros(rows.shape[:3]))]
+            nothing = mx.zeros((*rows.shape[:3], v.shape[3]), q.dtype)
+            made = [(collectives.tied(nothing, rows), mx.zeros(rows.shape[:3]))]
         outs.append(joined([out for out, _ in made], 2))
         sums.append(joined([lse for _, lse in made if lse is not None], 2) if problem.return_lse else None)
     out = joined(outs, 1)

@@ -91,7 +91,8 @@ class BoundCall:
         It begins when the call before has ended, as in a model, so that no call hides another's communication; and the
         ranks' collectives are in one order, as they have to be.
         """
-        self._previous = self._queue(self._problem)
+        with collectives.in_sequence():
+            self._previous = self._queue(self._problem)
         return self._previous
 
     def queue_compute(self) -> list[mx.array]:

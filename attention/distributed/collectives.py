@@ -4,9 +4,10 @@ MLX's all_gather gives each rank the gradient of its own slice only. Here the gr
 over the ranks, each rank getting the sum of its own part: the gradient of the sum of all ranks' losses.
 """
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache, lru_cache
 from typing import Any, Final, NamedTuple, cast
 
@@ -19,6 +20,10 @@ from attention.implementations.calls import current_backend
 
 Group = mx.distributed.Group
 _WIDE: Final = mx.float32
+NO_ORDER: Final = (
+    "distributed: a call over several ranks inside mx.compile, or mx.vmap; with mx.compile, call in `with "
+    "distributed.in_sequence():` if each call depends on the one before, as layers do"
+)
 
 
 class Statistics(Struct):
@@ -109,8 +114,54 @@ def gathered(parts: Sequence[mx.array], group: Group) -> Gathered:
     """
     size = sum(part.nbytes for part in parts)
     count_bytes((group.size() - 1) * size, (group.size() - 1) * size)
-    *arrays, token = _gather(group)(list(map(unmapped, parts)))
+    *arrays, token = submitted(_gather(group, _order.given)(list(map(unmapped, parts))), _order.given)
     return Gathered(arrays, token)
+
+
+class _Order(threading.local):
+    """What orders the collectives of a thread."""
+
+    given: bool = False
+    """Whether each call depends on the one before, so that every rank must meet them in one order."""
+
+
+_order = _Order()
+
+
+@contextlib.contextmanager
+def in_sequence() -> Iterator[None]:
+    """Leave collectives to a later evaluation: each call in this context depends on the one before, as layers do."""
+    before, _order.given = _order.given, True
+    try:
+        yield
+    finally:
+        _order.given = before
+
+
+def is_in_sequence() -> bool:
+    """Return whether calls are made `in_sequence`."""
+    return _order.given
+
+
+def submitted(arrays: list[mx.array], in_sequence: bool) -> list[mx.array]:
+    """Return the arrays of a collective, which is evaluated from now on unless calls are in sequence.
+
+    Ranks then meet in collectives in the order of the calls. MLX would order what does not depend on each other by the
+    shape of the graph, which differs from rank to rank, so that ranks would exchange parts of different calls. While a
+    gradient is traced, it must be waited for.
+
+    Raises:
+        UnsupportedError: inside `mx.compile` nothing can be evaluated.
+    """
+    if not in_sequence:
+        try:
+            mx.async_eval(arrays)  # type: ignore[no-untyped-call]
+        except ValueError:  # inside a transformation
+            try:
+                mx.eval(arrays)
+            except ValueError:
+                raise UnsupportedError(NO_ORDER) from None
+    return arrays
 
 
 def unmapped(array: mx.array) -> mx.array:
@@ -174,7 +225,7 @@ def gpu_stream() -> mx.Stream:
 
 
 @cache
-def _gather(group: Group) -> Callable[[list[mx.array]], list[mx.array]]:
+def _gather(group: Group, in_sequence: bool) -> Callable[[list[mx.array]], list[mx.array]]:
     """Return the function of `gathered` for a group."""
     ranks = group.size()
 
@@ -194,7 +245,7 @@ def _gather(group: Group) -> Callable[[list[mx.array]], list[mx.array]]:
             made.append(_sum_of_own(after(cotangent, made or outputs), group))
         size = sum(cotangent.nbytes for cotangent in cotangents[:-1]) // ranks
         count_bytes((ranks - 1) * size, (ranks - 1) * size)
-        return all_or_none(made)
+        return submitted(all_or_none(made), in_sequence)
 
     gather.vjp(scatter)
     return cast("Callable[[list[mx.array]], list[mx.array]]", gather)

@@ -33,7 +33,10 @@ def needed(
             size = sum(part.nbytes // part.shape[2] for part in parts if part.shape[2])
             others = group.size() - 1
             collectives.count_bytes(others * rows_of(exchange.contributed[rank]) * size, exchange.received(rank) * size)
-            *made, token = _peer_moves(exchange, group, peers)(list(map(collectives.unmapped, parts)))
+            own = list(map(collectives.unmapped, parts))
+            in_sequence = collectives.is_in_sequence()
+            move = _peer_moves(exchange, group, peers, in_sequence)
+            *made, token = collectives.submitted(move(own), in_sequence)
             return made, token
     own = [_contribution(part, exchange, rank) for part in parts]
     if not communicate:
@@ -73,7 +76,9 @@ def sent_runs(owned: Sequence[Chunk], contributed: Sequence[Chunk], rank: int) -
 
 
 @lru_cache(maxsize=64)
-def _peer_moves(exchange: Exchange, group: Group, peers: PeerCopies) -> Callable[[list[mx.array]], list[mx.array]]:
+def _peer_moves(
+    exchange: Exchange, group: Group, peers: PeerCopies, in_sequence: bool
+) -> Callable[[list[mx.array]], list[mx.array]]:
     """Return a function from parts to what is needed of each, and a token, differentiable."""
     rank, plan = group.rank(), _plan(exchange, group.rank())
 
@@ -93,7 +98,7 @@ def _peer_moves(exchange: Exchange, group: Group, peers: PeerCopies) -> Callable
             made.append(_sum_of(part, cotangent, others, returned))
             row = part.shape[0] * part.shape[1] * part.shape[3] * part.itemsize
             collectives.count_bytes(returned.plan.contributed[rank] * row, returned.received * row)
-        return collectives.all_or_none(made)
+        return collectives.submitted(collectives.all_or_none(made), in_sequence)
 
     move.vjp(pull_back)
     return cast("Callable[[list[mx.array]], list[mx.array]]", move)

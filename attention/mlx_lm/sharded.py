@@ -194,7 +194,8 @@ class ShardedPatch(ModelPatch):
             raise UsageError("model: a sharded model runs while its patch is open: with patch_mlx_lm(..., group=group)")
         before, _current.step = _current.step, step
         try:
-            yield
+            with collectives.in_sequence():
+                yield
         finally:
             _current.step = before
 

@@ -158,6 +158,8 @@ def few(group) -> None:
     decode(group, "zigzag", 5, 61, mask=mx.arange(61) % 3 > 0, window=40)
     gradient_of_one_input(group)
     one_result(group)
+    independent_calls(group)
+    compiled_calls(group)
     covered_rows(group)
     refusals(group)
     refuse_vmap(group)
@@ -238,6 +240,64 @@ def refuse_vmap(group) -> None:
             failures.append(f"rank {group.rank()}: mx.vmap over {axes} was not refused")
         except UnsupportedError:
             pass
+
+
+def independent_calls(group) -> None:
+    """Calls that do not depend on each other, evaluated together: ranks must not exchange parts of different ones."""
+    rank = group.rank()
+    rows, keys = (distributed.make_layout(length, group.size(), "contiguous") for length in (37, 300))
+    for row_layout in (rows, distributed.make_layout(4, group.size(), "replicated")):
+        shared = {"layout": row_layout, "key_layout": keys}
+        given, own = [], []
+        for number in range(3):
+            seeds = mx.random.split(mx.random.key(number), 3)
+            shapes = [(1, HEADS, row_layout.seq, DIM), *[(1, KV_HEADS, 300, DIM)] * 2]
+            given.append([mx.random.normal(shape, key=key) for shape, key in zip(shapes, seeds, strict=True)])
+            q, *others = given[-1]
+            own_q = distributed.own_rows(q, row_layout, rank) if row_layout.is_sharded else q
+            own.append([own_q, *(distributed.own_rows(x, keys, rank) for x in others)])
+
+        def loss(arrays: list[list[mx.array]], **keywords) -> mx.array:
+            outs = [attention(*each, window=20, implementation="baseline", **keywords) for each in arrays]
+            return sum((out * (1 + number)).square().sum() for number, out in enumerate(outs))
+
+        got = [attention(*each, window=20, implementation="baseline", group=group, **shared) for each in own]
+        slopes = mx.grad(loss)(own, group=group, **shared)
+        mx.eval([*reversed(got), slopes])
+        wanted = [attention(*each, window=20, implementation="baseline") for each in given]
+        wanted_slopes = mx.grad(loss)(given)
+        losses = 1 if row_layout.is_sharded else group.size()
+        for number in range(3):
+            one = wanted[number]
+            pairs = [(got[number], distributed.own_rows(one, row_layout, rank) if row_layout.is_sharded else one)]
+            for found, exact in zip(slopes[number][1:], wanted_slopes[number][1:], strict=True):
+                pairs.append((found, losses * distributed.own_rows(exact, keys, rank)))
+            if not all(mx.allclose(found, exact, rtol=1e-3, atol=1e-3).item() for found, exact in pairs):
+                failures.append(f"rank {rank}: call {number} of three that are independent, {row_layout}")
+
+
+def compiled_calls(group) -> None:
+    """Inside mx.compile nothing gives independent calls an order: they are refused unless they are in sequence."""
+    given = arrays(64, 64, mx.float32)[:3]
+    own = distributed.shard(*given, group, "contiguous")
+
+    def call(*parts: mx.array) -> mx.array:
+        return attention(*parts, mask="causal", implementation="poc", group=group, layout=own.layout)
+
+    def in_sequence(*parts: mx.array) -> mx.array:
+        with distributed.in_sequence():
+            return call(call(*parts), *parts[1:])
+
+    try:
+        mx.compile(call)(*own[:3])
+        failures.append(f"rank {group.rank()}: mx.compile of a call that is not in sequence was not refused")
+    except UnsupportedError:
+        pass
+    once = attention(*given, mask="causal", implementation="poc")
+    twice = attention(once, *given[1:], mask="causal", implementation="poc")
+    found = mx.compile(in_sequence)(*own[:3])
+    if not mx.allclose(found, distributed.own_rows(twice, own.layout, group.rank()), atol=1e-4).item():
+        failures.append(f"rank {group.rank()}: compiled calls in sequence")
 
 
 def covered_rows(group) -> None:
