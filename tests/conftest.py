@@ -105,7 +105,8 @@ def pytest_configure(config: pytest.Config) -> None:
         made.append(FOLDER)
         if kept := _kept(config, "kernels"):
             _copy_objects(kept, Path(os.environ[FOLDER]) / "kernels")
-    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not config.option.collectonly
+    option, source = config.option, config.args_source
+    whole = source is pytest.Config.ArgsSource.TESTPATHS and not (option.collectonly or option.keyword)
     if _starts_workers(config) and whole:
         program = "from attention.kernels import cpu; cpu.availability()[0] and cpu.load()"
         config.stash[_compilation] = subprocess.Popen(
