@@ -249,18 +249,18 @@ def test_what_an_implementation_prints_is_no_event(one_run: Engine) -> None:
 def test_building_happens_once_after_a_first_look_at_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "PREVIEW_S", 0.05)
     monkeypatch.setattr(bench, "measure_peaks", lambda device: PEAKS)
-    told: list[on.AnyEvent] = []
+    reported: list[on.AnyEvent] = []
     of_two = plan("Builds", cases=(SMALL, structs.replace(SMALL, seq=16)), seconds=0.3)
-    bench.Bench(Assignment(plan=of_two, peaks=PEAKS), of_two, told.append).run()
+    bench.Bench(Assignment(plan=of_two, peaks=PEAKS), of_two, reported.append).run()
     record = record_of(of_two)
-    for event in told:
+    for event in reported:
         record.apply(event)
     lines = [message.text for message in record.log]
     assert lines[0].startswith("a first look: baseline ")
     assert lines[1] == "planted building"
     assert "compiling and checking took" in lines[2]
     assert len(lines) == 3
-    assert [event.case for event in told if isinstance(event, on.CaseStarted)] == [0, 0, 1]
+    assert [event.case for event in reported if isinstance(event, on.CaseStarted)] == [0, 0, 1]
     for index in (0, 1):
         assert [row.status for row in record.case(index).rows] == ["ok", "ok"]
 

@@ -101,16 +101,16 @@ def planned(monkeypatch):
     """Return the plan and the command that `fatui bench` would run on a machine with a given fit."""
 
     def command(*words, fit=FIT):
-        asked, ran = [], []
+        requested, ran = [], []
 
         async def find(make):
-            asked.append(make)
+            requested.append(make)
             return fit
 
         monkeypatch.setattr(fitting, "find", find)
         monkeypatch.setattr("fatui.cli.run.run_plan", lambda *given: ran.append(given) or 0)
         assert main.main(["bench", *words]) == 0
-        return ran[0][0], ran[0][1], bool(asked)
+        return ran[0][0], ran[0][1], bool(requested)
 
     return command
 
@@ -125,8 +125,8 @@ def test_bench_alone_measures_what_fits(planned, capsys):
 
 @pytest.mark.parametrize("words", [("quick",), ("--seq", "128"), ("--mask", "causal"), ("--ranks", "1")])
 def test_bench_of_a_preset_or_shape_measures_that(planned, words):
-    plan, _, asked = planned(*words)
-    assert not asked
+    plan, _, requested = planned(*words)
+    assert not requested
     assert (plan.cases[0].batch, plan.cases[0].seq) == (1, 128)
 
 

@@ -88,7 +88,7 @@ class Case:
         mx.eval(found)
         return found
 
-    def asked(self):
+    def requested(self):
         """The call in the kernels' terms."""
         q, k, v, _ = self.arrays
         dtype, kind = check_arrays(q, k, v, self.mask)
@@ -99,7 +99,7 @@ class Case:
 
     def check_forward(self, what):
         output, logsumexp = self.forward()
-        assert choice.path_of(*self.asked()) == (self.path, [])
+        assert choice.path_of(*self.requested()) == (self.path, [])
         exact, right, _ = kernel_oracle.attention(*self.numbers[:3], self.options)
         plain = kernel_oracle.plain_attention(*self.numbers[:3], self.options, self.dtype)
         kernel_oracle.assert_near(output, exact, plain, self.dtype, 2, f"{what}: output")
@@ -112,7 +112,7 @@ class Case:
         exact = kernel_oracle.gradients(*self.numbers, self.options)
         plain = kernel_oracle.plain_gradients(*self.numbers, self.options, self.dtype)
         made = self.gradients()
-        assert cuda_gradients.refusal(*self.asked()) is None
+        assert cuda_gradients.refusal(*self.requested()) is None
         for name, found, right, rounded in zip(("dQ", "dK", "dV"), made, exact, plain, strict=True):
             kernel_oracle.assert_near(found, right, rounded, self.dtype, 3, f"{what}: {name}")
 

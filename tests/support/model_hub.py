@@ -12,8 +12,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @contextlib.contextmanager
 def hub_of(name, folder):
-    """Serve a folder as the model `name`; yield the address, and the paths that were asked for."""
-    asked = []
+    """Serve a folder as the model `name`; yield the address, and the paths that were requested."""
+    requested = []
 
     class Hub(BaseHTTPRequestHandler):
         def do_HEAD(self):
@@ -24,7 +24,7 @@ def hub_of(name, folder):
 
         def answer(self, with_body):
             path = self.path.partition("?")[0]
-            asked.append(path)
+            requested.append(path)
             body, headers = self.found(path)
             self.send_response(200 if body is not None else 404)
             if body is None:
@@ -59,7 +59,7 @@ def hub_of(name, folder):
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        yield f"http://127.0.0.1:{server.server_port}", requested
     finally:
         server.shutdown()
         server.server_close()

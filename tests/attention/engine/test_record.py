@@ -201,9 +201,9 @@ def test_a_round_that_was_sat_out_gives_no_sample_and_no_pair() -> None:
     event = on.RoundsDone(
         case=0, samples={"baseline": base, "mlx": slow, on.REPEATED_REFERENCE: base}, active_bytes=1, peak_bytes=2
     )
-    told = on.decode(on.encode(event))
-    assert told == event
-    record.apply(told)
+    reported = on.decode(on.encode(event))
+    assert reported == event
+    record.apply(reported)
     mlx = record.case(0).rows[1]
     assert len(mlx.samples) == 6
     assert mlx.speedup is not None

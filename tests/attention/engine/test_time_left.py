@@ -62,13 +62,13 @@ def test_complete_cases_correct_the_others() -> None:
 def test_before_the_rounds_all_of_them_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("attention.engine.progress.time.perf_counter", lambda: now[0])
-    told: list[on.AnyEvent] = []
-    progress = Progress(plan_of(SMALL, LARGE), 0, told.append, lambda number: None)
+    reported: list[on.AnyEvent] = []
+    progress = Progress(plan_of(SMALL, LARGE), 0, reported.append, lambda number: None)
     progress.begin_case(0)
     progress.record_call_s("baseline", 0.01)
     now[0] = 60.0  # what comes before the rounds takes far longer than was guessed
     progress.emit_progress("poc: first call")
-    event = told[-1]
+    event = reported[-1]
     assert isinstance(event, on.Progress)
     assert event.remaining_s >= 2.0 + 6 * 3 * 1.0
     assert event.done == pytest.approx(60.0 / (60.0 + event.remaining_s))
@@ -78,8 +78,8 @@ def test_before_the_rounds_all_of_them_are_left(monkeypatch: pytest.MonkeyPatch)
 def test_rounds_go_by_their_own_pace(pace: float, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("attention.engine.case_runner.time.perf_counter", lambda: now)
-    told: list[on.AnyEvent] = []
-    progress = Progress(plan_of(SMALL), 0, told.append, lambda number: None)
+    reported: list[on.AnyEvent] = []
+    progress = Progress(plan_of(SMALL), 0, reported.append, lambda number: None)
     stream = SampleStream(progress, 2.0, 60.0, 6)  # 10 s a round were expected
     arms = [Arm(name=name, runner=None, call_s=5.0) for name in ("baseline", "poc")]  # type: ignore[arg-type]
     for count in range(1, 4):
@@ -87,7 +87,7 @@ def test_rounds_go_by_their_own_pace(pace: float, monkeypatch: pytest.MonkeyPatc
         for arm in arms:
             arm.samples.append(5 * pace)
         stream.collect(arms)
-        left = [event.remaining_s for event in told if isinstance(event, on.Progress)][-1]
+        left = [event.remaining_s for event in reported if isinstance(event, on.Progress)][-1]
         assert left == pytest.approx((6 - count) * 10 * pace)
 
 

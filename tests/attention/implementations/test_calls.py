@@ -24,8 +24,8 @@ def test_bounds_are_the_workload_s_mask() -> None:
 
 
 def test_a_pattern_is_structured_with_its_own_pairs() -> None:
-    asked = Workload(mask="prefix:40+documents:70", seq=256, kv_seq=KEYS, heads=4)
-    found = signature(of_workload(asked))
+    requested = Workload(mask="prefix:40+documents:70", seq=256, kv_seq=KEYS, heads=4)
+    found = signature(of_workload(requested))
     assert found.structured
-    assert abs(found.pairs - asked.pairs) <= asked.scores * 1e-6
+    assert abs(found.pairs - requested.pairs) <= requested.scores * 1e-6
     assert found.mask_spec == MaskSpec(pattern=found.mask_spec.pattern)

@@ -32,8 +32,8 @@ class InBlocks(Practical):
         super().__init__(budget_bytes=1)
         self._tile = Blocks(batches=1, kv_heads=1, rows=16, keys=keys, sums_queries=sums_queries)
 
-    def _strategy(self, *asked: Any) -> Strategy:
-        return structs.replace(super()._strategy(*asked), blocks=self._tile, backward_blocks=self._tile)
+    def _strategy(self, *requested: Any) -> Strategy:
+        return structs.replace(super()._strategy(*requested), blocks=self._tile, backward_blocks=self._tile)
 
 
 class InSlices(Practical):

@@ -42,7 +42,7 @@ def plant(monkeypatch):
     """Return a function that sets whether MLX has a fused kernel."""
 
     def planted(refusal):
-        monkeypatch.setattr("attention.implementations.bounded.policy.why_unfused", lambda *asked: refusal)
+        monkeypatch.setattr("attention.implementations.bounded.policy.why_unfused", lambda *requested: refusal)
         quantized_strategy.cache_clear()
 
     yield planted

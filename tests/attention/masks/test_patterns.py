@@ -185,15 +185,15 @@ def test_kept_lists_are_limited_in_bytes():
 
 
 def test_a_function_is_evaluated_only_where_needed():
-    asked = []
+    requested = []
 
     def f(b, h, q, k):
-        asked.append(int(np.prod(np.broadcast_shapes(q.shape, k.shape))))
+        requested.append(int(np.prod(np.broadcast_shapes(q.shape, k.shape))))
         return (q * k) % 3 == 0
 
     lists = (masks.where(f) & masks.window(100)).block_list((1, 1, 20_000, 20_000), 64, 64)
-    assert sum(asked) < 20_000 * 400
-    assert max(asked) <= block_list.MAX_CHUNK_PAIRS
+    assert sum(requested) < 20_000 * 400
+    assert max(requested) <= block_list.MAX_CHUNK_PAIRS
     assert lists.pairs > 0
 
 

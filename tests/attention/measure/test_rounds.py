@@ -113,8 +113,10 @@ def test_rounds_stop_on_request_and_go_on_without_a_removed_arm() -> None:
         return "enough" if len(left[0].samples) == 5 else None
 
     limits = Limits(seconds=9, precision=0)
-    told = run_rounds([*arms], limits, seed=0, before=lambda a: None, failed=lambda a, e: None, after=after, clock=NOW)
-    assert told == "enough"
+    reported = run_rounds(
+        [*arms], limits, seed=0, before=lambda a: None, failed=lambda a, e: None, after=after, clock=NOW
+    )
+    assert reported == "enough"
     assert [len(each.samples) for each in arms] == [5, 2]
 
 

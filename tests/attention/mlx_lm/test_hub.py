@@ -100,10 +100,10 @@ def test_a_measured_model_needs_no_network_again(folder, monkeypatch, capsys):
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     (folder / "README.md").write_text("not needed")
     words = ["model", NAME, "--prompt", "16", "--generate", "2", "--seconds", "0.1", "--impl", "mlx"]
-    with hub_of(NAME, folder) as (address, asked):
+    with hub_of(NAME, folder) as (address, requested):
         monkeypatch.setenv("HF_ENDPOINT", address)
         assert main(words) == 0
-        assert not [path for path in asked if path.endswith("README.md")]  # mlx-lm's choice of files
+        assert not [path for path in requested if path.endswith("README.md")]  # mlx-lm's choice of files
     assert "looking for" in capsys.readouterr().err
     assert main(words) == 0
     assert "looking for" not in capsys.readouterr().err

@@ -29,23 +29,23 @@ def run(bench, plan):
 
 def watched(bench, plan):
     """The record of a run, and all its events."""
-    record, told = record_of(plan), []
+    record, reported = record_of(plan), []
 
     def listen(event):
-        told.append(event)
+        reported.append(event)
         record.apply(event)
 
     bench(Assignment(plan=plan), plan, listen).run()
     assert record.done
-    return record, told
+    return record, reported
 
 
-def estimates_before(told, kind):
+def estimates_before(reported, kind):
     """Check that each case's estimate precedes its first event of a kind, and return the estimates."""
-    estimates = {event.case: event for event in told if isinstance(event, on.CaseTimeEstimated)}
+    estimates = {event.case: event for event in reported if isinstance(event, on.CaseTimeEstimated)}
     for case, estimate in estimates.items():
-        first = next(event for event in told if isinstance(event, kind) and event.case == case)
-        assert told.index(estimate) < told.index(first)
+        first = next(event for event in reported if isinstance(event, kind) and event.case == case)
+        assert reported.index(estimate) < reported.index(first)
     return estimates
 
 
@@ -53,8 +53,8 @@ def test_both_phases_are_measured_with_every_implementation():
     cases = generations(
         4, model="tiny-llama", prompts=[24], batches=[2], generate=3, measured_layers=2, dtype="float32"
     )
-    record, told = watched(GenerationBench, GenerationPlan(cases=cases, implementations=NAMES, seconds=0.2))
-    estimates = estimates_before(told, on.RoundsDone)
+    record, reported = watched(GenerationBench, GenerationPlan(cases=cases, implementations=NAMES, seconds=0.2))
+    estimates = estimates_before(reported, on.RoundsDone)
     assert [*estimates] == [0, 1]
     assert all(each.implementations == 3 and each.seconds >= 0.2 for each in estimates.values())
     for index, layers in ((0, 4), (1, 2)):
@@ -130,8 +130,8 @@ def test_decoding_leaves_the_cache_as_it_found_it():
 @pytest.mark.thorough
 def test_every_implementation_learns_the_same():
     work = FineTuning(model="tiny-llama", seq=8, batch=1, iters=7, rank=2, layers=4, tuned_layers=1, dtype="float32")
-    record, told = watched(FineTuningBench, FineTuningPlan(cases=(work,), implementations=NAMES, seconds=60))
-    (estimate,) = estimates_before(told, on.IterationDone).values()
+    record, reported = watched(FineTuningBench, FineTuningPlan(cases=(work,), implementations=NAMES, seconds=60))
+    (estimate,) = estimates_before(reported, on.IterationDone).values()
     assert estimate.implementations == 3 and 0 < estimate.seconds < 600
     case = record.case(0)
     baseline, ours, wrong = case.rows
@@ -140,7 +140,7 @@ def test_every_implementation_learns_the_same():
     assert ours.loss_difference < 1e-4 < wrong.loss_difference
     again = [
         event.loss
-        for event in told
+        for event in reported
         if isinstance(event, on.IterationDone) and event.implementation == on.REPEATED_REFERENCE
     ]
     assert tuple(again) == baseline.losses, "the second fine-tuning of the reference is the first one again"
@@ -158,8 +158,10 @@ def test_a_fine_tuning_ends_with_its_time():
 @pytest.mark.slow
 def test_demo_is_tuned_for_training_by_the_step_that_trains():
     work = FineTuning(model="tiny-llama", seq=24, batch=2, iters=2, rank=2, layers=4, tuned_layers=2, dtype="float32")
-    record, told = watched(FineTuningBench, FineTuningPlan(cases=(work,), implementations=("mlx", "demo"), seconds=60))
-    texts = [event.text for event in told if isinstance(event, on.Message)]
+    record, reported = watched(
+        FineTuningBench, FineTuningPlan(cases=(work,), implementations=("mlx", "demo"), seconds=60)
+    )
+    texts = [event.text for event in reported if isinstance(event, on.Message)]
     assert any("2 iterations are too few for a verdict" in text and "--iters 7" in text for text in texts), texts
     _, demo = record.case(0).rows
     assert demo.path.startswith("tuned: ")
@@ -217,8 +219,8 @@ def test_a_shared_pass_goes_on_without_an_arm_that_fails():
 def test_long_passes_are_shared_and_give_six_rounds_a_row():
     cases = generations(4, model="tiny-llama", prompts=[64], batches=[1], generate=3, measured_layers=2)
     names = ("baseline", "mlx", "poc")
-    record, told = watched(GenerationBench, GenerationPlan(cases=cases, implementations=names, seconds=1e-4))
-    said = [event.text for event in told if isinstance(event, on.Message)]
+    record, reported = watched(GenerationBench, GenerationPlan(cases=cases, implementations=names, seconds=1e-4))
+    said = [event.text for event in reported if isinstance(event, on.Message)]
     assert sum("all implementations attend in the same passes" in text for text in said) == 2
     for index in range(2):
         case = record.case(index)

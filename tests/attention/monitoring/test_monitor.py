@@ -92,7 +92,7 @@ def test_what_a_patch_hands_to_mlx_lms_own_function_is_mlxs() -> None:
 class Asked(Baseline):
     """An implementation that counts the requests for its route."""
 
-    name = "asked"
+    name = "requested"
     times = 0
 
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
@@ -101,11 +101,11 @@ class Asked(Baseline):
 
 
 def test_growing_lengths_need_no_route_until_the_report() -> None:
-    asked = Asked()
+    requested = Asked()
     with attention.monitor() as monitor:
         for seq in range(1, 40):
-            attention.attention(*arrays(seq), implementation=asked)
-        assert asked.times == 0
+            attention.attention(*arrays(seq), implementation=requested)
+        assert requested.times == 0
     assert [row.path for row in rows_of(monitor)] == ["manual, unfused"] * 39
 
 
@@ -268,9 +268,9 @@ def test_a_sampled_call_stands_for_those_before_it() -> None:
         for number in range(calls):
             mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask="causal" if number % 4 == 0 else None)
     assert monitor.calls == pytest.approx(calls, rel=0.1)
-    told = [(row.reason or "").split(" calls")[0] for row in rows_of(monitor)]
-    assert all(words.startswith("about ") for words in told)
-    counts = [int(words.removeprefix("about ").replace(",", "")) for words in told]
+    reported = [(row.reason or "").split(" calls")[0] for row in rows_of(monitor)]
+    assert all(words.startswith("about ") for words in reported)
+    counts = [int(words.removeprefix("about ").replace(",", "")) for words in reported]
     assert min(counts) / monitor.calls == pytest.approx(0.25, abs=0.1)
 
 

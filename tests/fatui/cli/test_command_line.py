@@ -36,7 +36,7 @@ def fatui(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:
     )
 
 
-def told(capsys) -> list[str]:
+def reported(capsys) -> list[str]:
     captured = capsys.readouterr()
     assert captured.out == ""
     return [line.removeprefix("fatui: ") for line in captured.err.splitlines()]
@@ -89,7 +89,7 @@ def test_help_and_version(capsys):
 def test_a_mistake_is_one_clear_line_and_exit_code_2(arguments, expected, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["bench", *arguments]) == 2
-    lines = told(capsys)
+    lines = reported(capsys)
     assert any(expected in line for line in lines), lines
     assert all(len(line) < 300 for line in lines)
     assert list(tmp_path.iterdir()) == []
@@ -97,7 +97,7 @@ def test_a_mistake_is_one_clear_line_and_exit_code_2(arguments, expected, capsys
 
 def test_all_mistakes_are_reported_at_once(capsys):
     assert main(["bench", "--batch", "0", "--impl", "basline,pco", "--seconds", "x", "--csv", "/nowhere/x"]) == 2
-    lines = told(capsys)
+    lines = reported(capsys)
     assert [line.partition(":")[0] for line in lines] == [
         "batch",
         "implementations",
@@ -111,7 +111,7 @@ def test_a_broken_preset_is_reported_with_its_file(capsys, tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text("schema = 1\nfoo = 1\nbar = 2\n[workload]\nhead_dim = 0\n")
     assert main(["bench", str(path)]) == 2
-    assert [line.startswith(f"{path}: ") for line in told(capsys)] == [True, True, True]
+    assert [line.startswith(f"{path}: ") for line in reported(capsys)] == [True, True, True]
     assert main(["presets", "check", str(path)]) == 2
     path.write_text("schema = = 1\n")
     assert main(["presets", "check", str(path)]) == 2
@@ -121,7 +121,7 @@ def test_a_broken_preset_is_reported_with_its_file(capsys, tmp_path):
 def test_a_file_that_exits_on_import_does_not_end_explain(capsys, tmp_path):
     (tmp_path / "leaves.py").write_text("raise SystemExit(0)")
     assert main(["explain", "--impl", f"{tmp_path}/leaves.py:X,mlx"]) == 2
-    assert told(capsys) == [f"implementation: '{tmp_path}/leaves.py:X' cannot be loaded: SystemExit: 0"]
+    assert reported(capsys) == [f"implementation: '{tmp_path}/leaves.py:X' cannot be loaded: SystemExit: 0"]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_the_exit_code_tells_whether_a_case_failed(ending, code, expected, capsy
 def test_without_a_backend_one_line_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setenv("FAKE_ENDING", "no backend")
     assert main(["bench", "quick"]) == 3
-    (line,) = told(capsys)
+    (line,) = reported(capsys)
     assert "fatui[cpu]" in line
 
 
@@ -267,13 +267,13 @@ def test_the_history_takes_no_word_that_it_would_ignore(capsys):
     assert main(["history", "remove"]) == 2
     assert "it takes list, show ID, rm ID, or add FILE or FOLDER" in capsys.readouterr().err
     assert main(["history", "list", "extra"]) == 2
-    assert told(capsys) == ["history list: it takes nothing further, got 'extra'; `show ID` shows a run"]
+    assert reported(capsys) == ["history list: it takes nothing further, got 'extra'; `show ID` shows a run"]
 
 
 @pytest.mark.parametrize("words", [["list"], ["rm", "1"], ["add", "missing.json"]])
 def test_the_history_takes_no_export_that_it_would_ignore(words, tmp_path, capsys):
     assert main(["history", *words, "--json", str(tmp_path / "x.json")]) == 2
-    assert told(capsys) == [f"history {words[0]}: it takes no --json; `show ID --json FILE` exports a run"]
+    assert reported(capsys) == [f"history {words[0]}: it takes no --json; `show ID --json FILE` exports a run"]
 
 
 @pytest.mark.thorough
@@ -354,4 +354,4 @@ def test_commas_separate_masks(text, masks):
 
 def test_an_option_takes_several_masks(capsys):
     assert main(["bench", "--mask", "blocks:0.5,2", "--seconds", "x"]) == 2
-    assert told(capsys)[0] == "mask: got 'blocks:2'; blocks takes a density above 0 and at most 1, as in blocks:0.1"
+    assert reported(capsys)[0] == "mask: got 'blocks:2'; blocks takes a density above 0 and at most 1, as in blocks:0.1"

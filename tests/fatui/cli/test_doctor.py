@@ -72,9 +72,9 @@ def test_a_workload_is_explained_for_each_implementation(capsys):
 def test_what_practical_chose_and_why_is_explained(capsys):
     assert main(["explain", "--seq", "4096", "--heads", "8", "--pass", "training", "--mask", "causal"]) == 0
     chosen = capsys.readouterr().out.partition("what practical chose\n")[2]
-    told = [line.split()[0] for line in chosen.splitlines() if line[:1].strip()]
-    assert told[:3] == ["budget", "unfused", "way"]
-    assert {"heads", "rows", "keys", "skipped"} <= {*told}
+    reported = [line.split()[0] for line in chosen.splitlines() if line[:1].strip()]
+    assert reported[:3] == ["budget", "unfused", "way"]
+    assert {"heads", "rows", "keys", "skipped"} <= {*reported}
     assert "what the mask rules out" in " ".join(chosen.split())
 
 

@@ -91,7 +91,7 @@ def tuning_report(off: float = 0.0) -> Report:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (["model", "tinylama-1.1b"], "did you mean 'tinyllama-1.1b'?"),
         (["model", "tiny-llama", "--prompt", "12x"], "--prompt: got '12x'; it takes comma-separated whole numbers"),
@@ -108,11 +108,11 @@ def tuning_report(off: float = 0.0) -> Report:
         (["model", "tiny-llama", "--prompt", "-1"], "prompt: got -1; it takes a whole number from 2"),
     ],
 )
-def test_a_mistake_is_reported_in_one_line_and_exits_2(arguments, told, capsys):
+def test_a_mistake_is_reported_in_one_line_and_exits_2(arguments, reported, capsys):
     assert main.main(arguments) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert told in lines[0]
+    assert reported in lines[0]
 
 
 @pytest.mark.parametrize("command", ["model", "finetune"])

@@ -49,17 +49,17 @@ def test_a_page_is_written_from_a_json_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "reported"),
     [
         (["no-such-run"], "the history is empty"),
         (["--html", "missing/report.html"], "there is no folder"),
     ],
 )
-def test_what_cannot_be_read_or_written_is_reported_in_one_line(arguments, told, capsys, tmp_path, monkeypatch):
+def test_what_cannot_be_read_or_written_is_reported_in_one_line(arguments, reported, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["report", *arguments]) in (1, 2)
     err = capsys.readouterr().err
-    assert told in err
+    assert reported in err
     assert err.count("\n") == 1
 
 

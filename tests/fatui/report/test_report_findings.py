@@ -50,19 +50,19 @@ def planted(value, low, high, *, significant):
 
 
 def test_a_significant_speedup_is_claimed_with_its_interval():
-    told = texts(compose([planted(1.5, 1.4, 1.6, significant=True)]), "Speedups")
-    assert "practical is 1.50 ±0.10x as fast as baseline over 1 case (B=1 L=128 D=64 H=8 float16)." in told
+    reported = texts(compose([planted(1.5, 1.4, 1.6, significant=True)]), "Speedups")
+    assert "practical is 1.50 ±0.10x as fast as baseline over 1 case (B=1 L=128 D=64 H=8 float16)." in reported
 
 
 def test_a_slowdown_is_reported_as_one():
-    told = texts(compose([planted(0.5, 0.49, 0.51, significant=True)]), "Where it pays")
-    assert any(text.startswith("practical is slower than baseline in 1 of 1 case") for text in told)
+    reported = texts(compose([planted(0.5, 0.49, 0.51, significant=True)]), "Where it pays")
+    assert any(text.startswith("practical is slower than baseline in 1 of 1 case") for text in reported)
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.6, 1.9), (0.9, 1.6)])
 def test_an_interval_that_spans_one_claims_no_difference(low, high):
-    told = texts(compose([planted(1.1, low, high, significant=False)]))
-    assert not any(re.search(r"practical (is [\d.]+ ±|gains|is slower|is as fast)", text) for text in told)
+    reported = texts(compose([planted(1.1, low, high, significant=False)]))
+    assert not any(re.search(r"practical (is [\d.]+ ±|gains|is slower|is as fast)", text) for text in reported)
 
 
 def test_a_mean_is_claimed_only_if_most_cases_agree():
@@ -133,8 +133,8 @@ def test_two_points_make_no_trend():
 
 
 def test_the_growth_of_a_sweep_is_reported_with_its_power():
-    told = texts(compose([report_of(plan_of(SWEEP))]), "Head dim")
-    grown = next(text for text in told if "grows with length" in text)
+    reported = texts(compose([report_of(plan_of(SWEEP))]), "Head dim")
+    grown = next(text for text in reported if "grows with length" in text)
     # The planted times go with the FLOPs, which go with the square of the length.
     assert "baseline as its power 2.00" in grown
     assert "Length 128 to 1024" in grown
@@ -148,8 +148,8 @@ def test_a_speedup_falling_with_length_is_called_diminishing():
         speedup = ratio(8.0 / 2**number, 7.9 / 2**number, 8.1 / 2**number, significant=True)
         rows = [structs.replace(row, speedup=speedup) if row.implementation == "poc" else row for row in case.rows]
         cases.append(structs.replace(case, rows=tuple(rows)))
-    told = texts(compose([structs.replace(report, cases=tuple(cases))]), "Head dim")
-    assert any("speedup of poc over baseline diminishes: 0.50 times" in text for text in told)
+    reported = texts(compose([structs.replace(report, cases=tuple(cases))]), "Head dim")
+    assert any("speedup of poc over baseline diminishes: 0.50 times" in text for text in reported)
 
 
 @pytest.mark.thorough
@@ -161,8 +161,8 @@ def test_a_crossover_names_the_two_lengths_around_it():
         calls = {"baseline": fast if number < 2 else slow, "practical": slow if number < 2 else fast}
         rows = tuple(structs.replace(row, call_s=calls[row.implementation]) for row in case.rows)
         cases.append(structs.replace(case, rows=rows))
-    told = texts(compose([structs.replace(report, cases=tuple(cases))]), "Head dim")
-    assert any("baseline is the faster up to 256, practical from 512 on" in text for text in told)
+    reported = texts(compose([structs.replace(report, cases=tuple(cases))]), "Head dim")
+    assert any("baseline is the faster up to 256, practical from 512 on" in text for text in reported)
 
 
 def test_sweeps_omit_cases_that_differ_in_several_axes():
@@ -172,9 +172,9 @@ def test_sweeps_omit_cases_that_differ_in_several_axes():
 
 
 def test_the_studys_cold_start_is_shown():
-    told = texts(compose([report_of(plan_of((Workload(seq=64, head_dim=32),)))]), "study")
-    assert len(told) == 1
-    assert told[0].startswith(
+    reported = texts(compose([report_of(plan_of((Workload(seq=64, head_dim=32),)))]), "study")
+    assert len(reported) == 1
+    assert reported[0].startswith(
         "The study's 32.2x (B=1 L=64 D=32 H=8 float16): here the baseline's first call took 200 ms"
     )
 
@@ -203,8 +203,8 @@ def test_a_saving_is_reported_by_its_consequence(poc, expected):
     def change(row):
         return structs.replace(row, peak_bytes=int(poc) if row.implementation == "poc" else 2**22)
 
-    told = texts(compose([with_rows(report_of(), change)]), "Memory")
-    assert [text.partition(" (")[0] for text in told] == expected
+    reported = texts(compose([with_rows(report_of(), change)]), "Memory")
+    assert [text.partition(" (")[0] for text in reported] == expected
 
 
 def test_memory_beyond_twice_the_references_is_a_factor():
@@ -216,8 +216,8 @@ def test_memory_beyond_twice_the_references_is_a_factor():
         return structs.replace(case, rows=tuple(rows))
 
     report = structs.replace(report_of(), cases=(with_peaks(first, 500), with_peaks(second, 34_000)))
-    (told,) = texts(compose([report]), "Memory")
-    assert told.endswith("on B=1 L=256 D=64 H=8 float16 it takes 34.0 times as much.")
+    (reported,) = texts(compose([report]), "Memory")
+    assert reported.endswith("on B=1 L=256 D=64 H=8 float16 it takes 34.0 times as much.")
 
 
 def test_more_memory_than_another_reference_names_it():
@@ -229,8 +229,8 @@ def test_more_memory_than_another_reference_names_it():
         return structs.replace(case, reference=reference, rows=tuple(rows))
 
     cases = (with_peaks(first, "baseline", 500), with_peaks(second, "practical", 1500))
-    told = texts(compose([structs.replace(report_of(), cases=cases)]), "Memory")
-    assert any(text.endswith("on B=1 L=256 D=64 H=8 float16 it takes 50 % more than practical.") for text in told)
+    reported = texts(compose([structs.replace(report_of(), cases=cases)]), "Memory")
+    assert any(text.endswith("on B=1 L=256 D=64 H=8 float16 it takes 50 % more than practical.") for text in reported)
 
 
 def test_one_row_without_a_claim_is_counted_in_the_singular():
@@ -258,8 +258,8 @@ def test_nothing_is_claimed_without_reference_or_of_failures():
         structs.replace(case, reference=None, noise_floor=None, rows=(structs.replace(case.rows[1], speedup=None),))
         for case in report.cases
     )
-    told = texts(compose([structs.replace(report, cases=cases)]))
-    assert not [text for text in told if "baseline" in text or "faster" in text or "Choose" in text]
+    reported = texts(compose([structs.replace(report, cases=cases)]))
+    assert not [text for text in reported if "baseline" in text or "faster" in text or "Choose" in text]
 
 
 def test_names_and_paths_cannot_put_markup_into_the_page():

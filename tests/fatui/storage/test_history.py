@@ -41,14 +41,14 @@ def test_a_run_is_found_by_what_tells_it_from_others(tmp_path):
         kept.add(report_of(run=run_of(identity=identity)))
     assert kept.get("b").run.id == kept.get("last").run.id == "bb01"
     assert kept.get("last~2").run.id == "aa01"
-    for name, told in (
+    for name, reported in (
         ("aa", "could be"),
         ("zz", "no run"),
         ("", "no run"),
         ("last~9", "it has 3"),
         ("last~x", "no run"),
     ):
-        with pytest.raises(HistoryError, match=told):
+        with pytest.raises(HistoryError, match=reported):
             kept.get(name)
 
 

@@ -87,17 +87,17 @@ def test_a_decode_case_may_give_its_cache_as_kv_seq_or_as_seq():
 
 
 def test_three_mistakes_are_told_at_once_each_with_file_and_key():
-    told = problems('schema = 1\ntitel = "x"\nseconds = "long"\n[workload]\nheads = 8\nkv_heads = 3\n')
-    assert len(told) == 3
-    assert all(problem.startswith("mine.toml: ") for problem in told)
-    assert "titel: unknown key (did you mean 'title'?)" in told[0]
-    assert "seconds: got 'long'; it takes a number" in told[1]
-    assert "[workload] kv_heads: got 3; it must divide heads, which is 8" in told[2]
+    reported = problems('schema = 1\ntitel = "x"\nseconds = "long"\n[workload]\nheads = 8\nkv_heads = 3\n')
+    assert len(reported) == 3
+    assert all(problem.startswith("mine.toml: ") for problem in reported)
+    assert "titel: unknown key (did you mean 'title'?)" in reported[0]
+    assert "seconds: got 'long'; it takes a number" in reported[1]
+    assert "[workload] kv_heads: got 3; it must divide heads, which is 8" in reported[2]
 
 
 def test_a_syntax_error_is_reported_with_line_and_column():
-    (told,) = problems("schema = 1\nseconds = = 3\n")
-    assert "line 2, column 11" in told
+    (reported,) = problems("schema = 1\nseconds = = 3\n")
+    assert "line 2, column 11" in reported
 
 
 @pytest.mark.parametrize(
@@ -133,9 +133,9 @@ def test_a_syntax_error_is_reported_with_line_and_column():
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_is_wrong(text, expected):
-    told = problems(text)
-    assert any(expected in problem for problem in told), told
-    assert all("\n" not in problem and len(problem) < 300 for problem in told)
+    reported = problems(text)
+    assert any(expected in problem for problem in reported), reported
+    assert all("\n" not in problem and len(problem) < 300 for problem in reported)
 
 
 sizes = st.integers(1, 4096)

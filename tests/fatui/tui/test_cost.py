@@ -109,12 +109,12 @@ def test_a_model_says_its_memory_and_time():
 @pytest.mark.thorough
 async def test_calls_are_timed_once_the_set_up_has_settled(stage, monkeypatch):
     monkeypatch.setattr("fatui.tui.lab.SETTLED_S", 0.0)
-    asked = []
+    requested = []
 
     class Engine:
         def __init__(self, plan, listener):
             self.plan, self.listener = plan, listener
-            asked.append(plan)
+            requested.append(plan)
 
         async def run(self):
             self.listener(on.RunStarted(environment=Environment(device="Test CPU")))
@@ -128,12 +128,12 @@ async def test_calls_are_timed_once_the_set_up_has_settled(stage, monkeypatch):
     stage.app.costs.enabled = True
     stage.app.set_draft(stage.app.draft.set_axis("seq", (1024,)))
     await stage.settle(lambda: stage.app.remembered.pace.calls)
-    assert [plan.cases[0].seq for plan in asked] == [1024]
+    assert [plan.cases[0].seq for plan in requested] == [1024]
     await stage.pilot.pause()
     assert "judging by a timed call of each" in " ".join(str(stage.find("#cost").content).split())
     stage.app.set_draft(stage.app.draft.set_axis("seq", (768,)))  # near enough
     await stage.pilot.pause(0.05)
-    assert len(asked) == 1
+    assert len(requested) == 1
 
 
 @pytest.mark.slow

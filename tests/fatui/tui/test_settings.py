@@ -33,7 +33,7 @@ async def test_keys_are_other_ones_where_the_config_file_says_so():
 async def test_config_errors_are_all_reported_and_the_rest_applies():
     config("theme = 'gruvbx'\nascii = 3\ncolour = 1\n[keys]\nrnu = 'r'\nrun = 7\nstop = 'f6'\n")
     async with on_stage() as stage:
-        told = stage.app.journal.text()
+        reported = stage.app.journal.text()
         for part in (
             "did you mean 'gruvbox'",
             "ascii: got 3",
@@ -41,7 +41,7 @@ async def test_config_errors_are_all_reported_and_the_rest_applies():
             "keys.rnu",
             "keys.run: got 7",
         ):
-            assert part in told
+            assert part in reported
         assert stage.app.keys["stop"] == "f6"
 
 

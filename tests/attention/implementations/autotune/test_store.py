@@ -24,7 +24,7 @@ NOBODY = 65534
 
 
 @pytest.fixture
-def told() -> Iterator[list[str]]:
+def reported() -> Iterator[list[str]]:
     lines: list[str] = []
     with on.listening_to_tuning(lambda event: lines.append(on.tuning_log_line(event))):
         yield lines
@@ -76,7 +76,7 @@ def test_the_file_is_readable_toml_with_its_schema(path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["schema = = 1", "schema = 1\nclass = 3\n", "winner = 1\n", "\udcff", "schema = 1\n[[class]]\n"]
 )
-def test_a_damaged_file_is_set_aside_whole_and_a_new_one_begun(path: Path, text: str, told: list[str]) -> None:
+def test_a_damaged_file_is_set_aside_whole_and_a_new_one_begun(path: Path, text: str, reported: list[str]) -> None:
     path.parent.mkdir()
     damaged = text.encode(errors="surrogateescape")
     path.write_bytes(damaged)
@@ -85,8 +85,8 @@ def test_a_damaged_file_is_set_aside_whole_and_a_new_one_begun(path: Path, text:
     kept.put(an_entry())
     assert [aside.read_bytes() for aside in path.parent.glob("*.damaged-*")] == [damaged]
     assert Store(path).get(A_CLASS) == an_entry()
-    assert len(told) == 1
-    assert "damaged; it is kept as tuning.damaged-" in told[0]
+    assert len(reported) == 1
+    assert "damaged; it is kept as tuning.damaged-" in reported[0]
 
 
 @pytest.mark.parametrize(
@@ -108,15 +108,15 @@ def test_a_damaged_file_is_set_aside_whole_and_a_new_one_begun(path: Path, text:
         ("kv_seq = 512", "kv_seq = 9000000000000000000"),
     ],
 )
-def test_figures_that_no_trial_finds_are_damage(path: Path, found: str, edited: str, told: list[str]) -> None:
+def test_figures_that_no_trial_finds_are_damage(path: Path, found: str, edited: str, reported: list[str]) -> None:
     Store(path).put(an_entry())
     text = path.read_text()
     assert found in text
     path.write_text(text.replace(found, edited))
     assert Store(path).get(A_CLASS) is None
     assert [aside.read_text() for aside in path.parent.glob("*.damaged-*")] == [text.replace(found, edited)]
-    assert "damaged; it is kept as tuning.damaged-" in told[0]
-    assert len(told) == 1 and "\n" not in told[0]
+    assert "damaged; it is kept as tuning.damaged-" in reported[0]
+    assert len(reported) == 1 and "\n" not in reported[0]
 
 
 @pytest.mark.thorough
@@ -135,16 +135,16 @@ def test_a_large_store_is_parsed_once(path: Path, monkeypatch: pytest.MonkeyPatc
     assert [entry.winner for entry in Store(path).entries()] == ["mlx"] * 5 + ["poc"] * 295
 
 
-def test_two_damaged_files_in_one_second_are_both_kept(path: Path, told: list[str]) -> None:
+def test_two_damaged_files_in_one_second_are_both_kept(path: Path, reported: list[str]) -> None:
     path.parent.mkdir()
     for text in ("one", "two"):
         path.write_text(text)
         Store(path, lambda: datetime(2026, 1, 1, tzinfo=UTC)).entries()
     assert {aside.read_text() for aside in path.parent.glob("*.damaged-*")} == {"one", "two"}
-    assert len(told) == 2
+    assert len(reported) == 2
 
 
-def test_a_file_of_a_newer_version_is_left_alone(path: Path, told: list[str]) -> None:
+def test_a_file_of_a_newer_version_is_left_alone(path: Path, reported: list[str]) -> None:
     path.parent.mkdir()
     newer = 'schema = 4\n[shape-of-things]\nto = "come"\n'
     path.write_text(newer)
@@ -154,11 +154,11 @@ def test_a_file_of_a_newer_version_is_left_alone(path: Path, told: list[str]) ->
     kept.put(an_entry())
     assert path.read_text() == newer
     assert kept.get(A_CLASS) == an_entry()
-    assert [line for line in told if "written by a newer fatui (schema 4); it is left alone" in line] == told
-    assert len(told) == 1
+    assert [line for line in reported if "written by a newer fatui (schema 4); it is left alone" in line] == reported
+    assert len(reported) == 1
 
 
-def test_a_file_of_an_older_version_is_read_and_upgraded(path: Path, told: list[str]) -> None:
+def test_a_file_of_an_older_version_is_read_and_upgraded(path: Path, reported: list[str]) -> None:
     Store(path).put(an_entry())
     of_today = path.read_text()
     older = of_today.replace("schema = 3", "schema = 1").replace('made_with = ""\n', "")
@@ -170,10 +170,10 @@ def test_a_file_of_an_older_version_is_read_and_upgraded(path: Path, told: list[
     kept.put(an_entry(class_number(7)))
     assert Store(path).entries() == [an_entry(), an_entry(class_number(7))]
     assert "schema = 3" in path.read_text()
-    assert told == []
+    assert reported == []
 
 
-def test_in_a_read_only_folder_it_works_on_and_says_so_once(open_folder: Path, told: list[str]) -> None:
+def test_in_a_read_only_folder_it_works_on_and_says_so_once(open_folder: Path, reported: list[str]) -> None:
     path = open_folder / "tuning.toml"
     Store(path).put(an_entry())
     path.chmod(0o644)
@@ -184,21 +184,21 @@ def test_in_a_read_only_folder_it_works_on_and_says_so_once(open_folder: Path, t
         assert kept.get(A_CLASS) == an_entry()
         assert kept.get(class_number(32)) == an_entry(class_number(32))
         assert [entry.workload for entry in Store(path).entries()] == [A_CLASS]
-    assert len(told) == 1
-    assert "cannot be written (Permission denied); choices are kept in this process only" in told[0]
+    assert len(reported) == 1
+    assert "cannot be written (Permission denied); choices are kept in this process only" in reported[0]
 
 
-def test_a_damaged_file_in_a_read_only_folder_stays_where_it_is(open_folder: Path, told: list[str]) -> None:
+def test_a_damaged_file_in_a_read_only_folder_stays_where_it_is(open_folder: Path, reported: list[str]) -> None:
     path = open_folder / "tuning.toml"
     path.write_text("nonsense")
     path.chmod(0o644)
     with without_rights(open_folder):
         Store(path).put(an_entry())
     assert path.read_text() == "nonsense"
-    assert "cannot be written" in told[0]
+    assert "cannot be written" in reported[0]
 
 
-def test_a_file_that_may_not_be_read_is_not_replaced(open_folder: Path, told: list[str]) -> None:
+def test_a_file_that_may_not_be_read_is_not_replaced(open_folder: Path, reported: list[str]) -> None:
     path = open_folder / "tuning.toml"
     path.write_text("secret")
     path.chmod(0o600)
@@ -210,11 +210,11 @@ def test_a_file_that_may_not_be_read_is_not_replaced(open_folder: Path, told: li
         assert kept.get(A_CLASS) == an_entry()
     path.chmod(0o600)
     assert path.read_text() == "secret"
-    assert "choices are kept in this process only" in told[0]
+    assert "choices are kept in this process only" in reported[0]
 
 
 def test_a_full_disk_keeps_the_old_file_and_leaves_nothing(
-    path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+    path: Path, reported: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Store(path).put(an_entry())
 
@@ -225,7 +225,7 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_nothing(
     Store(path).put(an_entry(class_number(32)))
     assert [entry.workload for entry in Store(path).entries()] == [A_CLASS]
     assert {each.name for each in path.parent.iterdir()} == {"tuning.toml", "tuning.lock"}
-    assert "No space left on device" in told[0]
+    assert "No space left on device" in reported[0]
 
 
 @pytest.mark.thorough
@@ -252,7 +252,7 @@ def test_what_another_process_found_is_known_at_once(path: Path) -> None:
 
 
 def test_a_process_that_never_lets_go_does_not_stop_others(
-    path: Path, told: list[str], monkeypatch: pytest.MonkeyPatch
+    path: Path, reported: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "LOCK_WAIT_S", 0.05)
     path.parent.mkdir()
@@ -261,7 +261,7 @@ def test_a_process_that_never_lets_go_does_not_stop_others(
         kept = Store(path)
         kept.put(an_entry())
         assert kept.get(A_CLASS) == an_entry()
-    assert told == [f"{path}: another process holds it; choices are kept in this process only"]
+    assert reported == [f"{path}: another process holds it; choices are kept in this process only"]
 
 
 def test_a_clock_that_is_set_back_changes_nothing(path: Path) -> None:

@@ -89,7 +89,7 @@ def test_a_tiny_budget_gives_no_more_parts_than_a_graph_takes(
         assert not parts or parts <= 4096
 
 
-def asked(workload: Workload, mebibytes: int, needs: Needs = NO_NEEDS) -> Strategy:
+def strategy_of(workload: Workload, mebibytes: int, needs: Needs = NO_NEEDS) -> Strategy:
     return choose_strategy(workload, "cuda", needs, mebibytes * MIB)
 
 
@@ -99,11 +99,11 @@ def plant(monkeypatch: pytest.MonkeyPatch, why_unfused: Callable[..., str | None
 
 
 def test_what_fits_is_left_to_mlx() -> None:
-    assert strategy_text(asked(structs.replace(LONG, seq=512, kv_seq=512), 2048)) == "whole"
+    assert strategy_text(strategy_of(structs.replace(LONG, seq=512, kv_seq=512), 2048)) == "whole"
 
 
 def test_slices_that_do_not_fit_together_wait() -> None:
-    made = asked(LONG, 2560)
+    made = strategy_of(LONG, 2560)
     assert (strategy_text(made), made.waits) == ("slices", True)
     assert made.slices is not None
     assert made.slices.rows * made.slices.kv_heads < LONG.seq * LONG.heads
@@ -111,7 +111,7 @@ def test_slices_that_do_not_fit_together_wait() -> None:
 
 
 def test_where_no_slice_fits_blocks_are_taken() -> None:
-    made = asked(LONG, 64)  # less than the sums of dK and dV of one head
+    made = strategy_of(LONG, 64)  # less than the sums of dK and dV of one head
     assert (strategy_text(made), made.backward_slices) == ("slices, blocks behind", None)
     assert made.reason.endswith("the budget is 64 MiB, and no slice of a backward pass fits it")
     training = structs.replace(LONG, pass_="training")
@@ -142,19 +142,19 @@ def test_no_other_slices_would_be_fewer(mebibytes: int, pass_: Literal["forward"
 
 
 def test_where_only_the_gradient_is_too_large_it_is_sliced() -> None:
-    made = asked(structs.replace(LONG, seq=8192, kv_seq=8192), 3000)
+    made = strategy_of(structs.replace(LONG, seq=8192, kv_seq=8192), 3000)
     assert (strategy_text(made), made.waits) == ("whole, slices behind", True)
 
 
 def test_what_fits_forward_is_not_sliced_for_its_mask() -> None:
     causal = structs.replace(LONG, seq=8192, kv_seq=8192, mask="causal")
     assert skipped_share(causal, Blocks(batches=1, kv_heads=1, rows=128, keys=1)) > 0.4
-    assert strategy_text(asked(causal, 30_000)) == "whole"
-    assert strategy_text(asked(causal, 3000)) == "whole, slices behind"
+    assert strategy_text(strategy_of(causal, 30_000)) == "whole"
+    assert strategy_text(strategy_of(causal, 3000)) == "whole, slices behind"
 
 
 def test_what_mlx_cannot_do_is_done_in_blocks_there_too() -> None:
-    assert strategy_text(asked(LONG, 2560, Needs(softcap=True))) == "blocks"
+    assert strategy_text(strategy_of(LONG, 2560, Needs(softcap=True))) == "blocks"
 
 
 @pytest.mark.parametrize(("seq", "path"), [(8192, "whole + slices 8192"), (16384, "slices 8192 x 16384")])
@@ -167,31 +167,33 @@ def test_a_path_tells_whole_numbers_in_the_width_of_its_column(seq: int, path: s
 def test_sinks_are_reported_as_the_blocks_that_take_them() -> None:
     practical = Practical(3000 * MIB)
     assert practical.route(LONG, GPU).path.startswith("slices ")
-    told = practical.route(LONG, GPU, Needs(sinks=True))
-    assert told.path == "blocks 256 x 16384"
+    reported = practical.route(LONG, GPU, Needs(sinks=True))
+    assert reported.path == "blocks 256 x 16384"
     tile = tile_bytes(problem_size(LONG, "cuda"), practical.strategy(LONG, GPU).blocks)
-    assert told.predicted_bytes == LONG.output_bytes + 4 * LONG.heads * LONG.seq + int(RESIDENT_TILES["cuda"] * tile)
+    assert reported.predicted_bytes == LONG.output_bytes + 4 * LONG.heads * LONG.seq + int(
+        RESIDENT_TILES["cuda"] * tile
+    )
 
 
 def test_slices_of_the_gradient_alone_are_explained() -> None:
     workload = structs.replace(LONG, seq=8192, kv_seq=8192)
-    told = {fact.what: fact for fact in explain(Practical(3000 * MIB), workload, GPU)}
+    reported = {fact.what: fact for fact in explain(Practical(3000 * MIB), workload, GPU)}
     behind = slice_size(structs.replace(workload, pass_="training"), "cuda", NO_NEEDS, 3000 * MIB)
     assert behind is not None
-    assert told["way"].value == "whole, slices behind"
-    assert told["behind"].why == "what is cut is the backward pass alone"
-    assert (told["rows"].value, told["heads"].value) == (f"{behind.rows:,}", f"1 x {behind.kv_heads}")
+    assert reported["way"].value == "whole, slices behind"
+    assert reported["behind"].why == "what is cut is the backward pass alone"
+    assert (reported["rows"].value, reported["heads"].value) == (f"{behind.rows:,}", f"1 x {behind.kv_heads}")
 
 
 def test_a_fused_gradient_beyond_the_budget_is_sliced(monkeypatch: pytest.MonkeyPatch) -> None:
-    plant(monkeypatch, lambda *asked: None)
+    plant(monkeypatch, lambda *strategy_of: None)
     many = Workload(batch=4, seq=8192, heads=32, head_dim=128, dtype="bfloat16", mask="causal")
     few_keys = structs.replace(many, kv_seq=4)
     for workload in (many, few_keys):
-        made = asked(workload, 512)
+        made = strategy_of(workload, 512)
         assert strategy_text(made) == "fused, slices behind"
         assert made.reason.startswith("MLX's fused kernels need 520 MiB, with what they make of a mask; the budget")
-        assert strategy_text(asked(workload, 521)) == "fused"
+        assert strategy_text(strategy_of(workload, 521)) == "fused"
 
 
 @pytest.mark.parametrize("backend", ["cuda", "metal"])
@@ -200,7 +202,7 @@ def test_arrays_beside_a_mask_of_every_head_count(
     fused: bool, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refusal = None if fused else "no"
-    plant(monkeypatch, lambda *asked: refusal)
+    plant(monkeypatch, lambda *strategy_of: refusal)
     workload, needs = structs.replace(LONG, seq=2048, kv_seq=2048), Needs(array_mask=True)
     converted = MaskCopies(batches=1, heads=8, pair_bytes=12)
     budget = converted.size(workload) - MIB
@@ -257,11 +259,11 @@ def test_a_gradient_fused_for_few_rows_is_sliced_where_large(
 ) -> None:
     plant(monkeypatch, fuses_multiples_of_128)
     workload = Workload(batch=4, seq=2047, heads=16, head_dim=64, mask="causal")
-    made = asked(workload, 8000)
+    made = strategy_of(workload, 8000)
     assert (strategy_text(made), made.waits) == ("fused, slices behind", False)
     assert made.reason == "2047 rows; slices of such rows have one"
-    assert strategy_text(asked(structs.replace(workload, batch=1, heads=2, kv_heads=2), 8000)) == "fused"
-    assert strategy_text(asked(structs.replace(workload, seq=2048, kv_seq=2048), 8000)) == "fused"
+    assert strategy_text(strategy_of(structs.replace(workload, batch=1, heads=2, kv_heads=2), 8000)) == "fused"
+    assert strategy_text(strategy_of(structs.replace(workload, seq=2048, kv_seq=2048), 8000)) == "fused"
 
 
 def test_a_large_size_is_said_in_a_unit_that_fits_it():
@@ -280,12 +282,12 @@ def test_the_route_of_an_array_mask_is_the_path_that_runs(dtype: mx.Dtype, heads
     workload = Workload(seq=150, heads=4, head_dim=16, dtype="float16")
     q, k, v = make_inputs(workload, 0)
     mask = Mask(array=mx.zeros((1, heads, 150, 150), dtype))
-    asked, needs = call_signature(q, k, v, mask, None)
+    strategy_of, needs = call_signature(q, k, v, mask, None)
     for kibibytes in range(125, 4500, 175):
         practical = Practical(kibibytes * 1024)
         calls.take_path()
         mx.eval(practical(q, k, v, scale=0.25, mask=mask))
-        assert calls.take_path() == practical.route(asked, CPU, needs).path, kibibytes
+        assert calls.take_path() == practical.route(strategy_of, CPU, needs).path, kibibytes
 
 
 @pytest.mark.thorough

@@ -121,10 +121,10 @@ def test_no_path_is_named_for_a_compiler_that_cannot_make_it(fresh, monkeypatch,
 
 @pytest.mark.thorough
 def test_a_library_says_what_it_runs(own_folder, monkeypatch):
-    asked = cpu.variant()
-    assert asked in build.VARIANTS
+    requested = cpu.variant()
+    assert requested in build.VARIANTS
     cpu.load()
-    assert cpu.variant() == asked
+    assert cpu.variant() == requested
 
 
 @pytest.mark.thorough
@@ -155,7 +155,7 @@ def test_a_refused_matrix_unit_is_not_named():
 def test_the_matrix_unit_is_used_where_its_name_is(pairs):
     flags = ("-march=skylake-avx512", "-mamx-tile", "-mamx-bf16", *(("-mavx512bf16",) if pairs else ()))
     command = (*build.compiler(), "-std=c++20", *flags, "-E", "-dM", str(build.SOURCES / "variant.cpp"))
-    asked = subprocess.run(command, capture_output=True, text=True, check=False)
-    if asked.returncode != 0:
+    requested = subprocess.run(command, capture_output=True, text=True, check=False)
+    if requested.returncode != 0:
         pytest.skip("the compiler has no AMX")
-    assert ("#define FATUI_MATRIX_TILES" in asked.stdout) == pairs
+    assert ("#define FATUI_MATRIX_TILES" in requested.stdout) == pairs

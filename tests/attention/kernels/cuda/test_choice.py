@@ -73,18 +73,18 @@ def test_a_failed_check_sends_the_call_to_the_general_kernel(on):
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "reported"),
     [
         ({"dtype": "float32"}, "MLX's own float32 products may round to TF32"),
         ({"head_dim": 320}, "head dims up to 256, not 320"),
         ({"value_dim": 512}, "head dims up to 256, not 512"),
     ],
 )
-def test_what_is_not_taken_is_reported_in_a_line(on, fields, told):
+def test_what_is_not_taken_is_reported_in_a_line(on, fields, reported):
     on("A100")
     route = path.route(workload(**fields), NO_NEEDS)
     assert not route.supported
-    assert told in route.reason
+    assert reported in route.reason
 
 
 def test_the_general_kernel_makes_gradients_that_hopper_lacks(on):
@@ -156,17 +156,17 @@ def test_every_kernel_gets_the_parameters_of_its_signature(on, mask, queries):
 
 
 @pytest.mark.parametrize(
-    ("mask", "told"),
+    ("mask", "reported"),
     [
         (mx.zeros((3, 300)), "broadcasts to (1, 4, 200, 300)"),
         (mx.zeros((1, 1, 1, 1, 300)), "broadcasts to (1, 4, 200, 300)"),
         (mx.zeros((300,), mx.int32), "bool, bfloat16, float16, float32; got int32"),
     ],
 )
-def test_a_mask_that_does_not_fit_is_reported(on, mask, told):
+def test_a_mask_that_does_not_fit_is_reported(on, mask, reported):
     on("A100")
     q, k = mx.zeros((1, 4, 200, 64), mx.float16), mx.zeros((1, 4, 300, 64), mx.float16)
-    with pytest.raises(ValueError, match=re.escape(told)):
+    with pytest.raises(ValueError, match=re.escape(reported)):
         cuda.flash_attention(q, k, k, scale=0.1, mask=mask)
 
 

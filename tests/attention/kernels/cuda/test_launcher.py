@@ -57,7 +57,7 @@ class Recorder:
 
 
 @pytest.fixture
-def told(monkeypatch):
+def reported(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr("attention.kernels.cuda.runtime.launch.launcher", SimpleNamespace(module=lambda: recorder))
     monkeypatch.setattr("attention.kernels.cuda.runtime.launch.machine_code", lambda program: b"code")
@@ -86,30 +86,30 @@ def told(monkeypatch):
 X, Y, CONSTANT, OUT, SUMS, MORE, LAST = range(7)
 
 
-def test_arguments_are_inputs_constants_outputs_numbers(told):
+def test_arguments_are_inputs_constants_outputs_numbers(reported):
     addresses = [[POINTER, X], [POINTER, Y], [POINTER, CONSTANT], [POINTER, SUMS]]
-    assert told.arguments[0] == [*addresses, [NUMBER, 7], [NUMBER, 8]]
-    assert told.arguments[1] == [[POINTER, Y], [POINTER, SUMS], [POINTER, OUT], [POINTER, MORE]]
+    assert reported.arguments[0] == [*addresses, [NUMBER, 7], [NUMBER, 8]]
+    assert reported.arguments[1] == [[POINTER, Y], [POINTER, SUMS], [POINTER, OUT], [POINTER, MORE]]
 
 
-def test_arrays_are_passed_as_maps_with_strides_or_not_at_all(told):
+def test_arrays_are_passed_as_maps_with_strides_or_not_at_all(reported):
     map_of_x = [MAP, X, 64, 64, 128]
     strides = [[STRIDE, Y, axis] for axis in range(3)]
-    assert told.arguments[2] == [map_of_x, [POINTER, Y], [POINTER, LAST], [NOTHING], *strides, [SERIAL]]
+    assert reported.arguments[2] == [map_of_x, [POINTER, Y], [POINTER, LAST], [NOTHING], *strides, [SERIAL]]
 
 
-def test_what_is_changed_in_place_counts_as_written(told):
-    assert told.reads == [[X, Y], [Y], [X, Y]]
-    assert told.writes == [[SUMS], [SUMS, OUT, MORE], [LAST]]
+def test_what_is_changed_in_place_counts_as_written(reported):
+    assert reported.reads == [[X, Y], [Y], [X, Y]]
+    assert reported.writes == [[SUMS], [SUMS, OUT, MORE], [LAST]]
 
 
-def test_wanted_outputs_come_first_with_shapes_and_types(told):
-    assert told.shapes == [[4], [2, 3], [1], [1]]
-    assert told.types == [mx.bfloat16, mx.float32, mx.uint8, mx.uint8]
+def test_wanted_outputs_come_first_with_shapes_and_types(reported):
+    assert reported.shapes == [[4], [2, 3], [1], [1]]
+    assert reported.types == [mx.bfloat16, mx.float32, mx.uint8, mx.uint8]
 
 
-def test_blocks_are_those_of_each_launch(told):
-    assert told.blocks == [5, 9, 1]
+def test_blocks_are_those_of_each_launch(reported):
+    assert reported.blocks == [5, 9, 1]
 
 
 def test_without_a_compiler_nothing_is_compiled_and_it_says_so(monkeypatch):

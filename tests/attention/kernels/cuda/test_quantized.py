@@ -342,7 +342,7 @@ def on(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("fields", "needs", "told"),
+    ("fields", "needs", "reported"),
     [
         ({"pass_": "decode"}, {}, "unpacks int8 in registers"),
         ({}, {}, "reads a workspace"),
@@ -353,12 +353,12 @@ def on(monkeypatch):
     ],
 )
 @pytest.mark.parametrize("gpu", ["H100", "A100"])
-def test_a_route_tells_where_keys_and_values_are_dequantized(on, gpu, fields, needs, told):
+def test_a_route_tells_where_keys_and_values_are_dequantized(on, gpu, fields, needs, reported):
     on(gpu)
     case = Workload(**{"dtype": "bfloat16", "seq": 512, "head_dim": 64, "kv_format": "int8", **fields})
     found = path.route(case, Needs(**needs))
     assert (found.path, found.fused) == ("CUDA, quantized K/V", True)
-    assert told in found.reason
+    assert reported in found.reason
 
 
 def test_sinks_are_taken_with_quantized_keys_and_values_only(on):

@@ -74,17 +74,17 @@ def test_a_check_that_crashed_the_process_twice_has_failed(compiles):
 
 
 def test_a_text_that_does_not_compile_is_compiled_once(monkeypatch):
-    asked = []
+    requested = []
 
     def refuse(source, options):
-        asked.append(1)
+        requested.append(1)
         raise runtime_program.CompileError("flash.cu(3): error: nonsense\nmore")
 
     monkeypatch.setattr(runtime_program, "compile_program", refuse)
     for _ in range(2):
         a_new_process()
         assert selfcheck.check(PROGRAM, lambda: None) == "flash.cu(3): error: nonsense"
-    assert len(asked) == 1
+    assert len(requested) == 1
 
 
 def test_a_gpu_that_no_longer_answers_is_reported_as_such(monkeypatch):
@@ -92,9 +92,9 @@ def test_a_gpu_that_no_longer_answers_is_reported_as_such(monkeypatch):
         raise RuntimeError("an illegal memory access")
 
     monkeypatch.setattr(selfcheck, "_gpu_responds", lambda: False)
-    with pytest.raises(RuntimeError, match="broke this process's use of the GPU") as told:
+    with pytest.raises(RuntimeError, match="broke this process's use of the GPU") as reported:
         selfcheck.check(PROGRAM, launch)
-    assert not isinstance(told.value, KernelUnavailable)  # which would let the call fall back to another kernel
+    assert not isinstance(reported.value, KernelUnavailable)  # which would let the call fall back to another kernel
     a_new_process()
     assert selfcheck.distrust_reason(PROGRAM) == "an illegal memory access"
 

@@ -110,17 +110,17 @@ def test_metals_own_error_is_told_by_route_doctor_and_report():
 
 @pytest.mark.slow
 def test_a_report_checks_all_head_dims_and_hides_home_folders(monkeypatch, tmp_path):
-    told = []
+    reported = []
     monkeypatch.setattr(diagnosis, "home", lambda: tmp_path)
     monkeypatch.setattr(diagnosis, "diagnose", lambda measure: [])
     with on_a_mac(Refusing()):
-        report = diagnosis.make(told.append, measure=True)
-    kinds = {tuple(line.split()[1:4]) for line in told}  # pass, dtype and head dim
+        report = diagnosis.make(reported.append, measure=True)
+    kinds = {tuple(line.split()[1:4]) for line in reported}  # pass, dtype and head dim
     passes, dtypes, dims = map(set, zip(*kinds, strict=True))
     assert passes == {"forward", "decode", "backward"}
     assert len(dtypes) == 3
     assert len(kinds) == 3 * 3 * len(dims) == 63
-    assert f"0 of {len(told)} checks passed" in report
+    assert f"0 of {len(reported)} checks passed" in report
     assert diagnosis.without_home(f"{tmp_path}/x") == "~/x"
 
 
