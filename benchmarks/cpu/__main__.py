@@ -109,6 +109,7 @@ def main() -> None:
     """Measure, and print the table of targets."""
     arguments = _arguments()
     mx.set_default_device(mx.cpu)
+    measure.keep_freed_memory()
     cpu.load(lambda message: print(message, file=sys.stderr))
     if arguments.subject == "quantized":
         quantized.main(arguments)

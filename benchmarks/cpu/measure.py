@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -20,7 +20,7 @@ from attention.kernels import cpu
 from attention.kernels.cpu import library
 from attention.measure.device import usable_cores
 from attention.measure.rounds import Arm, TimedCall, calls_for, take_sample
-from benchmarks.rounds import Call, EvaluatedCalls, MlxCalls, TorchCalls, sample
+from benchmarks.rounds import EvaluatedCalls, MlxCalls, TorchCalls, sample
 
 TYPES: Final[dict[str, mx.Dtype]] = {name: getattr(mx, name) for name in DTYPES}
 
@@ -87,33 +87,18 @@ SETTLE_S: Final = 0.012
 """Torch's threads spin for 7 ms after a call, which would take half a processor from the next sample."""
 
 
-UNFREED_BYTES: Final = 2**20
-"""Size of outputs at which `FreedCalls` evaluates and frees them."""
+LARGEST_KEPT: Final = (32 << 20) - (64 << 10)
+"""Bytes of the largest block up to which glibc raises its thresholds, with room for its header."""
 
 
-class FreedCalls(MlxCalls):
-    """MLX calls whose outputs are evaluated and freed before much memory is in use, as PyTorch's are.
+def keep_freed_memory() -> None:
+    """Make glibc keep up to 64 MiB of freed memory.
 
-    The outputs of all calls of a sample would be in new pages, which Linux has to clear first: a tenth of the time of
-    4/8/256/32, and a third on a busy virtual machine. A model frees what it has used, too.
+    It returns more than twice the largest block freed so far to the system. The outputs of a sample's calls, queued
+    together, were therefore new pages in every sample, which cost a tenth to a fifth of a call's processor time; PyTorch
+    frees each call's output before the next.
     """
-
-    def __init__(self, call: Call, output_bytes: int) -> None:
-        super().__init__(call)
-        self._at_once = max(1, UNFREED_BYTES // output_bytes)
-        self._queued: list[object] = []
-
-    def queue(self) -> object:
-        """Queue the next call."""
-        self._queued.append(super().queue())
-        if len(self._queued) >= self._at_once:
-            self.wait(())
-        return None
-
-    def wait(self, outputs: Sequence[object]) -> None:
-        """Evaluate and free the outputs of queued calls."""
-        super().wait(self._queued)
-        self._queued.clear()
+    np.ones(LARGEST_KEPT, np.uint8)
 
 
 def ours(shape: BenchShape, dtype: str, backward: bool = False, fused: bool = True) -> TimedCall:
@@ -129,8 +114,8 @@ def ours(shape: BenchShape, dtype: str, backward: bool = False, fused: bool = Tr
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
     if backward:
-        return FreedCalls(lambda: mx.vjp(attend, [q, k, v], [cotangent])[1], q.nbytes + k.nbytes + v.nbytes)
-    return FreedCalls(lambda: attend(q, k, v), q.nbytes)
+        return MlxCalls(lambda: mx.vjp(attend, [q, k, v], [cotangent])[1])
+    return MlxCalls(lambda: attend(q, k, v))
 
 
 def torchs(shape: BenchShape, dtype: str, backward: bool = False) -> TimedCall | None:
