@@ -27,6 +27,16 @@ inline void write_statistics(const ForwardCall& call, int64_t place, const Softm
   reinterpret_cast<RowStatistics*>(call.statistics)[place] = {state.maximum[row], state.sum[row], state.fine[row]};
 }
 
+// A square of outputs at an edge: dims from d on of `rows` rows.
+template <class T>
+[[gnu::noinline]] void write_square(T* const (&out)[lanes], const float* transposed, int64_t line, int64_t d, int64_t dv,
+                                    int64_t rows, Vector inverse) {
+  Vector x[lanes];
+  FATUI_ROLLED for (int c = 0; c < lanes; c++) x[c] = d + c < dv ? load(transposed + c * line) * inverse : Vector{};
+  transpose(x);
+  FATUI_ROLLED for (int64_t r = 0; r < rows; r++) narrow_some(out[r] + d, x[r], dv - d);
+}
+
 // O = O' / sum, transposed back to rows. Fully masked rows: 0, with a logsumexp of -inf.
 template <class T>
 void write_rows(const ForwardCall& call, const Item& item, const float* transposed, int64_t line, const Softmax& state) {
@@ -40,17 +50,14 @@ void write_rows(const ForwardCall& call, const Item& item, const float* transpos
     T* out[lanes];
     for (int64_t r = 0; r < some; r++) out[r] = static_cast<T*>(call.output) + place(row + r) * dv;
     for (int64_t d = 0; d < dv; d += lanes) {
+      if (some < lanes || d + lanes > dv) {
+        write_square(out, transposed + d * line + row, line, d, dv, some, inverse);
+        continue;
+      }
       Vector x[lanes];
-      if (d + lanes <= dv)
-        FATUI_UNROLL for (int c = 0; c < lanes; c++) x[c] = load(transposed + (d + c) * line + row) * inverse;
-      else
-        for (int c = 0; c < lanes; c++)
-          x[c] = d + c < dv ? load(transposed + (d + c) * line + row) * inverse : Vector{};
+      FATUI_UNROLL for (int c = 0; c < lanes; c++) x[c] = load(transposed + (d + c) * line + row) * inverse;
       transpose(x);
-      if (some == lanes && d + lanes <= dv)
-        FATUI_UNROLL for (int r = 0; r < lanes; r++) narrow(out[r] + d, x[r]);
-      else
-        for (int64_t r = 0; r < some; r++) narrow_some(out[r] + d, x[r], dv - d);
+      FATUI_UNROLL for (int r = 0; r < lanes; r++) narrow(out[r] + d, x[r]);
     }
     for (int64_t r = row; r < row + some; r++) write_statistics(call, place(r), state, r);
   }

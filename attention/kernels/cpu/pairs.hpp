@@ -53,24 +53,37 @@ FATUI_INLINE Vector interleaved(Vector even, Vector odd) {  // two vectors of 16
   return as<Vector>(as<Words>(even) | (as<Words>(odd) << 16));
 }
 
-FATUI_INLINE Vector bits_of(const bfloat16_t* p, int64_t stride, int64_t count) {
+FATUI_INLINE Vector bits_of(const void* p) {
+  return as<Vector>(__builtin_convertvector(*static_cast<const HalvesAnywhere*>(p), Words));
+}
+
+// The first `count` numbers, or as many as there are lanes; the rest are zero.
+[[gnu::noinline]] inline Vector bits_of(const bfloat16_t* p, int64_t stride, int64_t count) {
   alignas(64) uint16_t whole[lanes] = {};
-  if (stride == 1 && count >= lanes) std::memcpy(whole, p, sizeof whole);
-  else for (int64_t i = 0; i < std::min<int64_t>(count, lanes); i++) whole[i] = p[i * stride].bits;
-  return as<Vector>(__builtin_convertvector(*reinterpret_cast<const HalvesAnywhere*>(whole), Words));
+  for (int64_t i = 0; i < std::min<int64_t>(count, lanes); i++) whole[i] = p[i * stride].bits;
+  return bits_of(whole);
 }
 
 // Transposes keys or values: VT[d][key / 2], with a row stride in words; zeros for missing keys and dims.
 inline void turn_rows(const Tensor& t, int64_t batch, int64_t head, int64_t key, int64_t keys, int64_t dims,
                         int64_t padded_keys, float* out, int64_t line) {
   const bfloat16_t* data = row_of<const bfloat16_t>(t, batch, head, key);
-  const auto row = [&](int64_t j, int64_t d) __attribute__((always_inline)) {
-    return j < keys ? bits_of(data + j * t.stride[2] + d * t.stride[3], t.stride[3], dims - d) : Vector{};
+  const int64_t line_of_data = t.stride[2];
+  const auto row = [&](int64_t j, int64_t d) {
+    return j < keys ? bits_of(data + j * line_of_data + d * t.stride[3], t.stride[3], dims - d) : Vector{};
   };
   for (int64_t j = 0; j < padded_keys; j += 2 * lanes)
     for (int64_t d = 0; d < dims; d += lanes) {
       Vector x[lanes];
-      FATUI_UNROLL for (int i = 0; i < lanes; i++) x[i] = interleaved(row(j + 2 * i, d), row(j + 2 * i + 1, d));
+      if (t.stride[3] == 1 && d + lanes <= dims && j + 2 * lanes <= keys) {
+        const bfloat16_t* from = data + j * line_of_data + d;
+        FATUI_UNROLL for (int i = 0; i < lanes; i++, from += 2 * line_of_data)
+          x[i] = interleaved(bits_of(from), bits_of(from + line_of_data));
+      } else {
+        Vector some[lanes];
+        FATUI_ROLLED for (int i = 0; i < lanes; i++) some[i] = interleaved(row(j + 2 * i, d), row(j + 2 * i + 1, d));
+        FATUI_UNROLL for (int i = 0; i < lanes; i++) x[i] = some[i];
+      }
       transpose(x);
       FATUI_UNROLL for (int i = 0; i < lanes; i++) store(out + (d + i) * line + j / 2, x[i]);
     }
@@ -78,8 +91,10 @@ inline void turn_rows(const Tensor& t, int64_t batch, int64_t head, int64_t key,
 
 // Packs rows in pairs: out[row / 2][column], with a row stride in words; zeros for a missing row and missing columns.
 inline void pair_rows(const Rows<bfloat16_t>& rows, int64_t columns, float* out, int64_t line) {
-  const auto row = [&](int64_t r, int64_t c) __attribute__((always_inline)) {
-    return r < rows.count ? bits_of(rows.row[r] + c * rows.stride, rows.stride, columns - c) : Vector{};
+  const auto row = [&](int64_t r, int64_t c) {
+    if (r >= rows.count) return Vector{};
+    if (rows.stride == 1 && c + lanes <= columns) return bits_of(rows.row[r] + c);
+    return bits_of(rows.row[r] + c * rows.stride, rows.stride, columns - c);
   };
   for (int64_t r = 0; r < query_tile; r += 2)
     for (int64_t c = 0; c < columns; c += lanes) store(out + r / 2 * line + c, interleaved(row(r, c), row(r + 1, c)));

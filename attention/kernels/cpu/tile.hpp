@@ -44,17 +44,32 @@ Rows<T> rows_of(const Tensor& t, const Item& item) {
   return rows;
 }
 
+// A square at the edge of a tile, or one with strides: what is not there is zero. A function of its own, once for each type,
+// as are those below for what is rare: in a loop over a number of vectors known only then they would be in memory, in the
+// usual case too.
+template <class T>
+[[gnu::noinline]] void load_some(const Rows<T>& rows, int64_t row, int64_t column, int64_t columns, Vector (&x)[lanes]) {
+  FATUI_ROLLED for (int i = 0; i < lanes; i++)
+    x[i] = row + i < rows.count ? widen_strided(rows.row[row + i] + column * rows.stride, rows.stride, columns - column)
+                                : Vector{};
+}
+
 // A square of the tile, transposed: lane i of the result's vector c is element column + c of row `row + i`.
 template <class T>
 FATUI_INLINE void load_turned(const Rows<T>& rows, int64_t row, int64_t column, int64_t columns, Vector (&x)[lanes]) {
   if (row + lanes <= rows.count && column + lanes <= columns && rows.stride == 1) {
     FATUI_UNROLL for (int i = 0; i < lanes; i++) x[i] = widen(rows.row[row + i] + column);
-    return transpose(x);
+  } else {
+    Vector some[lanes];
+    load_some(rows, row, column, columns, some);
+    FATUI_UNROLL for (int i = 0; i < lanes; i++) x[i] = some[i];
   }
-  for (int i = 0; i < lanes; i++)
-    x[i] = row + i < rows.count ? widen_strided(rows.row[row + i] + column * rows.stride, rows.stride, columns - column)
-                                : Vector{};
   transpose(x);
+}
+
+// The first vectors of a square, `line` floats apart.
+[[gnu::noinline]] inline void store_some(float* to, int64_t line, const Vector (&x)[lanes], int64_t count) {
+  FATUI_ROLLED for (int64_t c = 0; c < count; c++) store(to + c * line, x[c]);
 }
 
 // Transposes a tile: out[column][row], `width` (a multiple of lanes) rows, `line` floats apart, scaled by a factor.
@@ -67,10 +82,13 @@ void transpose_rows(const Rows<T>& rows, int64_t columns, int64_t width, float* 
       load_turned(rows, row, column, columns, x);
       if (factor != 1.0f) FATUI_UNROLL for (int c = 0; c < lanes; c++) x[c] *= factor;
       float* to = out + column * line + row;
-      if (column + lanes <= columns)
+      if (column + lanes <= columns) {
         FATUI_UNROLL for (int c = 0; c < lanes; c++) store(to + c * line, x[c]);
-      else
-        for (int64_t c = 0; c < columns - column; c++) store(to + c * line, x[c]);
+      } else {
+        Vector some[lanes];
+        FATUI_UNROLL for (int c = 0; c < lanes; c++) some[c] = x[c];
+        store_some(to, line, some, columns - column);
+      }
     }
 }
 

@@ -17,9 +17,11 @@
 #if defined(__clang__)
 #define FATUI_UNROLL _Pragma("clang loop unroll(full)")
 #define FATUI_UNROLL_BY_4 _Pragma("clang loop unroll_count(4)")
+#define FATUI_ROLLED _Pragma("clang loop unroll(disable)")
 #else
 #define FATUI_UNROLL _Pragma("GCC unroll 16")
 #define FATUI_UNROLL_BY_4 _Pragma("GCC unroll 4")
+#define FATUI_ROLLED _Pragma("GCC unroll 1")
 #endif
 
 namespace fatui {
