@@ -21,22 +21,29 @@ struct Lines {
 class Ahead {
  public:
   template <class E>
-  explicit Ahead(const Lines<E>& lines)
-      : at_(reinterpret_cast<const char*>(lines.data)), pieces_(ceil_div(lines.length * sizeof(E), 64)),
+  explicit Ahead(const Lines<E>& lines, bool to_write = false)
+      : to_write_(to_write), at_(reinterpret_cast<const char*>(lines.data)), pieces_(ceil_div(lines.length * sizeof(E), 64)),
         gap_(lines.stride * int64_t(sizeof(E)) - 64 * pieces_), lines_(lines.count) {
     if (gap_ == 0) pieces_ *= lines_, lines_ = std::min<int64_t>(lines_, 1);  // contiguous: one long row
     here_ = lines_ > 0 ? pieces_ : 0;
   }
+
+  // What is prefetched once all of this has been: more lines, for which it is not the time of the products that decides.
+  void go_on_with(Ahead* then) { then_ = then; }
 
   void ask_for_all() { ask_one_by_one(std::numeric_limits<int64_t>::max()); }
   template <int level = 1>
   void ask_one_by_one(int64_t count) {
     while (count > 0 && lines_ > 0) {
       const int64_t some = std::min(count, here_);
-      for (const char *at = at_, *end = at_ + 64 * some; at < end; at += 64) __builtin_prefetch(at, 0, level == 1 ? 3 : 2);
+      for (const char *at = at_, *end = at_ + 64 * some; at < end; at += 64) {
+        if (to_write_) __builtin_prefetch(at, 1, 3);
+        else __builtin_prefetch(at, 0, level == 1 ? 3 : 2);
+      }
       at_ += 64 * some, here_ -= some, count -= some;
       if (here_ == 0 && --lines_ > 0) at_ += gap_, here_ = pieces_;
     }
+    if (count > 0 && then_ != nullptr) then_->ask_one_by_one<level>(count);
   }
   int64_t pieces() const { return lines_ * pieces_; }
 
@@ -48,6 +55,8 @@ class Ahead {
   }
 
  private:
+  bool to_write_;
+  Ahead* then_ = nullptr;
   const char* at_;
   int64_t pieces_, gap_, lines_, here_ = 0;  // pieces per row; gap between rows; rows left; pieces left in this row
 };

@@ -12,6 +12,8 @@
 //   | V'    | . |  O'   Dv x 64      |
 //   +-------+   +--------------------+
 #pragma once
+#include <array>
+
 #include "decode_products.hpp"
 #include "forward.hpp"
 #include "product.hpp"
@@ -29,6 +31,7 @@ constexpr bool by_parts = registers == 16;
 struct NextTile {
   Ahead key, value;
   int64_t key_lines = 0, value_lines = 0;  // for each register tile
+  std::array<Ahead*, 2> rows = {};  // prefetched after the keys, and after the values
 
   // Keys from `first` on of an item, at most `keys`, while panels of `columns` queries in all are computed.
   template <class T>
@@ -43,11 +46,47 @@ struct NextTile {
     next.value_lines = ceil_div(next.value.pieces(), across * ceil_div(p.value_dim, 6));
     return next;
   }
+  // The tile that is listed next, for the item or else first for the one after it.
+  template <class T>
+  static NextTile listed(const Problem& p, const Item& item, const Item* after, const ListWalk& walk) {
+    int64_t tile = walk.upcoming();
+    if (tile < 0 && after != nullptr) tile = ListWalk(p, *after).upcoming();
+    const Item& owner = walk.upcoming() < 0 && after != nullptr ? *after : item;
+    return of<T>(p, owner, std::max<int64_t>(tile, 0) * key_tile, tile < 0 ? 0 : p.keys - tile * key_tile, walk.rows());
+  }
   // The first tile of an item.
   template <class T>
   static NextTile first(const Problem& p, const Item& item, int64_t columns) {
     const int64_t key = std::max(item.key_begin, visible(p, item.query).first / key_tile * key_tile);
     return of<T>(p, item, key, item.key_end - key, columns);
+  }
+};
+
+// Rows of the next item's queries and of this item's output, of one head, prefetched between those of keys and values: an item with
+// few keys would wait for them as long as for a tenth of its products.
+template <class T>
+struct NextRows {
+  Ahead queries, output;
+
+  static Lines<T> none() { return {nullptr, 0, 0, 0}; }
+  NextRows(const ForwardCall& call, const Item& item, const Item* after)
+      : queries(after == nullptr || after->heads > 1 || call.problem.query.stride[3] != 1
+                    ? none()
+                    : Lines<T>{row_of<const T>(call.problem.query, after->batch, after->head, after->query),
+                               call.problem.query.stride[2], call.problem.head_dim, after->queries}),
+        output(item.heads > 1 ? none()
+                              : Lines<T>{static_cast<const T*>(call.output) +
+                                             ((item.batch * call.problem.heads + item.head) * call.problem.queries + item.query) *
+                                                 call.problem.value_dim,
+                                         call.problem.value_dim, call.problem.value_dim, item.queries},
+               true) {}
+
+  // After the keys and values of a tile, of which each register tile asks for twice its share: where a mask hides most keys, panels
+  // skip tiles and parts of tiles.
+  NextTile after(NextTile tile) {
+    tile.rows = {&queries, &output};
+    tile.key_lines = 2 * tile.key_lines + 2, tile.value_lines = 2 * tile.value_lines + 2;
+    return tile;
   }
 };
 
@@ -134,6 +173,7 @@ struct Panel {
 template <class T>
 void share_tile(const Problem& p, const Item& item, Panel* panel, int64_t panels, int64_t key, int64_t keys,
                 NextTile next, ListWalk* walk = nullptr) {
+  next.key.go_on_with(next.rows[0]), next.value.go_on_with(next.rows[1]);
   const Buffers& buffer = panel[0].buffer;
   const Floats k =
       floats_of<T>(p.key, p.key_packing, item.batch, item.kv_head, key, keys, p.head_dim, buffer.key, buffer.d);
@@ -156,17 +196,19 @@ void attend_panels(const ForwardCall& call, const Item& item, Partials& partials
     panel[i].open<T>(p, item, i);
     if (panel[i].begin < panel[i].end) begin = std::min(begin, panel[i].begin), end = std::max(end, panel[i].end);
   }
+  NextRows<T> rows(call, item, after);
+  const auto next_tile = [&](const NextTile& tile) { return p.window > 0 ? rows.after(tile) : tile; };
   if (has_lists(p)) {
     ListWalk walk(p, item);
     for (int64_t tile; (tile = walk.next()) >= 0;)
       share_tile<T>(p, item, panel, panels, tile * key_tile, std::min(key_tile, p.keys - tile * key_tile),
-                    NextTile::of<T>(p, item, 0, 0, item.rows()), &walk);
+                    rows.after(NextTile::listed<T>(p, item, after, walk)), &walk);
   } else {
     for (int64_t key = begin, next; key < end; key = next) {
       next = std::min(key + key_tile, end);
       share_tile<T>(p, item, panel, panels, key, next - key,
-                    next == end && after != nullptr ? NextTile::first<T>(p, *after, item.rows())
-                                                    : NextTile::of<T>(p, item, next, end - next, item.rows()));
+                    next_tile(next == end && after != nullptr ? NextTile::first<T>(p, *after, item.rows())
+                                                              : NextTile::of<T>(p, item, next, end - next, item.rows())));
     }
   }
   for (int64_t i = 0; i < panels; i++) {
@@ -190,7 +232,7 @@ void walk(const ForwardCall& call) {
   const ListedItems items(p, schedule);
   Partials partials(p, schedule);
   const auto attend_item = [&](int64_t index) {
-    const bool last = has_lists(p) || index + 1 == schedule.items();
+    const bool last = index + 1 == schedule.items();
     const Item item = items.item(index), after = last ? item : items.item(index + 1);  // probably of the same thread
     attend<T>(call, item, partials, last ? nullptr : &after);
   };

@@ -58,15 +58,25 @@ ListWalk::ListWalk(const Problem& p, const Item& item)
   }
 }
 
-int64_t ListWalk::next() {
+int64_t ListWalk::upcoming() const {
   int32_t tile = std::numeric_limits<int32_t>::max();
   for (int64_t i = 0; i < lists_; i++)
     if (rest_[i].begin < rest_[i].end) tile = std::min(tile, rest_[i].begin->tile);
+  return tile == std::numeric_limits<int32_t>::max() ? -1 : tile;
+}
+
+int64_t ListWalk::next() {
+  const int64_t tile = upcoming();
   for (int64_t i = 0; i < lists_; i++) {
     const bool there = rest_[i].begin < rest_[i].end && rest_[i].begin->tile == tile;
     bits_[i] = there ? rest_[i].begin++->bits : not_listed;
   }
-  return tile == std::numeric_limits<int32_t>::max() ? -1 : tile;
+  return tile;
+}
+
+int64_t ListWalk::rows() const {
+  if (item_.heads > 1) return item_.rows();
+  return query_tile * std::count_if(bits_, bits_ + lists_, [](int32_t bits) { return bits != not_listed; });
 }
 
 Sight ListWalk::sight(int64_t panel, uint64_t* seen) {

@@ -65,6 +65,12 @@ class ListWalk {
   // Moves to the next key tile and returns it; -1 after the last.
   int64_t next();
 
+  // The key tile that `next` moves to; -1 if there is none.
+  int64_t upcoming() const;
+
+  // Rows of the panels that see any of the current tile.
+  int64_t rows() const;
+
   // What a panel sees of the current tile; if that is a part, `seen` gets its bits.
   Sight sight(int64_t panel, uint64_t* seen);
 

@@ -29,7 +29,7 @@ struct Item {
 
 struct Schedule {
   int64_t heads_per_tile, head_groups, tiles_per_head, tiles, spans, keys_per_span, rows_per_tile;
-  bool by_head;  // whether the tiles of a head follow each other
+  bool by_head;  // whether the tiles of a head follow each other: where all have as many keys, except the first of a window
 
   // Uses the most rows per item, up to `panels` of them, that leave at least `items_wanted` items.
   explicit Schedule(const Problem& p, int64_t items_wanted = 64, int64_t panels = max_panels) {
@@ -43,7 +43,7 @@ struct Schedule {
     head_groups = ceil_div(group, heads_per_tile);
     tiles_per_head = ceil_div(p.queries, rows_wanted);
     tiles = p.batch * p.kv_heads * head_groups * tiles_per_head;
-    by_head = !p.causal && p.window == 0;
+    by_head = p.window > 0 ? 4 * p.window <= p.queries : !p.causal;
     const bool enough = tiles >= 32 || rows_per_tile > query_tile;  // spans support one panel only
     // Rounded to the widest vector of any CPU, so that the division depends on the shape only.
     const int64_t rows = round_up(heads_per_tile * std::min(p.queries, query_tile), 16);
