@@ -272,7 +272,7 @@ def independent_calls(group) -> None:
             pairs = [(got[number], distributed.own_rows(one, row_layout, rank) if row_layout.is_sharded else one)]
             for found, exact in zip(slopes[number][1:], wanted_slopes[number][1:], strict=True):
                 pairs.append((found, losses * distributed.own_rows(exact, keys, rank)))
-            if not all(mx.allclose(found, exact, rtol=1e-3, atol=1e-3).item() for found, exact in pairs):
+            if not all(mx.allclose(found, exact, rtol=0.02, atol=0.02).item() for found, exact in pairs):
                 failures.append(f"rank {rank}: call {number} of three that are independent, {row_layout}")
 
 
