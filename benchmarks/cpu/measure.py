@@ -95,8 +95,8 @@ def keep_freed_memory() -> None:
     """Make glibc keep up to 64 MiB of freed memory.
 
     It returns more than twice the largest block freed so far to the system. The outputs of a sample's calls, queued
-    together, were therefore new pages in every sample, which cost a tenth to a fifth of a call's processor time; PyTorch
-    frees each call's output before the next.
+    together, were therefore new pages in every sample, which cost a tenth to a fifth of a call's processor time;
+    PyTorch frees each call's output before the next.
     """
     np.ones(LARGEST_KEPT, np.uint8)
 
