@@ -81,11 +81,11 @@ struct NextRows {
                                          call.problem.value_dim, call.problem.value_dim, item.queries},
                true) {}
 
-  // After the keys and values of a tile, of which each register tile asks for twice its share: where a mask hides most keys, panels
-  // skip tiles and parts of tiles.
-  NextTile after(NextTile tile) {
+  // After the keys and values of a tile, of which each register tile asks for some times its share: with a window panels skip tiles
+  // and parts of them.
+  NextTile after(NextTile tile, int64_t shares) {
     tile.rows = {&queries, &output};
-    tile.key_lines = 2 * tile.key_lines + 2, tile.value_lines = 2 * tile.value_lines + 2;
+    tile.key_lines = shares * tile.key_lines + 2, tile.value_lines = shares * tile.value_lines + 2;
     return tile;
   }
 };
@@ -197,12 +197,12 @@ void attend_panels(const ForwardCall& call, const Item& item, Partials& partials
     if (panel[i].begin < panel[i].end) begin = std::min(begin, panel[i].begin), end = std::max(end, panel[i].end);
   }
   NextRows<T> rows(call, item, after);
-  const auto next_tile = [&](const NextTile& tile) { return p.window > 0 ? rows.after(tile) : tile; };
+  const auto next_tile = [&](const NextTile& tile) { return p.window > 0 ? rows.after(tile, 2) : tile; };
   if (has_lists(p)) {
     ListWalk walk(p, item);
     for (int64_t tile; (tile = walk.next()) >= 0;)
       share_tile<T>(p, item, panel, panels, tile * key_tile, std::min(key_tile, p.keys - tile * key_tile),
-                    rows.after(NextTile::listed<T>(p, item, after, walk)), &walk);
+                    rows.after(NextTile::listed<T>(p, item, after, walk), 1), &walk);
   } else {
     for (int64_t key = begin, next; key < end; key = next) {
       next = std::min(key + key_tile, end);
