@@ -128,7 +128,7 @@ class FatuiApp(Lab):
         self._telemetry: Telemetry | None = None
         self._reading = False
         self._event_loop: asyncio.AbstractEventLoop | None = None
-        self._line_filters: list[LineFilter] = []
+        self._line_filters: list[LineFilter] = [terminal.ControlFilter()]
         self._take_settings(ascii)
 
     def _take_settings(self, ascii: bool) -> None:
@@ -152,7 +152,7 @@ class FatuiApp(Lab):
 
     def get_line_filters(self) -> list[LineFilter]:
         """Return Textual's filters, the one for control characters, and the one for ASCII if chosen."""
-        return [*super().get_line_filters(), terminal.ControlFilter(), *self._line_filters]
+        return [*super().get_line_filters(), *self._line_filters]
 
     @property
     def main(self) -> MainScreen:

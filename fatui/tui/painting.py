@@ -12,6 +12,7 @@ from typing import Any, Final, TypeVar
 from rich.segment import Segment
 from rich.style import Style
 from textual._compositor import ChopsUpdate, Compositor
+from textual._styles_cache import StylesCache
 from textual.color import Color
 from textual.filter import LineFilter
 from textual.geometry import Region, Size
@@ -106,6 +107,32 @@ def _filtered(strip: Strip, each: LineFilter, background: Color) -> Strip:
     return strip if made is segments else Strip(made, strip.cell_length)
 
 
+class LineCache(StylesCache):
+    """Cache of the lines of a widget without a frame.
+
+    Attributes:
+        lines: those drawn since they were refreshed last.
+        drawn_for: what else they depend on.
+    """
+
+    def __init__(self) -> None:
+        self.lines: dict[int, Strip] = {}
+        self.drawn_for: object = None
+        super().__init__()
+
+    def set_dirty(self, *regions: Region) -> None:
+        """Drop the lines of some regions, or all."""
+        super().set_dirty(*regions)
+        for region in regions:
+            for y in region.line_range:
+                self.lines.pop(y, None)
+
+    def clear(self) -> None:
+        """Drop all lines."""
+        super().clear()
+        self.lines.clear()
+
+
 class KeepsStyles(Widget):
     """Widget that keeps the styles of its parts until they change; Textual computes them anew for each repaint.
 
@@ -129,15 +156,29 @@ class KeepsStyles(Widget):
         self.room = region.shrink(self.scrollbar_gutter).size
         width, height = region.size
         background, filters, style = self.background_colors[1], self.get_line_filters(), self.blank_style
+        lines = self._drawn_lines((width, background, style, tuple(filters)))
         strips = []
         for y in crop.line_range:
-            strip = self.render_line(y).adjust_cell_length(width, style) if y < height else Strip.blank(width, style)
-            for each in filters:
-                strip = _filtered(strip, each, background)
-            strips.append(strip)
+            if y not in lines:
+                strip = (
+                    self.render_line(y).adjust_cell_length(width, style) if y < height else Strip.blank(width, style)
+                )
+                for each in filters:
+                    strip = _filtered(strip, each, background)
+                lines[y] = strip
+            strips.append(lines[y])
         if crop.column_span != (0, width):
             strips = [strip.crop(*crop.column_span) for strip in strips]
         return strips
+
+    def _drawn_lines(self, drawn_for: object) -> dict[int, Strip]:
+        """Return the lines drawn so far, without those that were refreshed; none if they were drawn otherwise."""
+        if not isinstance(self._styles_cache, LineCache):
+            self._styles_cache = LineCache()
+        if self._styles_cache.drawn_for != drawn_for:
+            self._styles_cache.clear()
+            self._styles_cache.drawn_for = drawn_for
+        return self._styles_cache.lines
 
     @property
     def blank_style(self) -> Style:
@@ -216,10 +257,26 @@ class TextLines(KeepsStyles):
 
 
 def set_title(widget: Widget, title: str) -> None:
-    """Set a pane's title; the same again does not repaint the whole pane."""
-    text = literal(title)
-    if widget.border_title != text.markup:
-        widget.border_title = text
+    """Set a pane's title; the same again repaints nothing, and another one its line only."""
+    _set_edge(widget, "border_title", title)
+
+
+def set_subtitle(widget: Widget, subtitle: str) -> None:
+    """Set the text in a pane's lower edge, of which only that line is repainted."""
+    _set_edge(widget, "border_subtitle", subtitle)
+
+
+def _set_edge(widget: Widget, name: str, words: str) -> None:
+    text, kept = literal(words), f"_{name}"
+    if (getattr(widget, name) or "") == text.markup:
+        return
+    size, offset = widget.outer_size, widget.content_offset
+    if not size or not hasattr(widget, kept):  # Textual's own way repaints the whole pane
+        setattr(widget, name, text)
+        return
+    setattr(widget, kept, text)
+    y = 0 if name == "border_title" else size.height - 1
+    widget.refresh(Region(-offset.x, y - offset.y, size.width, 1))
 
 
 def set_text(static: Static, text: str) -> None:

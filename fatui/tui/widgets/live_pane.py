@@ -12,8 +12,7 @@ from textual.widgets import Static
 from attention.core.results import Case, Peaks, Report
 from attention.core.workload import Workload
 from fatui.telemetry import Reading, reading_text
-from fatui.tui.painting import TextLines, set_text, set_title
-from fatui.tui.terminal import literal
+from fatui.tui.painting import TextLines, set_subtitle, set_text, set_title
 from fatui.tui.view_models.plot import NOTED, mark_of
 from fatui.tui.view_models.session import Session
 from fatui.tui.view_models.trends import (
@@ -162,7 +161,8 @@ class LivePane(Vertical, can_focus=True):
         tabs = " ".join(f"[{title}]" if name == self.opened else f" {title} " for name, title in names.items())
         words = f"{tabs} {tab} · {view} {SAYS[self.view]}" if self.opened == "trends" else f"{tabs} {tab}"
         if self._said != words:
-            self._said, self.border_subtitle = words, literal(words)
+            self._said = words
+            set_subtitle(self, words)
 
     def show_roofline(self, workload: Workload | None, peaks: Peaks, cases: tuple[Case, ...], run_key: str) -> None:
         """Draw what limits a workload, and what was measured."""

@@ -15,8 +15,7 @@ from textual.scroll_view import ScrollView
 from textual.strip import Strip
 from textual.widgets import Input
 
-from fatui.tui.painting import KeepsStyles, set_scroll_size
-from fatui.tui.terminal import literal
+from fatui.tui.painting import KeepsStyles, set_scroll_size, set_title
 from fatui.tui.view_models.journal import Log, LogLine
 from fatui.tui.widgets.row_table import clip
 
@@ -282,7 +281,7 @@ class LogPane(Vertical):
         title = " · ".join(parts)
         if self._title != title:
             self._title = title
-            self.border_title = literal(title)
+            set_title(self, title)
 
     def toggle_pause(self) -> None:
         """Pause, or continue and show what was held back."""

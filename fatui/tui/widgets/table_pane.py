@@ -9,8 +9,7 @@ from textual.containers import Vertical
 from textual.message import Message
 from textual.widgets import Input, Static
 
-from fatui.tui.painting import set_text
-from fatui.tui.terminal import literal
+from fatui.tui.painting import set_subtitle, set_text
 from fatui.tui.view_models.table_lines import TableColumn, TableLine, filtered, legend, ordered
 from fatui.tui.widgets.row_table import RowTable
 
@@ -96,9 +95,7 @@ class TablePane(Vertical):
         words = str(below.content)
         if words and not below.display and len(text) + len(words) + BESIDE < self.size.width:
             text = f"{text} · {words}" if text else words
-        hint = literal(text)
-        if self.border_subtitle != hint.markup:
-            self.border_subtitle = hint
+        set_subtitle(self, text)
 
     def _hints(self) -> list[str]:
         parts = [self.table.hint] if self.table.hint else []

@@ -17,8 +17,7 @@ from attention.core.workload import DTYPES, MAX_SIZES, PASSES, Workload
 from fatui import formatting
 from fatui.draft import AXES, Draft
 from fatui.quantities import SECONDS, STOPS, divisors, format_number, format_numbers, parse_number, parse_values
-from fatui.tui.painting import set_text, set_title
-from fatui.tui.terminal import literal
+from fatui.tui.painting import set_subtitle, set_text, set_title
 from fatui.tui.view_models import kv_format, mask_editor
 from fatui.tui.widgets.choice import Choice
 from fatui.tui.widgets.slider import Slider
@@ -189,7 +188,7 @@ class WorkloadPane(Vertical):
         event.stop()
         slider, only = event.slider, ": only these" if self.draft.sweeping else " applies"
         words = "" if slider.typed is None else f"{slider.label} {slider.typed} · enter{only} · esc drops"
-        self.border_subtitle = literal(words)
+        set_subtitle(self, words)
 
     @on(Slider.Changed)
     def _take_axis(self, event: Slider.Changed) -> None:

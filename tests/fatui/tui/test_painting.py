@@ -14,7 +14,7 @@ from textual.widget import Widget
 from attention.core import events as on
 from fatui.tui import terminal
 from fatui.tui.app import FatuiApp, run_app
-from fatui.tui.painting import KeepsStyles, SparingCompositor
+from fatui.tui.painting import KeepsStyles, SparingCompositor, set_subtitle, set_title
 from fatui.tui.view_models.trends import Trend
 from tests.support.stage import on_stage
 
@@ -94,6 +94,33 @@ async def test_lines_without_a_frame_are_what_textual_draws():
             crop = widget.region.reset_offset
             ours, theirs = widget.render_lines(crop), Widget.render_lines(widget, crop)
             assert [list(each.simplify()) for each in ours] == [list(each.simplify()) for each in theirs], widget.id
+
+
+async def test_lines_are_drawn_once_until_they_are_refreshed(monkeypatch):
+    async with on_stage() as stage:
+        slider = stage.find("#axis-seq")
+        stage.seen()
+        drawn = []
+        monkeypatch.setattr(slider, "render_line", lambda y: drawn.append(y) or Strip.blank(slider.size.width))
+        stage.find("#workload").refresh()
+        stage.seen()
+        assert not drawn
+        slider.refresh()
+        stage.seen()
+        assert drawn == [0]
+
+
+async def test_a_new_text_in_the_edge_of_a_pane_repaints_its_line_only():
+    async with on_stage() as stage:
+        pane = stage.find("#workload")
+        stage.seen()
+        for change, line in ((set_subtitle, pane.region.height - 1), (set_title, 0)):
+            pane._repaint_regions.clear()
+            change(pane, "of late")
+            assert pane._repaint_regions == {Region(0, line, pane.region.width, 1)}
+            assert "of late" in stage.seen()
+            change(pane, "of late")
+            assert len(pane._repaint_regions) == 1
 
 
 async def test_rounds_repaint_only_the_rows_of_trends_that_changed():
