@@ -1,6 +1,5 @@
 """Keys in their order: each acts where the one before it has led, however fast they come."""
 
-import asyncio
 import time
 from collections import deque
 from typing import Final
@@ -8,12 +7,9 @@ from typing import Final
 from textual import events
 from textual.app import App
 from textual.message import Message
-from textual.message_pump import MessagePump
 from textual.screen import Screen
 from textual.widget import Widget
 
-PAINTED_S: Final = 0.002
-"""Seconds in which a key's change is painted, before it is followed on its way."""
 MAX_WAIT_S: Final = 0.3
 """Seconds after which a key counts as done whose widget has gone, or is busy."""
 
@@ -64,25 +60,20 @@ class OrderedKeys(App[int]):
     async def _act(self) -> None:
         """Hand out the next key that is held, if any is."""
         self._acting_since = None
-        if self._held:
+        if self._held and self.screen_stack:
             key = self._held.popleft()
             target = self.focused or self.screen
             self._acting_on, self._acting_since = self.screen, time.monotonic()
             await super().on_event(key)
-            if not self._held:  # what the key changed is painted first
-                asyncio.get_running_loop().call_later(PAINTED_S, self._follow, target)
-                return
-            self._follow(target)
-            self.set_timer(MAX_WAIT_S, self._release_late)
-
-    def _follow(self, target: MessagePump) -> None:
-        if not target.post_message(KeyDone()):  # it has gone
-            self.post_message(KeyDone())
+            if not target.post_message(KeyDone()):  # it has gone
+                self.post_message(KeyDone())
+            if self._held:
+                self.set_timer(MAX_WAIT_S, self._release_late)
 
     def on_key_done(self, event: KeyDone) -> None:
         """Hand out the next key; after one that opened a screen, or moves the focus, once the screen is laid out."""
         event.stop()
-        if not self._held:
+        if not self._held or not self.screen_stack:  # none: the app ends
             self._acting_since = None
         elif self._to_focus is not None or self.screen is not self._acting_on:
             self.screen.call_after_refresh(self.call_later, self._act)
