@@ -8,6 +8,7 @@ reported by the process that started it (`core.events.RankFailed`): the other ra
 """
 
 import contextlib
+import gc
 import json
 import os
 import socket
@@ -572,6 +573,7 @@ class Member:
     @staticmethod
     def _peak_bytes(call: RankCall) -> int:
         call.prepare()
+        gc.collect()  # as in `MlxRunner.peak_bytes`
         mx.synchronize()
         mx.clear_cache()
         before = mx.get_active_memory()

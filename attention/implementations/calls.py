@@ -1,5 +1,6 @@
 """Calls of implementations: signatures of their arrays, bound calls for timing, and the hooks around every call."""
 
+import gc
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -194,6 +195,7 @@ class MlxRunner:
 
     def peak_bytes(self) -> int | None:
         """Run one call with an empty cache and return MLX's peak memory above the memory active before, in bytes."""
+        gc.collect()  # arrays in reference cycles, if freed during the call, would be subtracted from its peak
         mx.synchronize()
         mx.clear_cache()
         before = mx.get_active_memory()

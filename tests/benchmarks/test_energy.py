@@ -17,7 +17,7 @@ def test_the_integral_of_power_spans_the_counters_steps(monkeypatch):
     assert watch.integral() == pytest.approx(100 + 300, rel=0.03)
 
 
-def test_a_levels_line_compares_rows_with_the_counter_over_seconds():
+def test_a_levels_line_compares_rows_with_the_counter():
     figures = {
         "row_j": [0.011, None],
         "long_j": 0.01,

@@ -1,10 +1,14 @@
-"""The signature of a call."""
+"""The signature of a call, and the memory of one."""
+
+import gc
+from typing import Any
 
 import mlx.core as mx
 
 from attention.core.mask_text import MaskSpec
 from attention.core.workload import Workload
-from attention.implementations.calls import call_signature
+from attention.implementations.baseline import Baseline
+from attention.implementations.calls import MlxRunner, call_signature, make_inputs
 from attention.masks import Mask, of_workload
 
 KEYS = 300
@@ -29,3 +33,23 @@ def test_a_pattern_is_structured_with_its_own_pairs() -> None:
     assert found.structured
     assert abs(found.pairs - requested.pairs) <= requested.scores * 1e-6
     assert found.mask_spec == MaskSpec(pattern=found.mask_spec.pattern)
+
+
+class CollectingBaseline(Baseline):
+    """Baseline attention during which Python collects garbage."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> mx.array:
+        gc.collect()
+        return super().__call__(*arguments, **options)
+
+
+def test_arrays_in_cycles_are_not_subtracted_from_a_peak() -> None:
+    workload = Workload(seq=64, heads=2, head_dim=16)
+    runner = MlxRunner(CollectingBaseline(), workload, make_inputs(workload, 0), workload.scale)
+    expected = runner.peak_bytes()
+    cycle: list[Any] = [mx.zeros(2**20)]
+    mx.eval(cycle[0])
+    cycle.append(cycle)
+    del cycle
+    assert runner.peak_bytes() == expected
+    assert expected

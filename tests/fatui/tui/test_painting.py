@@ -110,7 +110,7 @@ async def test_lines_are_drawn_once_until_they_are_refreshed(monkeypatch):
         assert drawn == [0]
 
 
-async def test_a_new_text_in_the_edge_of_a_pane_repaints_its_line_only():
+async def test_a_new_text_in_a_panes_edge_repaints_its_line_only():
     async with on_stage() as stage:
         pane = stage.find("#workload")
         stage.seen()
