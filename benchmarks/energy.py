@@ -103,6 +103,7 @@ def measure(make_calls: Callable[[], int], seconds: float) -> dict[str, Any]:
     return {
         "row_j": [each.joules for each in rows],
         "row_w": [each.watts for each in rows],
+        "row_s": [each.call_s for each in rows],
         "long_j": long_j,
         "integral_j": long_j * watch.integral() / joules,
         "long_w": joules / (watch.steps[-1][0] - watch.steps[0][0]),

@@ -22,7 +22,7 @@ from attention.engine.turns import TURNS, Turns
 from attention.implementations.protocol import Implementation, build, missing_feature, needs_building
 from attention.measure.conditions import ConditionsWatch, fingerprint, machine_state
 from attention.measure.device import Device, environment, probe
-from attention.measure.energy import energy_counter, energy_of_calls, power_limit_w
+from attention.measure.energy import EnergyOfCalls, energy_counter, energy_of_calls, power_limit_w
 from attention.measure.rounds import Arm, Limits, TakesSamples, min_rounds_s, run_rounds, set_strides
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ P = TypeVar("P", bound=AnyPlan)
 M = TypeVar("M")
 Mark = Callable[[int], None]
 MAX_SLOWER: Final = 1.5
-"""Calls whose energy is measured and that take more than this multiple of those in the rounds give none: the device
-idled, or was not alone."""
+"""Calls whose energy is measured and that take more than this multiple of those in the rounds give none, as the device
+idled or was not alone; nor do calls that are faster by as much, which were not like those of the rounds."""
 MAX_POWER: Final = 1.05
 """Multiple of the device's power limit beyond which an energy counts as wrong."""
 MAX_EXTENSION: Final = 1.5
@@ -239,17 +239,15 @@ class CaseRunner(ABC, Generic[P]):
         for arm in self._sampled:
             self._progress.begin_step(arm.name, "energy")
             try:
-                joules, call_s, watts = energy_of_calls(arm.make_calls, counter)
+                found = energy_of_calls(arm.make_calls, counter)
             except Exception as error:
                 self._fail(arm.name, error)
                 continue
-            slower = call_s / median(arm.valid_samples)
-            if slower > MAX_SLOWER:
-                self._progress.log(f"{arm.name}: no energy: its calls took {slower:.1f} times those of the rounds")
-            elif watts and limit_w and watts > MAX_POWER * limit_w:
-                self._progress.log(f"{arm.name}: no energy: {watts:.0f} W, beyond the {limit_w:.0f} W of the device")
-            elif joules is not None:
-                event = on.EnergyMeasured(case=self._progress.case, implementation=arm.name, joules=joules)
+            problem = energy_problem(found, median(arm.valid_samples), limit_w)
+            if problem is not None:
+                self._progress.log(f"{arm.name}: no energy: {problem}")
+            elif found.joules is not None:
+                event = on.EnergyMeasured(case=self._progress.case, implementation=arm.name, joules=found.joules)
                 self._progress.emit(event)
         self._progress.mark_idle()
 
@@ -377,3 +375,13 @@ def longer_text(rounds: int, takes_s: float, seconds: float) -> str:
         f"{rounds} rounds of these take about {takes} s, longer than the {seconds:g} s of a case"
         "; fewer would support no verdict"
     )
+
+
+def energy_problem(found: EnergyOfCalls, rounds_s: float, limit_w: float | None) -> str | None:
+    """Return why an energy is no figure for a row whose calls took `rounds_s` in the rounds; None if it is one."""
+    slower = found.call_s / rounds_s
+    if not 1 / MAX_SLOWER <= slower <= MAX_SLOWER:
+        return f"its calls took {slower:.2g} times those of the rounds"
+    if found.watts and limit_w and found.watts > MAX_POWER * limit_w:
+        return f"{found.watts:.0f} W, beyond the {limit_w:.0f} W of the device"
+    return None

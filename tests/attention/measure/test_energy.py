@@ -14,7 +14,7 @@ from attention.engine.bench import Bench
 from attention.engine.record import record_of
 from attention.measure import energy
 from attention.measure.device import Device, open_nvml
-from attention.measure.energy import RaplCounter, energy_counter, energy_of_calls, per_call, watts_of
+from attention.measure.energy import EnergyOfCalls, RaplCounter, energy_counter, energy_of_calls, per_call, watts_of
 from tests.support.marks import slow, thorough
 
 CPU = Device(backend="cpu", name="a CPU", cores=2, memory_bytes=1, available_bytes=1)
@@ -67,6 +67,22 @@ def test_a_counter_that_stands_still_gives_no_energy():
     assert time.perf_counter() - began > energy.LEAD_S
 
 
+@pytest.mark.parametrize(
+    ("call_us", "watts", "problem"),
+    [
+        (18.3, 126, None),
+        (13, 126, None),
+        (11.3, 123, "its calls took 0.62 times those of the rounds"),
+        (30, 126, "its calls took 1.6 times those of the rounds"),
+        (18.3, 740, "740 W, beyond the 700 W of the device"),
+    ],
+)
+def test_energies_of_calls_unlike_the_rounds_are_no_figure(call_us, watts, problem):
+    """Calls that were much faster have a lower energy than those whose tokens/s stand beside it."""
+    found = EnergyOfCalls(1e-6 * call_us * watts, 1e-6 * call_us, watts)
+    assert case_runner.energy_problem(found, 18.3e-6, 700.0) == problem
+
+
 def package(folder, number, joules, name="package-0", most=1000):
     domain = folder / f"intel-rapl:{number}"
     domain.mkdir(exist_ok=True)
@@ -105,7 +121,7 @@ def test_the_gpu_is_the_first_that_cuda_sees(visible, taken, monkeypatch):
     ("max_slower", "limit_w", "problem"),
     [
         (1e6, 200.0, None),
-        slow(0.0, 200.0, "no energy: its calls took"),
+        slow(0.1, 200.0, "no energy: its calls took"),
         thorough(1e6, 10.0, "W, beyond the 10 W of the device"),
     ],
 )
