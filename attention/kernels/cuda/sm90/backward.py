@@ -16,6 +16,8 @@ STAGES: Final = 2
 """Query tiles in the shared-memory ring."""
 ROW_NUMBERS: Final = 3 * BLOCK_Q + 4
 """Floats that backward_rows.cu writes per query tile."""
+SIGHT_BITS: Final = 26
+"""Bits of a listed query tile's index of bits, before those that say which halves of the keys see it."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,19 @@ class Backward:
         return 4 if self.wide else 3
 
     @property
+    def skips(self) -> bool:
+        """Whether a consumer passes by query tiles that its half of the keys does not see."""
+        return not self.wide and (self.causal or self.window or self.lists) and not (self.softcap or self.alibi)
+
+    @property
     def shared_memory(self) -> int:
         """Bytes: barriers, K and V, the ring of Q and dO, tiles of P or dS, the row statistics, and bits of lists."""
         rows = 2 * self.block_k + 2 * BLOCK_Q * STAGES
         numbers = 4 * ROW_NUMBERS * STAGES
         if self.lists:  # the first row statistics are beside the barriers
             numbers += BLOCK_Q * self.block_k // 8 * STAGES - 4 * ROW_NUMBERS
-        return 1024 + 2 * self.head_dim * rows + 2 * self.buffers * self.block_k * BLOCK_Q + numbers
+        zeros = self.block_k * BLOCK_Q if self.skips else 0
+        return 1024 + 2 * self.head_dim * rows + 2 * self.buffers * self.block_k * BLOCK_Q + zeros + numbers
 
     @functools.cached_property
     def program(self) -> Program:
@@ -70,9 +78,10 @@ class Backward:
             "SOFTCAP": self.softcap,
             "LISTS": self.lists,
             "ALIBI": self.alibi,
+            "SKIPS": self.skips,
             "BFLOAT16": self.element == "bf16",
         }
-        layout = "sm90/backward_wide.cuh" if self.wide else "sm90/backward_narrow.cuh"
+        narrow = ("sm90/backward_narrow.cuh", f"sm90/backward_{'halves' if self.skips else 'whole'}.cuh")
         return Program(
             name="flash_backward",
             architecture="sm_90a",
@@ -83,7 +92,7 @@ class Backward:
                 *self._products(),
                 "sm90/warpgroup.cuh",
                 "sm90/backward_tiles.cuh",
-                layout,
+                *(("sm90/backward_wide.cuh",) if self.wide else narrow),
                 "sm90/backward.cu",
             ),
             threads=384,

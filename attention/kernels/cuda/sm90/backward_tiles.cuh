@@ -22,10 +22,24 @@ struct Problem {
     const int end = max(0, min(queries, key + BLOCK_K - 1 - shift() + window));
     return (end + BLOCK_Q - 1) / BLOCK_Q;
   }
+  // The consumers (bits) whose half of a tile of keys sees a query tile, by causality and window.
+  DEVICE int seers(int key, int tile) const {
+    const int early = key - shift() - tile * BLOCK_Q;
+    int found = 0;
+#pragma unroll
+    for (int i = 0; i < CONSUMERS; ++i) {
+      const int first = early + i * WARPGROUP_ROWS;
+      found |= ((!CAUSAL || first < BLOCK_Q) && (!WINDOW || first + WARPGROUP_ROWS + window > 1)) << i;
+    }
+    return found;
+  }
 };
 
-// Block lists by key tile: entries (query tile, bits tile or -1 if every pair is visible) of list l are from offsets[l] on,
-// l = plane * key tiles + key tile; bits [query][key] of the bits tiles. Planes may be shared by batch entries or heads.
+// Block lists by key tile: entries (query tile, bits tile or -1 if every pair is visible), with SKIPS (query tile, sight), of list l are from offsets[l] on, l = plane * key tiles + key tile. Of the
+// sight the lower bits are a bits tile [query][key], or all 1 if every pair is visible; then which halves of the keys see the tile,
+// and which see that of the next entry, or of the first behind the last. Planes may be shared by batch entries or heads.
+constexpr int SIGHT_BITS = 26, WHOLLY_VISIBLE = (1 << SIGHT_BITS) - 1;
+constexpr int SEEN = 1, NEXT_SEEN = 3;  // first of these bits as the producer leaves them
 struct Lists {
   const int* offsets;
   const int2* entries;
@@ -38,7 +52,26 @@ struct Lists {
 // Steps of a consumer. The query tile of each is left in shared memory by the producer.
 struct Walk {
   int left, tile = 0;
-  DEVICE void next() { --left; }
+  DEVICE int following(const Problem&, int) const { return tile; }  // as little known as the present one
+  DEVICE void next(const Problem&, int) { --left; }
+};
+#elif SKIPS && CAUSAL
+// Iterates over the query tiles of a key tile, head by head. The first of the next key tile is a later one, so that key tiles do not
+// add to the same rows of dQ at the same time. Kept in few registers.
+struct Walk {
+  int plane, tile, left;
+  DEVICE Walk(const Problem& problem, int key_plane, int key)
+      : plane(key_plane * problem.heads_per_key), tile(problem.first_tile(key)),
+        left(max(0, problem.end_tile(key) - tile) * problem.heads_per_key) {}
+  DEVICE int following(const Problem& problem, int key) const {
+    return tile + 1 == problem.end_tile(key) ? problem.first_tile(key) : tile + 1;
+  }
+  DEVICE void next(const Problem& problem, int key) {
+    const int following = this->following(problem, key);
+    plane += following <= tile, tile = following;
+    --left;
+  }
+  DEVICE u64 place(const Problem& problem) const { return static_cast<u64>(plane) * problem.query_tiles() + tile; }
 };
 #else
 // Iterates over the query tiles of a key tile, head by head. Key tiles start at different query tiles, so that they do not
@@ -51,14 +84,17 @@ struct Walk {
     start = tile = first + (count > 0 ? key / BLOCK_K % count : 0);
     left = count * problem.heads_per_key;
   }
-  DEVICE void next() {
-    if (++tile == end) tile = first;
+  DEVICE int following(const Problem&, int) const { return tile + 1 == end ? first : tile + 1; }
+  DEVICE void next(const Problem& problem, int key) {
+    tile = following(problem, key);
     if (tile == start) ++plane;
     --left;
   }
   DEVICE u64 place(const Problem& problem) const { return static_cast<u64>(plane) * problem.query_tiles() + tile; }
 };
 #endif
+
+constexpr u32 NOTHING_BYTES = SKIPS ? BLOCK_K / 2 * BLOCK_Q * 2 : 0;
 
 using Scores = float[SPAN / 2];
 using Operand = u32[SPAN / 16][4];  // scores as a left operand
@@ -137,10 +173,15 @@ DEVICE void mask_scores(Scores& scores, const Problem& problem, int first_key, i
   }
 }
 
-// What the producer leaves about a query tile. If it is listed: its index over all planes, its index, and whether it is
-// partially masked. With ALIBI: the slope of its head.
-DEVICE void leave_listed(u32 listed, u32 place, u32 tile, u32 partial) {
-  store_word(listed, place), store_word(listed + 4, tile), store_word(listed + 8, partial);
+// The index of a query tile over all planes, and in the lower bits the consumers whose keys see it.
+DEVICE int with_seers(int place, int seers) { return place << CONSUMERS | seers; }
+constexpr int ALL_SEE = (1 << CONSUMERS) - 1;
+
+// What the producer leaves about a query tile. If it is listed: its index over all planes (with SKIPS with_seers), its index, and
+// whether it is partially masked (bit 0), with SKIPS also which halves of the keys see it and the next. With ALIBI: the slope of its head.
+DEVICE void leave_listed(u32 listed, u32 place, u32 tile, u32 sight) {
+  if constexpr (SKIPS) place = with_seers(place, sight >> SEEN & ALL_SEE);
+  store_word(listed, place), store_word(listed + 4, tile), store_word(listed + 8, sight);
 }
 DEVICE void leave_slope(u32 listed, float slope) { store_word(listed + 12, __float_as_uint(slope)); }
 
@@ -157,7 +198,7 @@ DEVICE void add_biases(Scores& scores, const Problem& problem, int first_key, in
 // Masks the scores of a listed tile whose bits are 0, and those of keys beyond the end. `bits` is the address of the bits of
 // the warpgroup's first key and query.
 DEVICE void mask_listed(Scores& scores, const Problem& problem, int first_key, u32 listed, u32 bits) {
-  if (load_word(listed + 8) && (!SOFTCAP || always())) {
+  if ((SKIPS ? load_word(listed + 8) & 1 : load_word(listed + 8)) && (!SOFTCAP || always())) {
     const int lane = threadIdx.x % 32, key = threadIdx.x / 32 % 4 * 16 + lane / 4;
     const u32 own = bits + 2 * (lane % 4) * (BLOCK_K / 8) + key / 32 * 4;
 #pragma unroll
@@ -285,7 +326,8 @@ DEVICE void add_query_gradient(float* destination, const float (&gradient)[COUNT
 
 // ---- shared memory -----------------------------------------------------------------------------------------------
 
-// | barriers: 1 KiB | K | V | ring of STAGES: Q, dO | BUFFERS of P or dS | ring: row statistics | with LISTS, ring: bits |
+// | barriers: 1 KiB | K | V | ring of STAGES: Q, dO | BUFFERS of P or dS | with SKIPS: zeros | ring: row statistics |
+// | with LISTS, ring: bits |
 // With LISTS the first row statistics are in the first KiB, or the bits would not fit at a head dim of 256.
 constexpr int BITS_BYTES = BLOCK_Q * BLOCK_K / 8;
 struct Memory {
@@ -296,29 +338,22 @@ struct Memory {
   DEVICE u32 full(int stage) const { return base + 16 + 8 * stage; }
   DEVICE u32 empty(int stage) const { return base + 16 + 8 * (STAGES + stage); }
   DEVICE u32 exchanged(int buffer) const { return base + 16 + 8 * (2 * STAGES + buffer); }
+  DEVICE u32 tile_key() const { return base + 124; }  // first key of the consumers' key tile
   DEVICE u32 key() const { return base + 1024; }
   DEVICE u32 value() const { return key() + KeyTile::BYTES; }
   DEVICE u32 query(int stage) const { return value() + KeyTile::BYTES + stage * 2 * QueryTile::BYTES; }
   DEVICE u32 cotangent(int stage) const { return query(stage) + QueryTile::BYTES; }
   DEVICE u32 buffer(int index) const { return query(STAGES) + index * BUFFER_BYTES; }
+  DEVICE u32 nothing() const { return buffer(BUFFERS); }  // dS of the keys of a consumer that passes by
   DEVICE u32 rows(int stage) const {
-    if (LISTS) return stage == 0 ? base + 192 : buffer(BUFFERS) + (stage - 1) * ROWS_BYTES;
-    return buffer(BUFFERS) + stage * ROWS_BYTES;
+    if (LISTS) return stage == 0 ? base + 192 : nothing() + NOTHING_BYTES + (stage - 1) * ROWS_BYTES;
+    return nothing() + NOTHING_BYTES + stage * ROWS_BYTES;
   }
   DEVICE u32 listed(int stage) const { return base + 128 + 16 * stage; }  // see leave_listed
-  DEVICE u32 bits(int stage) const { return buffer(BUFFERS) + (STAGES - 1) * ROWS_BYTES + stage * BITS_BYTES; }
+  DEVICE u32 bits(int stage) const { return nothing() + NOTHING_BYTES + (STAGES - 1) * ROWS_BYTES + stage * BITS_BYTES; }
 };
 
-static_assert(16 + 8 * (2 * STAGES + BUFFERS) <= 128 && 128 + 16 * STAGES <= 192 && 192 + ROWS_BYTES <= 1024);
-
-// A position in the ring of buffers.
-struct BufferRing {
-  int index = 0;
-  u32 parity = 0;
-  DEVICE void advance() {
-    if (++index == BUFFERS) index = 0, parity ^= 1;
-  }
-};
+static_assert(16 + 8 * (2 * STAGES + BUFFERS) <= 124 && 128 + 16 * STAGES <= 192 && 192 + ROWS_BYTES <= 1024);
 
 // barrier_wait as a C++ loop: values computed before it are then not kept in registers across it.
 DEVICE void await_phase(u32 barrier, u32 parity) {

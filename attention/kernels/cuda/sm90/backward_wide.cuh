@@ -136,7 +136,7 @@ struct Consumer {
     start_next_scores();
     finish_scores();
 #pragma unroll 1
-    for (; walk.left > 1; walk.next()) step<true>(problem, key, walk.tile, sums());
+    for (; walk.left > 1; walk.next(problem, key)) step<true>(problem, key, walk.tile, sums());
     step<false>(problem, key, walk.tile, sums());
   }
 

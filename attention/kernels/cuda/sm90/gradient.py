@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Final
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from attention.kernels.cpu.listing import block_list
 from attention.kernels.cuda.runtime import selfcheck
@@ -31,6 +33,7 @@ from attention.kernels.cuda.sm90.backward import (
     BLOCK_Q,
     MAX_HEAD_DIM,
     ROW_NUMBERS,
+    SIGHT_BITS,
     Backward,
     finish_program,
     query_tiles,
@@ -39,6 +42,7 @@ from attention.kernels.cuda.sm90.backward import (
 )
 from attention.kernels.cuda.sm90.launch import forward_plan
 from attention.kernels.cuda.sm90.schedule import list_schedule, make_schedule
+from attention.masks import BlockList
 
 L2_BYTES_OF_ELEMENT: Final = 16
 """L2 bytes per query element of a head in flight: Q, dO, and the float32 accumulator of dQ counted three times, because
@@ -126,6 +130,19 @@ def rows_launch(shape: CallShape, call: CallParams, with_logsumexp: bool) -> Lau
     return prepare(rows_program(kernel, with_logsumexp), planes * tiles, outputs, problem)
 
 
+def sighted_entries(made: BlockList) -> NDArray[np.int32]:
+    """Return the lists by key tile for kernels that skip: entries (query tile, sight), see backward_tiles.cuh."""
+    lists = made.transposed()
+    tile, bits = lists.entries.T
+    halves = made.bits.reshape(len(made.bits), made.block_q, 2, -1).any(axis=(1, 3)) @ np.array([1, 2], np.int32)
+    seen = np.append(halves.astype(np.int32), np.int32(3))[bits]  # -1 is the last
+    following = np.arange(1, len(seen) + 1)
+    starts, ends = lists.offsets[:-1], lists.offsets[1:]
+    following[ends[ends > starts] - 1] = starts[ends > starts]
+    sight = np.where(bits < 0, (1 << SIGHT_BITS) - 1, bits) | seen << SIGHT_BITS | seen[following] << SIGHT_BITS + 2
+    return np.stack([tile, sight.astype(np.int32)], axis=1)
+
+
 @functools.lru_cache(maxsize=128)
 def backward_launch(shape: CallShape, call: CallParams) -> Launch:
     """Return the main launch: reads q, k, v, cotangent, rows and sums; writes dK and dV."""
@@ -137,7 +154,8 @@ def backward_launch(shape: CallShape, call: CallParams) -> Launch:
         lists, steps = made.transposed(), [made.heads * (made.batches > 1), int(made.heads > 1)]
         planes = list_planes(shape, made.batches, made.heads).reshape(key_planes, shape.group)
         table = list_schedule(gpu().multiprocessors, lists.offsets, planes, made.key_tiles, plane_bytes)
-        blocks, constants = table.shape[2], on_device(table, lists.offsets, lists.entries, made.bits)
+        entries = made.derived("sighted", sighted_entries) if kernel.skips else lists.entries
+        blocks, constants = table.shape[2], on_device(table, lists.offsets, entries, made.bits)
     else:
         costs = tuple(cost * shape.group for cost in kernel.tile_costs(shape.queries, shape.keys, call.window or 0))
         blocks, steps = min(key_planes * len(costs), gpu().multiprocessors), []

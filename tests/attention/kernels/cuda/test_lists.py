@@ -18,6 +18,8 @@ from attention.kernels.cuda.portable import launch as portable_launch
 from attention.kernels.cuda.runtime import launch, selfcheck
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.launch import NOTHING, POINTER, list_planes
+from attention.kernels.cuda.sm90 import gradient
+from attention.kernels.cuda.sm90.backward import SIGHT_BITS
 from attention.kernels.cuda.sm90.schedule import NO_WORK, list_schedule, list_works
 from benchmarks.cuda.measure_portable import portable_only
 from tests.support import kernel_oracle
@@ -63,9 +65,9 @@ def recorder(monkeypatch):
 # ---- tables ------------------------------------------------------------------------------------------------------
 
 
-def lists_of(size, name):
+def lists_of(size, name, block_q=128):
     shape = CallShape(*size, 64, "bf16")
-    made = patterns(shape)[name].block_list(shape.scores, 128, 128)
+    made = patterns(shape)[name].block_list(shape.scores, block_q, 128)
     return shape, made, list_planes(shape, made.batches, made.heads)
 
 
@@ -124,6 +126,23 @@ def test_the_backward_table_has_every_key_tile_with_its_steps(size, name):
     assert found == steps
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", SHAPES)
+def test_entries_say_which_halves_see_a_tile_and_the_next(size, name):
+    _, made, _ = lists_of(size, name, 64)
+    lists, entries = made.transposed(), gradient.sighted_entries(made)
+    assert np.array_equal(entries[:, 0], lists.entries[:, 0])
+    index = entries[:, 1] & (1 << SIGHT_BITS) - 1
+    assert np.array_equal(np.where(index == (1 << SIGHT_BITS) - 1, -1, index), lists.entries[:, 1])
+    bits = np.unpackbits(made.bits.view(np.uint8), axis=-1, bitorder="little").reshape(len(made.bits), 64, 128)
+    halves = [int(tile[:, :64].any()) + 2 * int(tile[:, 64:].any()) for tile in bits]
+    for begin, end in itertools.pairwise(lists.offsets.tolist()):
+        seen = [3 if i < 0 else halves[i] for i in lists.entries[begin:end, 1]]
+        found = entries[begin:end, 1] >> SIGHT_BITS
+        assert (found & 3).tolist() == seen
+        assert (found >> 2).tolist() == [*seen[1:], *seen[:1]]
+
+
 # ---- launches on a simulated GPU ---------------------------------------------------------------------------------
 
 
@@ -146,6 +165,23 @@ def test_a_pattern_gets_a_kernel_with_lists_and_parameters(recorder, queries, di
             assert kinds == signature(program), program.name
             if "rows" not in program.name and "finish" not in program.name:
                 assert dict(program.constants)["LISTS"] == 1, program.name
+
+
+@pytest.mark.parametrize(("dim", "softcap"), [(64, None), (128, None), (128, 20.0), (256, None)])
+def test_only_kernels_that_skip_read_which_halves_see_a_tile(recorder, monkeypatch, dim, softcap):
+    tables, put = [], gradient.on_device
+    monkeypatch.setattr(gradient, "on_device", lambda *given: tables.append(given) or put(*given))
+    shape = CallShape(1, 4, 2, 600, 600, dim, "bf16")
+    call = CallParams(0.125, False, None, softcap, pattern=masks.prefix(140) | masks.window(70))
+    gradient.backward_launch.cache_clear()
+    gradient.backward_launch(shape, call)
+    kernel, [(_, offsets, entries, bits)] = gradient.kernel_of(shape, call), tables
+    assert kernel.skips == (dim <= 128 and softcap is None) == dict(kernel.program.constants)["SKIPS"]
+    wholly = entries[:, 1] & (1 << SIGHT_BITS) - 1 == (1 << SIGHT_BITS) - 1
+    assert (0 < wholly.sum() < len(entries)) and len(entries) == offsets[-1]
+    assert (entries[~wholly, 1] & (1 << SIGHT_BITS) - 1).max() == len(bits) - 1
+    assert (entries[wholly, 1] == -1).all() != kernel.skips
+    assert (entries[:, 1] >> SIGHT_BITS > 0).any() == kernel.skips
 
 
 def test_equal_patterns_share_a_plan_and_others_do_not(recorder):
