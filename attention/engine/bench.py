@@ -103,7 +103,7 @@ class Bench(CaseRunner[Plan]):
         needed = workload.held_bytes + (route.predicted_bytes or 0)
         limit = self._plan.memory_limit_bytes or device.available_bytes
         if needed > limit and not self._plan.force:
-            self._progress.end_row(name, "refused", f"needs {needed / 2**30:.4g} GiB of {limit / 2**30:.4g}")
+            self._progress.end_row(name, "refused", _shortage(needed, limit))
             return False
         return True
 
@@ -189,7 +189,7 @@ class Bench(CaseRunner[Plan]):
         needed = setting.workload.held_bytes + (route.predicted_bytes or 0)
         limit = self._plan.memory_limit_bytes or setting.device.available_bytes
         if needed > limit and not self._plan.force:
-            return f"needs {needed / 2**30:.4g} GiB of {limit / 2**30:.4g}"
+            return _shortage(needed, limit)
         call_s = arm.call_s * workload.pairs / max(1, setting.workload.pairs) if route.fused else arm.call_s
         call_s *= setting.workload.ranks / workload.ranks
         if MIN_ROUNDS * call_s > MAX_COUNTERPART_SHARE * self._plan.seconds and not self._plan.force:
@@ -210,3 +210,9 @@ class Bench(CaseRunner[Plan]):
         if arm.calls == 1 and arm.valid_samples:
             seconds = median(arm.valid_samples)
             self._progress.emit(on.LatencyMeasured(case=self._progress.case, implementation=arm.name, seconds=seconds))
+
+
+def _shortage(needed: int, limit: int) -> str:
+    """Say how much memory a case needs of how much there is; without an exponent, however much it is."""
+    gib = needed / 2**30
+    return f"needs {f'{gib:,.0f}' if gib >= 1000 else f'{gib:.4g}'} GiB of {limit / 2**30:.4g}"

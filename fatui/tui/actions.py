@@ -78,7 +78,7 @@ MAIN: Final = (
             f"pane_{number}",
             f"{number},alt+{number},{letter}",
             title,
-            f"Go to {title}; on a slider, which takes digits, with alt",
+            f"Go to {title}; with alt on a slider",
             f"screen.go_to_pane({number})",
         )
         for number, (title, letter) in enumerate(zip(PANE_TITLES, OPTION_LETTERS, strict=True), 1)

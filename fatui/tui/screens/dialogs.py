@@ -248,15 +248,16 @@ class SaveAs(ClosesOnce, ModalScreen[Preset]):
     def compose(self) -> ComposeResult:
         """Yield the fields, and a line with the outcome or the problem."""
         origin = self._origin
+        words = origin if origin and (not origin.bundled or origin.cases == self._plan.cases) else None
         with Vertical(classes="dialog") as dialog:
             dialog.border_title = "Save as a preset"
             dialog.border_subtitle = "enter saves · escape cancels"
             yield Static("Name")
             yield Input(origin.name if origin and not origin.bundled else "", placeholder="my-model", id="name")
             yield Static("Title (optional)")
-            yield Input(origin.title if origin else "", id="title")
+            yield Input(words.title if words else "", id="title")
             yield Static("Summary (optional)")
-            yield Input(origin.summary if origin else "", id="summary")
+            yield Input(words.summary if words else "", id="summary")
             yield Static(id="verdict", markup=False)
 
     def on_mount(self) -> None:
@@ -315,6 +316,12 @@ FORMATS: Final = ("md", "csv", "json", "html", "svg", "log")
 Writers = dict[str, Callable[[], str]]
 
 
+class Formats(Choice):
+    """Choice in a dialog that enter closes; in others it goes to the next option."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "screen.write", "Write", show=False)]
+
+
 class Export(ClosesOnce, ModalScreen[tuple[Path, tuple[str, ...]]]):
     """Dialog for a folder and a name; the result is the path without suffix, and the chosen suffixes."""
 
@@ -334,7 +341,7 @@ class Export(ClosesOnce, ModalScreen[tuple[Path, tuple[str, ...]]]):
             yield Input(self._folder, id="folder")
             yield Static("Name, without suffix")
             yield Input(self._name, id="name")
-            yield Choice("write", ("all", *FORMATS), id="formats")
+            yield Formats("write", ("all", *FORMATS), id="formats")
             yield Static(id="outcome", markup=False, classes="answers")
 
     def on_mount(self) -> None:
@@ -372,10 +379,13 @@ class Export(ClosesOnce, ModalScreen[tuple[Path, tuple[str, ...]]]):
             return
         there = [ending for ending in self.endings if self.stem.with_name(f"{self.stem.name}.{ending}").exists()]
         replaced = f"; replaces {', '.join(there)}" if there else ""
-        line.update(f"writes {self.stem}.{{{','.join(self.endings)}}}{replaced}")
+        endings = ",".join(self.endings)
+        suffix = f"{{{endings}}}" if len(self.endings) > 1 else endings
+        line.update(f"writes {self.stem}.{suffix}{replaced}")
 
     @on(Input.Submitted)
-    def _write(self) -> None:
+    def action_write(self) -> None:
+        """Close with the path and the suffixes, unless the input has a problem."""
         if self.problem:
             self.app.bell()
         else:

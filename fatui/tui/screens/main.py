@@ -250,6 +250,8 @@ class MainScreen(HasTable, SparingScreen[None]):
         plan = draft.plan()
         needs = availability.needs_text(draft, app.advice)
         time = cost.time_line(plan, app.remembered.pace, app.device_name, app.costs.of(plan))
+        if cost.nothing_runs(draft, app.advice):
+            time = "nothing would be measured"
         return [time, *cost.refusal_lines(draft, app.advice), *([needs] if needs else [])]
 
     def show_run(self) -> None:
@@ -328,7 +330,9 @@ class MainScreen(HasTable, SparingScreen[None]):
         bar = actions.RUNNING_BAR if app.runs.active else actions.DONE_BAR if app.report else actions.IDLE_BAR
         names = [name for name in bar if name != "longer" or app.runs.can_go_on]
         by_name = {action.name: action for action in actions.ACTIONS}
-        self._key_bar.show(tuple((app.keys[name], by_name[name].label, by_name[name].does) for name in names))
+        keys = [(app.keys[name], by_name[name].label, by_name[name].does) for name in names]
+        back = [(app.keys["maximise"], "All panes", "screen.maximise")] if self._maximised else []
+        self._key_bar.show((*back, *keys))
 
     def _left_text(self) -> str:
         """Format what is set up and on which machine: "quick · AMD EPYC, 2 cores · MLX 0.32.4"."""

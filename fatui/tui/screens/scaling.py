@@ -32,7 +32,7 @@ from fatui.tui.widgets.row_table import RowTable
 CELL_WIDTH: Final = 11
 HEAD_WIDTH: Final = 10
 NO_SWEEP: Final = "This run has one case. {sweep} on the main screen starts a sweep; the preset 'scaling' is one."
-NO_RUN: Final = "No run yet. A sweep is drawn here once it has run or is opened from the history."
+NO_RUN: Final = "No sweep yet. One is drawn here once it has run or is opened from the history."
 DENSITY: Final = "density"
 ROOMY: Final = 34
 """Minimum terminal rows at which the rows of a point and the map are visible at once."""

@@ -112,6 +112,19 @@ def refusal_lines(draft: Draft, advice: Advice) -> list[str]:
     return [f"{REFUSED}{'; '.join(lines)}"] if lines else []
 
 
+def nothing_runs(draft: Draft, advice: Advice) -> bool:
+    """Whether every selected implementation is known to be refused in every case."""
+    answer, count = advice.answer, _count(draft)
+    limit = availability.memory_limit(draft, advice.device)
+
+    def refused(name: str) -> int:
+        most = limit if limit is not None and not draft.force else None
+        beyond = sum(most is not None and size > most for size in answer.needs.get(name, ()))
+        return beyond + sum(answer.unsupported.get(name, {}).values())
+
+    return count > 0 and all(answer.problems.get(name) or refused(name) >= count for name in draft.implementations)
+
+
 def _count(draft: Draft) -> int:
     try:
         return len(draft.workloads())

@@ -82,6 +82,11 @@ def limit_words(workload: Workload, peaks: Peaks, cases: Sequence[Case] = ()) ->
     ]
     own = [case for case in cases if case.workload == workload]
     rows = [row for case in own for row in sound_rows(case) if row.call_s]
+    others = list(dict.fromkeys(case.workload.label for case in cases if any(row.call_s for row in sound_rows(case))))
+    if others and not rows:
+        lines.append(
+            f"Not measured; the marks are of {others[0] if len(others) == 1 else f'{len(others)} other cases'}."
+        )
     if rows:
         found = sorted(rows, key=lambda row: row.call_s.median if row.call_s else 0.0)
         shares = [

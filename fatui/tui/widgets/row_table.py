@@ -46,7 +46,7 @@ class RowTable(ScrollView, KeepsStyles, can_focus=True):
     ]
 
     class Highlighted(Message):
-        """Posted when the cursor moved to another line."""
+        """Posted when the cursor is on another line: it moved, or its line is no longer shown."""
 
         def __init__(self, table: "RowTable", key: str | None) -> None:
             super().__init__()
@@ -101,11 +101,16 @@ class RowTable(ScrollView, KeepsStyles, can_focus=True):
         self._cursor = next((index for index, line in enumerate(shown) if line.key == key), 0) if key else 0
         if self._cursor == 0 and self.lines and self.lines[0].key is None:
             self._cursor = self._nearest(0, 1)
+        if self.key != key:  # a filter or a deletion took the line away
+            self.call_later(self._post_highlighted)  # a message made in a handler of the pane would end at the pane
         set_scroll_size(self, Size(self._width, len(self.lines) + 1))
         if len(before) == len(shown) and same_head and widths == self._widths and cursor == self._cursor:
             self._refresh_lines(index for index, line in enumerate(shown) if line != before[index])
         else:
             self.refresh()
+
+    def _post_highlighted(self) -> None:
+        self.post_message(self.Highlighted(self, self.key))
 
     def _refresh_lines(self, indices: Iterable[int]) -> None:
         """Repaint single lines, which have to be as wide as before."""

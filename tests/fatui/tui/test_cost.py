@@ -92,6 +92,17 @@ async def test_what_will_be_refused_is_said_before_the_run(stage):
     assert text.index("of rounds, longer if") < text.index("refused") < text.index("needs: not known yet")
 
 
+def test_a_draft_refused_throughout_measures_nothing():
+    advice = Advice(changed=lambda: None)
+    advice.answer = AdviceReply(problems={"baseline": "no module"}, needs={"poc": (2**60,)})
+    draft = structs.replace(Draft(), implementations=("baseline", "poc"), memory_limit_bytes=2**30)
+    assert cost.nothing_runs(draft, advice)
+    assert not cost.nothing_runs(structs.replace(draft, force=True), advice)
+    assert not cost.nothing_runs(structs.replace(draft, implementations=("baseline", "practical")), advice)
+    advice.answer = AdviceReply(unsupported={"poc": {"needs a GPU": 1}})
+    assert cost.nothing_runs(structs.replace(draft, implementations=("poc",)), advice)
+
+
 def test_a_model_says_its_memory_and_time():
     cases = generations(4, model="tiny-llama", prompts=(64,), batches=(1,), generate=8, dtype="float32")
     plan, timing = GenerationPlan(cases=cases), Timing()

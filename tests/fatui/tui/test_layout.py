@@ -105,9 +105,11 @@ async def test_a_maximised_pane_follows_the_focus(stage):
     await stage.pilot.pause()
     assert at(stage, "log").size == stage.find("#body").size
     assert not stage.find("#comparison").display
+    assert "z All panes" in stage.seen()
     await stage.press("escape")
     await stage.pilot.pause()
     assert stage.find("#comparison").display and stage.find("#left").display
+    assert "All panes" not in stage.seen()
 
 
 @pytest.mark.slow

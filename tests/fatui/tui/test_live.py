@@ -185,6 +185,18 @@ def test_a_case_is_on_its_roof_and_rows_are_below():
     assert "poc at" in words[1] and "Unfused" in words[2] and "poc" not in words[2]
 
 
+def test_the_marks_of_other_cases_are_said_to_be_theirs():
+    report = report_of(plan_of((Workload(seq=128), Workload(seq=512))))
+    set_up = Workload(seq=2048)
+    one = roofline.limit_words(set_up, report.peaks, report.cases[:1])
+    assert one[1:] == [f"Not measured; the marks are of {Workload(seq=128).label}."]
+    assert roofline.limit_words(set_up, report.peaks, report.cases)[1:] == [
+        "Not measured; the marks are of 2 other cases."
+    ]
+    assert "marks" not in " ".join(roofline.limit_words(Workload(seq=512), report.peaks, report.cases))
+    assert len(roofline.limit_words(set_up, report.peaks)) == 1
+
+
 @pytest.mark.slow
 async def test_the_roofline_follows_the_sliders_before_a_run():
     async with on_stage() as stage:

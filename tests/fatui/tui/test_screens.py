@@ -194,7 +194,7 @@ async def test_scaling_over_formats_names_those_that_gain(stage):
 @pytest.mark.slow
 async def test_scaling_without_a_sweep_says_how_to_get_one(stage):
     await stage.press("g")
-    assert "No run yet" in stage.seen()
+    assert "No sweep yet" in stage.seen()
 
 
 async def test_export_writes_all_files_and_says_where(tmp_path):
@@ -212,6 +212,41 @@ async def test_export_writes_all_files_and_says_where(tmp_path):
     picture = (tmp_path / "out.svg").read_text()
     assert "Comparison" in picture and "Export" not in picture.replace("&#160;Export", "")
     assert "case 1 of 1 complete" in (tmp_path / "out.log").read_text()
+
+
+@pytest.mark.slow
+async def test_enter_on_the_choice_of_files_writes_them(tmp_path):
+    async with on_stage() as stage:
+        await stage.run_to_the_end()
+        await stage.press("e")
+        stage.find("#folder", Input).value = str(tmp_path)
+        stage.find("#name", Input).value = "out"
+        await stage.press("tab", "right")
+        await stage.pilot.pause()
+        assert str(stage.find("#outcome", Static).content) == f"writes {tmp_path}/out.md"
+        await stage.press("enter")
+        await stage.settle(lambda: "wrote out.md" in stage.app.journal.text())
+    assert [path.name for path in tmp_path.glob("out.*")] == ["out.md"]
+
+
+@pytest.mark.slow
+async def test_the_preview_follows_a_filter(stage):
+    await stage.press("p", "slash")
+    stage.find(".filter", Input).value = "quick"
+    await stage.settle(lambda: "Quick look" in str(stage.find("#preview", Static).content))
+    assert str(stage.find("#preview", Static).content).startswith("Quick look")
+
+
+@pytest.mark.slow
+async def test_a_changed_bundled_preset_is_not_saved_under_its_words():
+    async with on_stage() as stage:
+        stage.app.load_preset("quick")
+        await stage.press("w")
+        assert stage.find("#title", Input).value == "Quick look"
+        await stage.press("escape")
+        stage.app.set_draft(stage.app.draft.set_axis("seq", (4096,)))
+        await stage.press("w")
+        assert not stage.find("#title", Input).value and not stage.find("#summary", Input).value
 
 
 @pytest.mark.slow
