@@ -221,7 +221,7 @@ def test_a_wrong_result_is_marked_whatever_its_speed(one_run: Engine, planted: s
 def test_what_does_not_fit_or_is_not_taken_never_starts() -> None:
     case = run(plan("Hungry", "Refuses", memory_limit_bytes=2**30)).record.case(0)
     assert row(case, "Hungry").status == "refused"
-    assert row(case, "Hungry").reason == "needs 1024 GiB of 1"
+    assert row(case, "Hungry").reason == "needs 1,024 GiB of 1"
     assert row(case, "Refuses").status == "unsupported"
     assert row(case, "Refuses").reason == "it takes nothing"
     assert row(case, "baseline").status == "ok"
