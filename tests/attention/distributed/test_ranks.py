@@ -13,6 +13,7 @@ def assert_ranks_agree_with_float64(ranks: int, *checks: str, timeout_s: float =
 
 
 @pytest.mark.thorough
+@pytest.mark.compiles
 def test_two_ranks_equal_float64_attention():
     assert_ranks_agree_with_float64(2, "few")
 
