@@ -8,7 +8,6 @@ reported by the process that started it (`core.events.RankFailed`): the other ra
 """
 
 import contextlib
-import gc
 import json
 import os
 import socket
@@ -34,6 +33,7 @@ from attention.distributed.bound_call import BoundCall
 from attention.distributed.collectives import communication_stream, peer_copies
 from attention.distributed.decision import DEFAULT_FLOPS_PER_S, Decision, Link, decide
 from attention.engine.peaks import measure_peaks
+from attention.implementations.calls import peak_bytes_of
 from attention.implementations.protocol import (
     Implementation,
     ProvidesRunner,
@@ -573,13 +573,7 @@ class Member:
     @staticmethod
     def _peak_bytes(call: RankCall) -> int:
         call.prepare()
-        gc.collect()  # as in `MlxRunner.peak_bytes`
-        mx.synchronize()
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()
-        call.wait([call.queue()])
-        return max(0, mx.get_peak_memory() - before)
+        return peak_bytes_of(lambda: call.wait([call.queue()]))
 
     def _sample(self, call: RankCall, calls: int, compute: bool) -> tuple[float, float, float]:
         """Return the seconds of a step with and without communication (0 if not measured), and the bytes sent."""

@@ -194,17 +194,22 @@ class MlxRunner:
         return outputs
 
     def peak_bytes(self) -> int | None:
-        """Run one call with an empty cache and return MLX's peak memory above the memory active before, in bytes."""
-        gc.collect()  # arrays in reference cycles, if freed during the call, would be subtracted from its peak
-        mx.synchronize()
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        mx.reset_peak_memory()  # sets the peak to 0, not to the active memory
-        self.results()
-        return max(0, mx.get_peak_memory() - before)
+        """Run one call and return its peak memory, as `peak_bytes_of` measures it."""
+        return peak_bytes_of(self.results)
 
     def _attend(self, q: mx.array, k: Any, v: Any) -> mx.array:
         return self._implementation(q, k, v, scale=self._scale, mask=self._mask)
+
+
+def peak_bytes_of(call: Callable[[], object]) -> int:
+    """Run a call with an empty cache and return MLX's peak memory above the memory active before, in bytes."""
+    gc.collect()  # arrays in reference cycles, if freed during the call, would be subtracted from its peak
+    mx.synchronize()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()  # sets the peak to 0, not to the active memory
+    call()
+    return max(0, mx.get_peak_memory() - before)
 
 
 def make_inputs(workload: Workload, seed: int) -> list[Any]:
