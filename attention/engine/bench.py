@@ -8,9 +8,9 @@ from attention.core import events as on
 from attention.core.errors import error_line
 from attention.core.plan import Plan
 from attention.core.results import MIN_ROUNDS
-from attention.core.route import validated_route
+from attention.core.route import Route, validated_route
 from attention.core.workload import Counterpart, Workload
-from attention.engine.case_runner import CaseRunner
+from attention.engine.case_runner import CaseRunner, shortage_text
 from attention.engine.peaks import measure_peaks
 from attention.engine.progress import MAX_COUNTERPART_SHARE, costliest_cases
 from attention.measure.device import Device, environment, probe
@@ -100,12 +100,16 @@ class Bench(CaseRunner[Plan]):
         route = self._supported_route(name, workload, device)
         if route is None:
             return False
+        shortage = self._shortage(workload, route, device)
+        if shortage is not None:
+            self._progress.end_row(name, "refused", shortage)
+        return shortage is None
+
+    def _shortage(self, workload: Workload, route: Route, device: Device) -> str | None:
+        """Return that a case needs more memory than there is, unless the run is forced, or None."""
         needed = workload.held_bytes + (route.predicted_bytes or 0)
         limit = self._plan.memory_limit_bytes or device.available_bytes
-        if needed > limit and not self._plan.force:
-            self._progress.end_row(name, "refused", _shortage(needed, limit))
-            return False
-        return True
+        return shortage_text(needed, limit) if needed > limit and not self._plan.force else None
 
     def _preview(self, ready: list[str], setting: "CaseSetting") -> None:
         """Report provisional speeds of the ready implementations while the others compile; not part of the result."""
@@ -186,10 +190,9 @@ class Bench(CaseRunner[Plan]):
         route = validated_route(implementations.load_implementation(arm.name).route(workload, setting.device))
         if not route.supported:
             return route.reason
-        needed = setting.workload.held_bytes + (route.predicted_bytes or 0)
-        limit = self._plan.memory_limit_bytes or setting.device.available_bytes
-        if needed > limit and not self._plan.force:
-            return _shortage(needed, limit)
+        shortage = self._shortage(setting.workload, route, setting.device)
+        if shortage is not None:
+            return shortage
         call_s = arm.call_s * workload.pairs / max(1, setting.workload.pairs) if route.fused else arm.call_s
         call_s *= setting.workload.ranks / workload.ranks
         if MIN_ROUNDS * call_s > MAX_COUNTERPART_SHARE * self._plan.seconds and not self._plan.force:
@@ -210,9 +213,3 @@ class Bench(CaseRunner[Plan]):
         if arm.calls == 1 and arm.valid_samples:
             seconds = median(arm.valid_samples)
             self._progress.emit(on.LatencyMeasured(case=self._progress.case, implementation=arm.name, seconds=seconds))
-
-
-def _shortage(needed: int, limit: int) -> str:
-    """Say how much memory a case needs of how much there is; without an exponent, however much it is."""
-    gib = needed / 2**30
-    return f"needs {f'{gib:,.0f}' if gib >= 1000 else f'{gib:.4g}'} GiB of {limit / 2**30:.4g}"

@@ -385,3 +385,13 @@ def energy_problem(found: EnergyOfCalls, rounds_s: float, limit_w: float | None)
     if found.watts and limit_w and found.watts > MAX_POWER * limit_w:
         return f"{found.watts:.0f} W, beyond the {limit_w:.0f} W of the device"
     return None
+
+
+def shortage_text(needed: float, limit: float, *, about: bool = False) -> str:
+    """Say how much memory a case needs of how much there is; without an exponent, however much it is."""
+    return f"needs {'about ' if about else ''}{_gib(needed)} GiB of {_gib(limit)}"
+
+
+def _gib(size: float) -> str:
+    gib = size / 2**30
+    return f"{gib:,.0f}" if gib >= 1000 else f"{gib:.4g}"

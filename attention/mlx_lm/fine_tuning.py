@@ -22,7 +22,7 @@ from attention.core import events as on
 from attention.core.plan import FineTuningPlan
 from attention.core.results import MIN_ROUNDS
 from attention.core.workload import FineTuning, Workload
-from attention.engine.case_runner import CaseRunner
+from attention.engine.case_runner import CaseRunner, shortage_text
 from attention.measure.device import Device, probe
 from attention.mlx_lm import configuration, text
 from attention.mlx_lm.network import Network, StateChanged, digest
@@ -182,7 +182,7 @@ class FineTuningBench(CaseRunner[FineTuningPlan]):
         self._paths[name] = route.path
         needed = self._needed_bytes(work) + (route.predicted_bytes or 0)
         if needed > self._limit and not self._plan.force:
-            reason = f"needs about {needed / 2**30:.4g} GiB of {self._limit / 2**30:.4g}"
+            reason = shortage_text(needed, self._limit, about=True)
             self._progress.end_row(name, "refused", f"{reason}; a smaller --batch or --seq needs less")
             return False
         return True

@@ -17,7 +17,7 @@ from attention.core.kv_format import DENSE, parse_kv_format
 from attention.core.plan import GenerationPlan
 from attention.core.results import MIN_ROUNDS
 from attention.core.workload import MIN_SIZES, Generation, Workload
-from attention.engine.case_runner import MAX_EXTENSION, CaseRunner
+from attention.engine.case_runner import MAX_EXTENSION, CaseRunner, shortage_text
 from attention.engine.prepare import SLOW_CALL_S
 from attention.measure.device import Device, environment, probe
 from attention.measure.rounds import Arm, take_sample
@@ -245,7 +245,7 @@ class MemoryNeeds(Struct, frozen=True):
 
     def refusal(self, limit: int, work: Generation) -> str:
         """Return the reason for refusing a run: its needs, the limit, and the number of layers that would fit."""
-        text = f"needs {self.whole / 2**30:.4g} GiB of {limit / 2**30:.4g}"
+        text = shortage_text(self.whole, limit)
         fitting = min(int((limit - self.fixed) // self.layer), MAX_ADVISED_LAYERS, work.layers - 1)
         if fitting >= MIN_SIZES["measured_layers"]:
             return f"{text}; --layers {fitting} would fit, and estimate the whole model"

@@ -6,7 +6,8 @@ from attention.core import events as on
 from attention.core.plan import Assignment, KnownTimes, Plan, StreamPlan
 from attention.core.stream import Stream
 from attention.core.workload import Workload
-from attention.engine.bench import Bench, _shortage
+from attention.engine.bench import Bench
+from attention.engine.case_runner import shortage_text
 from attention.engine.cost import FIRST_FLOPS, MIN_LENGTH, smaller
 from attention.engine.progress import Forecast, costliest_cases, kind_of_call
 from attention.engine.stream import ATTENDS, AttentionStreamBench
@@ -77,5 +78,5 @@ def test_a_forecast_begins_with_what_is_known():
 
 
 def test_a_shortage_of_memory_has_no_exponent():
-    assert _shortage(132 * 2**40, 21 * 2**30) == "needs 135,168 GiB of 21"
-    assert _shortage(41 * 2**30, 22 * 2**30) == "needs 41 GiB of 22"
+    assert shortage_text(132 * 2**40, 21 * 2**30) == "needs 135,168 GiB of 21"
+    assert shortage_text(41 * 2**30, 22 * 2**30) == "needs 41 GiB of 22"
