@@ -6,6 +6,7 @@ Every rank makes the same inputs and knows the whole result, in float64, and com
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # several ranks share the cores, and wait for each other busily
 
@@ -15,7 +16,7 @@ import numpy as np
 from attention import attention, distributed, masks
 from attention.core.errors import UnsupportedError
 from attention.distributed import Layout, collectives, movement
-from attention.distributed.peers import RowPlan
+from attention.distributed.peers import PeerCopies, RowPlan
 from attention.implementations.baseline import Baseline, in_tf32
 from attention.implementations.calls import current_backend
 from attention.masks import Pattern
@@ -61,6 +62,14 @@ def compare_with_one(got: mx.array, wanted: mx.array, implementation: str, what:
     error = mx.abs(got - wanted).max().item()
     if not error < allowed:
         failures.append(f"{what}: error {error:.3g}, allowed {allowed:.3g}")
+
+
+def must_be_refused(call: Callable[[], object], what: str) -> None:
+    try:
+        call()
+        failures.append(f"{what} was not refused")
+    except UnsupportedError:
+        pass
 
 
 def rows(x: np.ndarray, layout: Layout, rank: int, axis: int = 2) -> np.ndarray:
@@ -252,11 +261,8 @@ def refuse_vmap(group) -> None:
         def call(q, k, v, layouts=layouts) -> mx.array:
             return attention(q, k, v, mask="causal", implementation="poc", group=group, **layouts)
 
-        try:
-            mx.vmap(call, in_axes=axes)(*given)
-            failures.append(f"rank {group.rank()}: mx.vmap over {axes} was not refused")
-        except UnsupportedError:
-            pass
+        mapped = mx.vmap(call, in_axes=axes)
+        must_be_refused(partial(mapped, *given), f"rank {group.rank()}: mx.vmap over {axes}")
 
 
 def independent_calls(group) -> None:
@@ -306,11 +312,8 @@ def compiled_calls(group) -> None:
         with distributed.in_sequence():
             return call(call(*parts), *parts[1:])
 
-    try:
-        mx.compile(call)(*own[:3])
-        failures.append(f"rank {group.rank()}: mx.compile of a call that is not in sequence was not refused")
-    except UnsupportedError:
-        pass
+    what = f"rank {group.rank()}: mx.compile of a call that is not in sequence"
+    must_be_refused(partial(mx.compile(call), *own[:3]), what)
     once = attention(*given, mask="causal", implementation="poc")
     twice = attention(once, *given[1:], mask="causal", implementation="poc")
     found = mx.compile(in_sequence)(*own[:3])
@@ -337,11 +340,8 @@ def refusals(group) -> None:
     rows = distributed.shard(*whole, group, "contiguous")
     split = {"layout": distributed.make_layout(1, group.size(), "replicated"), "key_layout": rows.layout}
     for name, q, options in (("rows", rows.q, {"layout": rows.layout}), ("keys", whole[0], split)):
-        try:
-            attention(q, rows.k, rows.v, group=group, implementation=NoSoftcap(), softcap=5.0, **options)
-            failures.append(f"rank {group.rank()}: a call without {name} was not refused")
-        except UnsupportedError:
-            pass
+        call = partial(attention, q, rows.k, rows.v, group=group, implementation=NoSoftcap(), softcap=5.0, **options)
+        must_be_refused(call, f"rank {group.rank()}: a call without {name}")
 
 
 class NoSoftcap(Baseline):
@@ -406,11 +406,18 @@ def many(group) -> None:
             decode(group, kind, seq, 1000, **keywords)
 
 
-def peer_copies(group) -> None:
-    """Parts of several sizes by peer copies, as by the group's own gather, and a call in pieces."""
+def peers_of(group) -> PeerCopies | None:
+    """Return the group's peer copies; that there are none is a failure."""
     peers, reason = collectives.peer_copies(group)
     if peers is None:
         failures.append(f"no peer copies: {reason}")
+    return peers
+
+
+def peer_copies(group) -> None:
+    """Parts of several sizes by peer copies, as by the group's own gather, and a call in pieces."""
+    peers = peers_of(group)
+    if peers is None:
         return
     rank, ranks = group.rank(), group.size()
     for heads, length in ((1, 1), (3, 1000), (7, 131072), (40, 20000)):
@@ -462,9 +469,7 @@ def check_close(found: Sequence[mx.array], wanted: Sequence[mx.array], what: str
 
 def one_launch_of(group) -> None:
     """Calls whose keys arrive while they run, as on one device."""
-    found, reason = collectives.peer_copies(group)
-    if found is None:
-        failures.append(f"no peer copies: {reason}")
+    if peers_of(group) is None:
         return
     rank = group.rank()
     calls: list[tuple[str, int, dict]] = [
@@ -498,9 +503,7 @@ def one_launch_of(group) -> None:
 
 def merges(group) -> None:
     """Decode steps whose partial results are merged in each other's memory, as on one device."""
-    found, reason = collectives.peer_copies(group)
-    if found is None:
-        failures.append(f"no peer copies: {reason}")
+    if peers_of(group) is None:
         return
     rank = group.rank()
     for seq, kv_seq, keywords in ((1, 100_000, {}), (3, 5001, {"mask": "causal"}), (1, 7, {})):
