@@ -8,7 +8,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any, Final, NamedTuple, cast
 
 import mlx.core as mx
@@ -114,8 +114,20 @@ def gathered(parts: Sequence[mx.array], group: Group) -> Gathered:
     """
     size = sum(part.nbytes for part in parts)
     count_bytes((group.size() - 1) * size, (group.size() - 1) * size)
-    *arrays, token = submitted(_gather(group, _order.given)(list(map(unmapped, parts))), _order.given)
+    *arrays, token = moved(parts, partial(_gather, group))
     return Gathered(arrays, token)
+
+
+def moved(
+    parts: Sequence[mx.array], make_move: Callable[[bool], Callable[[list[mx.array]], list[mx.array]]]
+) -> list[mx.array]:
+    """Return what a collective makes of parts, `submitted`.
+
+    `make_move` returns the collective's function, for calls in sequence or not: its gradient may be computed after
+    the context of `in_sequence`.
+    """
+    in_sequence = _order.given
+    return submitted(make_move(in_sequence)(list(map(unmapped, parts))), in_sequence)
 
 
 class _Order(threading.local):
@@ -136,11 +148,6 @@ def in_sequence() -> Iterator[None]:
         yield
     finally:
         _order.given = before
-
-
-def is_in_sequence() -> bool:
-    """Return whether calls are made `in_sequence`."""
-    return _order.given
 
 
 def submitted(arrays: list[mx.array], in_sequence: bool) -> list[mx.array]:

@@ -1,7 +1,7 @@
 """Moving the keys and values that ranks need, by collectives or by peer copies, with their gradients."""
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -33,10 +33,7 @@ def needed(
             size = sum(part.nbytes // part.shape[2] for part in parts if part.shape[2])
             others = group.size() - 1
             collectives.count_bytes(others * rows_of(exchange.contributed[rank]) * size, exchange.received(rank) * size)
-            own = list(map(collectives.unmapped, parts))
-            in_sequence = collectives.is_in_sequence()
-            move = _peer_moves(exchange, group, peers, in_sequence)
-            *made, token = collectives.submitted(move(own), in_sequence)
+            *made, token = collectives.moved(parts, partial(_peer_moves, exchange, group, peers))
             return made, token
     own = [_contribution(part, exchange, rank) for part in parts]
     if not communicate:
