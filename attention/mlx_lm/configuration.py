@@ -115,11 +115,16 @@ def bundled_names() -> tuple[str, ...]:
     return tuple(_bundled())
 
 
+def _folder_of(model: str) -> Path | None:
+    """Return the folder that a model's name stands for, which may not exist; None if the hub's cache lacks it."""
+    return cached_folder(model, CONFIGURATION) if is_hub_name(model) else expand_home(model)
+
+
 def configuration_time(model: str) -> int:
     """Return when the configuration of a model was written, in nanoseconds; 0 for one that is bundled or missing."""
     if model in _bundled():
         return 0
-    folder = cached_folder(model, CONFIGURATION) if is_hub_name(model) else expand_home(model)
+    folder = _folder_of(model)
     try:
         return 0 if folder is None else (folder / "config.json").stat().st_mtime_ns
     except OSError:
@@ -134,8 +139,7 @@ def find_model(model: str) -> Configuration:
     """
     if model in _bundled():
         return Configuration(model, _bundled()[model])
-    named = is_hub_name(model)
-    folder = cached_folder(model, CONFIGURATION) if named else expand_home(model)
+    folder = _folder_of(model)
     if folder is None:
         raise UsageError(f"model: '{model}' is neither a folder nor in the hub's cache on this machine")
     if not folder.is_dir():
