@@ -25,11 +25,6 @@ SAMPLES: Final = 3
 def main() -> int:
     group = mx.distributed.init(strict=True, backend="ring")
     conditions = measure_group(group, probe(), None, alike=True)
-    known = {
-        "link": conditions.link,
-        "flops_per_s": conditions.flops_per_s,
-        "memory_bytes_per_s": conditions.memory_bytes_per_s,
-    }
     seconds = {}
     methods: tuple[Method, ...] = ("split keys", "alone")
     for method in methods:
@@ -42,9 +37,14 @@ def main() -> int:
             times.append(max(call.of_ranks(time.perf_counter() - started)))
         seconds[method] = statistics.median(times)
     if group.rank() == 0:
-        decision = decide(STEP, group.size(), **known)
+        decision = decide(
+            STEP,
+            group.size(),
+            link=conditions.link,
+            flops_per_s=conditions.flops_per_s,
+            memory_bytes_per_s=conditions.memory_bytes_per_s,
+        )
         found = {"method": decision.method, "seconds": seconds, "conditions": conditions}
-        found["predicted"] = {option.method: option.predicted_s for option in decision.options}
         print("FOUND", msgspec.json.encode(found).decode(), flush=True)
     return 0
 

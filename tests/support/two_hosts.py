@@ -70,9 +70,7 @@ class TwoHosts:
         return self
 
     def _set_up(self) -> None:
-        for name in self.names:
-            _run("ip", "netns", "add", name)
-            _run("ip", "-n", name, "link", "set", "lo", "up")
+        self._add_namespaces()
         command = [sys.executable, __file__, *self.names, *self._options]
         self._link = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._link.stdout is not None
@@ -80,6 +78,11 @@ class TwoHosts:
         for name, address in zip(self.names, ADDRESSES, strict=True):
             _run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", DEVICE)
             _run("ip", "-n", name, "link", "set", "dev", DEVICE, "mtu", str(MTU), "up")
+
+    def _add_namespaces(self) -> None:
+        for name in self.names:
+            _run("ip", "netns", "add", name)
+            _run("ip", "-n", name, "link", "set", "lo", "up")
 
     def __exit__(self, *error: object) -> None:
         if self._link is not None:
@@ -89,7 +92,7 @@ class TwoHosts:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 
     def cut(self) -> None:
-        """Forward nothing from now on; connections are not told."""
+        """Forward nothing from now on; connections stay open."""
         self._say("cut")
 
     def mend(self) -> None:
@@ -131,25 +134,15 @@ class VethHosts(TwoHosts):
         self._bytes_per_s = bytes_per_s
 
     def _set_up(self) -> None:
-        for name in self.names:
-            _run("ip", "netns", "add", name)
-            _run("ip", "-n", name, "link", "set", "lo", "up")
-        ends = [f"type veth peer name {DEVICE}", *self.names]
-        _run(*f"ip link add {DEVICE} netns {ends[1]} {ends[0]} netns {ends[2]}".split())
+        self._add_namespaces()
+        one, other = self.names
+        _run(*f"ip link add {DEVICE} netns {one} type veth peer name {DEVICE} netns {other}".split())
         for name, address in zip(self.names, ADDRESSES, strict=True):
             _run("ip", "-n", name, "addr", "add", f"{address}/24", "dev", DEVICE)
             _run("ip", "-n", name, "link", "set", "dev", DEVICE, "up")
             if self._bytes_per_s is not None:
                 limits = f"rate {8 * self._bytes_per_s:.0f}bit burst 32kb latency 50ms"
                 _run("ip", "netns", "exec", name, *f"tc qdisc add dev {DEVICE} root tbf {limits}".split())
-
-    def cut(self) -> None:
-        """Take one end down."""
-        _run("ip", "-n", self.names[1], "link", "set", "dev", DEVICE, "down")
-
-    def mend(self) -> None:
-        """Take it up again."""
-        _run("ip", "-n", self.names[1], "link", "set", "dev", DEVICE, "up")
 
 
 def _run(*command: str) -> None:

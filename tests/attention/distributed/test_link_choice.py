@@ -22,7 +22,6 @@ class Found(msgspec.Struct):
 
     method: str
     seconds: dict[str, float]
-    predicted: dict[str, float]
     conditions: Conditions
 
 

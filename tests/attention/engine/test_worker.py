@@ -23,11 +23,11 @@ OF_OTHERS = 1000
 """The score of a worker for the out-of-memory killer, which it sets as the last before it waits for an assignment."""
 
 
-def wait_until(holds, seconds=10):
+def comes_to_hold(holds, seconds=10):
     end = time.monotonic() + patient(seconds)
-    while not holds():
-        assert time.monotonic() < end
+    while not (held := holds()) and time.monotonic() < end:
         time.sleep(0.01)
+    return held
 
 
 @pytest.mark.thorough
@@ -36,12 +36,12 @@ def test_a_stopped_worker_ends_with_its_parent():
     with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as parent:
         worker = psutil.Process(int(parent.stdout.readline()))
         score = Path(f"/proc/{worker.pid}/oom_score_adj")
-        wait_until(lambda: int(score.read_text()) == OF_OTHERS)
+        assert comes_to_hold(lambda: int(score.read_text()) == OF_OTHERS)
         worker.send_signal(signal.SIGSTOP)
-        wait_until(lambda: worker.status() == psutil.STATUS_STOPPED)
+        assert comes_to_hold(lambda: worker.status() == psutil.STATUS_STOPPED)
         os.kill(parent.pid, signal.SIGKILL)
     try:
-        wait_until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+        assert comes_to_hold(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
     finally:
         with suppress(psutil.NoSuchProcess):
             worker.kill()
