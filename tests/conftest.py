@@ -131,7 +131,7 @@ def _mark_unsampled(items: list[pytest.Item]) -> None:
     """Mark as slow what is thorough, and what `sampled(share)` leaves out of a test's products of parameters."""
     for item in items:
         if item.get_closest_marker("thorough"):
-            item.add_marker("slow")
+            item.add_marker(pytest.mark.slow(compiles=False))
     sampled = {
         item.nodeid: (item, mark.args[0])
         for item in items
@@ -173,8 +173,7 @@ def pytest_sessionfinish() -> None:
 
 def _compiles(item: pytest.Item) -> bool:
     """Return whether `mx.compile` compiles in a test: what is slow by being thorough alone runs as by default."""
-    marks = {mark.name for mark in item.iter_markers()}
-    return bool(marks.intersection(COMPILING) - ({"slow"} if "thorough" in marks else set()))
+    return any(mark.name in COMPILING and mark.kwargs.get("compiles", True) for mark in item.iter_markers())
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
