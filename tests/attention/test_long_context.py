@@ -74,7 +74,6 @@ def test_a_quarter_of_a_million_tokens_can_be_transformed(mode: str) -> None:
 
 
 @pytest.mark.thorough
-@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("mode", ["forward", "gradient"])
 def test_no_array_is_read_by_as_many_nodes_as_there_are_tiles(mode: str, tmp_path: Path) -> None:
     # mx.compile compares the readers of an array with each other, and moves them in lists: quadratic in their number

@@ -94,7 +94,6 @@ def test_a_long_name_hides_no_id_in_the_list(tmp_path, capsys):
 
 
 @pytest.mark.thorough
-@pytest.mark.sampled(0.3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_command_prints_a_hostile_run(kind, kept, capsys):
     for arguments in (["history", "show", f"{kind}1"], ["compare", f"{kind}1", f"{kind}2"]):

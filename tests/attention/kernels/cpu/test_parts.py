@@ -130,7 +130,6 @@ def test_parts_stay_together_from_process_to_process(own_folder):
 
 
 @pytest.mark.thorough
-@pytest.mark.sampled(0.35)
 @pytest.mark.parametrize("parts", [["no such part"], "float16", [1], None, {"float16": 1}])
 def test_a_hostile_record_of_parts_counts_as_none(own_folder, parts):
     cpu.load(parts={"float16"})
@@ -160,7 +159,6 @@ def test_a_part_without_its_functions_is_no_endless_search(own_folder, monkeypat
 
 
 @pytest.mark.thorough
-@pytest.mark.sampled(0.5)
 @pytest.mark.parametrize("part", ["float16", "bfloat16"])
 def test_the_self_check_tries_each_part(own_folder, part, monkeypatch):
     right, seen = selfcheck.results, []
