@@ -1,6 +1,5 @@
-"""One compiled kernel for the whole session, in a separate cache folder (or in $FATUI_CACHE_DIR, if set)."""
+"""One compiled kernel for the whole session, in its cache folder."""
 
-import os
 from collections.abc import Iterator
 
 import mlx.core as mx
@@ -10,15 +9,11 @@ from attention.kernels import cpu
 
 
 @pytest.fixture(scope="session")
-def compiled_kernel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        if "FATUI_CACHE_DIR" not in os.environ:
-            patch.setenv("FATUI_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
-        usable, reason = cpu.availability()
-        if not usable:
-            pytest.skip(reason)
-        cpu.load()
-        yield
+def compiled_kernel() -> None:
+    usable, reason = cpu.availability()
+    if not usable:
+        pytest.skip(reason)
+    cpu.load()
 
 
 @pytest.fixture
