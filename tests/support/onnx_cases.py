@@ -103,7 +103,7 @@ def run(
 def with_scale(attend: Callable[..., mx.array]) -> Callable[..., mx.array]:
     """Wrap a function that requires the scale, with the operator's default for cases without one."""
 
-    def reported(q: mx.array, k: mx.array, v: mx.array, *, scale: float | None, **more: Any) -> mx.array:
+    def scaled(q: mx.array, k: mx.array, v: mx.array, *, scale: float | None, **more: Any) -> mx.array:
         return attend(q, k, v, scale=scale or q.shape[3] ** -0.5, **more)
 
-    return reported
+    return scaled

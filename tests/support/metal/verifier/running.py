@@ -186,10 +186,10 @@ def launch(
     """
     if len(buffers) > MAX_BUFFERS:
         raise Finding(f"limit: {len(buffers)} buffers, Metal takes {MAX_BUFFERS}")
-    reported, findings = _described(buffers), ctypes.create_string_buffer(FINDINGS_BYTES)
+    places, findings = _described(buffers), ctypes.create_string_buffer(FINDINGS_BYTES)
     whole = _Launch(
         kernel=ctypes.cast(ctypes.PyDLL(str(library)).entry, ctypes.c_void_p).value,
-        buffers=reported,
+        buffers=places,
         buffer_count=len(buffers),
         grid=(ctypes.c_uint32 * 3)(*grid),
         threadgroup=(ctypes.c_uint32 * 3)(*threadgroup),
@@ -202,19 +202,19 @@ def launch(
     if ctypes.PyDLL(str(runtime())).run_launch(ctypes.byref(whole)):
         lines = text.splitlines()
         raise Finding(*(_item(item, library, lines) for item in findings.value.decode().splitlines()))
-    reads = {name: place.reads for name, place in zip(buffers, reported, strict=True)}
-    writes = {name: place.writes for name, place in zip(buffers, reported, strict=True)}
+    reads = {name: place.reads for name, place in zip(buffers, places, strict=True)}
+    writes = {name: place.writes for name, place in zip(buffers, places, strict=True)}
     return Counts(reads, writes, whole.products, whole.barriers, whole.threadgroup_bytes)
 
 
 def _described(buffers: Mapping[str, Buffer]) -> "ctypes.Array[_Buffer]":
     """Return the buffers in the runtime's format."""
-    reported = (_Buffer * len(buffers))()
-    for place, (name, held) in zip(reported, buffers.items(), strict=True):
+    places = (_Buffer * len(buffers))()
+    for place, (name, held) in zip(places, buffers.items(), strict=True):
         place.name, place.data = name.encode(), held.data.ctypes.data
         place.bytes, place.element_bytes = held.data.nbytes, held.data.itemsize
         place.is_output, place.is_initialised = held.is_output, held.is_initialised
-    return reported
+    return places
 
 
 def _item(item: str, library: Path, lines: Sequence[str]) -> str:
