@@ -23,7 +23,7 @@ from attention.core.workload import Workload
 from attention.implementations import load_implementation
 from attention.implementations.calls import make_inputs, runner_for
 from attention.measure.device import open_nvml, probe
-from attention.measure.energy import energy_counter, energy_of_calls, per_call, power_limit_w
+from attention.measure.energy import energy_counter, energy_of_calls, per_call, power_limit_w, watts_of
 from attention.measure.rounds import Arm, Runner, calls_for, take_sample, warm_up
 from benchmarks.rounds import sample
 
@@ -99,14 +99,14 @@ def measure(make_calls: Callable[[], int], seconds: float) -> dict[str, Any]:
     long_j = per_call(watch.steps, calls, 0.5 * seconds)
     assert long_j is not None, "the counter stood still"
     joules = watch.steps[-1][1] - watch.steps[0][1]
-    gaps = [b[0] - a[0] for a, b in zip(watch.steps, watch.steps[1:], strict=False)]
+    gaps = [b[0] - a[0] for a, b in itertools.pairwise(watch.steps)]
     return {
         "row_j": [each.joules for each in rows],
         "row_w": [each.watts for each in rows],
         "row_s": [each.call_s for each in rows],
         "long_j": long_j,
         "integral_j": long_j * watch.integral() / joules,
-        "long_w": joules / (watch.steps[-1][0] - watch.steps[0][0]),
+        "long_w": watts_of(watch.steps, calls),
         "reported_w": mean(watts for _, watts in watch.watts),
         "step_s": median(gaps),
         "largest_step_s": max(gaps),
