@@ -115,13 +115,14 @@ def main() -> int:
     options = _options()
     if options.simulate is not None:
         return _simulate(options)
-    began, counts = time.monotonic(), dict[str, Counter[str]]()
+    began = time.monotonic()
     lanes: SimpleQueue[list[int]] = SimpleQueue()
     cores = sorted(os.sched_getaffinity(0))[-CORES * options.lanes :] if options.lanes > 1 else []
     for lane in range(options.lanes):
         lanes.put(cores[CORES * lane : CORES * (lane + 1)])
 
-    def compare(number: int) -> None:
+    def compare(number: int) -> tuple[str, str] | None:
+        """Return a comparison's kind and outcome, those of an earlier command too; None if its time is over."""
         delay = options.delays[number % len(options.delays)]
         kind = f"{options.preset}-{options.seconds or 'own'}-s-{delay:g}"
         folder = options.folder / kind / f"{number:03}"
@@ -129,7 +130,7 @@ def main() -> int:
         if file.exists():
             result = msgspec.json.decode(file.read_bytes(), type=Result)
         elif time.monotonic() - began > options.limit:
-            return
+            return None
         else:
             shutil.rmtree(folder, ignore_errors=True)  # of an interrupted comparison
             own = lanes.get()
@@ -139,11 +140,12 @@ def main() -> int:
             result = structs.replace(result, seconds=time.monotonic() - started, load=os.getloadavg()[0])
             file.write_bytes(msgspec.json.encode(result))
             print(f"{kind} {number + 1}: {result.text}", flush=True)
-        counts.setdefault(kind, Counter())[result.outcome] += 1
+        return kind, result.outcome
 
     with ThreadPoolExecutor(options.lanes) as pool:
-        list(pool.map(compare, range(options.count)))
-    for kind, found in sorted(counts.items()):
+        compared = [each for each in pool.map(compare, range(options.count)) if each]
+    for kind in sorted({kind for kind, _ in compared}):
+        found = Counter(outcome for own, outcome in compared if own == kind)
         print(f"{kind}: of {found.total()} comparisons {', '.join(f'{n} {name}' for name, n in found.most_common())}")
     return 0
 
