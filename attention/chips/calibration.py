@@ -312,14 +312,15 @@ def _beginnings(start: Vector, measured: Vector, predicted: Vector) -> list[Vect
 
 def _alone(start: Vector, table: Vector, measured: Vector) -> list[Vector]:
     """Return beginnings where one term, alone, explains the rows that have it, and where all do in equal parts."""
-    made = []
-    for column in range(len(FIXED), table.shape[1]):
+    made, together = [], start.copy()
+    columns = range(len(FIXED), table.shape[1])
+    for column in columns:
         has = table[:, column] > 0
         begin = start.copy()
         begin[column] = float(np.median(measured[has] - np.log(table[has, column])))
+        together[column] = begin[column] - math.log(len(columns))
         made.append(begin)
-    together = np.max(made, axis=0) - math.log(max(1, len(made)))
-    together[: len(FIXED)], together[-1] = start[: len(FIXED)], 0.0
+    together[-1] = 0.0
     return [*made, together]
 
 
