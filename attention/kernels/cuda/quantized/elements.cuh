@@ -99,11 +99,7 @@ struct PairScale {
   // a * b + c, each two elements.
   static DEVICE u32 multiply_add_pair(u32 a, u32 b, u32 c) {
     u32 word;
-#if BFLOAT16
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(c));
-#else
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(c));
-#endif
+    asm("fma.rn." PAIR_TYPE " %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(c));
     return word;
   }
 };

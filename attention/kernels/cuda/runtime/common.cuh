@@ -119,14 +119,17 @@ DEVICE float high_of(u32 pair) {
 }
 DEVICE float product(u32 a, u32 b) { return low_of(a) * low_of(b) + high_of(a) * high_of(b); }
 
+// PTX's name of two elements in a word.
+#if BFLOAT16
+#define PAIR_TYPE "bf16x2"
+#else
+#define PAIR_TYPE "f16x2"
+#endif
+
 // Packs two floats into the halves of a word, `low` first in memory.
 DEVICE u32 pack(float low, float high) {
   u32 word;
-#if BFLOAT16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-#endif
+  asm("cvt.rn." PAIR_TYPE ".f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
 }
 

@@ -106,11 +106,7 @@ DEVICE u32 unit_of(u32 tile, int row, int unit) {
 // The larger magnitudes of both halves of two words, with any sign.
 DEVICE u32 larger_magnitudes(u32 a, u32 b) {
   u32 x;
-#if BFLOAT16
-  asm("max.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
-#else
-  asm("max.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
-#endif
+  asm("max.xorsign.abs." PAIR_TYPE " %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b));
   return x;
 }
 

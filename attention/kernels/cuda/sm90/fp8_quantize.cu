@@ -149,11 +149,7 @@ DEVICE void quantize_rows(u32* to, int* exponent_to, const Rows& rows, int first
 // The larger of each element of `a` and the magnitude of `b`'s.
 DEVICE u32 larger_pair(u32 a, u32 b) {
   u32 x;
-#if BFLOAT16
-  asm("max.bf16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b & 0x7fff7fffu));
-#else
-  asm("max.f16x2 %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b & 0x7fff7fffu));
-#endif
+  asm("max." PAIR_TYPE " %0, %1, %2;" : "=r"(x) : "r"(a), "r"(b & 0x7fff7fffu));
   return x;
 }
 
