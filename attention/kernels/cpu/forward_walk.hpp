@@ -50,8 +50,9 @@ struct NextTile {
   template <class T>
   static NextTile listed(const Problem& p, const Item& item, const Item* after, const ListWalk& walk) {
     int64_t tile = walk.upcoming();
-    if (tile < 0 && after != nullptr) tile = ListWalk(p, *after).upcoming();
-    const Item& owner = walk.upcoming() < 0 && after != nullptr ? *after : item;
+    const bool ends = tile < 0 && after != nullptr;
+    if (ends) tile = ListWalk(p, *after).upcoming();
+    const Item& owner = ends ? *after : item;
     return of<T>(p, owner, std::max<int64_t>(tile, 0) * key_tile, tile < 0 ? 0 : p.keys - tile * key_tile, walk.rows());
   }
   // The first tile of an item.
