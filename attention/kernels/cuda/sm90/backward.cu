@@ -1,7 +1,8 @@
 // FlashAttention backward kernel for Hopper: one producer warpgroup, two consumers. The consumer layouts are in
-// sm90/backward_narrow.cuh (backward_whole.cuh or backward_halves.cuh) and sm90/backward_wide.cuh, with figures. A block processes the key tiles that `schedule` assigns to it.
-// dK and dV of a tile stay in registers while Q, dO and the row statistics are streamed. dQ is accumulated in float32 in
-// device memory with atomics, in no fixed order; sm90/backward_rows.cu zeroes the accumulator, sm90/backward_finish.cu rounds it.
+// sm90/backward_narrow.cuh (with backward_whole.cuh or backward_halves.cuh) and sm90/backward_wide.cuh, with figures. A block
+// processes the key tiles that `schedule` assigns to it. dK and dV of a tile stay in registers while Q, dO and the row statistics
+// are streamed. dQ is accumulated in float32 in device memory with atomics, in no fixed order; sm90/backward_rows.cu zeroes the
+// accumulator, sm90/backward_finish.cu rounds it.
 // With LISTS, the query tiles of a key tile are entries of a transposed block list: the producer reads them and leaves with
 // each query tile what the consumers need.
 

@@ -35,9 +35,10 @@ struct Problem {
   }
 };
 
-// Block lists by key tile: entries (query tile, bits tile or -1 if every pair is visible), with SKIPS (query tile, sight), of list l are from offsets[l] on, l = plane * key tiles + key tile. Of the
-// sight the lower bits are a bits tile [query][key], or all 1 if every pair is visible; then which halves of the keys see the tile,
-// and which see that of the next entry, or of the first behind the last. Planes may be shared by batch entries or heads.
+// Block lists by key tile: entries (query tile, bits tile or -1 if every pair is visible), with SKIPS (query tile, sight), of
+// list l are from offsets[l] on, l = plane * key tiles + key tile; bits [query][key] of the bits tiles. Of the sight the lower bits
+// are the bits tile, or all 1 if every pair is visible; then which halves of the keys see the tile, and which see that of the next
+// entry (for the last, of the first). Planes may be shared by batch entries or heads.
 constexpr int SIGHT_BITS = 26, WHOLLY_VISIBLE = (1 << SIGHT_BITS) - 1;
 constexpr int SEEN = 1, NEXT_SEEN = 3;  // first of these bits as the producer leaves them
 struct Lists {
