@@ -220,6 +220,7 @@ class Step:
         """Return the output of a step that is like the one before on CUDA; None if it is not."""
         if self.again is None or call_hooks:
             return None
+        check_not_forked()
         try:
             out = self.again(q, k, v, *given)
         except TypeError:  # the general way says what is wrong
@@ -228,7 +229,6 @@ class Step:
             self.again = None
             raise
         if out is not None:
-            check_not_forked()
             self.latest = out
             record_path(CUDA_PATH)
         return out

@@ -22,7 +22,10 @@ calls = {
     "save": lambda: state.save(PATH),
     "load": lambda: StreamingKV.load(PATH),
     "dense": lambda: masks.causal().dense((1, 1, 4, 4)),
+    "repeated": lambda: repeating.attend(x, x, x),
 }
+repeating = StreamingKV(1, 2)
+repeating._fused.again = lambda *step: print("a step ran")  # as after a step on CUDA
 child = os.fork()
 if child == 0:
     for name, call in calls.items():
@@ -39,5 +42,5 @@ os.waitpid(child, 0)
 def test_a_forked_child_says_so_wherever_arrays_are_made(tmp_path):
     program = f"PATH = {str(tmp_path / 'state')!r}\n{PROGRAM}"
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120)
-    names = "quantized dequantized append update attend evaluated save load dense"
+    names = "quantized dequantized append update attend evaluated save load dense repeated"
     assert done.stdout.split() == names.split()
