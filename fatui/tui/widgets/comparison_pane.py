@@ -118,6 +118,10 @@ class ComparisonPane(TablePane):
         if report is None:
             card.clear()
         else:
+            if self.reference is not None:
+                from fatui.report.comparison import rebased_report
+
+                report = rebased_report(report, self.reference)
             card.show(report, self.content_size.height, self.table.last_row, keys, goes_on=goes_on)
 
     def on_resize(self) -> None:

@@ -31,6 +31,19 @@ async def test_the_card_has_the_verdict_the_losses_and_the_offers(stage):
 
 
 @pytest.mark.slow
+async def test_the_card_is_over_the_reference_of_the_table(stage):
+    await finished(stage)
+    head = stage.find("#verdict-head")
+    before = str(head.content)
+    assert "x baseline" in before
+    stage.find("#comparison-table").go_to("0:practical")
+    await stage.press("b")
+    assert "x practical" in str(head.content) and "baseline" not in str(head.content)
+    await stage.press("b")
+    assert str(head.content) == before
+
+
+@pytest.mark.slow
 async def test_many_doubts_leave_room_for_the_keys(stage):
     await finished(stage)
     card = stage.find(VerdictCard)
