@@ -69,6 +69,8 @@ class Log:
 
 LeveledText = tuple[str, Level] | None
 UNLOGGED: Final = None
+NOTHING_LEFT: Final = ("failed", "nothing to run")
+"""Why a case ends that is not complete."""
 
 
 def event_line(event: on.AnyEvent, plan: AnyPlan) -> LeveledText:
@@ -119,7 +121,7 @@ def _case_line(event: on.CaseEvent, plan: AnyPlan) -> LeveledText:
             return f"{event.implementation}: inaccurate: {event.detail}", "error"
         case on.ReferenceChosen() if event.implementation != plan.ordered[0]:
             return f"speedups are relative to {event.implementation}", "info"
-        case on.CaseDone(stopped_by="failed" | "nothing to run"):
+        case on.CaseDone() if event.stopped_by in NOTHING_LEFT:
             return f"case {event.case + 1} of {len(plan.cases)} ended: no implementation is left", "warning"
         case on.CaseDone():
             return f"case {event.case + 1} of {len(plan.cases)} complete, stopped by {event.stopped_by}", "info"

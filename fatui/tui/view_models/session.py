@@ -19,7 +19,7 @@ from attention.core.results import Case, FineTuningCase, ModelCase, Report, Run,
 from attention.engine.record import INTERRUPTED, AnyRecord, Record
 from fatui import formatting
 from fatui.engine_process import Listener, Silence
-from fatui.tui.view_models.journal import Log, event_line
+from fatui.tui.view_models.journal import NOTHING_LEFT, Log, event_line
 
 Phase = Literal["starting", "running", "stopping", "done", "stopped", "refused", "failed"]
 ENDED: Final = ("done", "stopped", "refused", "failed")
@@ -302,7 +302,7 @@ class RunSession(Generic[P, C]):
             self._complete.put_nowait(event.case)
 
     def _log_event(self, event: on.AnyEvent) -> None:
-        """Log an event if it is worth a line; note a restarted case, and do not repeat routes."""
+        """Log an event if it is worth a line; note a restarted case or incomplete ones, and do not repeat routes."""
         line = event_line(event, self.plan)
         if line is None:
             return
@@ -312,6 +312,10 @@ class RunSession(Generic[P, C]):
             self._routes.add(line[0])
         if isinstance(event, on.CaseStarted) and event.case == self.case_number:
             line = f"case {event.case + 1} is restarted, to measure all of them together", "info"
+        if isinstance(event, on.RunDone):
+            complete = sum(case.stopped_by not in NOTHING_LEFT for case in self.record.cases)
+            if complete < len(self.record.cases):
+                line = f"{complete} of {len(self.record.cases)} cases complete", "warning"
         self._journal.write(*line)
 
     def _begin_case(self, case: int) -> None:

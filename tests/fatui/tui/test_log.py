@@ -117,3 +117,20 @@ async def test_a_notification_covers_no_pane(size):
             (toast,) = app.screen.query("Toast")
             assert toast.region == app.screen.query_one("#key-bar").region.intersection(toast.region)
             assert toast.region.height == 1
+
+
+@pytest.mark.slow
+async def test_a_run_with_a_refused_case_is_not_called_complete(stage):
+    stage.app.set_draft(stage.app.draft.set_axis("seq", (256, 512)))
+    await stage.press("r")
+    engine = stage.engine
+    engine.begin()
+    engine.begin_case()
+    engine.rounds()
+    engine.end_case()
+    engine.tell(on.CaseStarted(case=1))
+    for name in engine.record.plan.ordered:
+        engine.tell(on.RowEnded(case=1, implementation=name, status="refused", reason="needs 4 GiB of 2"))
+    engine.tell(on.CaseDone(case=1, stopped_by="nothing to run"), on.RunDone())
+    text = stage.app.journal.text()
+    assert "1 of 2 cases complete" in text and "all cases complete" not in text
