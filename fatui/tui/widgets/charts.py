@@ -54,8 +54,6 @@ class TrendChart(KeepsStyles):
         self.trends: tuple[Trend, ...] = ()
         self._drawn: dict[int, tuple[object, Trend, Drawn]] = {}
         self._rows: list[Row] = []
-        self._strips: dict[int, Strip] = {}
-        """The rows that were drawn, until they change."""
         self._composed_for = Size()
 
     def show(self, scale: Scale, trends: tuple[Trend, ...]) -> None:
@@ -66,19 +64,11 @@ class TrendChart(KeepsStyles):
         before = self._rows
         self._compose_rows()
         if len(before) != len(self._rows):
-            self._strips.clear()
             self.refresh()
             return
         changed = [y for y, row in enumerate(self._rows) if row != before[y]]
-        for y in changed:
-            self._strips.pop(y, None)
         if changed:
             self.refresh(*(Region(0, y, self.room.width, 1) for y in changed))
-
-    def notify_style_update(self) -> None:
-        """Drop what was drawn in the styles so far."""
-        self._strips = {}
-        super().notify_style_update()
 
     @property
     def _line_width(self) -> int:
@@ -97,13 +87,10 @@ class TrendChart(KeepsStyles):
         """Draw the heading, or one row of one trend."""
         if self.room != self._composed_for:
             self._compose_rows()
-            self._strips.clear()
         if y >= len(self._rows):
             return Strip.blank(self.room.width, self.part_style())
-        if y not in self._strips:
-            parts = [Segment(text, self._style_of(part)) for text, part in self._rows[y]]
-            self._strips[y] = Strip(parts).adjust_cell_length(self.room.width, self.part_style())
-        return self._strips[y]
+        parts = [Segment(text, self._style_of(part)) for text, part in self._rows[y]]
+        return Strip(parts).adjust_cell_length(self.room.width, self.part_style())
 
     def _style_of(self, part: str) -> Style:
         if part == SHADED:
