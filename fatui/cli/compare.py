@@ -130,27 +130,25 @@ def _print_or_write(table: "RenderableType", text: str, exports: "Sequence[Expor
 
 
 def _machine_blocks(table: "MachineTable") -> "RenderableType":
-    from rich.cells import cell_len
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     from fatui.report.comparison import HEADS, NOTE, cells, labels
-    from fatui.report.table import WIDTH, short_name
+    from fatui.report.table import WIDTH, TextColumn, short_name
 
     blocks: list[RenderableType] = [Text(f"[{number}] {name}") for number, name in enumerate(table.machines, 1)]
     for label, rows in labels(table).items():
         shown = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
         heads = ("", *HEADS[1:])
         texts = [(short_name(first), *rest) for first, *rest in (cells(name, entry) for name, entry in rows)]
-        columns = list(zip(heads, *texts, strict=True))
-        for head in ("", *DROPPED_FIRST):  # what does not fit would be cut, figures too
-            columns = [column for column in columns if not head or column[0] != head]
-            if sum(max(map(cell_len, column)) + GAP for column in columns) <= WIDTH + GAP:
-                break
+        columns = [TextColumn(head, list(found)) for head, found in zip(heads, zip(*texts, strict=True), strict=True)]
+        for head in DROPPED_FIRST:  # what does not fit would be cut, figures too
+            if sum(column.width + GAP for column in columns) > WIDTH + GAP:
+                columns = [column for column in columns if column.head != head]
         for column in columns:
-            shown.add_column(column[0], no_wrap=True)
-        for row in list(zip(*columns, strict=True))[1:]:
+            shown.add_column(column.head, no_wrap=True)
+        for row in zip(*(column.cells for column in columns), strict=True):
             shown.add_row(*row)
         blocks += [Text(f"\n{label}", style="bold"), shown]
     return Group(*blocks, *(Text(f"  {note}", style="dim") for note in (NOTE, *table.notes)))
