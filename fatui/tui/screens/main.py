@@ -173,10 +173,9 @@ class MainScreen(HasTable, SparingScreen[None]):
         self._log = LogPane(self.app.journal, id="log", like=old)
         if self._maximised is old:
             self._maximised = self._log
-            for each in (self.query_one("#left"), self.query_one("#right")):
-                each.set_class(each is column, "-holds")
         old.remove()
         column.mount(self._log, after=self.query_one("#workload" if column.id == "left" else "#comparison"))
+        self._mark_holder()
         if focused:
             self.call_after_refresh(self._log.view.focus)
 
@@ -450,11 +449,15 @@ class MainScreen(HasTable, SparingScreen[None]):
         self._maximised = pane
         for each in self.query(".pane"):
             each.set_class(each is pane, "-maximised")
-        for name in ("left", "right"):
-            column = self.query_one(f"#{name}")
-            column.set_class(pane is not None and pane.parent is column, "-holds")
+        self._mark_holder()
         self._lay_out()
         self.call_after_refresh(self.show_run)
+
+    def _mark_holder(self) -> None:
+        """Show the column of the pane that fills the screen, if one does."""
+        for name in ("left", "right"):
+            column = self.query_one(f"#{name}")
+            column.set_class(self._maximised is not None and self._maximised.parent is column, "-holds")
 
     @property
     def _is_home(self) -> bool:
