@@ -197,12 +197,17 @@ async def test_scaling_without_a_sweep_says_how_to_get_one(stage):
     assert "No sweep yet" in stage.seen()
 
 
+async def open_export(stage, folder):
+    """Run to the end, and open the dialog for `out` in a folder."""
+    await stage.run_to_the_end()
+    await stage.press("e")
+    stage.find("#folder", Input).value = str(folder)
+    stage.find("#name", Input).value = "out"
+
+
 async def test_export_writes_all_files_and_says_where(tmp_path):
     async with on_stage() as stage:
-        await stage.run_to_the_end()
-        await stage.press("e")
-        stage.find("#folder", Input).value = str(tmp_path)
-        stage.find("#name", Input).value = "out"
+        await open_export(stage, tmp_path)
         await stage.press("enter")
         await stage.settle(lambda: "wrote out.md" in stage.app.journal.text())
     assert "| poc" in (tmp_path / "out.md").read_text()
@@ -217,10 +222,7 @@ async def test_export_writes_all_files_and_says_where(tmp_path):
 @pytest.mark.slow
 async def test_enter_on_the_choice_of_files_writes_them(tmp_path):
     async with on_stage() as stage:
-        await stage.run_to_the_end()
-        await stage.press("e")
-        stage.find("#folder", Input).value = str(tmp_path)
-        stage.find("#name", Input).value = "out"
+        await open_export(stage, tmp_path)
         await stage.press("tab", "right")
         await stage.pilot.pause()
         assert str(stage.find("#outcome", Static).content) == f"writes {tmp_path}/out.md"
