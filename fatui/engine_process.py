@@ -398,7 +398,7 @@ class Engine:
     def _resume_after(self, reason: str) -> None:
         """Fail the row that was running, and create the assignment of the next worker.
 
-        Where no row is to blame, a group's failure is told in a message.
+        Where no row is to blame, a message reports a group's failure.
         """
         case = self.record.current_case
         blameless = case is None or self._culprit is None or self.record.cases[case].stopped_by is not None

@@ -1,4 +1,4 @@
-"""Keys in their order: each acts where the one before it has led, however fast they come."""
+"""Keys in their order: each acts on what the one before it has brought into focus, however fast they come."""
 
 import time
 from collections import deque

@@ -177,7 +177,7 @@ def test_a_port_in_use_is_named() -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_lost_before_the_first_case_is_told_in_a_line() -> None:
+def test_a_rank_lost_before_the_first_case_is_reported() -> None:
     events: list[tuple[float, on.AnyEvent]] = []
     killed: list[int] = []
 
