@@ -7,7 +7,7 @@ from msgspec import Struct
 
 from attention.core.results import AnyCase, Conditions, FineTuningCase, Report
 from fatui import formatting
-from fatui.verdict import MAX_FLOOR
+from fatui.verdict import MAX_FLOOR, places
 
 Severity = Literal["note", "warning", "serious"]
 SEVERITIES: Final[tuple[Severity, ...]] = ("note", "warning", "serious")
@@ -79,10 +79,12 @@ def _noise(cases: Sequence[AnyCase]) -> Iterator[TrustFinding]:
     floor = max(floors)
     severity: Severity = "serious" if floor > MAX_FLOOR else "warning" if floor > HIGH_FLOOR else "note"
     several = " at most" if len(floors) > 1 else ""
+    high = [case for case in cases if case.noise_floor and case.noise_floor.floor > MAX_FLOOR]
+    where = f", above {formatting.percent(MAX_FLOOR)} {places(high, cases)}" if high and len(cases) > 1 else ""
     yield TrustFinding(
         topic="noise floor",
         severity=severity,
-        text=f"noise floor{several} {formatting.percent(floor)}",
+        text=f"noise floor{several} {formatting.percent(floor)}{where}",
         detail="The reference, measured a second time in the same rounds, differed by up to "
         f"{formatting.percent(floor)}: smaller differences are printed as ≈ 1. "
         "Measuring for longer narrows it, a quiet machine too.",

@@ -252,14 +252,19 @@ def _doubts(cases: Sequence[AnyCase], comparable: Sequence[AnyCase], winner: str
     found = []
     leads = _leads(comparable, winner)
     lead = min((each for each, _ in leads), default=None)
+    unclear = [case for case in comparable if _is_unclear(case)]
+    judged = [(each, floor) for each, floor in leads if len(cases) == 1 or floor <= MAX_FLOOR]
     rounds = min((len(row.samples) for case in cases for row in case.rows if is_sound(row)), default=0)
     if rounds < MIN_SURE_ROUNDS:
         found.append(f"only {rounds} rounds")
     if not any(case.noise_floor for case in comparable):
         found.append("no noise floor")
-    elif short := [(each, floor) for each, floor in leads if each < MIN_LEAD_FLOORS * floor]:
+    elif short := [(each, floor) for each, floor in judged if each < MIN_LEAD_FLOORS * floor]:
         least, floor = min(short, key=lambda pair: pair[0] / pair[1])
         found.append(f"it leads by {formatting.percent(least)}, with a noise floor of {formatting.percent(floor)}")
+    if unclear and len(cases) > 1:
+        floors = formatting.percent(max(case.noise_floor.floor for case in unclear if case.noise_floor))
+        found.append(f"too noisy {places(unclear, cases)}, with a noise floor of {floors}")
     if not any(winner in formatting.best_of(case) for case in comparable):
         found.append("its time is too uncertain to call it the fastest")
     if any(row.throttled for case in cases for row in case.rows) and (lead is None or lead < SAFE_LEAD):
@@ -271,6 +276,15 @@ def _doubts(cases: Sequence[AnyCase], comparable: Sequence[AnyCase], winner: str
     if interrupted:
         found.append("interrupted")
     return tuple(found)
+
+
+def _is_unclear(case: AnyCase) -> bool:
+    """Return whether a case is too noisy to be ranked: its fastest do not lead by several of its noise floors."""
+    floor = case.noise_floor.floor if case.noise_floor else 0.0
+    if floor <= MAX_FLOOR:
+        return False
+    leads = [lead for name in formatting.best_of(case) for lead, _ in _leads([case], name)]
+    return max(leads, default=0.0) < MIN_LEAD_FLOORS * floor
 
 
 def _leads(cases: Sequence[AnyCase], winner: str) -> list[tuple[float, float]]:
@@ -323,15 +337,20 @@ def where_fastest(cases: Sequence[AnyCase], name: str) -> str:
     won = [case for case in cases if name in formatting.best_of(case)]
     if len(cases) < 2 or not won:
         return ""
-    if len(won) == len(cases):
-        return f"fastest in all {len(cases)} cases"
+    return f"fastest {places(won, cases)}"
+
+
+def places(some: Sequence[AnyCase], cases: Sequence[AnyCase]) -> str:
+    """Format which of several cases some are: "at L 64 to 512", "in 2 of 6 cases"."""
+    if len(some) == len(cases):
+        return f"in all {len(cases)} cases"
     shapes = [case.workload for case in cases if isinstance(case, Case)]
     if len(shapes) == len(cases):
         for axis in swept_axes(shapes):
-            values = {getattr(case.workload, axis) for case in won}
-            if len(won) == sum(getattr(shape, axis) in values for shape in shapes):
-                return f"fastest at {_range(axis, values, shapes)}"
-    return f"fastest in {len(won)} of {len(cases)} cases"
+            values = {getattr(case.workload, axis) for case in some}
+            if len(some) == sum(getattr(shape, axis) in values for shape in shapes):
+                return f"at {_range(axis, values, shapes)}"
+    return f"in {len(some)} of {len(cases)} cases"
 
 
 def _range(axis: str, values: set[int | str], shapes: Sequence[Workload]) -> str:

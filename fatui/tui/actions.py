@@ -201,8 +201,8 @@ SHOWN_KEYS: Final = {
     "right_square_bracket": "]",
     "left_square_bracket": "[",
 }
-IDLE_BAR: Final = ("run", "sweep", "presets", "history", "quit", "run_again", "save_as", "doctor", "help")
-RUNNING_BAR: Final = ("stop", "export", "copy", "sort", "pause", "quit", "help")
+IDLE_BAR: Final = ("run", "sweep", "presets", "history", "quit", "run_again", "save_as", "doctor", "maximise", "help")
+RUNNING_BAR: Final = ("stop", "export", "copy", "sort", "pause", "quit", "maximise", "help")
 DONE_BAR: Final = (
     "run",
     "longer",
@@ -214,6 +214,7 @@ DONE_BAR: Final = (
     "presets",
     "sort",
     "save_as",
+    "maximise",
     "help",
 )
 

@@ -115,6 +115,19 @@ def test_a_lead_is_held_against_the_floor_of_its_own_case():
     assert verdict_of([quiet, noisy]).confidence == "high"
 
 
+def test_the_confidence_follows_the_noisiest_cases():
+    cases = list(report_of(plan_of(SWEEP)).cases)
+    cases[0] = structs.replace(times(cases[0], "poc", 30.0), noise_floor=floor_of(0.9))
+    tied = verdict_of(cases)
+    assert (tied.winner, tied.confidence) == ("poc", "low")
+    assert tied.doubts == ("too noisy at L 64, with a noise floor of 90 %",)
+    cases[1] = structs.replace(cases[1], noise_floor=floor_of(0.9))
+    assert "above" not in trust_line(trust(report_of(plan_of(SWEEP))))
+    noisy = structs.replace(report_of(plan_of(SWEEP)), cases=tuple(cases))
+    assert trust_line(trust(noisy)).startswith("noise floor at most 90 %, above 10 % at L 64, 128")
+    assert verdict_of(cases).doubts == tied.doubts  # its lead of 50 times is clear of its own floor
+
+
 def test_a_range_over_cases_is_called_one():
     cases = list(report_of(plan_of(SWEEP)).cases)
     assert " over 4 cases)" in headline(verdict_of(cases))

@@ -83,7 +83,9 @@ class MainScreen(HasTable, SparingScreen[None]):
 
     def compose(self) -> ComposeResult:
         """Yield the panes; the classes of the layout come first, as setting them later styles every widget again."""
-        tabs = PaneTabs()
+        keys = self.app.keys
+        turns, alone = f"{keys['previous_pane']} and {keys['next_pane']} turn", f"{keys['maximise']} maximises a pane"
+        tabs = PaneTabs(f"{turns} · {alone}")
         tabs.show("log" if self.app.remembered.tab == "log" else "setup")  # nothing has run yet
         self._status, self._key_bar = StatusLine(), KeyBar()
         self._live = LivePane(id="live", view=self.app.remembered.view)
@@ -314,7 +316,8 @@ class MainScreen(HasTable, SparingScreen[None]):
         self._show_live()
 
     def _show_live(self, *, memory: bool = True) -> None:
-        self._live.show(self.app.session, self.app.report, self.app.keys, memory=memory)
+        reference = self.query_one(ComparisonPane).reference
+        self._live.show(self.app.session, self.app.report, self.app.keys, memory=memory, reference=reference)
         self.show_roofline()
 
     def show_reading(self, reading: Reading) -> None:
@@ -327,7 +330,8 @@ class MainScreen(HasTable, SparingScreen[None]):
         alarm = errors > 0 or bool(app.session and app.session.silent)
         self._status.show(self._left_text(), self._right_text(), alarm=alarm)
         bar = actions.RUNNING_BAR if app.runs.active else actions.DONE_BAR if app.report else actions.IDLE_BAR
-        names = [name for name in bar if name != "longer" or app.runs.can_go_on]
+        not_now = {"longer": not app.runs.can_go_on, "maximise": self._maximised is not None}
+        names = [name for name in bar if not not_now.get(name)]
         by_name = {action.name: action for action in actions.ACTIONS}
         keys = [(app.keys[name], by_name[name].label, by_name[name].does) for name in names]
         back = [(app.keys["maximise"], "All panes", "screen.maximise")] if self._maximised else []
@@ -358,7 +362,7 @@ class MainScreen(HasTable, SparingScreen[None]):
             return f"{f'run {app.report.run.id} is open' if app.report else 'ready'}{suffix}"
         elapsed = formatting.duration(session.elapsed_s)
         if not session.active:
-            return f"{session.phase}, {elapsed}{suffix}"
+            return f"{session.phase_text}, {elapsed}{suffix}"
         turn = SPINNER[int(session.elapsed_s * 2) % len(SPINNER)]
         if session.silent:
             silent = formatting.duration(session.silent_s)
@@ -559,11 +563,12 @@ class MainScreen(HasTable, SparingScreen[None]):
     def _row_of(self, index: int, implementation: str) -> tuple[Case | None, Row | None, str]:
         """Return a case, one of its rows, and the command that measures it; None for what there is not."""
         session, report = self.app.session, self.app.report
+        over_reference = self.query_one(ComparisonPane).over_reference
         if session is not None:
-            case = session.case(index)
+            case = over_reference(index, session.case(index))
             command = command_of(structs.replace(session.plan, cases=(case.workload,)), None)
         elif report is not None and index < len(report.cases):
-            case = report.cases[index]
+            case = over_reference(index, report.cases[index])
             command = report.run.command  # its plan is not kept, so the command is the whole run's
         else:
             return None, None, ""
@@ -577,7 +582,7 @@ def _is_wide(size: Size) -> bool:
 def _phase(session: AnySession) -> str:
     left = cost.remaining(session)
     if session.phase != "running" or left is None:
-        return f"{session.phase} · {formatting.duration(session.elapsed_s)}"
+        return f"{session.phase_text} · {formatting.duration(session.elapsed_s)}"
     if session.building:
         return f"compiling {session.building} · {formatting.duration(session.elapsed_s)}"
     many = len(session.plan.cases)

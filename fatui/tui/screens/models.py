@@ -17,6 +17,7 @@ from attention.core.results import Report
 from attention.core.workload import FineTuning, generations
 from attention.mlx_lm.configuration import bundled_names, check_mlx_lm, find_model
 from fatui import formatting
+from fatui.report.comparison import rebased_report
 from fatui.reproduce import finetune_command, model_command
 from fatui.tui import actions
 from fatui.tui.lab import TABLE_TICKS, Lab
@@ -107,7 +108,8 @@ class ModelTable(TablePane):
         elif session is not None and session.phase in ("refused", "failed"):
             card.say(session.finding, bad=True)
         else:
-            card.show(report, self.content_size.height, self.table.last_row, keys)
+            over = report if self.reference is None else rebased_report(report, self.reference)
+            card.show(over, self.content_size.height, self.table.last_row, keys)
 
     def _hints(self) -> list[str]:
         over = [f"over {self.reference}"] if self.reference else []
@@ -404,7 +406,7 @@ def _phase(session: ModelSession | None) -> str:
     if session is None:
         return "ready"
     turn = f" {SPINNER[int(session.elapsed_s * 2) % len(SPINNER)]}" if session.active else ""
-    return f"{session.phase}{turn}"
+    return f"{session.phase_text}{turn}"
 
 
 WHOLE: Final = "all"

@@ -19,6 +19,7 @@ from attention.core.results import Case, FineTuningCase, ModelCase, Report, Run,
 from attention.engine.record import INTERRUPTED, AnyRecord, Record
 from fatui import formatting
 from fatui.engine_process import Listener, Silence
+from fatui.report.document import counted
 from fatui.tui.view_models.journal import NOTHING_LEFT, Log, event_line
 
 Phase = Literal["starting", "running", "stopping", "done", "stopped", "refused", "failed"]
@@ -152,6 +153,20 @@ class RunSession(Generic[P, C]):
     def active(self) -> bool:
         """Whether the engine may still be running."""
         return self.phase not in ENDED
+
+    @property
+    def incomplete(self) -> str:
+        """How many cases of a finished run are complete, if not all are: "1 of 2 cases complete"; else empty."""
+        cases = self.record.cases
+        complete = sum(case.stopped_by not in NOTHING_LEFT for case in cases)
+        if not self.record.done or complete == len(cases):
+            return ""
+        return f"{complete} of {counted(len(cases), 'case')} complete"
+
+    @property
+    def phase_text(self) -> str:
+        """The phase in words; of a run with cases in which nothing was measured, how many are complete."""
+        return self.phase if self.phase != "done" else self.incomplete or self.phase
 
     @property
     def elapsed_s(self) -> float:
@@ -313,9 +328,7 @@ class RunSession(Generic[P, C]):
         if isinstance(event, on.CaseStarted) and event.case == self.case_number:
             line = f"case {event.case + 1} is restarted, to measure all of them together", "info"
         if isinstance(event, on.RunDone):
-            complete = sum(case.stopped_by not in NOTHING_LEFT for case in self.record.cases)
-            if complete < len(self.record.cases):
-                line = f"{complete} of {len(self.record.cases)} cases complete", "warning"
+            line = (self.incomplete, "warning") if self.incomplete else line
         self._journal.write(*line)
 
     def _begin_case(self, case: int) -> None:

@@ -261,13 +261,15 @@ def waiting_lines(index: int, names: list[tuple[str, str]]) -> list[TableLine]:
     ]
 
 
-def summary_lines(summary: tuple[Summary, ...], cases: Sequence[AnyCase]) -> list[TableLine]:
-    """Return the geometric mean of each implementation over the complete cases."""
+def summary_lines(summary: tuple[Summary, ...], cases: Sequence[AnyCase], of: int | None = None) -> list[TableLine]:
+    """Return the geometric mean of each implementation over complete cases; `of`: how many there are, if not all."""
     if not summary:
         return []
     total, references = len(cases), {case.reference for case in cases}
     over = f" over {references.pop()}" if len(references) == 1 and None not in references else ""
-    head = TableLine(span=f"Speedups{over}, geometric mean of {counted(total, 'complete case')}", tone="head")
+    many = counted(total, "complete case")
+    many = many if of in (None, total) else f"{total} of {counted(of, 'complete case')}"
+    head = TableLine(span=f"Speedups{over}, geometric mean of {many}", tone="head")
     return [head, *(_summary_line(line, total) for line in summary)]
 
 

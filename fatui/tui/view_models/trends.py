@@ -82,10 +82,18 @@ def from_zero(title: str, top: float, session: AnySession) -> Scale:
     return Scale(title, top, f"0 to {formatting.rate(top)}" if top else "", (latest(session), "best"))
 
 
-def rate_chart(session: AnySession, view: View = "common") -> tuple[Scale, tuple[Trend, ...]]:
-    """Return the heading and the trends of the implementations on the current case, in one of the views."""
+def rate_chart(
+    session: AnySession, view: View = "common", reference: str | None = None
+) -> tuple[Scale, tuple[Trend, ...]]:
+    """Return the heading and the trends of the implementations on the current case.
+
+    Args:
+        session: the run.
+        view: what is drawn.
+        reference: the implementation that ratios are to, if it has figures; else that of the case.
+    """
     if view == "ratio":
-        return _ratio_chart(session)
+        return _ratio_chart(session, reference)
     highest = max((series.highest or 0.0 for series in session.rates.values()), default=0.0)
     if view == "common":
         return from_zero("tokens/s", ceiling(highest), session), rate_trends(session)
@@ -140,12 +148,17 @@ def _on_own_scale(trend: Trend) -> Trend:
     return structs.replace(trend, low=middle - half, high=middle + half, note=f"spans {span}")
 
 
-def _ratio_chart(session: AnySession) -> tuple[Scale, tuple[Trend, ...]]:
-    """Return each implementation's ratio to the reference by round, with the noise floor around its median shaded."""
+def _ratio_chart(session: AnySession, other: str | None = None) -> tuple[Scale, tuple[Trend, ...]]:
+    """Return each implementation's ratio to the reference by round, with the noise floor around its median shaded.
+
+    `other`: an implementation that takes the place of the case's reference, if it has samples.
+    """
     case = _case(session)
-    reference = case.rows[case.reference].samples if case and case.reference else []
-    floor = statistics.noise_floor(reference, case.repeated_reference) if case else None
-    title = f"ratio to {case.reference}" if case and case.reference else "ratio"
+    own = case.reference if case else None
+    name_of = other if other and case and own and other in case.rows and case.rows[other].samples else own
+    reference = case.rows[name_of].samples if case and name_of else []
+    floor = statistics.noise_floor(case.rows[own].samples, case.repeated_reference) if case and own else None
+    title = f"ratio to {name_of}" if name_of else "ratio"
     words = f"band: noise floor {formatting.percent(floor.floor)}" if floor else "by round"
     columns = ("speedup", "95 %")  # the interval, and what it was after the first rounds
     trends = []
@@ -153,7 +166,9 @@ def _ratio_chart(session: AnySession) -> tuple[Scale, tuple[Trend, ...]]:
         row = _row(session, name)
         if row is None or row.ended is not None or not row.samples:
             trends.append(Trend(name, note=_note(session, row)))
-        elif case is not None and name == case.reference:
+        elif name == name_of != own:
+            trends.append(Trend(name, note="the reference"))
+        elif case is not None and name == name_of:
             trends.append(_ratio_trend(name, reference, case.repeated_reference, floor, note="measured again"))
         else:
             trends.append(_ratio_trend(name, reference, row.samples, floor))
@@ -248,7 +263,7 @@ def progress_line(session: AnySession) -> str:
     """Format the progress of the run; below it, that of its case: the step, and the rounds."""
     progress = session.record.progress
     if not session.active:
-        return f"{session.phase} after {formatting.duration(session.elapsed_s)}"
+        return f"{session.phase_text} after {formatting.duration(session.elapsed_s)}"
     if session.phase == "stopping":
         return "stopping the engine; what was measured is kept"
     if progress is None:

@@ -133,9 +133,10 @@ class PaneTabs(Widget):
             super().__init__()
             self.tab = tab
 
-    def __init__(self, *, id: str = "tabs") -> None:
+    def __init__(self, hint: str = "", *, id: str = "tabs") -> None:
+        """Create the row; `hint` follows the tabs."""
         super().__init__(id=id)
-        self.tab = TABS[0][0]
+        self.tab, self._hint = TABS[0][0], hint
 
     def show(self, tab: str) -> None:
         """Mark a tab as open."""
@@ -152,7 +153,7 @@ class PaneTabs(Widget):
         parts = [
             Segment(self._title(name, title, self.tab), opened if name == self.tab else other) for name, title in TABS
         ]
-        return Strip([*parts, Segment("  [ and ] turn", other)]).adjust_cell_length(self.size.width, other)
+        return Strip([*parts, Segment(f"  {self._hint}", other)]).adjust_cell_length(self.size.width, other)
 
     def jump_spots(self) -> list[tuple[int, int, Callable[[], object]]]:
         """Return the place of each tab."""

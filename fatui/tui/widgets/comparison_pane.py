@@ -1,5 +1,7 @@
 """The comparison table: a block of rows per case, filled during the run, the means of a sweep, and the verdict."""
 
+from collections.abc import Sequence
+
 from textual.app import ComposeResult
 
 from attention.core.results import Case, Report, Summary
@@ -26,9 +28,14 @@ class ComparisonPane(TablePane):
         super().__init__(lines_of.COLUMNS, empty=EMPTY, table="comparison-table", id=id)
         self.reference: str | None = None
         self._lines: dict[int, list[TableLine]] = {}
-        self._summary: tuple[int, tuple[Summary, ...]] = (0, ())
+        self._summary: tuple[object, tuple[Summary, ...], Sequence[Case]] = (None, (), ())
+        """The means of a sweep, with what they were made of: the number of complete cases, and the cases among them."""
+        self._rebased: dict[int, tuple[Case, Case]] = {}
+        """Cases over the other reference, by their number, each with what it was made of."""
         self._owner: object = None
         self._verdict_of: tuple[Report, dict[str, str], bool] | None = None
+        self._key = ""
+        """The key that maximises the pane."""
         self.border_title = "4 Comparison"
 
     def compose(self) -> ComposeResult:
@@ -39,45 +46,68 @@ class ComparisonPane(TablePane):
     def refer_to(self, name: str | None) -> None:
         """Show speedups over another implementation, or over each case's own reference."""
         self.reference = name
-        self._lines.clear()
+        self._forget()
 
-    def _rebased(self, case: Case) -> Case:
+    def _forget(self) -> None:
+        self._lines.clear()
+        self._rebased.clear()
+        self._summary = None, (), ()
+
+    def over_reference(self, index: int, case: Case) -> Case:
+        """Return a case of the run with its speedups over the table's reference, as far as that has figures."""
         if self.reference is None:
             return case
-        from fatui.report.comparison import rebased
+        kept = self._rebased.get(index)
+        if kept is None or kept[0] is not case:
+            from fatui.report.comparison import rebased
 
-        return rebased(case, self.reference)
+            kept = self._rebased[index] = case, rebased(case, self.reference)
+        return kept[1]
+
+    def _means(self, indices: Sequence[int], cases: Sequence[Case], names: tuple[str, ...]) -> list[TableLine]:
+        """Return the means of complete cases: of those that have figures of the table's reference, if any has."""
+        if self._summary[0] != len(cases):
+            over = [self.over_reference(index, case) for index, case in zip(indices, cases, strict=True)]
+            common = [case for case in over if self.reference in (None, case.reference)] or over
+            self._summary = len(cases), summarise(tuple(common), names), common
+        _, summary, averaged = self._summary
+        return lines_of.summary_lines(summary, averaged, of=len(cases))
+
+    def _note(self, case: Case) -> str:
+        """Say that a case has no speedups over the table's reference, whose row has no figures."""
+        if self.reference is None or case.reference in (None, self.reference):
+            return ""
+        return f" · over {case.reference}: no figures of {self.reference}"
 
     def show_session(self, session: Session, report: Report | None, keys: dict[str, str]) -> None:
         """Draw the current run; `report`: of the finished run, for its verdict."""
-        self._begin(session)
+        self._begin(session, keys)
         self.table.empty = RUNNING if session.active else EMPTY
         record, several = session.record, len(session.plan.cases) > 1
         lines: list[TableLine] = []
         for index, case_record in enumerate(record.cases):
             if case_record.started:
                 lines += self._session_case(session, index, several)
-        final = [session.case(index) for index in range(len(record.cases)) if session.is_final(index)]
+        final = [index for index in range(len(record.cases)) if session.is_final(index)]
         if several and final:
-            if self._summary[0] != len(final):
-                self._summary = len(final), summarise(tuple(final), session.plan.ordered)
-            lines = lines_of.summary_lines(self._summary[1], final) + lines
+            lines = self._means(final, [session.case(index) for index in final], session.plan.ordered) + lines
         self.show_lines(lines)
         self._show_verdict(None if session.active else report, keys, goes_on=session.any_rows)
         if session.finding and report is None:
             self.query_one(VerdictCard).say(session.finding, bad=session.phase in ("refused", "failed"))
-        case = session.case(session.case_number) if session.case_number is not None else None
+        number = session.case_number
+        case = self.over_reference(number, session.case(number)) if number is not None and not several else None
         label = f"{len(session.plan.cases)} cases" if several else session.plan.cases[0].label
-        floor = lines_of.notes(case) if case and not several else ""
-        set_title(self, f"4 Comparison · {label}{floor}")
+        notes = f"{self._note(case)}{lines_of.notes(case)}" if case else ""
+        set_title(self, f"4 Comparison · {label}{notes}")
 
     def _session_case(self, session: Session, index: int, several: bool) -> list[TableLine]:
         if session.is_final(index) and index in self._lines:
             return self._lines[index]
-        case = self._rebased(session.case(index))
+        case = self.over_reference(index, session.case(index))
         if not case.rows and not session.active:
             return []
-        made = [lines_of.block_head(index, case)] if several else []
+        made = [lines_of.block_head(index, case, self._note(case))] if several else []
         made += lines_of.case_lines(index, case)
         if session.is_final(index):
             self._lines[index] = made
@@ -90,26 +120,26 @@ class ComparisonPane(TablePane):
 
     def show_report(self, report: Report, keys: dict[str, str]) -> None:
         """Draw a past run."""
-        self._begin(report)
+        self._begin(report, keys)
         several = len(report.cases) > 1
-        lines = lines_of.summary_lines(report.summary, report.cases) if several else []
-        for index, case in enumerate(map(self._rebased, report.cases)):
+        cases, names = report.cases, tuple(line.implementation for line in report.summary)
+        lines = self._means(range(len(cases)), cases, names) if several else []
+        shown = [self.over_reference(index, case) for index, case in enumerate(cases)]
+        for index, case in enumerate(shown):
             if several:
-                lines.append(lines_of.block_head(index, case))
+                lines.append(lines_of.block_head(index, case, self._note(case)))
             lines += lines_of.case_lines(index, case)
         self.show_lines(lines)
         self._show_verdict(report, keys, goes_on=False)
-        label = (
-            f"{len(report.cases)} cases" if several else report.cases[0].workload.label if report.cases else "no rows"
-        )
-        floor = lines_of.notes(report.cases[0]) if len(report.cases) == 1 else ""
-        set_title(self, f"4 Comparison · {label}{floor}")
+        label = f"{len(cases)} cases" if several else cases[0].workload.label if cases else "no rows"
+        notes = f"{self._note(shown[0])}{lines_of.notes(shown[0])}" if len(shown) == 1 else ""
+        set_title(self, f"4 Comparison · {label}{notes}")
 
-    def _begin(self, owner: object) -> None:
+    def _begin(self, owner: object, keys: dict[str, str]) -> None:
+        self._key = keys["maximise"]
         if owner is not self._owner:
             self._owner = owner
-            self._lines.clear()
-            self._summary = (0, ())
+            self._forget()
 
     def _show_verdict(self, report: Report | None, keys: dict[str, str], goes_on: bool) -> None:
         card = self.query_one(VerdictCard)
@@ -131,5 +161,7 @@ class ComparisonPane(TablePane):
             self._show_verdict(*self._verdict_of)
 
     def _hints(self) -> list[str]:
-        over = [f"over {self.reference}"] if self.reference else []
-        return [*super()._hints(), *([*over, "o sort", "enter a row"] if self.table.lines else [])]
+        is_over = any(case.reference == self.reference for _, case in self._rebased.values())
+        over = [f"over {self.reference}"] if self.reference and is_over else []
+        full = f"{self._key} all panes" if self.has_class("-maximised") else f"{self._key} maximise"
+        return [*super()._hints(), *([*over, "o sort", "enter a row", full] if self.table.lines else [])]

@@ -110,11 +110,22 @@ class LivePane(Vertical, can_focus=True):
             self.opened = tab
 
     def show(
-        self, session: Session | None, opened: Report | None, keys: dict[str, str], *, memory: bool = True
+        self,
+        session: Session | None,
+        opened: Report | None,
+        keys: dict[str, str],
+        *,
+        memory: bool = True,
+        reference: str | None = None,
     ) -> None:
         """Draw the run; without one, say which past run is open, or that none is.
 
-        `memory`: whether the trends of memory are drawn again, which change slowly.
+        Args:
+            session: the run.
+            opened: a past run.
+            keys: the key of each action.
+            memory: whether the trends of memory are drawn again, which change slowly.
+            reference: the implementation that ratios are to; None: the reference of the case.
         """
         idle = IDLE.format(run=keys["run"])
         line = progress_line(session) if session else opened_line(opened) if opened else idle
@@ -135,7 +146,7 @@ class LivePane(Vertical, can_focus=True):
             set_title(self, "3 Live")
             return
         if self.opened == "trends":
-            self._show_trends(session, memory)
+            self._show_trends(session, memory, reference)
         if not session.active:
             set_text(self._telemetry, "")
         devices = device_lines(session)
@@ -144,8 +155,8 @@ class LivePane(Vertical, can_focus=True):
         label = session.plan.cases[session.case_number].label if session.case_number is not None else ""
         set_title(self, f"3 Live · {label}" if label else "3 Live")
 
-    def _show_trends(self, session: Session, memory: bool) -> None:
-        self._rates.show(*rate_chart(session, self.view))
+    def _show_trends(self, session: Session, memory: bool, reference: str | None) -> None:
+        self._rates.show(*rate_chart(session, self.view, reference))
         if memory:
             self._memory.show(*memory_chart(session))
         many, few = len(self._rates.trends), len(self._memory.trends)

@@ -119,7 +119,6 @@ async def test_a_notification_covers_no_pane(size):
             assert toast.region.height == 1
 
 
-@pytest.mark.slow
 async def test_a_run_with_a_refused_case_is_not_called_complete(stage):
     stage.app.set_draft(stage.app.draft.set_axis("seq", (256, 512)))
     await stage.press("r")
@@ -132,5 +131,11 @@ async def test_a_run_with_a_refused_case_is_not_called_complete(stage):
     for name in engine.record.plan.ordered:
         engine.tell(on.RowEnded(case=1, implementation=name, status="refused", reason="needs 4 GiB of 2"))
     engine.tell(on.CaseDone(case=1, stopped_by="nothing to run"), on.RunDone())
+    engine.end()
+    await stage.settle(lambda: not stage.app.session.active)
+    stage.app.main.show_run()
+    await stage.pilot.pause()
     text = stage.app.journal.text()
     assert "1 of 2 cases complete" in text and "all cases complete" not in text
+    seen = stage.seen()
+    assert "1 of 2 cases complete, 0 s" in seen and "1 of 2 cases complete after 0 s" in seen and "done" not in seen

@@ -242,6 +242,8 @@ async def test_the_table_of_a_model_is_filtered_and_opened(stage):
     table.go_to("1:mlx")
     await stage.press("b")
     assert "0.800" in texts(table, "speedup")[-1] and "over mlx" in str(stage.find("#table-pane").border_subtitle)
+    head = str(stage.find("#verdict-head").content)
+    assert "x mlx" in head and "baseline" not in head
     await stage.press("enter")
     assert isinstance(stage.app.screen, RowDetails) and "1 over mlx" in stage.seen()
     await stage.press("escape", "slash", *"decode", "enter")

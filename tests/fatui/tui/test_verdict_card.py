@@ -9,6 +9,7 @@ from fatui.tui import terminal
 from fatui.tui.widgets.text_panes import VerdictCard
 from fatui.verdict import headline, verdicts
 from tests.support.marks import thorough
+from tests.support.stage import on_stage
 
 
 async def finished(stage, conditions=None):
@@ -41,6 +42,49 @@ async def test_the_card_is_over_the_reference_of_the_table(stage):
     assert "x practical" in str(head.content) and "baseline" not in str(head.content)
     await stage.press("b")
     assert str(head.content) == before
+
+
+async def test_all_figures_are_over_the_reference_of_the_table():
+    async with on_stage(size=(200, 55)) as stage:
+        stage.app.set_draft(stage.app.draft.set_axis("seq", (256, 512)))
+        await finished(stage)
+        await stage.press("v", "v")
+        table = stage.find("#comparison-table")
+        assert "Speedups over baseline, geometric mean of 2 complete cases" in stage.seen()
+        table.go_to("0:practical")
+        await stage.press("b")
+        await stage.pilot.pause()
+        seen = stage.seen()
+        assert "Speedups over practical, geometric mean of 2 complete cases" in seen
+        assert "x practical" in str(stage.find("#verdict-head").content)
+        assert "ratio to practical" in seen and "1 over practical" in seen
+        assert "over baseline" not in seen and "to baseline" not in seen
+        await stage.press("b")
+        assert "Speedups over baseline, geometric mean of 2 complete cases" in stage.seen()
+
+
+async def test_a_case_without_the_reference_says_what_it_is_over(stage):
+    stage.app.set_draft(stage.app.draft.set_axis("seq", (256, 512)))
+    await stage.press("r")
+    engine = stage.engine
+    engine.begin()
+    for case in (0, 1):
+        engine.begin_case(case)
+        if case == 1:
+            engine.tell(on.RowEnded(case=1, implementation="practical", status="refused", reason="needs 4 GiB of 2"))
+        engine.rounds(case=case)
+        engine.end_case(case)
+    engine.tell(on.RunDone())
+    engine.end()
+    await stage.settle(lambda: stage.app.report is not None)
+    stage.app.main.show_run()
+    await stage.press("4", "z")
+    stage.find("#comparison-table").go_to("0:practical")
+    await stage.press("b")
+    await stage.pilot.pause()
+    seen = stage.seen()
+    assert "Speedups over practical, geometric mean of 1 of 2 complete cases" in seen
+    assert "over baseline: no figures of practical" in seen
 
 
 @pytest.mark.slow
