@@ -19,7 +19,15 @@ STDERR_BYTES: Final = 2000
 
 
 class Ended(RuntimeError):
-    """A command ended without a result; the message is the end of its stderr."""
+    """A command ended without a result; the message is the end of its stderr.
+
+    Attributes:
+        code: its exit code.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def run_in_turns(folders: Sequence[Path], arguments: Sequence[str], files: Sequence[Path]) -> None:
@@ -53,7 +61,7 @@ def run_in_turns(folders: Sequence[Path], arguments: Sequence[str], files: Seque
                 side.end()
         for side in started:
             if not side.file.exists():
-                raise Ended(f"{side.folder}: no run was measured{side.problem}")
+                raise Ended(f"{side.folder}: no run was measured{side.problem}", side.code)
 
 
 class _Side:
@@ -75,6 +83,11 @@ class _Side:
     def running(self) -> bool:
         """Whether the command runs."""
         return self._process.poll() is None
+
+    @property
+    def code(self) -> int:
+        """The exit code of a command that has ended."""
+        return self._process.returncode or 0
 
     @property
     def problem(self) -> str:

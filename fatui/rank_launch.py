@@ -143,9 +143,9 @@ def hosts_of(options: RunOptions) -> Hosts | None:
     Raises:
         UsageError: both kinds of lists are given, or one is wrong.
     """
-    if options.hosts and options.hostfile:
+    if options.hosts and options.hostfile is not None:
         raise UsageError("hosts: got --hosts and --hostfile; it takes one of them")
-    if options.hostfile:
+    if options.hostfile is not None:
         return read_hostfile(options.hostfile)
     return parse_hosts(",".join(options.hosts)) if options.hosts else None
 

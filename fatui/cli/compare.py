@@ -177,6 +177,8 @@ def _thresholds_of_file(name: str) -> "Thresholds":
     from attention.core.files import expand_home, parse_toml, read_bounded
     from fatui.report.gate import thresholds_of
 
+    if not name:
+        raise UsageError("--thresholds: got ''; it takes a file")
     path = expand_home(name)
     try:
         return thresholds_of(parse_toml(read_bounded(path, MAX_THRESHOLD_BYTES).decode()))

@@ -55,11 +55,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _write_report(path: Path, measure: bool) -> int:
     from attention.core.errors import UsageError
+    from fatui.cli.output import file_problem
     from fatui.diagnosis import make
     from fatui.storage import write_atomically
 
-    if path.is_dir() or not path.resolve().parent.is_dir():
-        raise UsageError(f"--report: '{path}' is not a file in a folder that exists")
+    if problem := file_problem("--report", str(path)):
+        raise UsageError(problem)
     write_atomically(path, make(cli.print_line, measure))
     cli.print_line(f"wrote {path}; read it through before you send it")
     return cli.DONE

@@ -72,12 +72,12 @@ def run(arguments: argparse.Namespace) -> int:
     assert folders is not None
     assert bench is not None
     with TemporaryDirectory(prefix="fatui-gate-") as scratch:
-        kept = expand_home(arguments.keep or scratch)
+        kept = expand_home(scratch if arguments.keep is None else arguments.keep)
         try:
             gate = _measure(folders, bench, arguments.pairs, thresholds, kept)
         except Ended as ended:
             cli.print_line(ended)
-            return cli.FAILED
+            return cli.WRONG_USAGE if ended.code == cli.WRONG_USAGE else cli.FAILED
         return report_gate(gate, exports)
 
 
@@ -91,11 +91,31 @@ def _folders(arguments: argparse.Namespace) -> "list[Path]":
     problems = [f"{str(path)[:200]}: there is no such folder" for path in paths if not is_folder(path)]
     if not MIN_PAIRS <= arguments.pairs <= MAX_PAIRS:
         problems.append(f"--pairs: got {arguments.pairs}; it takes {MIN_PAIRS} to {MAX_PAIRS}")
-    if arguments.keep and any(run for side in SIDES for run in (expand_home(arguments.keep) / side).glob("*.json")):
-        problems.append(f"--keep: {arguments.keep[:200]} has runs already, which would be compared with the new ones")
+    if arguments.keep is not None and (problem := _keep_problem(arguments.keep)):
+        problems.append(f"--keep: {problem}")
     if problems:
         raise UsageError(*problems)
     return paths
+
+
+def _keep_problem(keep: str) -> str | None:
+    """Return why a folder cannot be that of the runs; None if it can."""
+    import os
+
+    from attention.core.files import expand_home
+
+    folder = expand_home(keep)
+    try:
+        there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+        if not keep or not there.is_dir():
+            return f"got '{keep[:200]}'; it takes a folder"
+        if not os.access(there, os.W_OK | os.X_OK):
+            return f"{keep[:200]} cannot be written: no permission"
+        if any(run for side in SIDES for run in (folder / side).glob("*.json")):
+            return f"{keep[:200]} has runs already, which would be compared with the new ones"
+    except (OSError, ValueError) as error:  # a name that is too long
+        return f"{keep[:60]} cannot be made: {getattr(error, 'strerror', None) or error}"
+    return None
 
 
 def _bench_options(text: str) -> list[str]:

@@ -80,7 +80,7 @@ def _ranks(arguments: argparse.Namespace) -> int:
     """Return the number of ranks: as given, or one for each host."""
     from fatui.cli.options import ranks_of_hosts, whole_numbers
 
-    if arguments.ranks:
+    if arguments.ranks is not None:
         return whole_numbers(arguments.ranks, "--ranks", single=True)[0]
     return int(ranks_of_hosts(arguments).get("ranks", [1])[0])
 
@@ -91,7 +91,7 @@ def _cases(arguments: argparse.Namespace) -> tuple[Any, ...]:
     from fatui.cli.options import MAX_SHOWN, fetch_model, model_dtype, whole_numbers
 
     fetch_model(arguments, arguments.model)
-    configuration = find_model(arguments.model)
+    configuration, layers = find_model(arguments.model), arguments.layers
     formats = [part.strip()[:MAX_SHOWN] for part in arguments.kv_format.split(",")]
     cases = generations(
         configuration.layers,
@@ -100,7 +100,7 @@ def _cases(arguments: argparse.Namespace) -> tuple[Any, ...]:
         prompts=whole_numbers(arguments.prompt, "--prompt"),
         batches=whole_numbers(arguments.batch, "--batch"),
         generate=whole_numbers(arguments.generate, "--generate", single=True)[0],
-        measured_layers=whole_numbers(arguments.layers, "--layers", single=True)[0] if arguments.layers else None,
+        measured_layers=None if layers is None else whole_numbers(layers, "--layers", single=True)[0],
         dtype=model_dtype(arguments.dtype),
         ranks=_ranks(arguments),
     )

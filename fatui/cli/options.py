@@ -198,7 +198,7 @@ def override_hosts(defaults: P, arguments: argparse.Namespace) -> P:
     hostfile: str | None = getattr(arguments, "hostfile", None)
     if hosts is None and hostfile is None:
         return defaults
-    names = tuple(part.strip() for part in hosts.split(",")) if hosts else ()
+    names = tuple(part.strip() for part in hosts.split(",")) if hosts is not None else ()
     return structs.replace(defaults, hosts=names, hostfile=hostfile)
 
 
@@ -316,7 +316,9 @@ def model_dtype(given: str | None, on_cpu: bool | None = None) -> str:
     """
     from attention.measure.device import computes_on_cpu
 
-    return given or ("float32" if (computes_on_cpu() if on_cpu is None else on_cpu) else "bfloat16")
+    if given is not None:
+        return given
+    return "float32" if (computes_on_cpu() if on_cpu is None else on_cpu) else "bfloat16"
 
 
 def print_dtype_reason(given: str | None) -> None:

@@ -52,7 +52,7 @@ def requested_exports(arguments: argparse.Namespace, formats: Iterable[str] = FO
         UsageError: with one problem for each target that is not writable or is used twice.
     """
     exports = [Export(name, getattr(arguments, name)) for name in formats if getattr(arguments, name) is not None]
-    problems = [problem for export in exports if (problem := _problem(export))]
+    problems = [problem for export in exports if (problem := file_problem(f"--{export.format}", export.target))]
     targets = [item.target if item.target == STDOUT else os.path.realpath(item.target) for item in exports]
     for number, item in enumerate(exports):
         if targets[number] in targets[:number]:
@@ -63,20 +63,28 @@ def requested_exports(arguments: argparse.Namespace, formats: Iterable[str] = FO
     return exports
 
 
-def _problem(export: Export) -> str | None:
-    option, path = f"--{export.format}", Path(export.target)
-    if export.format == "parquet":
-        if export.target == STDOUT:
+def file_problem(option: str, target: str) -> str | None:
+    """Return why the target of an option cannot be written, in one line; None if it can."""
+    if option == "--parquet":
+        if target == STDOUT:
             return f"{option}: got '-'; it takes a file"
         try:
             check_parquet()
         except UsageError as error:
             return str(error)
-    if export.target == STDOUT:
+    if target == STDOUT:
         return None
+    try:
+        return _path_problem(option, target)
+    except (OSError, ValueError) as error:  # a name that is too long
+        return f"{option}: {target[:60]} cannot be written: {getattr(error, 'strerror', None) or error}"
+
+
+def _path_problem(option: str, target: str) -> str | None:
+    path = Path(target)
     folder = path.resolve().parent
-    if not export.target or path.is_dir():
-        return f"{option}: got '{export.target}'; it takes a file, or '-' for stdout"
+    if not target or path.is_dir():
+        return f"{option}: got '{target}'; it takes a file, or '-' for stdout"
     if not folder.is_dir():
         return f"{option}: {path} cannot be written: there is no folder {folder}"
     replaceable = os.access(folder, os.W_OK | os.X_OK) if is_replaced(path) else os.access(path, os.W_OK)

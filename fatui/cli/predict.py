@@ -92,9 +92,10 @@ def _request(
         names = mistakes.catch(lambda: parse_names(arguments.impl)) or names
     else:
         names = tuple(name for name in names if name in PREDICTED)
-    found = mistakes.catch(lambda: chips_named(arguments.chip or DEFAULT_CHIPS))
+    found = mistakes.catch(lambda: chips_named(DEFAULT_CHIPS if arguments.chip is None else arguments.chip))
     factors = mistakes.catch(lambda: given_factors(arguments)) or {}
-    launch_s = mistakes.catch(lambda: parse_seconds(arguments.launch, "--launch")) if arguments.launch else None
+    launch = arguments.launch
+    launch_s = None if launch is None else mistakes.catch(lambda: parse_seconds(launch, "--launch"))
     mistakes.raise_all()
     return cases or (), names, [what_if(chip, factors) for chip in found or []], launch_s
 

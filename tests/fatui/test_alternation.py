@@ -102,6 +102,13 @@ def test_wrong_options_are_one_line_each(arguments, problem, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+def test_what_the_versions_do_not_take_is_wrong_usage(versions, capsys):
+    refuses = 'print("seq: got 0", file=sys.stderr); raise SystemExit(2)'
+    folders = map(str, versions(a=refuses, b=refuses))
+    assert main(["gate", *folders, "--bench", "quick --seq 0"]) == 2
+    assert "no run was measured: seq: got 0" in capsys.readouterr().err
+
+
 def test_a_missing_folder_is_named(tmp_path, capsys):
     assert main(["gate", str(tmp_path), str(tmp_path / "none")]) == 2
     assert "none: there is no such folder" in capsys.readouterr().err
