@@ -63,6 +63,8 @@ struct NextTile {
   }
 };
 
+constexpr int64_t few_keys = 4 * key_tile;
+
 // Rows of the next item's queries and of this item's output, of one head, prefetched between those of keys and values: an item with
 // few keys would wait for them as long as for a tenth of its products.
 template <class T>
@@ -198,7 +200,9 @@ void attend_panels(const ForwardCall& call, const Item& item, Partials& partials
     if (panel[i].begin < panel[i].end) begin = std::min(begin, panel[i].begin), end = std::max(end, panel[i].end);
   }
   NextRows<T> rows(call, item, after);
-  const auto next_tile = [&](const NextTile& tile) { return p.window > 0 ? rows.after(tile, 2) : tile; };
+  const auto next_tile = [&](const NextTile& tile) {
+    return p.window > 0 ? rows.after(tile, 2) : end - begin <= few_keys ? rows.after(tile, 1) : tile;
+  };
   if (has_lists(p)) {
     ListWalk walk(p, item);
     for (int64_t tile; (tile = walk.next()) >= 0;)

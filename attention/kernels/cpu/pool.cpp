@@ -54,7 +54,7 @@ class Pool {
     items_ = items;
     allowed_ = helpers;
     next_.store(0, std::memory_order_relaxed);
-    open(helpers, !brief || Clock::now() - ended_ < closely);
+    open(helpers, !brief || Clock::now() - ended_ < spinning);
     take_items();
     state_.fetch_and(~open_bit, std::memory_order_acq_rel);
     await_helpers();
@@ -64,7 +64,7 @@ class Pool {
 
  private:
   using Clock = std::chrono::steady_clock;
-  static constexpr auto closely = std::chrono::microseconds(15);
+  static constexpr auto spinning = std::chrono::microseconds(30);  // for the next call, and for a helper's last item
   static constexpr uint64_t open_bit = uint64_t(1) << 31, inside_mask = open_bit - 1, one_generation = open_bit << 1;
 
   void open(int helpers, bool wake) {
@@ -103,7 +103,7 @@ class Pool {
   // Waits for the helpers that are still at an item. One that has lost its CPU to another process is waited for asleep: spinning
   // would take from this thread's share of the CPUs, and thus delay the next call too.
   void await_helpers() {
-    for (const auto sleep_at = Clock::now() + std::chrono::microseconds(30); Clock::now() < sleep_at;)
+    for (const auto sleep_at = Clock::now() + spinning; Clock::now() < sleep_at;)
       for (int i = 0; i < 16; i++, pause())
         if (all_left()) return;
     std::unique_lock<std::mutex> hold(mutex_);
@@ -122,7 +122,7 @@ class Pool {
   // Spins for a few microseconds, so that queued calls find the helper awake, and then sleeps.
   uint64_t await_change(uint64_t seen) {
     const auto generation = [this] { return state_.load(std::memory_order_acquire) / one_generation; };
-    const auto sleep_at = Clock::now() + std::chrono::microseconds(30);
+    const auto sleep_at = Clock::now() + spinning;
     while (Clock::now() < sleep_at)
       for (int i = 0; i < 16; i++, pause())
         if (generation() != seen) return generation();
@@ -191,12 +191,17 @@ static std::atomic<int> most_threads{0};
 
 void limit_threads(int most) { most_threads = most; }
 
-int processor_count() {
-  int count = int(std::thread::hardware_concurrency());
+// Each call asks this. For the number of all CPUs the C library opens and reads a file, which takes 20 us.
+static int affinity() {
 #ifdef __linux__
   cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) count = CPU_COUNT(&set);
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
 #endif
+  return int(std::thread::hardware_concurrency());
+}
+
+int processor_count() {
+  int count = affinity();
   if (const int most = most_threads; most > 0) count = std::min(count, most);
   return std::max(1, count);
 }

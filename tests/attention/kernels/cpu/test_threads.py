@@ -109,6 +109,25 @@ def test_a_limit_of_threads_holds_until_it_is_lifted(monkeypatch):
         module.limit_threads(cpu_quota() or 0)
 
 
+READS = Path("/proc/self/io")
+
+
+@pytest.mark.skipif(not READS.exists(), reason="counts reads of files in Linux's way")
+def test_calls_read_no_files(monkeypatch):
+    monkeypatch.delenv("FATUI_THREADS", raising=False)
+    q = mx.zeros((1, 8, 64, 32))
+
+    def reads(calls):
+        before = READS.read_text()
+        for _ in range(calls):
+            mx.eval(cpu.flash_attention(q, q, q, scale=0.2))
+        counts = (int(text.split("syscr: ")[1].split()[0]) for text in (before, READS.read_text()))
+        return -next(counts) + next(counts)
+
+    reads(2)
+    assert reads(50) < 25  # with the number of all CPUs each call read one
+
+
 AFTER_A_FORK = """
 import os, numpy as np, mlx.core as mx
 from attention.kernels.cpu import library
