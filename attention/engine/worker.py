@@ -24,6 +24,7 @@ from attention.core.plan import Assignment, Blas, FineTuningPlan, GenerationPlan
 from attention.engine.case_runner import CaseRunner, DeviceStateUnknown, Mark
 from attention.engine.progress import Emit
 from attention.measure.device import computes_on_cpu, usable_cores
+from attention.measure.rounds import keep_freed_memory
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -59,6 +60,7 @@ def main() -> int:
     if rank is None or rank.orphan_s is None:  # on another host the parent is a shell, whose end means nothing
         _get_killed_with_parent()
     _prefer_oom_kill()
+    keep_freed_memory()
     if rank is not None:
         return _run_rank(rank, emit, mark)
     assignment = msgspec.json.decode(sys.stdin.buffer.readline(), type=Assignment)

@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from attention.kernels import cpu
 from attention.kernels.cpu import build
+from attention.measure.rounds import keep_freed_memory
 from benchmarks import cpu as benchmarks_cpu
 from benchmarks.cpu import measure, quantized, sparse
 from benchmarks.cpu.claims import BenchReport, Claim, claims
@@ -109,7 +110,7 @@ def main() -> None:
     """Measure, and print the table of targets."""
     arguments = _arguments()
     mx.set_default_device(mx.cpu)
-    measure.keep_freed_memory()
+    keep_freed_memory()
     cpu.load(lambda message: print(message, file=sys.stderr))
     if arguments.subject == "quantized":
         quantized.main(arguments)

@@ -87,20 +87,6 @@ SETTLE_S: Final = 0.012
 """Torch's threads spin for 7 ms after a call, which would take half a processor from the next sample."""
 
 
-LARGEST_KEPT: Final = (32 << 20) - (64 << 10)
-"""Bytes of the largest block up to which glibc raises its thresholds, with room for its header."""
-
-
-def keep_freed_memory() -> None:
-    """Make glibc keep up to 64 MiB of freed memory.
-
-    It returns more than twice the largest block freed so far to the system. The outputs of a sample's calls, queued
-    together, were therefore new pages in every sample, which cost a tenth to a fifth of a call's processor time;
-    PyTorch frees each call's output before the next.
-    """
-    np.ones(LARGEST_KEPT, np.uint8)
-
-
 def ours(shape: BenchShape, dtype: str, backward: bool = False, fused: bool = True) -> TimedCall:
     """Return calls of the CPU kernel, or of MLX's own attention if `fused` is false."""
     q, k, v, cotangent = (mx.array(x).astype(TYPES[dtype]) for x in shape.numbers())

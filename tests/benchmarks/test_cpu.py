@@ -1,9 +1,5 @@
 """The CPU kernel's benchmark: fair rounds, and a table with a verdict for each figure."""
 
-import platform
-import resource
-
-import numpy as np
 import pytest
 
 from benchmarks.cpu import measure
@@ -39,20 +35,6 @@ def report(variant: str = "avx512_bf16", **changes: float) -> BenchReport:
     made.start = StartTimes(figures["first"], 19.0, figures["whole"], figures["later"])
     made.memory_per_thread = figures["memory"]
     return made
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="thresholds of glibc")
-def test_outputs_of_later_samples_are_in_memory_used_before():
-    measure.keep_freed_memory()
-
-    def faults_of_a_sample() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for output in [np.empty(1 << 20, np.uint8) for _ in range(20)]:
-            output[::4096] = 1
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    faults_of_a_sample()
-    assert faults_of_a_sample() < 500  # of 5,120 pages
 
 
 def test_everything_holds_where_all_targets_are_met():

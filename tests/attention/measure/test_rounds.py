@@ -1,6 +1,9 @@
 """The rounds: order, pairing, stopping, and the effect of one implementation's failure on the others."""
 
 import math
+import platform
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 
@@ -211,3 +214,29 @@ def test_an_arm_shares_rounds_with_its_dense_shape() -> None:
     rounds([arm("a", 0.001), masked, dense], seconds=0.3, precision=0)
     assert len(log_ratios(dense.samples, masked.samples)) >= MIN_ROUNDS
     assert len(masked.samples) == len(dense.samples)
+
+
+FAULTS = """
+import sys
+sys.stdin = type("NoInput", (), {"buffer": None})  # the worker fails at the assignment, and is set up by then
+from contextlib import suppress
+from attention.engine import worker
+with suppress(AttributeError):
+    worker.main()
+import resource
+import numpy as np
+from attention.measure.rounds import QUEUED_BYTES
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for output in [np.empty(1 << 20, np.uint8) for _ in range(QUEUED_BYTES * 3 // 4 >> 20)]:
+        output[::4096] = 1
+    del output
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, file=sys.stderr)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="thresholds of glibc")
+def test_a_workers_samples_use_the_memory_of_those_before():
+    done = subprocess.run([sys.executable, "-c", FAULTS], check=True, stderr=subprocess.PIPE, text=True)
+    first, *_, last = map(int, done.stderr.split())
+    assert last < first / 10  # pages of 192 MiB
