@@ -6,6 +6,7 @@ widgets included: three quarters of what the app took during a run.
 
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Final, TypeVar
 
@@ -14,6 +15,7 @@ from rich.style import Style
 from textual._compositor import ChopsUpdate, Compositor
 from textual._styles_cache import StylesCache
 from textual.color import Color
+from textual.content import Content
 from textual.filter import LineFilter
 from textual.geometry import Region, Size
 from textual.screen import Screen
@@ -266,9 +268,15 @@ def set_subtitle(widget: Widget, subtitle: str) -> None:
     _set_edge(widget, "border_subtitle", subtitle)
 
 
+@lru_cache(64)
+def _marked_up(words: str) -> tuple[Content, str]:
+    text = literal(words)
+    return text, text.markup
+
+
 def _set_edge(widget: Widget, name: str, words: str) -> None:
-    text, kept = literal(words), f"_{name}"
-    if (getattr(widget, name) or "") == text.markup:
+    (text, markup), kept = _marked_up(words), f"_{name}"
+    if (getattr(widget, name) or "") == markup:
         return
     size, offset = widget.outer_size, widget.content_offset
     if not size or not hasattr(widget, kept):  # Textual's own way repaints the whole pane

@@ -74,6 +74,7 @@ class MainScreen(HasTable, SparingScreen[None]):
     _status: StatusLine
     _key_bar: KeyBar
     _live: LivePane
+    _comparison: ComparisonPane
     _log: LogPane
     _ticks = 0
     _maximised: Widget | None = None
@@ -89,7 +90,7 @@ class MainScreen(HasTable, SparingScreen[None]):
         tabs.show("log" if self.app.remembered.tab == "log" else "setup")  # nothing has run yet
         self._status, self._key_bar = StatusLine(), KeyBar()
         self._live = LivePane(id="live", view=self.app.remembered.view)
-        self._log = LogPane(self.app.journal, id="log")
+        self._log, self._comparison = LogPane(self.app.journal, id="log"), ComparisonPane(id="comparison")
         self.set_classes(self._layout_classes(tabs.tab))
         yield self._status
         yield Static(id="too-small", markup=False)
@@ -105,7 +106,7 @@ class MainScreen(HasTable, SparingScreen[None]):
             with Vertical(id="right"):
                 yield self._live
                 yield HomePane(id="home")
-                yield ComparisonPane(id="comparison")
+                yield self._comparison
                 if not self.has_class("-wide"):
                     yield self._log
                 yield RowPane(id="row")
@@ -115,7 +116,7 @@ class MainScreen(HasTable, SparingScreen[None]):
         """Draw the initial state, and start the repaint timer."""
         remembered = self.app.remembered
         by = remembered.sort if remembered.sort in table_lines.SORTABLE else ""
-        comparison = self.query_one(ComparisonPane)
+        comparison = self._comparison
         comparison.by, comparison.descending = by, remembered.descending
         for name in remembered.hidden:
             if name in PANES:
@@ -262,7 +263,7 @@ class MainScreen(HasTable, SparingScreen[None]):
         session = self.app.session
         self._lay_out()
         self._show_live()
-        comparison = self.query_one(ComparisonPane)
+        comparison = self._comparison
         if session is not None:
             comparison.show_session(session, self.app.report, self.app.keys)
         elif self.app.report is not None:
@@ -275,7 +276,7 @@ class MainScreen(HasTable, SparingScreen[None]):
         """Draw the row under the comparison's cursor, where there is a pane for it."""
         if not self.has_class("-wide"):
             return
-        key = self.query_one(ComparisonPane).table.key
+        key = self._comparison.table.key
         case, row, command = self._row_of(*table_lines.split_key(key)) if key else (None, None, "")
         self.query_one(RowPane).show(case, row, command)
 
@@ -316,7 +317,7 @@ class MainScreen(HasTable, SparingScreen[None]):
         self._show_live()
 
     def _show_live(self, *, memory: bool = True) -> None:
-        reference = self.query_one(ComparisonPane).reference
+        reference = self._comparison.reference
         self._live.show(self.app.session, self.app.report, self.app.keys, memory=memory, reference=reference)
         self.show_roofline()
 
@@ -498,13 +499,13 @@ class MainScreen(HasTable, SparingScreen[None]):
 
     @on(TablePane.OrderChanged)
     def _remember_order(self) -> None:
-        pane = self.query_one(ComparisonPane)
+        pane = self._comparison
         self.app.remembered.sort, self.app.remembered.descending = pane.by, pane.descending
 
     @on(TablePane.ReferenceRequested)
     def _take_reference(self, event: TablePane.ReferenceRequested) -> None:
         """Show speedups over a row's implementation; over the run's own reference again if it was that already."""
-        pane = self.query_one(ComparisonPane)
+        pane = self._comparison
         _, name = table_lines.split_key(event.key)
         pane.refer_to(None if pane.reference == name else name)
         self.show_run()
@@ -563,7 +564,7 @@ class MainScreen(HasTable, SparingScreen[None]):
     def _row_of(self, index: int, implementation: str) -> tuple[Case | None, Row | None, str]:
         """Return a case, one of its rows, and the command that measures it; None for what there is not."""
         session, report = self.app.session, self.app.report
-        over_reference = self.query_one(ComparisonPane).over_reference
+        over_reference = self._comparison.over_reference
         if session is not None:
             case = over_reference(index, session.case(index))
             command = command_of(structs.replace(session.plan, cases=(case.workload,)), None)

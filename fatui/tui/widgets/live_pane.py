@@ -63,7 +63,10 @@ class LivePane(Vertical, can_focus=True):
         self._progress = TextLines(id="progress")
         self._rates = TrendChart(Scale("tokens/s"), id="rates")
         self._memory = TrendChart(Scale("memory"), id="memory")
-        self._telemetry = Static(id="telemetry", markup=False)
+        self._plot = PlotView(id="roofline")
+        self._plot_words, self._device_lines, self._energy, self._telemetry = (
+            Static(id=name, markup=False) for name in ("roofline-words", "devices", "energy", "telemetry")
+        )
         self._said = ""
         self._turned = False
         """Whether a tab was chosen by key."""
@@ -77,10 +80,10 @@ class LivePane(Vertical, can_focus=True):
         yield self._progress
         yield self._rates
         yield self._memory
-        yield PlotView(id="roofline")
-        yield Static(id="roofline-words", markup=False)
-        yield Static(id="devices", markup=False)
-        yield Static(id="energy", markup=False)
+        yield self._plot
+        yield self._plot_words
+        yield self._device_lines
+        yield self._energy
         yield self._telemetry
 
     def turn_view(self) -> None:
@@ -179,7 +182,7 @@ class LivePane(Vertical, can_focus=True):
         """Draw what limits a workload, and what was measured."""
         from fatui.tui.view_models import roofline
 
-        plot, words = self.query_one("#roofline", PlotView), self.query_one("#roofline-words", Static)
+        plot, words = self._plot, self._plot_words
         names = tuple(dict.fromkeys(row.implementation for case in cases for row in case.rows))
         found = roofline.roofline(workload, peaks, cases, names) if workload else None
         self.set_class(found is not None, "-plotted")
@@ -197,13 +200,13 @@ class LivePane(Vertical, can_focus=True):
             words.update(legend)
 
     def _say_energy(self, text: str) -> None:
-        line = self.query_one("#energy", Static)
+        line = self._energy
         line.display = bool(text)
         set_text(line, text)
 
     def _show_devices(self, lines: list[str]) -> None:
         """Draw a line for each rank's device; none in a run on one."""
-        shown = self.query_one("#devices", Static)
+        shown = self._device_lines
         shown.display = bool(lines)
         set_text(shown, "\n".join(lines))
         self._devices = len(lines)

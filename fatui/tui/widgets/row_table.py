@@ -86,6 +86,8 @@ class RowTable(ScrollView, KeepsStyles, can_focus=True):
         self._cursor = 0
         self._widths: dict[str, int] = {}
         self._longest: dict[str, int] = {}
+        self._paged: tuple[object, list[tuple[TableColumn, ...]]] = (None, [])
+        """The pages, with what they were made for."""
         self._drawn: list[tuple[TableColumn, int]] = []
         """The visible columns with their widths, found once for all lines of a repaint."""
 
@@ -197,16 +199,23 @@ class RowTable(ScrollView, KeepsStyles, can_focus=True):
     @property
     def pages(self) -> list[tuple[TableColumn, ...]]:
         """The columns, grouped by rank into pages that fit; each page starts with the first column."""
-        used = [each for each in self.columns[1:] if not each.optional or self._longest.get(each.name)]
+        used = tuple(each for each in self.columns[1:] if not each.optional or self._longest.get(each.name))
+        whole = self._width
+        made_for = whole, self.columns[0], used, tuple(map(self._width_of, used)), self._width_of(self.columns[0])
+        if self._paged[0] != made_for:
+            self._paged = made_for, self._make_pages(whole, used)
+        return self._paged[1]
+
+    def _make_pages(self, whole: int, used: Sequence[TableColumn]) -> list[tuple[TableColumn, ...]]:
         first, rest = self.columns[0], sorted(used, key=lambda column: column.rank)
-        groups, room = [[first]], self._width - self._width_of(first)
+        groups, room = [[first]], whole - self._width_of(first)
         for column in rest:
             width = self._width_of(column)
             if column.narrowest is not None:
                 width = min(width, max(room - GAP, column.narrowest))
             if width + GAP > room and len(groups[-1]) > 1:
                 groups.append([first])
-                room = self._width - self._width_of(first)
+                room = whole - self._width_of(first)
             groups[-1].append(column)
             room -= width + GAP
         order = {column.name: index for index, column in enumerate(self.columns)}

@@ -56,18 +56,15 @@ class TablePane(Vertical):
         """
         super().__init__(id=id, classes="pane half")
         self.by, self.descending, self.needle = "", True, ""
-        self._columns, self._empty, self._table_id = columns, empty, table
+        self.table = RowTable(columns, empty=empty, id=table)
+        """The table."""
+        self._legend = Static(classes="legend", markup=False)
         self._given: Sequence[TableLine] = ()
 
     def compose(self) -> ComposeResult:
         """Yield the table and its legend."""
-        yield RowTable(self._columns, empty=self._empty, id=self._table_id)
-        yield Static(classes="legend", markup=False)
-
-    @property
-    def table(self) -> RowTable:
-        """The table."""
-        return self.query_one(RowTable)
+        yield self.table
+        yield self._legend
 
     def show_lines(self, lines: Sequence[TableLine], columns: Sequence[TableColumn] | None = None) -> None:
         """Show lines in the pane's order, as far as they pass the filter."""
@@ -80,7 +77,7 @@ class TablePane(Vertical):
         shown = filtered(ordered(self._given, self.by, self.descending), self.needle)
         self.table.show(shown, sorted_by=self.by, descending=self.descending)
         words = legend(shown, [column.name for column in self.table.shown_columns])
-        below = self.query_one(".legend", Static)
+        below = self._legend
         room = self.table.size.height + below.size.height * below.display
         below.display = bool(words) and room > min(len(shown) + 1, FEW)  # it takes no place of a few rows
         set_text(below, words)
@@ -91,14 +88,14 @@ class TablePane(Vertical):
         self._draw_lines()
 
     def _show_hint(self) -> None:
-        text, below = " · ".join(self._hints()), self.query_one(".legend", Static)
+        text, below = " · ".join(self._hints()), self._legend
         words = str(below.content)
         if words and not below.display and len(text) + len(words) + BESIDE < self.size.width:
             text = f"{text} · {words}" if text else words
         set_subtitle(self, text)
 
     def _hints(self) -> list[str]:
-        parts = [self.table.hint] if self.table.hint else []
+        parts = list(filter(None, [self.table.hint]))
         parts += [f"only '{self.needle}'"] if self.needle else []
         titles = {column.name: column.title for column in self.table.columns}
         if self.by in titles and self.by not in {column.name for column in self.table.shown_columns}:
