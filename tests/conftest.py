@@ -5,8 +5,10 @@ summary of tests that take too long.
 Compiled objects outlive the session, in pytest's own cache folder; their names are hashes of what they depend on.
 """
 
+import contextlib
 import gc
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -42,11 +44,14 @@ USER_FOLDERS = {
 KEPT_FOLDERS = ("MPLCONFIGDIR",)
 """Variables of folders that outlive the session: without its list, matplotlib looks for fonts for a second."""
 HOME_OF_SESSION = "FATUI_TESTS_HOME"
+LEFT_OUT = re.compile(r"^pytestmark = \[?\s*pytest\.mark\.(slow|gpu)\b", re.MULTILINE)
+"""How a module says that all its tests are slow, or need a GPU: its first mark."""
 MAX_CPU_S = 3.0
 """Seconds of CPU time, child processes included, above which a test of the default run is named in the summary."""
 CPU_S = "cpu_s"
 TESTS = Path(__file__).parent
 _made = pytest.StashKey[list[str]]()
+_module = pytest.StashKey[Path]()
 _compilation = pytest.StashKey[subprocess.Popen[bytes]]()
 
 
@@ -74,11 +79,21 @@ def _starts_workers(config: pytest.Config) -> bool:
 
 
 def _set_examples(default_run: bool) -> None:
-    """Set Hypothesis's number of examples, the same ones each time."""
+    """Set Hypothesis's number of examples, the same ones each time.
+
+    By default without the constants that it looks for in the sources of all imported modules: that takes each worker
+    as long as many tests, and the examples would depend on what a worker has imported.
+    """
     from hypothesis import settings
 
     settings.register_profile("fatui", deadline=None, max_examples=30 if default_run else 60, derandomize=True)
     settings.load_profile("fatui")
+    if default_run:
+        with contextlib.suppress(ImportError, AttributeError):  # not in every version
+            from hypothesis.internal.conjecture import providers
+
+            none = providers._local_constants
+            providers._get_local_constants = lambda: none
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -116,6 +131,21 @@ def pytest_configure(config: pytest.Config) -> None:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out of the default run the modules of which it takes no test, unless files are named.
+
+    Importing them, rewriting their assertions and making their tests took each worker a tenth of its collection.
+    """
+    if config.option.markexpr != DEFAULT_RUN or not collection_path.name.startswith("test_"):
+        return None
+    if any(".py" in argument for argument in config.args):
+        return None
+    import mlx.core as mx
+
+    found = LEFT_OUT.search(collection_path.read_text(encoding="utf-8"))
+    return True if found and (found[1] == "slow" or not mx.cuda.is_available()) else None
 
 
 @pytest.hookimpl(wrapper=True)
@@ -179,10 +209,15 @@ def _compiles(item: pytest.Item) -> bool:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Let `mx.compile` compile only in tests marked for it: on a CPU each graph takes the C++ compiler half a second.
 
-    Elsewhere compiled functions run uncompiled, also in processes that a test starts.
+    Elsewhere compiled functions run uncompiled, also in processes that a test starts. What an earlier module left is
+    kept from the garbage collector, which tests of memory call often.
     """
     import mlx.core as mx
 
+    if item.config.stash.get(_module, None) != item.path:
+        item.config.stash[_module] = item.path
+        gc.collect()
+        gc.freeze()
     if _compiles(item):
         mx.enable_compile()
         os.environ.pop("MLX_DISABLE_COMPILE", None)
