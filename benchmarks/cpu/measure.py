@@ -126,9 +126,15 @@ def threads() -> int:
 
 
 def calls_per_sample(run: TimedCall, seconds: float) -> int:
-    """Return the number of calls for a sample of about `seconds`; at least one."""
+    """Return the number of calls for a sample of about `seconds`; at least one.
+
+    Of two small calls most is the threads' waking, so that the time of a call is taken from a longer sample.
+    """
     once = take_sample(run, 1)
-    return 1 if once > 4 * seconds else calls_for(take_sample(run, 2), seconds, 1)
+    if once > 4 * seconds:
+        return 1
+    few = calls_for(take_sample(run, 2), seconds / 4, 1)
+    return calls_for(take_sample(run, few), seconds, 1)
 
 
 def let_threads_sleep(arm: Arm) -> None:
