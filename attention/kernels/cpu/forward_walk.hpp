@@ -85,10 +85,10 @@ struct NextRows {
                true) {}
 
   // After the keys and values of a tile, of which each register tile asks for some times its share: with a window panels skip tiles
-  // and parts of them.
-  NextTile after(NextTile tile, int64_t shares) {
+  // and parts of them. `more`: lines that it asks for besides; an item of one tile has no other to ask for its rows.
+  NextTile after(NextTile tile, int64_t shares, int64_t more = 2) {
     tile.rows = {&queries, &output};
-    tile.key_lines = shares * tile.key_lines + 2, tile.value_lines = shares * tile.value_lines + 2;
+    tile.key_lines = shares * tile.key_lines + more, tile.value_lines = shares * tile.value_lines + more;
     return tile;
   }
 };
@@ -201,7 +201,8 @@ void attend_panels(const ForwardCall& call, const Item& item, Partials& partials
   }
   NextRows<T> rows(call, item, after);
   const auto next_tile = [&](const NextTile& tile) {
-    return p.window > 0 ? rows.after(tile, 2) : end - begin <= few_keys ? rows.after(tile, 1) : tile;
+    if (p.window > 0) return rows.after(tile, 2);
+    return end - begin <= key_tile ? rows.after(tile, 1, 8) : end - begin <= few_keys ? rows.after(tile, 1) : tile;
   };
   if (has_lists(p)) {
     ListWalk walk(p, item);
