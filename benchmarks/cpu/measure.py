@@ -128,13 +128,14 @@ def threads() -> int:
 def calls_per_sample(run: TimedCall, seconds: float) -> int:
     """Return the number of calls for a sample of about `seconds`; at least one.
 
-    Of two small calls most is the threads' waking, so that the time of a call is taken from a longer sample.
+    Most of two small calls is the threads' waking, so that the time of a call is taken from longer and longer samples.
     """
-    once = take_sample(run, 1)
-    if once > 4 * seconds:
+    if take_sample(run, 1) > 4 * seconds:
         return 1
-    few = calls_for(take_sample(run, 2), seconds / 4, 1)
-    return calls_for(take_sample(run, few), seconds, 1)
+    calls = 2
+    for part in (seconds / 4, seconds / 4, seconds):
+        calls = calls_for(take_sample(run, calls), part, 1)
+    return calls
 
 
 def let_threads_sleep(arm: Arm) -> None:

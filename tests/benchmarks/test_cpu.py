@@ -76,6 +76,18 @@ def test_avx2_has_targets_of_its_own():
     assert sum(claim.holds is False for claim in claims(report("avx2", peak=1, decode=1, torch=1.65))) == 2
 
 
+class Waking:
+    """Calls whose samples take half a millisecond to begin; 50 us for each call."""
+
+    def take_sample(self, calls: int) -> float:
+        return 5e-4 / calls + 5e-5
+
+
+def test_small_calls_fill_a_sample():
+    assert 0.8 < measure.calls_per_sample(Waking(), 0.03) * 5e-5 / 0.03 < 1
+    assert measure.calls_per_sample(Waking(), 1e-4) == 1
+
+
 @pytest.mark.usefixtures("kernel")
 def test_a_row_has_a_rate_and_ratios(monkeypatch):
     monkeypatch.setattr(measure, "SETTLE_S", 0)
