@@ -1,93 +1,20 @@
 // Attention as MLX primitives: lazy, on MLX's CPU stream, differentiable, without copies; and its Python module, which
-// shares MLX's array type through the nanobind ABI and domain of mlx.core. One file, as MLX's headers take seconds.
-#include <nanobind/nanobind.h>
-#include <nanobind/stl/array.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/pair.h>
-#include <nanobind/stl/vector.h>
+// shares MLX's array type through the nanobind ABI and domain of mlx.core.
+#include "binding.hpp"
 
 #include <algorithm>
-#include <array>
 #include <cstring>
-#include <memory>
-#include <optional>
-#include <stdexcept>
 #include <string>
 #include <typeinfo>
-#include <utility>
-#include <vector>
 
-#include <mlx/allocator.h>
-#include <mlx/array.h>
-#include <mlx/backend/cpu/encoder.h>
-#include <mlx/ops.h>
-#include <mlx/primitives.h>
-
-#include "append.hpp"
 #include "mask_lists.hpp"
 #include "measure.hpp"
 #include "pool.hpp"
-#include "problem.hpp"
 #include "schedule.hpp"
-#include "streaming.hpp"
 
 namespace fatui {
 
-namespace mx = mlx::core;
-
 const char* variant();  // in variant.cpp
-
-// This library was linked without a part that a call needs. Python links one with it, and calls again.
-struct MissingPart : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-template <class Function>
-void require(Function* one_of_the_part, const char* part) {
-  if (one_of_the_part == nullptr) throw MissingPart(part);
-}
-
-void require_forward(Element element, int64_t queries, bool quantized) {
-  switch (element) {
-    case Element::float16: require(forward_float16, "float16"); break;
-    case Element::bfloat16: require(forward_widened, "bfloat16"); break;
-    default: require(forward_float32, "float32");
-  }
-  if (has_few_rows(queries)) require(attend_few_float32, "few");
-  if (quantized) require(quantize_into, "quantized");
-}
-
-// How keys or values are quantized; none, if they are not.
-struct Format {
-  Mode mode = Mode::none;
-  int32_t bits = 0, group = 0;
-  bool has_biases() const { return mode == Mode::affine; }
-  int parts() const { return mode == Mode::none ? 0 : has_biases() ? 2 : 1; }  // inputs besides the numbers
-  int64_t width(const mx::array& a) const { return mode == Mode::none ? a.shape(3) : int64_t(a.shape(3)) * 32 / bits; }
-  bool operator==(const Format&) const = default;
-};
-
-struct Options {
-  double scale = 1.0;
-  float softcap = 0.0f;
-  bool causal = false;
-  int64_t window = 0, items = 0;
-  int64_t list_batches = 0, list_heads = 0;  // planes of the block lists; 0: there are none
-  bool masked = false, sloped = false;       // whether there is a mask array, and slopes
-  std::array<int64_t, 4> listed{};           // (B, H, Lq, Lk) that the block lists are for
-  Format key, value;                         // both quantized, or neither
-  int parts() const { return key.parts() + value.parts(); }
-  bool operator==(const Options&) const = default;
-};
-
-using MaybeArray = std::optional<mx::array>;
-
-// Arrays that a call may have besides q, k and v.
-struct Extras {
-  MaybeArray mask;                    // broadcasts to (B, H, Lq, Lk)
-  MaybeArray offsets, entries, bits;  // block lists, as in BlockLists
-  MaybeArray slopes;                  // (H,)
-  MaybeArray key_scales, key_biases, value_scales, value_biases;  // of quantized keys and values
-};
 
 // Inputs q, k, v, the scales and biases of quantized k and v, and optionally a 4-D mask, three arrays of block lists, 2-D
 // slopes; outputs o and, if a gradient may be requested, logsumexp and statistics (B, H, Lq, 3), which only the backward pass
@@ -131,42 +58,15 @@ class FlashBackward : public mx::Primitive {
   Options options_;
 };
 
-// Quantizes new rows and writes them into a cache's buffers. Inputs: numbers, scales and biases of keys, those of values, new
-// keys, new values. Outputs: the buffers, in the memory of the inputs where nobody else has these; and, where fewer than all
-// rows are in use, the rows in use of each, without a copy.
-class AppendQuantized : public mx::Primitive {
- public:
-  AppendQuantized(mx::Stream stream, Format key, Format value, int row, int used)
-      : mx::Primitive(stream), key_(key), value_(value), row_(row), used_(used) {}
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
-  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
-  std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents,
-                             const std::vector<int>& argnums, const std::vector<mx::array>& outputs) override;
-  std::vector<mx::array> jvp(const std::vector<mx::array>& primals, const std::vector<mx::array>& tangents,
-                             const std::vector<int>& argnums) override;
-  std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs,
-                                                           const std::vector<int>& axes) override;
-  const char* name() const override { return "FatuiAppendQuantized"; }
-  bool is_equivalent(const mx::Primitive& other) const override;
-  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
-
- private:
-  Format key_, value_;
-  int row_, used_;
-};
-
-// The operation: validates shapes and dtypes (throws std::invalid_argument).
-std::vector<mx::array> append_quantized(const std::vector<mx::array>& buffers, const mx::array& keys, const mx::array& values,
-                                        const Format& key, const Format& value, int row, int used);
-
-// The operation: validates shapes and dtypes (throws std::invalid_argument); returns {o, logsumexp, statistics}, or only {o}
-// if neither the logsumexp nor a gradient is requested.
-std::vector<mx::array> flash_attention(const mx::array& q, const mx::array& k, const mx::array& v, Options options,
-                                       const Extras& extras, bool logsumexp);
-
-namespace {
-
-using Arrays = std::vector<mx::array>;
+void require_forward(Element element, int64_t queries, bool quantized) {
+  switch (element) {
+    case Element::float16: require(forward_float16, "float16"); break;
+    case Element::bfloat16: require(forward_widened, "bfloat16"); break;
+    default: require(forward_float32, "float32");
+  }
+  if (has_few_rows(queries)) require(attend_few_float32, "few");
+  if (quantized) require(quantize_into, "quantized");
+}
 
 bool is_floating(mx::Dtype type) { return type == mx::float32 || type == mx::float16 || type == mx::bfloat16; }
 
@@ -232,7 +132,9 @@ void* allocate(mx::array& out) {
   return out.data<char>();
 }
 
-[[noreturn]] void refuse_gpu() { throw std::runtime_error("The CPU attention kernel runs on MLX's CPU stream only."); }
+void refuse_gpu() { throw std::runtime_error("The CPU attention kernel runs on MLX's CPU stream only."); }
+
+namespace {
 
 [[noreturn]] void refuse_second_derivative() {
   throw std::invalid_argument("flash_attention has no second derivative; implementation 'baseline' has.");
@@ -405,104 +307,12 @@ std::vector<mx::Shape> FlashBackward::output_shapes(const Arrays& inputs) {
   return {inputs[0].shape(), inputs[1].shape(), inputs[2].shape()};
 }
 
-namespace {
-
-// A copy in rows that are side by side, of an array with any strides.
-struct Copy {
-  const char* from;
-  char* to;
-  std::array<int64_t, 4> shape, stride;  // in elements
-  int64_t size;                          // bytes of an element
-
-  void run() const {
-    char* out = to;
-    const auto [b, h, r, c] = shape;
-    for (int64_t i = 0; i < b * h * r; i++) {
-      const char* row = from + size * (i / r / h * stride[0] + i / r % h * stride[1] + i % r * stride[2]);
-      if (stride[3] == 1) std::memcpy(out, row, c * size);
-      else for (int64_t j = 0; j < c; j++) std::memcpy(out + j * size, row + j * stride[3] * size, size);
-      out += c * size;
-    }
-  }
-};
-
-Copy copy_of(const mx::array& from, void* to) {
-  Copy copy{from.data<char>(), static_cast<char*>(to), {}, {}, int64_t(from.itemsize())};
-  for (int i = 0; i < 4; i++) copy.shape[i] = from.shape(i), copy.stride[i] = from.strides()[i];
-  return copy;
-}
-
-// The first rows of each head of a buffer.
-void view_rows(const mx::array& buffer, mx::array& view) {
-  const int64_t heads = int64_t(buffer.shape(0)) * buffer.shape(1), row = buffer.shape(3);
-  const bool contiguous = heads == 1;
-  const auto size = size_t((heads - 1) * buffer.shape(2) * row + view.shape(2) * row);
-  view.copy_shared_buffer(buffer, buffer.strides(), {contiguous, contiguous, contiguous && view.size() == 1}, size);
-}
-
-NewRows new_rows(const mx::array& rows, const Format& format, const Arrays& buffers, size_t& next, int first) {
-  NewRows x;
-  x.rows = tensor_of(rows), x.numbers = tensor_of(buffers[next++]);
-  x.packing = packing_of(format, buffers, next);
-  x.batch = rows.shape(0), x.heads = rows.shape(1), x.count = rows.shape(2), x.width = rows.shape(3), x.first = first;
-  return x;
-}
-}  // namespace
-
-void AppendQuantized::eval_cpu(const Arrays& inputs, Arrays& outputs) {
-  // MLX keeps the inputs once for each output of a primitive, so that none of them seems to be at its last use. They are
-  // cleared after this call, unless a transformation keeps the graph; the other outputs' are cleared before it.
-  if (!outputs[0].is_tracer())
-    for (mx::array& out : outputs)
-      if (&out.inputs() != &inputs) out.inputs().clear();
-  const size_t count = inputs.size() - 2;
-  std::vector<Copy> copies;
-  for (size_t i = 0; i < count; i++) {
-    if (inputs[i].is_donatable() && inputs[i].flags().row_contiguous) outputs[i].copy_shared_buffer(inputs[i]);
-    else copies.push_back(copy_of(inputs[i], allocate(outputs[i])));
-    if (outputs.size() > count) view_rows(outputs[i], outputs[count + i]);
-  }
-  size_t next = 0;
-  const NewRows keys = new_rows(inputs[count], key_, outputs, next, row_);
-  const NewRows values = new_rows(inputs[count + 1], value_, outputs, next, row_);
-  mx::cpu::get_command_encoder(stream()).dispatch([copies = std::move(copies), keys, values] {
-    for (const Copy& copy : copies) copy.run();
-    quantize_into(keys, values);
-  });
-}
-
-void AppendQuantized::eval_gpu(const Arrays&, Arrays&) { refuse_gpu(); }
-
-Arrays AppendQuantized::vjp(const Arrays&, const Arrays&, const std::vector<int>&, const Arrays&) {
-  throw std::invalid_argument("Writing into a quantized cache has no gradient.");
-}
-
-Arrays AppendQuantized::jvp(const Arrays&, const Arrays&, const std::vector<int>&) {
-  throw std::invalid_argument("Writing into a quantized cache has no gradient.");
-}
-
-std::pair<Arrays, std::vector<int>> AppendQuantized::vmap(const Arrays&, const std::vector<int>&) {
-  throw std::invalid_argument("Writing into a quantized cache has no vmap.");
-}
-
-bool AppendQuantized::is_equivalent(const mx::Primitive& other) const {
-  if (typeid(other) != typeid(*this)) return false;
-  const auto& o = static_cast<const AppendQuantized&>(other);
-  return o.key_ == key_ && o.value_ == value_ && o.row_ == row_ && o.used_ == used_;
-}
-
-std::vector<mx::Shape> AppendQuantized::output_shapes(const Arrays& inputs) {
-  std::vector<mx::Shape> shapes;
-  for (size_t i = 0; i + 2 < inputs.size(); i++) shapes.push_back(inputs[i].shape());
-  if (used_ == inputs[0].shape(2)) return shapes;
-  for (size_t i = 0, count = shapes.size(); i < count; i++) shapes.push_back(shapes[i]), shapes.back()[2] = used_;
-  return shapes;
-}
-
 // The operation called from Python: validation of shapes and dtypes, and its error messages.
 namespace {
 
 [[noreturn]] void refuse(const std::string& reason) { throw std::invalid_argument("[flash_attention] " + reason); }
+
+}  // namespace
 
 std::string text(const mx::Shape& shape) {
   std::string s = "(";
@@ -554,6 +364,8 @@ void add_parts(Arrays& inputs, const Format& format, const mx::array& numbers, c
     inputs.push_back(a);
   }
 }
+
+namespace {
 
 mx::array four_dimensional(const mx::array& mask, const mx::Shape& scores, mx::Stream s) {
   if (mask.dtype() != mx::bool_ && !is_floating(mask.dtype()))
@@ -616,90 +428,6 @@ std::vector<mx::array> flash_attention(const mx::array& q, const mx::array& k, c
   return {mx::array(shape, q.dtype(), std::move(primitive), std::move(inputs))};
 }
 
-std::vector<mx::array> append_quantized(const Arrays& buffers, const mx::array& keys, const mx::array& values,
-                                        const Format& key, const Format& value, int row, int used) {
-  require(quantize_into, "quantized");
-  const auto stop = [](const std::string& reason) { throw std::invalid_argument("[append_quantized] " + reason); };
-  if (int(buffers.size()) != 2 + key.parts() + value.parts()) stop("numbers, scales and biases of keys and values are needed.");
-  const int capacity = buffers[0].ndim() == 4 ? buffers[0].shape(2) : 0;
-  if (keys.ndim() != 4 || values.ndim() != 4 || keys.shape(2) != values.shape(2) || row < 0 ||
-      row + keys.shape(2) > used || used > capacity)
-    stop("rows of keys " + text(keys.shape()) + " and values " + text(values.shape()) + " do not fit in rows " +
-         std::to_string(row) + " to " + std::to_string(used) + " of " + std::to_string(capacity) + ".");
-  size_t next = 0;
-  for (const auto& [rows, format] : {std::pair(&keys, &key), std::pair(&values, &value)}) {
-    for (int i = 0; i < 1 + format->parts(); i++, next++) {
-      mx::Shape shape = rows->shape();
-      const int width = shape[3];
-      shape[2] = capacity, shape[3] = i == 0 ? width * format->bits / 32 : width / format->group;
-      const auto type = i == 0 ? mx::uint32 : format->has_biases() ? rows->dtype() : mx::uint8;
-      if (!is_floating(rows->dtype()) || width % format->group != 0 || buffers[next].shape() != shape ||
-          buffers[next].dtype() != type)
-        stop("rows " + text(rows->shape()) + " do not fit a buffer " + text(buffers[next].shape()) + ", or their types differ.");
-    }
-  }
-  Arrays inputs = buffers;
-  inputs.push_back(keys), inputs.push_back(values);
-  auto primitive = std::make_shared<AppendQuantized>(mx::default_stream(mx::Device::cpu), key, value, row, used);
-  const std::vector<mx::Shape> shapes = primitive->output_shapes(inputs);
-  std::vector<mx::Dtype> types;
-  for (size_t i = 0; i < shapes.size(); i++) types.push_back(buffers[i % buffers.size()].dtype());
-  return mx::array::make_arrays(shapes, types, primitive, inputs);
-}
-
-// An array that needs no evaluation, for what is written to it now.
-mx::array evaluated(const mx::Shape& shape, mx::Dtype type) {
-  size_t bytes = type.size();
-  for (const auto n : shape) bytes *= size_t(n);
-  mx::array made(mx::allocator::malloc(bytes), shape, type);
-  check_memory(made, "stream_step");
-  return made;
-}
-
-// One token of an endless sequence, computed at once on the calling thread: its key and value are written into the slots in
-// place, which nothing else may refer to. None unless all arrays are evaluated and that is so.
-MaybeArray stream_step(const mx::array& q, const mx::array& k, const mx::array& v, const Arrays& slots, StreamStep& step,
-                       const Format& key, const Format& value) {
-  const size_t count = 2 + key.parts() + value.parts();
-  const auto stop = [](const std::string& what) { throw std::invalid_argument("[stream_step] " + what); };
-  if (slots.size() != count) stop("slots of keys and values are needed, with all their parts.");
-  const size_t first_value = 1 + key.parts();
-  check(q, slots[0], slots[first_value], key, value);
-  require_forward(element_of(q), 1, count > 2);
-  require<void(const StreamStep&)>(stream_step, "streams");
-  mx::Shape key_shape = slots[0].shape(), value_shape = slots[first_value].shape();
-  key_shape[2] = value_shape[2] = 1;
-  key_shape[3] = int(key.width(slots[0])), value_shape[3] = int(value.width(slots[first_value]));
-  if (q.shape(2) != 1 || k.shape() != key_shape || v.shape() != value_shape || k.dtype() != q.dtype() || v.dtype() != q.dtype())
-    stop("one token of q " + text(q.shape()) + ", k " + text(k.shape()) + " and v " + text(v.shape()) +
-         " does not fit the slots.");
-  Arrays inputs{q, slots[0], slots[first_value]};
-  add_parts(inputs, key, slots[0], key.parts() > 0 ? MaybeArray(slots[1]) : std::nullopt,
-            key.has_biases() ? MaybeArray(slots[2]) : std::nullopt, "k");
-  add_parts(inputs, value, slots[first_value], value.parts() > 0 ? MaybeArray(slots[first_value + 1]) : std::nullopt,
-            value.has_biases() ? MaybeArray(slots[first_value + 2]) : std::nullopt, "v");
-  if (int(step.rows.size()) != q.shape(0)) stop("each row of the batch has its own number of tokens.");
-  if (slots[0].shape(2) != step.first + step.ring) stop("there are first + ring slots.");
-  for (const mx::array* a : {&q, &k, &v})
-    if (!a->is_available()) return std::nullopt;
-  Options options{step.call.problem.scale, step.call.problem.softcap};
-  options.key = key, options.value = value;
-  step.call.problem = problem_of(options, inputs, 3);
-  step.new_key = tensor_of(k), step.new_value = tensor_of(v);
-  const mx::Shape shape{q.shape(0), q.shape(1), 1, value_shape[3]};
-  mx::array out = evaluated(shape, q.dtype());
-  step.call.output = out.data<char>();
-  stream_step(step);
-  return out;
-}
-
-// A copy with memory of its own.
-mx::array own_copy(const mx::array& a) {
-  mx::array out = evaluated(a.shape(), a.dtype());
-  copy_of(a, out.data<char>()).run();
-  return out;
-}
-
 }  // namespace fatui
 
 namespace mx = mlx::core;
@@ -725,58 +453,6 @@ std::pair<mx::array, mx::array> with_logsumexp(const mx::array& q, const mx::arr
   const fatui::Options options{scale, softcap, causal, window, items, list_batches, list_heads};
   auto out = fatui::flash_attention(q, k, v, options, {mask, offsets, entries, bits, slopes}, true);
   return {out[0], out[1]};
-}
-
-fatui::Format format_of(const std::array<int32_t, 3>& f) { return {fatui::Mode(f[0]), f[1], f[2]}; }
-
-// Quantized keys and values: their numbers, scales and biases; formats as mode, bits and group size.
-std::pair<mx::array, MaybeArray> of_quantized(const mx::array& q, const mx::array& k, const mx::array& v, double scale,
-                                              bool causal, int64_t window, float softcap, const MaybeArray& mask,
-                                              int64_t items, const MaybeArray& slopes, const MaybeArray& offsets,
-                                              const MaybeArray& entries, const MaybeArray& bits, int64_t list_batches,
-                                              int64_t list_heads, const MaybeArray& key_scales,
-                                              const MaybeArray& key_biases, const MaybeArray& value_scales,
-                                              const MaybeArray& value_biases, const std::array<int32_t, 3>& key,
-                                              const std::array<int32_t, 3>& value, bool logsumexp) {
-  fatui::Options options{scale, softcap, causal, window, items, list_batches, list_heads};
-  options.key = format_of(key), options.value = format_of(value);
-  const fatui::Extras extras{mask, offsets, entries, bits, slopes, key_scales, key_biases, value_scales, value_biases};
-  const auto out = fatui::flash_attention(q, k, v, options, extras, logsumexp);
-  return {out[0], logsumexp ? MaybeArray(out[1]) : std::nullopt};
-}
-
-std::vector<mx::array> append(const std::vector<mx::array>& buffers, const mx::array& keys, const mx::array& values,
-                              const std::array<int32_t, 3>& key, const std::array<int32_t, 3>& value, int row, int used) {
-  return fatui::append_quantized(buffers, keys, values, format_of(key), format_of(value), row, used);
-}
-
-// Whether slots can be written in place: evaluated, contiguous, and nothing but the caller's object refers to them.
-bool all_own(const std::vector<mx::array*>& arrays) {
-  return std::all_of(arrays.begin(), arrays.end(), [](const mx::array* a) {
-    return a->is_available() && a->is_donatable() && a->flags().row_contiguous;
-  });
-}
-
-MaybeArray stream(const mx::array& q, const mx::array& k, const mx::array& v, const nb::list& slots,
-                  const std::array<int32_t, 3>& key, const std::array<int32_t, 3>& value, int64_t first, int64_t window,
-                  int64_t ring, const std::vector<std::array<int64_t, 2>>& rows, double scale, float softcap,
-                  const MaybeArray& radians, bool adjacent, bool rotated) {
-  fatui::Arrays held;
-  std::vector<mx::array*> objects;
-  for (const nb::handle one : slots) objects.push_back(nb::cast<mx::array*>(one));
-  if (!all_own(objects)) return std::nullopt;
-  for (const mx::array* one : objects) held.push_back(*one);
-  fatui::StreamStep step;
-  step.call.problem.scale = scale, step.call.problem.softcap = softcap;
-  for (const auto& [seen, oldest] : rows) step.rows.push_back({seen, oldest});
-  step.first = first, step.window = window, step.ring = ring, step.adjacent = adjacent, step.rotated = rotated;
-  if (radians) {
-    if (!radians->is_available() || radians->dtype() != mx::float32 || radians->ndim() != 1 || !radians->flags().row_contiguous ||
-        2 * radians->shape(0) > q.shape(3))
-      throw std::invalid_argument("[stream_step] radians are evaluated float32, one for each pair of dims.");
-    step.radians.assign(radians->data<float>(), radians->data<float>() + radians->size());
-  }
-  return fatui::stream_step(q, k, v, held, step, format_of(key), format_of(value));
 }
 
 double read_bandwidth(const mx::array& a, const mx::array& b) {
@@ -827,14 +503,13 @@ NB_MODULE(fatui_cpu_kernel, m) {
         nb::arg(), nb::arg(), nb::arg().none(), nb::arg() = 0, nb::arg().none() = nb::none(),
         nb::arg().none() = nb::none(), nb::arg().none() = nb::none(), nb::arg().none() = nb::none(), nb::arg() = 0,
         nb::arg() = 0);
-  m.def("flash_attention_quantized", &of_quantized);
-  m.def("append_quantized", &append);
-  m.def("own_copy", [](const mx::array& a) {
-    if (!a.is_available() || a.ndim() != 4) throw std::invalid_argument("[own_copy] the array is evaluated, of 4 dimensions.");
-    return fatui::own_copy(a);
-  });
-  m.def("stream_step", &stream, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
+  if (fatui::bind_caches != nullptr) fatui::bind_caches(m);
+  else {
+    for (const char* name : {"flash_attention_quantized", "append_quantized"})
+      m.def(name, [](nb::args, nb::kwargs) { throw fatui::MissingPart("quantized"); });
+    for (const char* name : {"own_copy", "stream_step"})
+      m.def(name, [](nb::args, nb::kwargs) { throw fatui::MissingPart("streams"); });
+  }
   m.def("count_blocks", [](uintptr_t flags, const std::array<int64_t, 3>& shape, const std::array<int64_t, 2>& block,
                            const std::array<int64_t, 2>& tiles, uintptr_t offsets) {
     fatui::count_blocks(block_flags(flags, shape, block, tiles), reinterpret_cast<int32_t*>(offsets));

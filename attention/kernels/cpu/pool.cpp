@@ -2,22 +2,21 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
-#include <condition_variable>
 #include <cstdlib>
 #include <exception>
-#include <mutex>
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include <pthread.h>
+#include <unistd.h>
 #ifdef __linux__
 #include <sched.h>
 #endif
+
+#include "locks.hpp"
 
 namespace fatui {
 namespace {
@@ -39,17 +38,17 @@ class Pool {
   // number of helpers available, at most `helpers`.
   int grow(int helpers) {
     if (size_ >= helpers) return helpers;
-    std::lock_guard<std::mutex> one_at_a_time(growing_);
-    try {
-      for (; size_ < helpers && Clock::now() >= try_again_; size_++) std::thread([this] { serve(); }).detach();
-    } catch (const std::exception&) {  // thread creation failed; earlier helpers remain usable
-      try_again_ = Clock::now() + std::chrono::seconds(1);
-    }
+    Hold one_at_a_time(growing_);
+    for (; size_ < helpers && Clock::now() >= try_again_; size_++)
+      if (!start_thread(serve, this)) {  // earlier helpers remain usable
+        try_again_ = Clock::now() + Clock::microseconds(1'000'000);
+        break;
+      }
     return std::min<int>(size_, helpers);
   }
 
   void run(int64_t items, int helpers, const std::function<void(int64_t)>& work, bool brief) {
-    std::lock_guard<std::mutex> one_call_at_a_time(calls_);
+    Hold one_call_at_a_time(calls_);
     work_ = &work;
     items_ = items;
     allowed_ = helpers;
@@ -63,13 +62,12 @@ class Pool {
   }
 
  private:
-  using Clock = std::chrono::steady_clock;
-  static constexpr auto spinning = std::chrono::microseconds(30);  // for the next call, and for a helper's last item
+  static constexpr auto spinning = Clock::microseconds(30);  // for the next call, and for a helper's last item
   static constexpr uint64_t open_bit = uint64_t(1) << 31, inside_mask = open_bit - 1, one_generation = open_bit << 1;
 
   void open(int helpers, bool wake) {
     {
-      std::lock_guard<std::mutex> hold(mutex_);
+      Hold hold(mutex_);
       state_.store(((state_.load(std::memory_order_relaxed) & ~inside_mask) + one_generation) | open_bit,
                    std::memory_order_release);
     }
@@ -87,7 +85,7 @@ class Pool {
         i = next_.load(std::memory_order_relaxed);
       }
     } catch (...) {
-      std::lock_guard<std::mutex> hold(mutex_);
+      Hold hold(mutex_);
       failure_ = std::current_exception();
     }
   }
@@ -106,7 +104,7 @@ class Pool {
     for (const auto sleep_at = Clock::now() + spinning; Clock::now() < sleep_at;)
       for (int i = 0; i < 16; i++, pause())
         if (all_left()) return;
-    std::unique_lock<std::mutex> hold(mutex_);
+    Hold hold(mutex_);
     awaited_.store(true, std::memory_order_seq_cst);
     left_.wait(hold, [&] { return all_left(); });
     awaited_.store(false, std::memory_order_relaxed);
@@ -115,7 +113,7 @@ class Pool {
   void leave() {
     state_.fetch_sub(1, std::memory_order_seq_cst);
     if (!awaited_.load(std::memory_order_seq_cst)) return;
-    std::lock_guard<std::mutex> hold(mutex_);
+    Hold hold(mutex_);
     left_.notify_one();
   }
 
@@ -126,14 +124,19 @@ class Pool {
     while (Clock::now() < sleep_at)
       for (int i = 0; i < 16; i++, pause())
         if (generation() != seen) return generation();
-    std::unique_lock<std::mutex> hold(mutex_);
+    Hold hold(mutex_);
     sleepers_.fetch_add(1, std::memory_order_seq_cst);
     wake_.wait(hold, [&] { return generation() != seen; });
     sleepers_.fetch_sub(1, std::memory_order_relaxed);
     return generation();
   }
 
-  void serve() {
+  static void* serve(void* pool) noexcept {
+    static_cast<Pool*>(pool)->serve();
+    return nullptr;
+  }
+
+  [[noreturn]] void serve() {
     for (uint64_t seen = 0;;) {
       seen = await_change(seen);
       uint64_t state = state_.load(std::memory_order_acquire);
@@ -143,10 +146,10 @@ class Pool {
     }
   }
 
-  std::mutex calls_, mutex_, growing_;
+  Mutex calls_, mutex_, growing_;
   std::atomic<int> size_{0};
-  Clock::time_point try_again_{};
-  std::condition_variable wake_, left_;
+  int64_t try_again_ = 0;
+  Condition wake_, left_;
   std::atomic<bool> awaited_{false};  // whether the caller sleeps until all helpers have left
   std::atomic<uint64_t> state_{0};
   std::atomic<int64_t> next_{0};
@@ -154,18 +157,18 @@ class Pool {
   const std::function<void(int64_t)>* work_ = nullptr;
   int64_t items_ = 0;
   int allowed_ = 0;
-  Clock::time_point ended_{};  // end of the previous call
+  int64_t ended_ = -Clock::microseconds(1'000'000);  // end of the previous call
   std::exception_ptr failure_;
 };
 
 Pool* pool = nullptr;  // never destroyed: its threads may outlive everything else
-alignas(std::mutex) unsigned char guard_memory[sizeof(std::mutex)];
-std::mutex& guard() { return *reinterpret_cast<std::mutex*>(guard_memory); }
+alignas(Mutex) unsigned char guard_memory[sizeof(Mutex)];
+Mutex& guard() { return *reinterpret_cast<Mutex*>(guard_memory); }
 
 // After a fork the threads do not exist: the child discards the pool and creates its own.
 void forget() {
   pool = nullptr;
-  new (guard_memory) std::mutex;
+  new (guard_memory) Mutex;
 }
 
 const bool prepared = [] {
@@ -175,7 +178,7 @@ const bool prepared = [] {
 }();
 
 Pool& the_pool() {
-  std::lock_guard<std::mutex> hold(guard());
+  Hold hold(guard());
   if (pool == nullptr) pool = new Pool;
   return *pool;
 }
@@ -197,7 +200,7 @@ static int affinity() {
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
 #endif
-  return int(std::thread::hardware_concurrency());
+  return int(sysconf(_SC_NPROCESSORS_ONLN));
 }
 
 int processor_count() {

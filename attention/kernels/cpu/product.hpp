@@ -103,7 +103,8 @@ template <int Rows, int Vectors, Layout layout, Update update, Numbers numbers>
     if (o.ahead != nullptr) o.ahead->ask_one_by_one<2>(o.ahead_lines);
     register_tile<Rows, Vectors, layout, update, numbers>(o, row, column);
   }
-  constexpr int fewer = Rows > 8 ? 8 : Rows > 4 ? 4 : Rows / 2;
+  // One vector is at the edge of a panel only: with 16 registers fewer sizes, each of which takes time to compile.
+  constexpr int fewer = Vectors == 1 && registers == 16 ? (Rows > 4 ? 4 : Rows > 1) : Rows > 8 ? 8 : Rows > 4 ? 4 : Rows / 2;
   if constexpr (fewer > 0)
     if (row < rows) panel<fewer, Vectors, layout, update, numbers>(o, row, rows, column);
 }

@@ -7,11 +7,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
-#endif
+#include "intrinsics.hpp"
 
 #define FATUI_INLINE [[gnu::always_inline]] inline
 #if defined(__clang__)

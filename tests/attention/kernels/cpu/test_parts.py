@@ -5,12 +5,14 @@ import json
 import mlx.core as mx
 import pytest
 
+from attention.core.kv_format import parse_kv_format
 from attention.core.route import Needs
 from attention.core.workload import Workload
 from attention.kernels import cpu
 from attention.kernels.common import cache
 from attention.kernels.cpu import build, library, path, selfcheck
 from attention.measure.device import usable_cores
+from attention.quantized_kv import quantized
 from tests.support.marks import thorough
 
 pytestmark = [
@@ -44,6 +46,9 @@ CALLS = {
     "gradients of the logsumexp": lambda: mx.grad(
         lambda q: cpu.flash_attention_with_logsumexp(q, q, q, scale=0.2)[1].sum()
     )(normal(1, 4, 80, 32)),
+    "quantized": lambda: cpu.flash_attention(
+        normal(1, 4, 80, 32), *[quantized(normal(1, 2, 90, 32), parse_kv_format("int8:32").key)] * 2, scale=0.2
+    ),
 }
 
 
@@ -114,7 +119,9 @@ def test_a_stream_has_its_kernel_before_its_first_step(own_folder):
 def test_the_first_library_compiles_little(own_folder):
     cpu.load(parts={"float16"})
     done = {job[1].stem for job in build._jobs(build.find(), library._parts)}
-    assert done.isdisjoint({"forward_float32", "backward", "few", "quantized", "integer_products", "streaming"})
+    assert done.isdisjoint(
+        {"forward_float32", "backward", "few", "quantized", "integer_products", "streaming", "caches"}
+    )
 
 
 @pytest.mark.thorough
