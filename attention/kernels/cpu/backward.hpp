@@ -10,9 +10,9 @@ namespace fatui {
 void backward_bfloat16(const BackwardCall& call);
 int64_t backward_bfloat16_workspace(const Problem& p);
 
-constexpr int64_t step_keys = 64;             // keys per tile of the backward pass
-constexpr int64_t key_block = 4 * step_keys;  // keys whose gradients stay in cache during the loop over queries
-constexpr int64_t thread_budget = 3 << 20;    // maximum scratch bytes per thread, for any lengths
+constexpr int64_t step_keys = 64;              // keys per tile of the backward pass
+constexpr int64_t largest_block = 2 * key_tile;  // keys whose gradients stay in cache during the loop over queries
+constexpr int64_t thread_budget = 3 << 20;     // maximum scratch bytes per thread, for any lengths
 
 inline int64_t padded(int64_t dim) { return round_up(dim, lanes); }
 
@@ -21,12 +21,12 @@ struct TileStep {
   const Item& item;
   const Bounds& bounds;
   int64_t key, row, keys;  // first key; its row in the block; number of keys
-  float *query_sums, *key_sums, *value_sums;  // dQ' [d][query], dK [key][d], dV [key][dv]; null if not requested
+  float *query_sums, *key_sums, *value_sums;  // dQ (as Tiles has it), dK [key][d], dV [key][dv]; null if not requested
   const uint64_t* bits = nullptr;             // as in Scores
 };
 
 // Decides whether one item can be a whole K/V head, and how many packed query tiles it can keep. Tiles is the class that
-// loads and multiplies: `fixed` floats of scratch, and `a_slot` per packed query tile.
+// loads and multiplies: `fixed` floats of scratch, and `a_slot` per packed query tile; `block` keys at a time.
 template <class Tiles>
 struct BackwardPlan {
   int64_t items, query_tiles, slots;
@@ -44,12 +44,19 @@ struct BackwardPlan {
   bool fused(int threads) const { return fits && (items % threads == 0 || items >= 3 * threads); }
 
   static int64_t floats(const Problem& p, int64_t slots, int64_t query_tiles) {
-    return key_block * (padded(p.head_dim) + padded(p.value_dim)) + query_tiles * query_tile * padded(p.head_dim) +
+    return Tiles::block(p) * (padded(p.head_dim) + padded(p.value_dim)) + query_tiles * query_tile * padded(p.head_dim) +
            Tiles::fixed(p) + slots * Tiles::a_slot(p);
   }
   int64_t workspace(const Problem& p, int threads) const {
     const bool whole = fused(threads);
-    return threads * floats(p, whole ? slots : 1, whole ? query_tiles : 1) * int64_t(sizeof(float));
+    const int64_t tiles = whole ? query_tiles : together(p, threads);
+    return threads * floats(p, whole ? slots : tiles, tiles) * int64_t(sizeof(float));
+  }
+  // Query tiles of a head that an item of the second pass takes together, so that keys and values are prepared once for them.
+  static int64_t together(const Problem& p, int threads) {
+    if (has_lists(p)) return 1;
+    const int64_t tiles = ceil_div(p.queries, query_tile);
+    return std::clamp<int64_t>(p.batch * p.heads * tiles / (4 * threads), 1, std::min<int64_t>(tiles, 4));
   }
 };
 
@@ -88,26 +95,20 @@ inline void read_statistics(const BackwardCall& call, const Item& item, RowNumbe
 }
 
 // 1 - tanh^2, the derivative of the softcap.
-inline void cap_slopes(const float* s, float* slopes, int64_t keys, int64_t width, float inside) {
-  for (int64_t j = 0; j < keys; j++)
+inline void cap_slopes(const float* s, float* slopes, int64_t rows, int64_t width, float inside) {
+  for (int64_t j = 0; j < rows; j++)
     for (int64_t i = 0; i < width; i += lanes) {
       const Vector t = tanh(load(s + j * tile_line + i) * inside);
       store(slopes + j * tile_line + i, 1.0f - t * t);
     }
 }
 
-// Writes rows from a transposed tile, scaled by a factor.
+// Writes rows of sums, scaled by a factor.
 template <class T>
-void write_transposed(T* out, const float* transposed, int64_t rows, int64_t columns, float factor) {
-  for (int64_t row = 0; row < rows; row += lanes)
-    for (int64_t d = 0; d < columns; d += lanes) {
-      Vector x[lanes];
-      for (int c = 0; c < lanes; c++)
-        x[c] = d + c < columns ? load(transposed + (d + c) * query_tile + row) * factor : Vector{};
-      transpose(x);
-      for (int64_t r = 0; r < std::min<int64_t>(lanes, rows - row); r++)
-        narrow_some(out + (row + r) * columns + d, x[r], columns - d);
-    }
+void write_rows(T* out, const float* sums, int64_t line, int64_t rows, int64_t columns, float factor) {
+  for (int64_t j = 0; j < rows; j++)
+    for (int64_t d = 0; d < columns; d += lanes)
+      narrow_some(out + j * columns + d, load(sums + j * line + d) * factor, columns - d);
 }
 
 }  // namespace fatui

@@ -13,6 +13,8 @@ namespace fatui {
 
 namespace {
 
+constexpr int64_t key_block = largest_block;
+
 // Subtracts the reference first if it is large, as in the forward pass; returns whether it did.
 inline bool subtract_first(float* s, int64_t keys, int64_t width, float factor, const RowNumbers& rows) {
   const bool first = std::any_of(rows.reference, rows.reference + query_tile, beyond_offset);
@@ -36,8 +38,23 @@ void read_deltas(const BackwardCall& call, const Item& item, RowNumbers& rows) {
   std::fill(rows.delta + item.queries, rows.delta + query_tile, 0.0f);
 }
 
+// Writes rows from a transposed tile, scaled by a factor.
+template <class T>
+void write_transposed(T* out, const float* transposed, int64_t rows, int64_t columns, float factor) {
+  for (int64_t row = 0; row < rows; row += lanes)
+    for (int64_t d = 0; d < columns; d += lanes) {
+      Vector x[lanes];
+      for (int c = 0; c < lanes; c++)
+        x[c] = d + c < columns ? load(transposed + (d + c) * query_tile + row) * factor : Vector{};
+      transpose(x);
+      for (int64_t r = 0; r < std::min<int64_t>(lanes, rows - row); r++)
+        narrow_some(out + (row + r) * columns + d, x[r], columns - d);
+    }
+}
+
 class PairTiles {
  public:
+  static int64_t block(const Problem&) { return key_block; }
   // In words: three tiles of float32 and three of bfloat16, K, V and KT of the block, and scratch to transpose a tile.
   static int64_t fixed(const Problem& p) {
     const int64_t d = words_of(p.head_dim), dv = words_of(p.value_dim);
@@ -84,6 +101,12 @@ class PairTiles {
     read_statistics(call_, item, *rows_);
     read_deltas(call_, item, *rows_);
   }
+
+  // dQ' is [d][query]; queries and keys are not scaled before.
+  static void write_queries(bfloat16_t* out, const float* sums, int64_t rows, const Problem& p) {
+    write_transposed(out, sums, rows, p.head_dim, p.scale);
+  }
+  static float key_factor(const Problem& p) { return p.scale; }
 
   void step(const TileStep& t) {
     const int64_t width = round_up(t.item.queries, 32), keys = round_up(t.keys, 32);
