@@ -134,10 +134,14 @@ def library_of(implementation: str) -> str:
 
 
 def family_of(implementation: str, path: Path, workload: Workload, backend: str) -> str:
-    """Return the key of the family of a row."""
+    """Return the key of the family of a row.
+
+    On a CPU the unfused paths are one: all multiply by MLX's own products, which take nearly all of their time.
+    """
     width = "float32" if workload.dtype == "float32" else "16-bit"
     if backend == "cpu":
         width = workload.dtype
+        implementation = "MLX" if path == "unfused" else implementation
     return f"{backend} {implementation}, {path}, {workload.pass_}, {width}"
 
 
@@ -227,17 +231,18 @@ def conformal(errors: Sequence[float], coverage: float = COVERAGE) -> float:
 
 
 def _left_out_errors(rows: Sequence[Measured], near: Mapping[str, float]) -> list[float]:
-    """Return the log errors of rows predicted by the other folds; equal cases stay together.
+    """Return the log errors of rows predicted by the other folds; rows of one case stay together.
 
     The fits begin at the constants of all rows, and at the prior.
     """
-    folds = min(FOLDS, len(rows))
+    number = {case: index for index, case in enumerate(dict.fromkeys(row.workload for row in rows))}
+    folds = min(FOLDS, len(number))
     found = _costs_of(rows)
     errors = [0.0] * len(rows)
     for fold in range(folds):
-        kept = [row for index, row in enumerate(rows) if index % folds != fold]
-        constants = _fit(kept, near)
-        for index in range(fold, len(rows), folds):
+        out = [number[row.workload] % folds == fold for row in rows]
+        constants = _fit([row for row, left in zip(rows, out, strict=True) if not left], near)
+        for index in (index for index, left in enumerate(out) if left):
             errors[index] = math.log(seconds(found[index], constants) / rows[index].seconds)
     return errors
 

@@ -6,6 +6,7 @@ import random
 import pytest
 from msgspec import structs
 
+from attention.chips import calibration as fitting
 from attention.chips.calibration import Calibration, Family, Measured, calibrate, conformal, rows_of, seconds
 from attention.chips.cost import costs, on_host, path_kind, predicted_path
 from attention.chips.prediction import WIDENING, calibration, explained, hosts_of, predict, what_if
@@ -127,6 +128,50 @@ def test_a_fit_finds_a_term_far_from_peak_rates():
     (family,) = calibrate(rows).families.values()
     assert family.constants["vector"] == pytest.approx(far["vector"], rel=0.1)
     assert family.median_error < 0.05
+
+
+XEON = chips()["xeon-8580"].scaled(cores=4 / 60)
+UNFUSED = {"launch": 1e-5, "start": 2e-4, "matrix": 150.0, "vector": 100.0, "cache": 1.0, "power": 1.5}
+
+
+def unfused_rows(names, lengths):
+    """Return rows of MLX's products on a CPU: one case for each length."""
+    shapes = [Workload(seq=seq, heads=4, head_dim=64, dtype="float32") for seq in lengths]
+    return [
+        Measured(shape, name, "unfused", XEON, seconds(costs(shape, XEON, "unfused"), UNFUSED))
+        for shape in shapes
+        for name in names
+    ]
+
+
+def test_unfused_paths_of_a_cpu_are_calibrated_together():
+    rows = [
+        *unfused_rows(("baseline",), (64, 160)),
+        *unfused_rows(("mlx",), (96, 256)),
+        *unfused_rows(("practical",), (128,)),
+    ]
+    made = calibrate(rows, intervals=False)
+    (family,) = made.families.values()
+    assert family.rows == 5
+    (shown,) = unfused_rows(("baseline",), (192,))
+    predicted = predict(shown.workload, "baseline", XEON, made).predicted_s
+    assert predicted == pytest.approx(shown.seconds, rel=0.1)
+
+
+def test_rows_of_one_case_are_left_out_together(monkeypatch):
+    rows = unfused_rows(("baseline", "mlx", "practical"), range(64, 128, 8))
+    fitted = []
+
+    def fit(kept, near=None):
+        fitted.append({row.workload: 0 for row in kept})
+        for row in kept:
+            fitted[-1][row.workload] += 1
+        return UNFUSED
+
+    monkeypatch.setattr(fitting, "_fit", fit)
+    calibrate(rows)
+    assert [len(kept) for kept in fitted] == [8, *[7] * 8]
+    assert all(count == 3 for kept in fitted for count in kept.values())
 
 
 SMALL = Workload(seq=256, heads=8, head_dim=128, dtype="bfloat16")
