@@ -123,7 +123,7 @@ async def take(folder: Path) -> None:
             await pilot.pause(FRAME_S)
             app.main.show_run()
             frames.append(frame())
-            if app.session is not None and any(each.points for each in app.session.rates.values()):
+            if app.runs.active and app.session and any(each.points for each in app.session.rates.values()):
                 write("live")
         await settle(pilot, lambda: app.report is not None)
         await pilot.press("v")

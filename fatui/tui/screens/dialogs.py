@@ -56,6 +56,8 @@ class Question(ClosesOnce, ModalScreen[bool]):
         self.dismiss(yes)
 
 
+CLOSES: Final = "[@click=screen.close]escape closes[/]"
+"""The lower edge of a dialog; a click does what its words say."""
 ABOUT = "Letter keys work outside inputs; tab moves to the next control. [keys] in {config} remaps them."
 
 
@@ -87,7 +89,7 @@ class Help(Closable):
         """Yield a block per part of the screen."""
         with VerticalScroll(classes="dialog") as dialog:
             dialog.border_title = "Keys"
-            dialog.border_subtitle = "escape closes"
+            dialog.border_subtitle = CLOSES
             for title, keys in self._groups:
                 yield Static(f"[b]{title}[/b]")
                 yield Static("\n".join(hanging(f"  {key}", words, 16) for key, words in keys) + "\n", markup=False)
@@ -106,7 +108,7 @@ class RowDetails(Closable):
         """Yield the figures in two columns, the samples, and the notes."""
         with VerticalScroll(classes="dialog") as dialog:
             dialog.border_title = literal(f"{self._row.implementation} on {self._case.workload.label}")
-            dialog.border_subtitle = "escape closes"
+            dialog.border_subtitle = CLOSES
             yield Static("\n".join(figure_lines(self._row, self._case)), markup=False)
             if self._row.samples:
                 yield Static("\n".join(sample_lines(self._row)), markup=False, classes="answers")
@@ -129,7 +131,7 @@ class TrustDetails(Closable):
         """Yield the verdicts with their confidence, and a paragraph for each finding."""
         with VerticalScroll(classes="dialog") as dialog:
             dialog.border_title = "What the figures depend on"
-            dialog.border_subtitle = "escape closes"
+            dialog.border_subtitle = CLOSES
             for verdict in verdicts(self._report):
                 yield Static(f"{headline(verdict)}\n{confidence_text(verdict)}\n", markup=False, classes="hint")
             for found in trust(self._report):
@@ -149,7 +151,7 @@ class LogLineDetails(Closable):
         """Yield the text."""
         with VerticalScroll(classes="dialog") as dialog:
             dialog.border_title = literal(f"{self._line.level} of {self._line.at}")
-            dialog.border_subtitle = "escape closes"
+            dialog.border_subtitle = CLOSES
             yield Static(self._line.text, markup=False)
 
 
@@ -179,7 +181,7 @@ class ChangeDetails(Closable):
         lines += ["", *_change_lines(change)]
         with VerticalScroll(classes="dialog") as dialog:
             dialog.border_title = literal(f"{change.implementation} on {change.workload.label}")
-            dialog.border_subtitle = "escape closes"
+            dialog.border_subtitle = CLOSES
             yield Static("\n".join(lines), markup=False)
 
 
@@ -214,7 +216,7 @@ class SortMenu(ClosesOnce, ModalScreen[str]):
         """Yield the columns, the present one marked with its direction."""
         with Vertical(classes="dialog") as dialog:
             dialog.border_title = "Sort by"
-            dialog.border_subtitle = "enter sorts, again reverses · escape cancels"
+            dialog.border_subtitle = "enter sorts, again reverses · [@click=screen.close]escape cancels[/]"
             arrow = "▼" if self._descending else "▲"
             yield OptionList(
                 *(literal(f"{title} {arrow if name and name == self._by else ''}") for name, title in self._choices)
@@ -251,7 +253,7 @@ class SaveAs(ClosesOnce, ModalScreen[Preset]):
         words = origin if origin and (not origin.bundled or origin.cases == self._plan.cases) else None
         with Vertical(classes="dialog") as dialog:
             dialog.border_title = "Save as a preset"
-            dialog.border_subtitle = "enter saves · escape cancels"
+            dialog.border_subtitle = "[@click=screen.save]enter saves[/] · [@click=screen.cancel]escape cancels[/]"
             yield Static("Name")
             yield Input(origin.name if origin and not origin.bundled else "", placeholder="my-model", id="name")
             yield Static("Title (optional)")
@@ -289,7 +291,8 @@ class SaveAs(ClosesOnce, ModalScreen[Preset]):
         return text
 
     @on(Input.Submitted)
-    def _save(self) -> None:
+    def action_save(self) -> None:
+        """Save the preset, and close with it, unless the name has a problem."""
         if self.problem:
             self.app.bell()
             return
@@ -336,7 +339,7 @@ class Export(ClosesOnce, ModalScreen[tuple[Path, tuple[str, ...]]]):
         """Yield the fields, and the list of files to be written."""
         with Vertical(classes="dialog") as dialog:
             dialog.border_title = "Export the run"
-            dialog.border_subtitle = "enter writes · escape cancels"
+            dialog.border_subtitle = "[@click=screen.write]enter writes[/] · [@click=screen.cancel]escape cancels[/]"
             yield Static("Folder")
             yield Input(self._folder, id="folder")
             yield Static("Name, without suffix")

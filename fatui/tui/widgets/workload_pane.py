@@ -36,7 +36,10 @@ FOLDED: Final = {"axis-kv_heads": "K/V heads", "axis-ranks": "devices", "seconds
 """The controls that are hidden where room is short while they are at their defaults, and their names."""
 MAX_SECONDS: Final = 86_400
 CANNOT: Final = "cannot run"
-BUTTONS: Final = "[@click=app.start_run]▸ Run[/]  [dim]{run}[/]    [@click=app.sweep]{sweep}[/]  [dim]{sweep_key}[/]"
+BUTTONS: Final = (
+    "[@click=app.start_run]▸ Run[/]  [dim]{run}[/]    [@click=app.sweep]{sweep}[/]  [dim]{sweep_key}[/]"
+    "    [@click=app.save_as]Save as[/]  [dim]{save_as}[/]"
+)
 
 
 class WorkloadPane(Vertical):
@@ -174,8 +177,8 @@ class WorkloadPane(Vertical):
         """Draw what a run would take, and the buttons."""
         self.query_one(CostBlock).show(lines)
         sweep = "End sweep" if self.draft.sweeping else "Sweep"
-        run, sweep_key = (escape(keys.get(name, "")) for name in ("run", "sweep"))
-        text = BUTTONS.format(run=run, sweep=sweep, sweep_key=sweep_key)
+        run, sweep_key, save_as = (escape(keys.get(name, "")) for name in ("run", "sweep", "save_as"))
+        text = BUTTONS.format(run=run, sweep=sweep, sweep_key=sweep_key, save_as=save_as)
         self._line("buttons", text)
 
     def _line(self, name: str, text: str) -> None:

@@ -219,6 +219,34 @@ async def test_export_writes_all_files_and_says_where(tmp_path):
     assert "case 1 of 1 complete" in (tmp_path / "out.log").read_text()
 
 
+async def click(stage, words):
+    """Click on words of the screen."""
+    lines = stage.seen().split("\n")
+    y = next(y for y, line in enumerate(lines) if words in line)
+    await stage.pilot.click(offset=(lines[y].index(words) + 1, y))
+    await stage.pilot.pause()
+
+
+async def test_dialogs_end_by_a_click_on_their_edge(tmp_path):
+    async with on_stage() as stage:
+        await stage.run_to_the_end()
+        for key, words in (("question_mark", "escape closes"), ("d", "escape closes"), ("o", "escape cancels")):
+            await stage.press(key)
+            await click(stage, words)
+            assert stage.app.screen is stage.app.main, key
+        await click(stage, "Save as")
+        stage.find("#name", Input).value = "by-mouse"
+        await stage.pilot.pause()
+        await click(stage, "enter saves")
+        await stage.settle(lambda: stage.app.draft.title() == "by-mouse")
+        await click(stage, "Export")
+        stage.find("#folder", Input).value = str(tmp_path)
+        stage.find("#name", Input).value = "by-mouse"
+        await stage.pilot.pause()
+        await click(stage, "enter writes")
+        await stage.settle((tmp_path / "by-mouse.md").exists)
+
+
 @pytest.mark.slow
 async def test_enter_on_the_choice_of_files_writes_them(tmp_path):
     async with on_stage() as stage:
