@@ -28,6 +28,11 @@ class Ahead {
     here_ = lines_ > 0 ? pieces_ : 0;
   }
 
+  // Two streams, a line of each in turns, which a CPU reads faster than one after the other. They are alike in everything but
+  // their place.
+  template <class E>
+  Ahead(const Lines<E>& a, const Lines<E>& b) : Ahead(a) { second_ = reinterpret_cast<const char*>(b.data) - at_, taken_ = 1; }
+
   // What is prefetched once all of this has been: more lines, for which it is not the time of the products that decides.
   void go_on_with(Ahead* then) { then_ = then; }
 
@@ -54,10 +59,26 @@ class Ahead {
     at_ += 64 * count, here_ -= count;
   }
 
+  // A line of each of two streams, or two lines of one.
+  FATUI_INLINE void ask_two() {
+    if (here_ < taken_) return ask_two_of_rows();
+    __builtin_prefetch(at_);
+    __builtin_prefetch(at_ + second_);
+    at_ += 64 * taken_, here_ -= taken_;
+  }
+
  private:
+  void ask_two_of_rows() {
+    if (taken_ == 2) return ask_one_by_one(2);
+    if (lines_ == 0 || --lines_ == 0) return;
+    at_ += gap_, here_ = pieces_;
+    ask_two();
+  }
+
   bool to_write_;
   Ahead* then_ = nullptr;
   const char* at_;
+  int64_t second_ = 64, taken_ = 2;  // of two lines: where the second one is, how many are of one stream
   int64_t pieces_, gap_, lines_, here_ = 0;  // pieces per row; gap between rows; rows left; pieces left in this row
 };
 

@@ -135,7 +135,9 @@ struct FewRows {
         Lines<Element> next = k;  // the tile after this one
         next.data += (first - key) * k.stride;
         next.count = reading == Reading::copied ? 0 : std::min(tile, end - first);
-        step(k, v, next, key, run.bits == nullptr ? nullptr : run.bits + (key - run.begin));
+        Lines<Element> next_values = v;
+        next_values.data += (first - key) * v.stride, next_values.count = next.count;
+        step(k, v, next, next_values, key, run.bits == nullptr ? nullptr : run.bits + (key - run.begin));
       }
     }
     if constexpr (in_pairs || halved) order_dims();
@@ -173,9 +175,11 @@ struct FewRows {
     }
   }
 
-  void step(const Lines<Element>& k, const Lines<Element>& v, const Lines<Element>& next, int64_t key,
-            const uint64_t* bits) {
-    Ahead values(v), keys(next);
+  void step(const Lines<Element>& k, const Lines<Element>& v, const Lines<Element>& next, const Lines<Element>& next_values,
+            int64_t key, const uint64_t* bits) {
+    const bool both = two_streams<Element> && rows % 4 == 0 && k.length == v.length && k.stride == v.stride;
+    Ahead ahead = both ? Ahead(next, next_values) : Ahead(v), after_it(next);
+    Ahead &values = ahead, &keys = both ? ahead : after_it;
     in_groups(rows, [&](int64_t row, auto group) {
       score_lines<group, numbers>(query + row * key_length, key_length, k, scores + row * score_line, values);
     });

@@ -56,6 +56,18 @@ constexpr int steps_of_line(int vectors) { return std::max<int>(1, 64 / (vectors
 template <class E>
 constexpr bool even_and_odd = registers == 16 && std::is_same_v<E, bfloat16_t>;
 
+// Whether the next rows of K and of V are prefetched together: not in bfloat16, where the products take longer than reading.
+template <class E>
+constexpr bool two_streams = registers == 16 && !even_and_odd<E>;
+
+// Called in each step of a number of vectors: prefetches as many lines as are used, two at a time if there may be two streams.
+template <class E, int R, int vectors>
+FATUI_INLINE void ask_for_step(Ahead& next, int64_t step) {
+  if constexpr (two_streams<E> && R == 4) {
+    if (step % (2 * steps_of_line<E>(vectors)) == 0) next.ask_two();
+  } else if (step % steps_of_line<E>(vectors) == 0) next.ask<pieces<E>(vectors)>();
+}
+
 template <int odd>
 FATUI_INLINE Vector widen_half(const bfloat16_t* p) {
   const Words words = as<Words>(load(reinterpret_cast<const float*>(p)));
@@ -84,7 +96,7 @@ void score_lines(const float* query, int64_t query_line, const Lines<E>& keys, f
     };
     constexpr int step = even_and_odd<E> ? 2 : 1;  // vectors
     for (int64_t d = 0; d < keys.length; d += step * lanes) {
-      if (d / (step * lanes) % steps_of_line<E>(step * together) == 0) next.ask<pieces<E>(step * together)>();
+      ask_for_step<E, R, step * together>(next, d / (step * lanes));
       if constexpr (even_and_odd<E>) {
         add(d, [&](const E* key) { return widen_half<0>(key + d); });
         add(d + lanes, [&](const E* key) { return widen_half<1>(key + d); });
@@ -105,18 +117,28 @@ void add_lines(const float* s, const Lines<E>& values, int64_t d, float* output,
   Vector c[R][Vectors];
   FATUI_UNROLL for (int r = 0; r < R; r++)
     FATUI_UNROLL for (int v = 0; v < Vectors; v++) c[r][v] = load(output + r * output_line + d + v * lanes);
-  for (int64_t j = 0; j < values.count; j++) {
+  // A line that is used once is not kept: eight of them and as many sums are too many for 16 registers.
+  constexpr bool used_once = R == 1 && registers == 16;
+  constexpr bool in_pairs = two_streams<E> && R == 4;
+  const int64_t stride = values.stride, count = values.count;
+  const E* line = values.data + d;
+  for (int64_t j = 0; j < count; j++, line += stride) {
     Vector x[Vectors];
+    const Vector p_used_once = broadcast(s[j]);
     FATUI_UNROLL for (int v = 0; v < Vectors; v++) {
-      const E* from = values.line(j) + d + (even_and_odd<E> ? v / 2 * 2 : v) * lanes;
+      const E* from = line + (even_and_odd<E> ? v / 2 * 2 : v) * lanes;
       if constexpr (even_and_odd<E>) x[v] = in_register(v % 2 == 0 ? widen_half<0>(from) : widen_half<1>(from));
       else x[v] = in_register(widen(from));
-      if (v % (Vectors / std::min(Vectors, pieces<E>(Vectors))) == 0 && j % steps_of_line<E>(Vectors) == 0) next.ask<1>();
+      if constexpr (used_once) c[0][v] += p_used_once * x[v];
+      if constexpr (!in_pairs)
+        if (v % (Vectors / std::min(Vectors, pieces<E>(Vectors))) == 0 && j % steps_of_line<E>(Vectors) == 0) next.ask<1>();
     }
-    FATUI_UNROLL for (int r = 0; r < R; r++) {
-      const Vector p = broadcast(s[r * score_line + j]);
-      FATUI_UNROLL for (int v = 0; v < Vectors; v++) c[r][v] += p * x[v];
-    }
+    if constexpr (in_pairs) ask_for_step<E, R, Vectors>(next, j);
+    if constexpr (!used_once)
+      FATUI_UNROLL for (int r = 0; r < R; r++) {
+        const Vector p = broadcast(s[r * score_line + j]);
+        FATUI_UNROLL for (int v = 0; v < Vectors; v++) c[r][v] += p * x[v];
+      }
   }
   FATUI_UNROLL for (int r = 0; r < R; r++)
     FATUI_UNROLL for (int v = 0; v < Vectors; v++) store(output + r * output_line + d + v * lanes, c[r][v]);
