@@ -138,7 +138,8 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
     Importing them, rewriting their assertions and making their tests took each worker a tenth of its collection.
     """
-    if config.option.markexpr != DEFAULT_RUN or not collection_path.name.startswith("test_"):
+    name = collection_path.name
+    if config.option.markexpr != DEFAULT_RUN or not (name.startswith("test_") and name.endswith(".py")):
         return None
     if any(".py" in argument for argument in config.args):
         return None
