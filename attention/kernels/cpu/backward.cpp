@@ -386,14 +386,16 @@ void backward(const BackwardCall& call) {
   switch (p.query.element) {
     case Element::float16: return walk<float16_t, FloatTiles<float16_t>>(call);
     case Element::bfloat16:
-      if (in_pairs(p) && !any_coarse(call)) return backward_bfloat16(call);
+      if constexpr (bfloat16_pairs)  // elsewhere its source is empty
+        if (in_pairs(p) && !any_coarse(call)) return backward_bfloat16(call);
       return walk<bfloat16_t, FloatTiles<bfloat16_t>>(call);
     default: return walk<float, FloatTiles<float>>(call);
   }
 }
 
 int64_t backward_workspace(const Problem& p) {
-  if (in_pairs(p)) return backward_bfloat16_workspace(p);
+  if constexpr (bfloat16_pairs)
+    if (in_pairs(p)) return backward_bfloat16_workspace(p);
   return BackwardPlan<FloatTiles<float>>(p).workspace(p, threads_for(p));
 }
 
