@@ -179,8 +179,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Sample products, and leave out tests that need a CUDA device where there is none; skipping them takes seconds."""
     import mlx.core as mx
 
-    # the same in all workers; what needs no compiled kernel first
-    items.sort(key=lambda item: (item.path.relative_to(TESTS).parts[0] != "fatui", item.path))
+    # the same in all workers; what needs no compiled kernel first, and no long file last, for which one worker would wait
+    first = {"fatui": 0, "fuzz": 1}
+    items.sort(key=lambda item: (first.get(item.path.relative_to(TESTS).parts[0], 2), item.path))
     _mark_unsampled(items)
     if not mx.cuda.is_available():
         needing = [item for item in items if item.get_closest_marker("gpu")]
