@@ -179,7 +179,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Sample products, and leave out tests that need a CUDA device where there is none; skipping them takes seconds."""
     import mlx.core as mx
 
-    # the same in all workers; what needs no compiled kernel first, and no long file last, for which one worker would wait
+    # the same in all workers; what needs no compiled kernel first, and no long file last: one worker would wait for it
     first = {"fatui": 0, "fuzz": 1}
     items.sort(key=lambda item: (first.get(item.path.relative_to(TESTS).parts[0], 2), item.path))
     _mark_unsampled(items)
