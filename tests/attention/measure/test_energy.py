@@ -15,7 +15,7 @@ from attention.engine.record import record_of
 from attention.measure import energy
 from attention.measure.device import Device, open_nvml
 from attention.measure.energy import EnergyOfCalls, RaplCounter, energy_counter, energy_of_calls, per_call, watts_of
-from tests.support.marks import slow, thorough
+from tests.support.marks import slow
 
 CPU = Device(backend="cpu", name="a CPU", cores=2, memory_bytes=1, available_bytes=1)
 
@@ -117,12 +117,13 @@ def test_the_gpu_is_the_first_that_cuda_sees(visible, taken, monkeypatch):
     assert (found and found[1]) == taken
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("max_slower", "limit_w", "problem"),
     [
         (1e6, 200.0, None),
         slow(0.1, 200.0, "no energy: its calls took"),
-        thorough(1e6, 10.0, "W, beyond the 10 W of the device"),
+        (1e6, 10.0, "W, beyond the 10 W of the device"),
     ],
 )
 def test_rows_have_the_energy_of_a_token(max_slower, limit_w, problem, monkeypatch):

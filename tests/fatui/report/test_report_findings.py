@@ -132,6 +132,7 @@ def test_two_points_make_no_trend():
     assert fit([1, 2, 2], [1, 2, 2.1]) is None
 
 
+@pytest.mark.thorough
 def test_the_growth_of_a_sweep_is_reported_with_its_power():
     reported = texts(compose([report_of(plan_of(SWEEP))]), "Head dim")
     grown = next(text for text in reported if "grows with length" in text)

@@ -172,6 +172,7 @@ def test_what_is_written_reads_back_the_same(cases, title, seconds, limit):
     assert parse(presets.to_toml(preset), None) == preset
 
 
+@pytest.mark.thorough
 @settings(max_examples=20, deadline=None)
 @given(st.text(max_size=100))
 def test_no_text_does_more_than_be_refused(text):
