@@ -28,6 +28,16 @@ namespace fatui {
 namespace mx = mlx::core;
 namespace nb = nanobind;
 using Arrays = std::vector<mx::array>;
+using Axes = std::vector<int>;
+
+// An operation of MLX on the CPU's stream alone.
+class CpuOperation : public mx::Primitive {
+ public:
+  using mx::Primitive::Primitive;
+  void eval_gpu(const Arrays&, Arrays&) override {
+    throw std::runtime_error("The CPU attention kernel runs on MLX's CPU stream only.");
+  }
+};
 
 // This library was linked without a part that a call needs. Python links one with it, and calls again.
 struct MissingPart : std::runtime_error {
@@ -83,7 +93,6 @@ Problem problem_of(const Options& options, const Arrays& inputs, size_t next);
 // MLX's allocator does not report a failure.
 void check_memory(const mx::array& a, const std::string& operation);
 void* allocate(mx::array& out);
-[[noreturn]] void refuse_gpu();
 std::string text(const mx::Shape& shape);
 void require_forward(Element element, int64_t queries, bool quantized);
 // Throws std::invalid_argument if types and shapes of q, k and v are not those of a call.

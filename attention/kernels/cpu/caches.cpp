@@ -15,21 +15,17 @@ namespace fatui {
 // Quantizes new rows and writes them into a cache's buffers. Inputs: numbers, scales and biases of keys, those of values, new
 // keys, new values. Outputs: the buffers, in the memory of the inputs where nobody else has these; and, where fewer than all
 // rows are in use, the rows in use of each, without a copy.
-class AppendQuantized : public mx::Primitive {
+class AppendQuantized : public CpuOperation {
  public:
   AppendQuantized(mx::Stream stream, Format key, Format value, int row, int used)
-      : mx::Primitive(stream), key_(key), value_(value), row_(row), used_(used) {}
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
-  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
-  std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents,
-                             const std::vector<int>& argnums, const std::vector<mx::array>& outputs) override;
-  std::vector<mx::array> jvp(const std::vector<mx::array>& primals, const std::vector<mx::array>& tangents,
-                             const std::vector<int>& argnums) override;
-  std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs,
-                                                           const std::vector<int>& axes) override;
+      : CpuOperation(stream), key_(key), value_(value), row_(row), used_(used) {}
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  Arrays vjp(const Arrays& primals, const Arrays& cotangents, const Axes& argnums, const Arrays& outputs) override;
+  Arrays jvp(const Arrays& primals, const Arrays& tangents, const Axes& argnums) override;
+  std::pair<Arrays, Axes> vmap(const Arrays& inputs, const Axes& axes) override;
   const char* name() const override { return "FatuiAppendQuantized"; }
   bool is_equivalent(const mx::Primitive& other) const override;
-  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
 
  private:
   Format key_, value_;
@@ -102,17 +98,15 @@ void AppendQuantized::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   });
 }
 
-void AppendQuantized::eval_gpu(const Arrays&, Arrays&) { refuse_gpu(); }
-
-Arrays AppendQuantized::vjp(const Arrays&, const Arrays&, const std::vector<int>&, const Arrays&) {
+Arrays AppendQuantized::vjp(const Arrays&, const Arrays&, const Axes&, const Arrays&) {
   throw std::invalid_argument("Writing into a quantized cache has no gradient.");
 }
 
-Arrays AppendQuantized::jvp(const Arrays&, const Arrays&, const std::vector<int>&) {
+Arrays AppendQuantized::jvp(const Arrays&, const Arrays&, const Axes&) {
   throw std::invalid_argument("Writing into a quantized cache has no gradient.");
 }
 
-std::pair<Arrays, std::vector<int>> AppendQuantized::vmap(const Arrays&, const std::vector<int>&) {
+std::pair<Arrays, Axes> AppendQuantized::vmap(const Arrays&, const Axes&) {
   throw std::invalid_argument("Writing into a quantized cache has no vmap.");
 }
 

@@ -19,40 +19,32 @@ const char* variant();  // in variant.cpp
 // Inputs q, k, v, the scales and biases of quantized k and v, and optionally a 4-D mask, three arrays of block lists, 2-D
 // slopes; outputs o and, if a gradient may be requested, logsumexp and statistics (B, H, Lq, 3), which only the backward pass
 // uses.
-class FlashForward : public mx::Primitive {
+class FlashForward : public CpuOperation {
  public:
-  FlashForward(mx::Stream stream, Options options) : mx::Primitive(stream), options_(options) {}
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
-  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
-  std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents,
-                             const std::vector<int>& argnums, const std::vector<mx::array>& outputs) override;
-  std::vector<mx::array> jvp(const std::vector<mx::array>& primals, const std::vector<mx::array>& tangents,
-                             const std::vector<int>& argnums) override;
-  std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs,
-                                                           const std::vector<int>& axes) override;
+  FlashForward(mx::Stream stream, Options options) : CpuOperation(stream), options_(options) {}
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  Arrays vjp(const Arrays& primals, const Arrays& cotangents, const Axes& argnums, const Arrays& outputs) override;
+  Arrays jvp(const Arrays& primals, const Arrays& tangents, const Axes& argnums) override;
+  std::pair<Arrays, Axes> vmap(const Arrays& inputs, const Axes& axes) override;
   const char* name() const override { return "FatuiFlashAttention"; }
   bool is_equivalent(const mx::Primitive& other) const override;
-  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
 
  private:
   Options options_;
 };
 
 // Inputs q, k, v, o, statistics, the gradients of o and logsumexp, and the optional ones of the forward pass; outputs dq, dk, dv.
-class FlashBackward : public mx::Primitive {
+class FlashBackward : public CpuOperation {
  public:
-  FlashBackward(mx::Stream stream, Options options) : mx::Primitive(stream), options_(options) {}
-  void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
-  void eval_gpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override;
-  std::vector<mx::array> vjp(const std::vector<mx::array>& primals, const std::vector<mx::array>& cotangents,
-                             const std::vector<int>& argnums, const std::vector<mx::array>& outputs) override;
-  std::vector<mx::array> jvp(const std::vector<mx::array>& primals, const std::vector<mx::array>& tangents,
-                             const std::vector<int>& argnums) override;
-  std::pair<std::vector<mx::array>, std::vector<int>> vmap(const std::vector<mx::array>& inputs,
-                                                           const std::vector<int>& axes) override;
+  FlashBackward(mx::Stream stream, Options options) : CpuOperation(stream), options_(options) {}
+  void eval_cpu(const Arrays& inputs, Arrays& outputs) override;
+  Arrays vjp(const Arrays& primals, const Arrays& cotangents, const Axes& argnums, const Arrays& outputs) override;
+  Arrays jvp(const Arrays& primals, const Arrays& tangents, const Axes& argnums) override;
+  std::pair<Arrays, Axes> vmap(const Arrays& inputs, const Axes& axes) override;
   const char* name() const override { return "FatuiFlashAttentionGradient"; }
   bool is_equivalent(const mx::Primitive& other) const override;
-  std::vector<mx::Shape> output_shapes(const std::vector<mx::array>& inputs) override;
+  std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
 
  private:
   Options options_;
@@ -132,8 +124,6 @@ void* allocate(mx::array& out) {
   return out.data<char>();
 }
 
-void refuse_gpu() { throw std::runtime_error("The CPU attention kernel runs on MLX's CPU stream only."); }
-
 namespace {
 
 [[noreturn]] void refuse_second_derivative() {
@@ -178,14 +168,14 @@ mx::array with_batch(const mx::array& a, int axis, int count, int batch, mx::Str
   return mx::flatten(mx::broadcast_to(x, shape, s), 0, 1, s);
 }
 
-int mapped_count(const Arrays& inputs, const std::vector<int>& axes) {
+int mapped_count(const Arrays& inputs, const Axes& axes) {
   for (size_t i = 0; i < inputs.size(); i++)
     if (axes[i] >= 0) return inputs[i].shape(axes[i]);
   return 1;
 }
 
 // Lists stay as they are: their planes repeat over the batch. Slopes (1 or B, H) follow the batch.
-Arrays batched(const Arrays& inputs, const std::vector<int>& axes, int count, const Options& options, mx::Stream s) {
+Arrays batched(const Arrays& inputs, const Axes& axes, int count, const Options& options, mx::Stream s) {
   const int batch = inputs[0].shape(axes[0] == 0 ? 1 : 0);
   const size_t slopes = inputs.size() - (options.sloped ? 1 : 0), lists = slopes - (options.list_batches > 0 ? 3 : 0);
   Arrays out;
@@ -199,7 +189,7 @@ Arrays batched(const Arrays& inputs, const std::vector<int>& axes, int count, co
   return out;
 }
 
-std::pair<Arrays, std::vector<int>> unbatched(const Arrays& outputs, int count, mx::Stream s) {
+std::pair<Arrays, Axes> unbatched(const Arrays& outputs, int count, mx::Stream s) {
   Arrays out;
   for (const auto& a : outputs) out.push_back(mx::unflatten(a, 0, {count, a.shape(0) / count}, s));
   return {out, std::vector<int>(out.size(), 0)};
@@ -229,9 +219,7 @@ void FlashForward::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   mx::cpu::get_command_encoder(stream()).dispatch([call] { forward(call); });
 }
 
-void FlashForward::eval_gpu(const Arrays&, Arrays&) { refuse_gpu(); }
-
-Arrays FlashForward::vjp(const Arrays& primals, const Arrays& cotangents, const std::vector<int>& argnums,
+Arrays FlashForward::vjp(const Arrays& primals, const Arrays& cotangents, const Axes& argnums,
                          const Arrays& outputs) {
   if (options_.parts() > 0)
     throw std::invalid_argument("flash_attention has no gradient for quantized keys and values; implementation 'baseline' has.");
@@ -250,11 +238,11 @@ Arrays FlashForward::vjp(const Arrays& primals, const Arrays& cotangents, const 
   return wanted;
 }
 
-Arrays FlashForward::jvp(const Arrays&, const Arrays&, const std::vector<int>&) {
+Arrays FlashForward::jvp(const Arrays&, const Arrays&, const Axes&) {
   throw std::invalid_argument("flash_attention has no forward-mode derivative (jvp); implementation 'baseline' has.");
 }
 
-std::pair<Arrays, std::vector<int>> FlashForward::vmap(const Arrays& inputs, const std::vector<int>& axes) {
+std::pair<Arrays, Axes> FlashForward::vmap(const Arrays& inputs, const Axes& axes) {
   const int count = mapped_count(inputs, axes);
   const Arrays all = batched(inputs, axes, count, options_, stream());
   return unbatched(make_forward(all, mapped(options_, count), stream()), count, stream());
@@ -284,15 +272,13 @@ void FlashBackward::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   mx::cpu::get_command_encoder(stream()).dispatch([call] { backward(call); });
 }
 
-void FlashBackward::eval_gpu(const Arrays&, Arrays&) { refuse_gpu(); }
-
-Arrays FlashBackward::vjp(const Arrays&, const Arrays&, const std::vector<int>&, const Arrays&) {
+Arrays FlashBackward::vjp(const Arrays&, const Arrays&, const Axes&, const Arrays&) {
   refuse_second_derivative();
 }
 
-Arrays FlashBackward::jvp(const Arrays&, const Arrays&, const std::vector<int>&) { refuse_second_derivative(); }
+Arrays FlashBackward::jvp(const Arrays&, const Arrays&, const Axes&) { refuse_second_derivative(); }
 
-std::pair<Arrays, std::vector<int>> FlashBackward::vmap(const Arrays& inputs, const std::vector<int>& axes) {
+std::pair<Arrays, Axes> FlashBackward::vmap(const Arrays& inputs, const Axes& axes) {
   const int count = mapped_count(inputs, axes);
   const Arrays all = batched(inputs, axes, count, options_, stream());
   return unbatched(make_backward(all, mapped(options_, count), stream()), count, stream());
