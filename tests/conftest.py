@@ -28,7 +28,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # two workers' BLAS threads 
 FOLDER = "FATUI_CACHE_DIR"
 FLAGS = "FATUI_KERNEL_CXXFLAGS"
 QUICK_FLAGS = "-Og"
-"""Flags of the CPU kernel in the default run: compiled in two thirds of the time, for small shapes as fast."""
+"""Flags of the CPU kernel in the default run, which compile it faster."""
 DEFAULT_RUN = "not slow"
 """The selection of the default run, in pyproject.toml."""
 COMPILING = ("compiles", "slow", "gpu")

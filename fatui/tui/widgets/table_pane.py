@@ -95,7 +95,8 @@ class TablePane(Vertical):
         set_subtitle(self, text)
 
     def _hints(self) -> list[str]:
-        parts = list(filter(None, [self.table.hint]))
+        hint = self.table.hint
+        parts = [hint] if hint else []
         parts += [f"only '{self.needle}'"] if self.needle else []
         titles = {column.name: column.title for column in self.table.columns}
         if self.by in titles and self.by not in {column.name for column in self.table.shown_columns}:
