@@ -285,7 +285,7 @@ def test_every_row_carries_what_the_table_needs(one_run: Engine) -> None:
     assert planted.first_call_s is not None
     assert planted.peak_bytes is not None
     assert planted.max_error is not None
-    assert len(planted.samples) == len(row(case, "baseline").samples) >= 3
+    assert min(len(planted.samples), len(row(case, "baseline").samples)) >= 3  # a slower row may skip rounds
 
 
 def test_stopping_ends_the_worker_in_a_second_and_keeps_rows() -> None:
