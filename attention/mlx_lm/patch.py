@@ -93,8 +93,48 @@ def _with_format(arrays: Sequence[mx.array], form: Format, dtype: mx.Dtype) -> Q
     return QuantizedArray(numbers, scales, biases[0] if biases else None, form, scales.dtype if biases else dtype)
 
 
+IN_PLACE: Final = [
+    "add",
+    "and",
+    "floordiv",
+    "lshift",
+    "matmul",
+    "mod",
+    "mul",
+    "or",
+    "pow",
+    "rshift",
+    "sub",
+    "truediv",
+    "xor",
+]
+"""Operators of which MLX's arrays have one that changes its left side."""
 MIN_PATTERN_ROWS: Final = 64
 """Query rows from which a mask of padding becomes a pattern; with fewer its array is not much larger than the keys."""
+
+
+class MadeMask(mx.array):
+    """An array made as a mask, which notes that it was changed in place: `mask[:, :3] = False`, `mask &= other`.
+
+    Attributes:
+        is_as_made: whether it was not.
+    """
+
+    is_as_made = True
+
+
+def _noting(name: str) -> Callable[..., Any]:
+    change = getattr(mx.array, name)
+
+    def noting(self: MadeMask, *args: Any) -> Any:
+        self.is_as_made = False
+        return change(self, *args)
+
+    return noting
+
+
+for _name in ("__setitem__", *(f"__i{name}__" for name in IN_PLACE)):
+    setattr(MadeMask, _name, _noting(_name))
 
 
 class KnownMask:
@@ -108,7 +148,7 @@ class KnownMask:
 
     def __init__(
         self,
-        array: "weakref.ref[mx.array]",
+        array: "weakref.ref[MadeMask]",
         rows: int,
         offset: int,
         window: int | None,
@@ -172,8 +212,8 @@ class KnownMasks:
         **more: Any,
     ) -> mx.array:
         """Replacement of mlx-lm's `create_causal_mask`, with the same arguments."""
-        made: mx.array = patch_points.models_causal_mask().observed(
-            N, offset, window_size, right_padding, left_padding, **more
+        made = MadeMask(
+            patch_points.models_causal_mask().observed(N, offset, window_size, right_padding, left_padding, **more)
         )
         plain = not more and all(one is None or one.ndim == 1 for one in (right_padding, left_padding))
         if plain and isinstance(offset, int) and (window_size is None or isinstance(window_size, int)):
@@ -188,20 +228,20 @@ class KnownMasks:
         return_array: bool = False,
     ) -> mx.array:
         """Replacement of `make_mask` of mlx-lm's BatchRotatingKVCache, with the same arguments."""
-        made: mx.array = patch_points.rotating_batch_mask().observed(cache, N, window_size, return_array)
+        made = MadeMask(patch_points.rotating_batch_mask().observed(cache, N, window_size, return_array))
         if N >= MIN_PATTERN_ROWS:  # as mlx-lm has it for more than one row, which are in the order of time
             offset, trimmed = min(cache.max_size - 1, cache._offset), max(0, cache._idx - cache.max_size + 1)
             self._keep(made, N, offset, window_size or cache.max_size, None, cache.left_padding - trimmed)
         return made
 
-    def _keep(self, made: mx.array, *said: Any) -> None:
+    def _keep(self, made: MadeMask, *said: Any) -> None:
         place = id(made)
         forget = weakref.ref(made, lambda _: self._known.pop(place, None))
         self._known[place] = KnownMask(forget, *said)
 
     def by_position(self, call: ModelCall) -> ModelCall:
         """Return the call with bounds or a pattern instead of a known array that fits its lengths."""
-        known = self._known.get(id(call.mask)) if isinstance(call.mask, mx.array) else None
+        known = self._known.get(id(call.mask)) if isinstance(call.mask, MadeMask) and call.mask.is_as_made else None
         if known is None or known.array() is not call.mask:
             return call
         if (known.rows, known.keys) != (call.q.shape[2], call.kv_seq):

@@ -22,7 +22,7 @@ from attention.core.errors import UnsupportedError, UsageError
 from attention.distributed import collectives
 from attention.distributed.layout import Layout, extended, make_layout
 from attention.implementations.protocol import Implementation
-from attention.mlx_lm.patch import ModelCall, ModelPatch, in_implementation
+from attention.mlx_lm.patch import MadeMask, ModelCall, ModelPatch, in_implementation
 from attention.monitoring import patch_points
 
 MIN_SHARDED_ROWS: Final = 64
@@ -38,7 +38,7 @@ class Step(Struct):
     rank: int
     owner: int = 0
     """The rank that keeps the keys of rows that every rank has."""
-    windows: dict[int, tuple[mx.array, int]] = {}
+    windows: dict[int, tuple[MadeMask, int]] = {}
     """Windows of masks made in this call, by the identity of the array that stands for them."""
 
 
@@ -100,7 +100,7 @@ class ShardedKVCache:
         step = _current.step
         if step is None or (window_size is None and not return_array):
             return "causal"
-        named = mx.ones((1, 1), mx.bool_)
+        named = MadeMask(mx.ones((1, 1), mx.bool_))
         step.windows[id(named)] = named, window_size or step.keys.seq
         return named
 
@@ -255,7 +255,7 @@ class ShardedPatch(ModelPatch):
         """
         if not isinstance(call.mask, mx.array):
             return None
-        if id(call.mask) in step.windows:
+        if id(call.mask) in step.windows and step.windows[id(call.mask)][0].is_as_made:
             return step.windows[id(call.mask)][1]
         known = self._masks.by_position(call)
         if isinstance(known.mask, mx.array) or known.pattern is not None:

@@ -98,6 +98,28 @@ def test_a_mask_that_fits_no_more_stays_an_array():
     assert recorder.seen == [(False, None, False), (False, None, False), (True, 2, True)]
 
 
+def _cut(mask):
+    mask[..., :7] = False
+
+
+def _joined_with(operator):
+    return lambda mask: getattr(mask, operator)(mx.arange(mask.shape[-1]) >= 7)
+
+
+@pytest.mark.parametrize("change", [_cut, _joined_with("__iand__"), _joined_with("__ior__")])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_mask_that_was_changed_in_place_is_seen_as_it_is(change, cached):
+    q = mx.random.normal((2, 2, 80, 16), key=mx.random.key(0))
+    with attention.patch_mlx_lm("practical") as patch:
+        held = cache.BatchRotatingKVCache(100, [0, 5])
+        mask = held.make_mask(80) if cached else base.create_causal_mask(80, window_size=30)
+        change(mask)
+        found = base.scaled_dot_product_attention(q, q, q, None, 0.25, mask)
+    assert patch.calls_taken == 1
+    wanted = attention.attention(q, q, q, scale=0.25, mask=mx.array(np.array(mask)))
+    np.testing.assert_allclose(np.array(found), np.array(wanted), atol=1e-5)
+
+
 def test_no_mask_is_computed_that_is_a_bound():
     length = 40_000
     q, k = (mx.random.normal((1, 1, n, 8), key=mx.random.key(0)) for n in (512, length))
