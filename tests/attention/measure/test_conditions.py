@@ -3,15 +3,18 @@
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from attention.core.results import Conditions
 from attention.measure import conditions
 from attention.measure.conditions import ConditionsWatch
 from tests.support.stage import DEVICE
+from tests.support.tuning_examples import FakeTime
 
-SPIN = "import time\nend = time.monotonic() + 20\nwhile time.monotonic() < end: pass"
+SPIN = "while True: pass"
 
 
 @pytest.fixture
@@ -20,18 +23,29 @@ def no_family(monkeypatch):
     monkeypatch.setattr(conditions, "_family", set)
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock of readings, which a loaded machine does not advance between two of them."""
+    made = FakeTime()
+    monkeypatch.setattr(conditions, "time", SimpleNamespace(monotonic=made))
+    return made
+
+
 @pytest.mark.thorough
-def test_another_busy_process_is_counted_and_named(no_family):
+def test_another_busy_process_is_counted_and_named(no_family, clock):
     watch = ConditionsWatch(DEVICE)
-    busy = subprocess.Popen([sys.executable, "-c", SPIN])
-    try:
-        time.sleep(0.6)
-        read = watch.read()
-    finally:
-        busy.kill()
-        busy.wait()
+    with subprocess.Popen([sys.executable, "-c", SPIN]) as busy:
+        try:
+            process = psutil.Process(busy.pid)
+            while process.cpu_times().user < 0.5:
+                time.sleep(0.01)
+            name = process.name()
+            clock.now += 1.0
+            read = watch.read()
+        finally:
+            busy.kill()
     assert read.other_cores is not None and read.other_cores > 0.1
-    assert any("python" in name for name in read.busiest) or len(read.busiest) == conditions.MAX_NAMES
+    assert name in read.busiest or len(read.busiest) == conditions.MAX_NAMES
     assert read.cores == DEVICE.cores
 
 
@@ -44,23 +58,28 @@ def test_what_the_run_itself_started_is_its_own():
         child.wait()
 
 
-def test_another_engine_is_counted_once(no_family):
-    idle = "import sys, time; sys.argv = ['-m', 'attention.engine.worker']; time.sleep(20)"
-    engines = [subprocess.Popen([sys.executable, "-c", idle, conditions.ENGINE]) for _ in range(2)]
+def test_the_ranks_of_another_run_are_counted_once(no_family, monkeypatch):
+    """Of one program; engines of the machine's other programs come and go meanwhile."""
+    idle = [sys.executable, "-c", "import time; time.sleep(600)"]
+    processes = [subprocess.Popen([*idle, *more]) for more in ([conditions.ENGINE], [conditions.ENGINE], [])]
     try:
-        time.sleep(0.1)
-        apart = len(conditions._usage().engines)
-        assert apart >= 1
+        started = [psutil.Process(process.pid) for process in processes]
+        monkeypatch.setattr(conditions.psutil, "process_iter", lambda: iter(started))
+        assert conditions._usage().engines == {started[0].ppid()}
+        monkeypatch.setattr(conditions.psutil, "process_iter", lambda: iter(started[2:]))
+        assert conditions._usage().engines == set()
     finally:
-        for engine in engines:
-            engine.kill()
-            engine.wait()
-    assert len(conditions._usage().engines) == apart - 1
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
-def test_an_interval_too_short_to_tell_repeats_the_last_reading():
+def test_an_interval_too_short_to_tell_repeats_the_last_reading(clock):
     watch = ConditionsWatch(DEVICE)
+    clock.now += 0.9 * conditions.MIN_INTERVAL_S
     assert watch.read() == Conditions()
+    clock.now += 0.2 * conditions.MIN_INTERVAL_S
+    assert watch.read().cores == DEVICE.cores
 
 
 def test_the_worst_of_two_cases_is_kept():

@@ -33,24 +33,29 @@ STARTED = on.TrialStarted(implementation="demo", workload="BH≤8 L≤512", cand
 PLAN = Plan(cases=(Workload(seq=16, heads=1, head_dim=8),), implementations=("baseline", "demo"), seconds=0.1)
 
 
-def told_by(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> list[on.AnyEvent]:
-    made = {"baseline": Baseline(), "demo": demo}
-    monkeypatch.setattr(bench.implementations, "load_implementation", made.__getitem__)
-    events: list[on.AnyEvent] = []
-    Bench(Assignment(plan=PLAN, peaks=Peaks()), PLAN, events.append).run()
-    return events
-
-
 @pytest.mark.thorough
 def test_the_trial_is_reported_before_and_apart_from_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    among = {"slow": Timed("slow", 0.002), "fast": Timed("fast", 0.001)}
-    events = told_by(Demo(store=Store(tmp_path / "tuning.toml"), among=among, budget_s=0.3), monkeypatch)
-    of_demo = [event for event in events if getattr(event, "implementation", "") == "demo"]
-    kinds = [type(event) for event in of_demo]
-    assert kinds.index(on.TrialStarted) < kinds.index(on.Tuned) < kinds.index(on.FirstCall)
-    first = next(event for event in of_demo if isinstance(event, on.FirstCall))
-    trial = next(event for event in of_demo if isinstance(event, on.Tuned))
-    assert first.seconds < trial.seconds
+    clock = FakeTime()
+    among = {"slow": Timed("slow", 0.002, clock), "fast": Timed("fast", 0.001, clock)}
+    demo = Demo(store=Store(tmp_path / "tuning.toml"), among=among, budget_s=0.3, clock=clock)
+    monkeypatch.setattr(
+        bench.implementations, "load_implementation", {"baseline": Baseline(), "demo": demo}.__getitem__
+    )
+    events: list[on.AnyEvent] = []
+    of_demo: list[tuple[type, int]] = []
+
+    def heard(event: on.AnyEvent) -> None:
+        events.append(event)
+        if getattr(event, "implementation", "") == "demo":
+            of_demo.append((type(event), sum(one.calls for one in among.values())))
+
+    Bench(Assignment(plan=PLAN, peaks=Peaks()), PLAN, heard).run()
+    kinds = [kind for kind, _ in of_demo]
+    first = kinds.index(on.FirstCall)
+    assert kinds.index(on.TrialStarted) < kinds.index(on.Tuned) < first
+    # Its time begins with its step: one call, and none of the trial, is in it.
+    assert kinds[first - 1] is on.StepStarted
+    assert of_demo[first][1] == of_demo[first - 1][1] + 1
     record = Record(PLAN)
     for event in events:
         record.apply(event)
@@ -78,7 +83,7 @@ def test_a_switch_in_a_run_is_reported_with_the_new_path(tmp_path: Path, monkeyp
     monkeypatch.setattr(
         bench.implementations, "load_implementation", {"baseline": Baseline(), "demo": demo}.__getitem__
     )
-    plan = msgspec.structs.replace(PLAN, seconds=20, precision=0.0)
+    plan = msgspec.structs.replace(PLAN, seconds=600, precision=0.0)  # ends with what it waits for
     with pytest.raises(SeenEnough):
         Bench(Assignment(plan=plan, peaks=Peaks()), plan, heard).run()
     place = next(number for number, event in enumerate(events) if isinstance(event, on.Switched))

@@ -13,7 +13,7 @@ from attention.implementations.autotune.drift_detector import WINDOW, DriftDetec
 from attention.implementations.autotune.implementation import Demo
 from attention.implementations.autotune.store import Store
 from attention.implementations.calls import make_inputs, take_path
-from tests.support.tuning_examples import Timed
+from tests.support.tuning_examples import FakeTime, Timed
 
 WORKLOAD = Workload(seq=32, heads=2, head_dim=8, dtype="float32")
 
@@ -21,8 +21,8 @@ WORKLOAD = Workload(seq=32, heads=2, head_dim=8, dtype="float32")
 class Approximate(Timed):
     """A fast candidate with a relative error."""
 
-    def __init__(self, error: float, name: str = "poc-fp8") -> None:
-        super().__init__(name, 0.0)
+    def __init__(self, error: float, clock: FakeTime, name: str = "poc-fp8") -> None:
+        super().__init__(name, 0.001, clock)
         self.error = error
 
     def __call__(self, *arrays: mx.array, **more: object) -> mx.array:  # type: ignore[override]
@@ -30,16 +30,31 @@ class Approximate(Timed):
 
 
 @pytest.fixture
-def approximate(monkeypatch: pytest.MonkeyPatch) -> Approximate:
-    made = Approximate(0.05)
+def clock() -> FakeTime:
+    """The time that candidates take, on which no other process has an influence."""
+    return FakeTime()
+
+
+@pytest.fixture
+def approximate(monkeypatch: pytest.MonkeyPatch, clock: FakeTime) -> Approximate:
+    made = Approximate(0.05, clock)
     monkeypatch.setattr(implementation, "PocFp8", lambda: made)
     return made
 
 
+def demo_among(path: Path, clock: FakeTime, *among: Timed, max_error: float | None = None) -> Demo:
+    candidates = {each.name: each for each in among}
+    return Demo(store=Store(path), among=candidates, budget_s=0.1, clock=clock, max_error=max_error)
+
+
 @pytest.fixture
-def demo(tmp_path: Path) -> Demo:
-    exact = Timed("exact", 0.002)
-    return Demo(store=Store(tmp_path / "tuning.toml"), among={"exact": exact}, budget_s=0.1)
+def demo(tmp_path: Path, clock: FakeTime) -> Demo:
+    return demo_among(tmp_path / "tuning.toml", clock, Timed("exact", 0.002, clock))
+
+
+def another_process(demo: Demo) -> Demo:
+    """Return a demo with the candidates and the stored choices of one."""
+    return Demo(store=Store(demo.store.path), among=demo.candidates, budget_s=0.1, clock=demo.clock)
 
 
 def path(demo: Demo, **more: float) -> str | None:
@@ -87,7 +102,7 @@ def test_the_choice_that_follows_is_no_challenger_of_itself(demo: Demo, approxim
 
 def test_a_traced_first_call_leaves_a_stored_choice(demo: Demo, approximate: Approximate) -> None:
     path(demo, max_error=0.1)
-    again, inputs = Demo(store=Store(demo.store.path), among=demo.candidates, budget_s=0.1), make_inputs(WORKLOAD, 0)
+    again, inputs = another_process(demo), make_inputs(WORKLOAD, 0)
     paths = []
 
     def traced(q: mx.array) -> mx.array:
@@ -100,22 +115,23 @@ def test_a_traced_first_call_leaves_a_stored_choice(demo: Demo, approximate: App
     assert path(again, max_error=0.1) == "tuned: poc-fp8"
 
 
-def test_a_demo_with_a_budget_of_its_own_tries_it_too(tmp_path: Path, approximate: Approximate) -> None:
-    among = {"exact": Timed("exact", 0.002)}
-    own = Demo(store=Store(tmp_path / "tuning.toml"), among=among, budget_s=0.1, max_error=0.1)
+def test_a_demo_with_a_budget_of_its_own_tries_it_too(
+    tmp_path: Path, approximate: Approximate, clock: FakeTime
+) -> None:
+    own = demo_among(tmp_path / "tuning.toml", clock, Timed("exact", 0.002, clock), max_error=0.1)
     assert path(own) == "tuned: poc-fp8"
     assert path(own, max_error=0.01) == "tuned: exact"
 
 
-def test_a_bound_call_is_tuned_within_the_budget(tmp_path: Path, approximate: Approximate) -> None:
-    among = {"exact": Timed("exact", 0.01)}
-    own = Demo(store=Store(tmp_path / "tuning.toml"), among=among, budget_s=0.1, max_error=0.1)
+def test_a_bound_call_is_tuned_within_the_budget(tmp_path: Path, approximate: Approximate, clock: FakeTime) -> None:
+    exact = Timed("exact", 0.002, clock)
+    own = demo_among(tmp_path / "tuning.toml", clock, exact, max_error=0.1)
     runner = own.runner(WORKLOAD, make_inputs(WORKLOAD, 0)[:3], WORKLOAD.scale)
     before = approximate.calls
     runner.results()
     assert approximate.calls == before + 1
     approximate.error = 0.3
-    again = Demo(store=Store(own.store.path), among=among, budget_s=0.1, max_error=0.1)
+    again = demo_among(own.store.path, clock, exact, max_error=0.1)
     bound = again.runner(WORKLOAD, make_inputs(WORKLOAD, 0)[:3], WORKLOAD.scale)
     before = approximate.calls
     bound.results()
@@ -123,17 +139,19 @@ def test_a_bound_call_is_tuned_within_the_budget(tmp_path: Path, approximate: Ap
 
 
 @pytest.mark.thorough
-def test_a_candidate_that_should_be_exact_has_no_budget(tmp_path: Path, approximate: Approximate) -> None:
+def test_a_candidate_that_should_be_exact_has_no_budget(
+    tmp_path: Path, approximate: Approximate, clock: FakeTime
+) -> None:
     approximate.error = 0.3
-    wrong, exact = Approximate(0.05, "wrong"), Timed("exact", 0.002)
-    demo = Demo(store=Store(tmp_path / "tuning.toml"), among={"wrong": wrong, "exact": exact}, budget_s=0.1)
+    wrong, exact = Approximate(0.05, clock, "wrong"), Timed("exact", 0.002, clock)
+    demo = demo_among(tmp_path / "tuning.toml", clock, wrong, exact)
     assert path(demo, max_error=0.1) == "tuned: exact"
 
 
 def test_another_process_measures_the_error_of_a_stored_choice(demo: Demo, approximate: Approximate) -> None:
     path(demo, max_error=0.1)
     approximate.error = 0.3
-    again = Demo(store=Store(demo.store.path), among=demo.candidates, budget_s=0.1)
+    again = another_process(demo)
     assert path(again, max_error=0.1) == "tuned: exact"
 
 
