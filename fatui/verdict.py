@@ -143,6 +143,9 @@ def group_verdicts(
 def verdict_of(cases: Sequence[AnyCase], title: str = "", *, interrupted: bool = False) -> Verdict:
     """Return the verdict of some cases that are ranked together.
 
+    Cases that are too noisy to be ranked do not decide: where they favour another implementation than the others do,
+    they are left out of its speedup, and if there are no others, nothing is ranked.
+
     Args:
         cases: the cases; several are summarised by the geometric means of their speedups.
         title: what they are, in words.
@@ -151,7 +154,13 @@ def verdict_of(cases: Sequence[AnyCase], title: str = "", *, interrupted: bool =
     names = tuple(dict.fromkeys(row.implementation for case in cases for row in case.rows))
     comparable = _with_common_reference(cases)
     reference = comparable[0].reference if comparable else None
-    winner = _winner(comparable, names, reference)
+    clear = [case for case in comparable if not _is_unclear(case)]
+    winner, ranked = _winner(comparable, names, reference), comparable
+    drowned = winner is not None and not clear
+    if clear and len(clear) < len(comparable) and (decided := _winner(clear, names, reference)) != winner:
+        winner, ranked = decided, clear
+    if drowned:
+        winner = None
     notes = tuple(formatting.quantized_finding([case for case in cases if isinstance(case, Case)]))
     noisy = [case for case in comparable if case.noise_floor and case.noise_floor.floor > MAX_FLOOR]
     if winner is None:
@@ -161,19 +170,19 @@ def verdict_of(cases: Sequence[AnyCase], title: str = "", *, interrupted: bool =
             reference_off=_off(comparable),
             losses=_losses(cases, names, None),
             notes=notes,
-            too_noisy=bool(noisy) and 2 * len(noisy) > len(comparable),
-            reason=_reason(comparable, _named(comparable, reference)),
+            too_noisy=drowned or 2 * len(noisy) > len(comparable) > 0,
+            reason=_drowned(comparable) if drowned else _reason(comparable, _named(comparable, reference)),
         )
     doubts = _doubts(cases, comparable, winner, interrupted)
     peak, reference_peak = _peaks(cases, winner)
-    found = speedups(comparable, winner)
+    found = speedups(ranked, winner)
     ratios = [ratio.value for _, ratio in found]
     return Verdict(
         title=title,
         winner=winner,
         reference=reference,
         reference_off=_off(comparable),
-        speedup=mean_speedup(comparable, winner),
+        speedup=mean_speedup(ranked, winner),
         span=(min(ratios), max(ratios)) if len(ratios) > 1 else None,
         cases=len(found),
         kv_formats=len({getattr(case.workload, "kv_format", "") for case, _ in found}),
@@ -247,6 +256,13 @@ def _reason(cases: Sequence[AnyCase], reference: str | None) -> str:
     return f"nothing is {'clearly ' if unclear else ''}faster than {reference}"
 
 
+def _drowned(cases: Sequence[AnyCase]) -> str:
+    """Return why cases whose speedups agree are not ranked all the same."""
+    floors = [case.noise_floor.floor for case in cases if case.noise_floor]
+    most = f"{'at most ' if len(floors) > 1 else ''}{formatting.percent(max(floors))}"
+    return f"no lead is {MIN_LEAD_FLOORS:.0f} times its noise floor, which is {most}"
+
+
 def _doubts(cases: Sequence[AnyCase], comparable: Sequence[AnyCase], winner: str, interrupted: bool) -> tuple[str, ...]:
     """Return why a verdict is of low confidence; none if it is of high."""
     found = []
@@ -283,23 +299,26 @@ def _is_unclear(case: AnyCase) -> bool:
     floor = case.noise_floor.floor if case.noise_floor else 0.0
     if floor <= MAX_FLOOR:
         return False
-    leads = [lead for name in formatting.best_of(case) for lead, _ in _leads([case], name)]
+    names = formatting.best_of(case) or [row.implementation for row in case.rows if is_sound(row)]
+    leads = [lead for name in names if (lead := _lead(case, name)) is not None]
     return max(leads, default=0.0) < MIN_LEAD_FLOORS * floor
 
 
 def _leads(cases: Sequence[AnyCase], winner: str) -> list[tuple[float, float]]:
-    """Return, of each case in which the winner leads, by how much the next one takes longer, and the noise floor.
+    """Return, of each case in which the winner leads, by how much the next one takes longer, and the noise floor."""
+    floors = [(case, case.noise_floor.floor if case.noise_floor else 0.0) for case in cases]
+    found = [(_lead(case, winner), floor) for case, floor in floors if winner in formatting.best_of(case)]
+    return [(lead, floor) for lead, floor in found if lead is not None]
 
-    Ties are left out.
-    """
-    leads = []
-    for case in cases:
-        best = formatting.best_of(case)
-        others = [_factor(case, row.implementation, winner) for row in case.rows if row.implementation not in best]
-        known = [factor for factor in others if factor]
-        if winner in best and known:
-            leads.append((min(known) - 1, case.noise_floor.floor if case.noise_floor else 0.0))
-    return leads
+
+def _lead(case: AnyCase, name: str) -> float | None:
+    """Return by how much the next one takes longer than an implementation; ties are left out, None without others."""
+    best = formatting.best_of(case)
+    slower = (row.implementation for row in case.rows if row.implementation not in (*best, name))
+    known = [
+        factor for each in slower if not formatting.are_tied(case, each, name) and (factor := _factor(case, each, name))
+    ]
+    return min(known) - 1 if known else None
 
 
 def _call_s(case: AnyCase, name: str) -> float | None:

@@ -5,7 +5,7 @@ from msgspec import structs
 
 from attention.core.results import Case, Conditions, Interval, NoiseFloor, Report
 from attention.core.workload import Workload
-from fatui.formatting import best_of
+from fatui.formatting import best_of, word
 from fatui.trust import TrustFinding, trust, trust_line, worst
 from fatui.verdict import Verdict, confidence_text, headline, loss_lines, verdict_of, verdicts
 from tests.support.sample_runs import ENVIRONMENT, plan_of, report_of
@@ -192,6 +192,32 @@ def test_above_the_limit_nothing_is_ranked():
     assert undecided(0.2).too_noisy and headline(undecided(0.2)).startswith("Too noisy to rank")
     assert not undecided(0.02).too_noisy and undecided(0.02).confidence == "none"
     assert headline(undecided(0.02)) == "No winner · nothing is faster than baseline"
+
+
+def drowned(case: Case) -> Case:
+    """The case with a lead of a quarter, which is significant, and a noise floor of 15 %."""
+    rows = tuple(row for row in times(case, "poc", 40.0).rows if row.implementation in ("baseline", "poc"))
+    return structs.replace(case, rows=rows, noise_floor=floor_of(0.15))
+
+
+def test_a_sweep_without_a_clear_case_is_not_ranked():
+    cases = [drowned(case) for case in report_of(plan_of(SWEEP)).cases]
+    assert all(word(case.rows[1], case) == "fastest" for case in cases)  # each alone, and so their mean
+    verdict = verdict_of(cases)
+    assert (verdict.winner, verdict.confidence, verdict.too_noisy) == (None, "none", True)
+    assert headline(verdict) == "Too noisy to rank · no lead is 3 times its noise floor, which is at most 15 %"
+    assert verdict_of(cases[:1]).too_noisy and "which is 15 %" in headline(verdict_of(cases[:1]))
+
+
+def test_clear_cases_of_a_sweep_decide():
+    cases = [drowned(case) for case in report_of(plan_of(SWEEP)).cases]
+    cases[3] = report_of(plan_of(SWEEP)).cases[3]
+    verdict = verdict_of(cases)
+    assert (verdict.winner, verdict.confidence, verdict.too_noisy) == ("poc", "low", False)
+    assert verdict.doubts == ("too noisy at L 64 to 256, with a noise floor of 15 %",)
+    cases[3] = times(cases[3], "poc", 200.0)  # where practical is slower too, baseline is the one to use
+    cases[3] = times(cases[3], "practical", 0.01)
+    assert verdict_of(cases).winner == "practical" and verdict_of(cases).cases == 1
 
 
 def test_a_reference_of_few_cases_is_not_mixed_into_the_mean():
