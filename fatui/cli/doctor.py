@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fatui.diagnosis import diagnose
 
     if arguments.report is not None:
-        return _write_report(Path(arguments.report), measure=not arguments.no_measure)
+        return _write_report(arguments.report, measure=not arguments.no_measure)
     usable = True
     for finding in diagnose(measure=not arguments.no_measure):
         show(_hanging(finding.topic, Text(finding.text)))
@@ -53,14 +53,15 @@ def run(arguments: argparse.Namespace) -> int:
     return cli.DONE if usable else cli.NO_BACKEND
 
 
-def _write_report(path: Path, measure: bool) -> int:
+def _write_report(target: str, measure: bool) -> int:
     from attention.core.errors import UsageError
     from fatui.cli.output import file_problem
     from fatui.diagnosis import make
     from fatui.storage import write_atomically
 
-    if problem := file_problem("--report", str(path)):
+    if problem := file_problem("--report", target, stdout=False):
         raise UsageError(problem)
+    path = Path(target)
     write_atomically(path, make(cli.print_line, measure))
     cli.print_line(f"wrote {path}; read it through before you send it")
     return cli.DONE

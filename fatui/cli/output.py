@@ -31,6 +31,10 @@ FORMATS: Final = {
 }
 
 
+BINARY: Final = ("parquet",)
+"""Formats that are not written to stdout."""
+
+
 class Export(Struct, frozen=True):
     """One export: its format, and its target, a file or "-" for stdout."""
 
@@ -52,7 +56,7 @@ def requested_exports(arguments: argparse.Namespace, formats: Iterable[str] = FO
         UsageError: with one problem for each target that is not writable or is used twice.
     """
     exports = [Export(name, getattr(arguments, name)) for name in formats if getattr(arguments, name) is not None]
-    problems = [problem for export in exports if (problem := file_problem(f"--{export.format}", export.target))]
+    problems = [problem for export in exports if (problem := _export_problem(export))]
     targets = [item.target if item.target == STDOUT else os.path.realpath(item.target) for item in exports]
     for number, item in enumerate(exports):
         if targets[number] in targets[:number]:
@@ -63,28 +67,34 @@ def requested_exports(arguments: argparse.Namespace, formats: Iterable[str] = FO
     return exports
 
 
-def file_problem(option: str, target: str) -> str | None:
-    """Return why the target of an option cannot be written, in one line; None if it can."""
-    if option == "--parquet":
-        if target == STDOUT:
-            return f"{option}: got '-'; it takes a file"
+def _export_problem(export: Export) -> str | None:
+    """Return why an export cannot be made, in one line; None if it can."""
+    if export.format == "parquet" and export.target != STDOUT:
         try:
             check_parquet()
         except UsageError as error:
             return str(error)
+    return file_problem(f"--{export.format}", export.target, stdout=export.format not in BINARY)
+
+
+def file_problem(option: str, target: str, *, stdout: bool) -> str | None:
+    """Return why the target of an option cannot be written, in one line; None if it can.
+
+    `stdout`: whether the option takes "-" for stdout.
+    """
     if target == STDOUT:
-        return None
+        return None if stdout else f"{option}: got '-'; it takes a file"
     try:
-        return _path_problem(option, target)
+        return _path_problem(option, target, "a file, or '-' for stdout" if stdout else "a file")
     except (OSError, ValueError) as error:  # a name that is too long
         return f"{option}: {target[:60]} cannot be written: {getattr(error, 'strerror', None) or error}"
 
 
-def _path_problem(option: str, target: str) -> str | None:
+def _path_problem(option: str, target: str, takes: str) -> str | None:
     path = Path(target)
     folder = path.resolve().parent
     if not target or path.is_dir():
-        return f"{option}: got '{target}'; it takes a file, or '-' for stdout"
+        return f"{option}: got '{target}'; it takes {takes}"
     if not folder.is_dir():
         return f"{option}: {path} cannot be written: there is no folder {folder}"
     replaceable = os.access(folder, os.W_OK | os.X_OK) if is_replaced(path) else os.access(path, os.W_OK)

@@ -131,3 +131,11 @@ def test_a_home_that_does_not_exist_is_found_and_not_made(tmp_path, monkeypatch)
         monkeypatch.delenv(f"XDG_{name}_HOME")
     assert "set HOME" in (advised("data")[0].advice or "")
     assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize("target", ["", "-", "."])
+def test_a_report_goes_to_a_file(target, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "--no-measure", "--report", target]) == 2
+    assert capsys.readouterr().err.strip().endswith(f"--report: got '{target}'; it takes a file")
+    assert list(tmp_path.iterdir()) == []
