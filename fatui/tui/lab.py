@@ -501,7 +501,7 @@ class RunController:
         finally:
             ended.set()
         self._app.ask_cost()
-        if self._app.is_running and screen is None:
+        if self._app.is_running and screen is None and self.session is session:
             self._app.main.open_tab("results")
             self._app.main.show_draft()
             self._app.main.show_run()
@@ -509,9 +509,9 @@ class RunController:
     async def _keep_results(self, session: AnySession, screen: str | None) -> None:
         if self._current is session and session.any_rows:
             report = await asyncio.to_thread(session.report)
-            if screen is None:
+            if screen is None and self.session is session:  # no other was begun or opened meanwhile
                 self.report = report
-            else:
+            elif screen is not None and self.models.get(screen) is session:
                 self.model_reports[screen] = report
             await self._store(report)
             if report.peaks.flops_per_s and report.environment.machine:

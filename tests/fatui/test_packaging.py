@@ -12,6 +12,7 @@ import pytest
 
 from fatui.cli.main import COMMANDS, main, whole_parser
 from tests.support.manual import PAGE
+from tests.support.patience import patient
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +24,7 @@ def run_python(*arguments, path, **environment):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=patient(60),
         cwd="/",
     )
 
@@ -88,7 +89,9 @@ def test_bash_completes(words, expected, capsys, tmp_path):
     script.write_text(capsys.readouterr().out)
     typed = " ".join(f"'{word}'" for word in words)
     call = f"source {script}; COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; _shtab_fatui; echo ${{COMPREPLY[@]}}"
-    ran = subprocess.run(["bash", "-c", call], check=False, capture_output=True, text=True, timeout=20, cwd=tmp_path)
+    ran = subprocess.run(
+        ["bash", "-c", call], check=False, capture_output=True, text=True, timeout=patient(20), cwd=tmp_path
+    )
     assert set(ran.stdout.split()) == expected, ran.stderr
 
 

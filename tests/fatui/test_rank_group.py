@@ -1,6 +1,7 @@
 """What is concluded from the events, ends and silences of ranks, and how they are started."""
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -162,8 +163,14 @@ def test_the_address_of_a_host_leaves_out_the_user() -> None:
     assert "me@localhost" in only.command
 
 
+def unknown(host: bytes) -> str:
+    """Answer as a resolver that knows no name; a real one may be slow, or answer any."""
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
 @pytest.mark.parametrize("name", ["a..b", "a" * 70 + ".invalid", "nowhere.invalid"])
-def test_a_host_without_an_address_is_named(name: str) -> None:
+def test_a_host_without_an_address_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostbyname", lambda host: unknown(host.encode("idna")))
     with pytest.raises(UsageError, match=f"hosts: '{name[:40]}.*has no address"):
         rank_launches(1, parse_hosts(name))
 

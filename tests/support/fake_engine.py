@@ -22,7 +22,7 @@ ENDINGS = {
 
 
 class FakeEngine:
-    """An engine that emits events_of(); FAKE_ENDING adds an event, FAKE_PAUSE is the pause between events (s)."""
+    """An engine that emits events_of(); FAKE_ENDING adds an event, FAKE_HOLD is a case in whose rounds it stays."""
 
     def __init__(
         self, plan: Plan, listener: Callable[[on.AnyEvent], None] = lambda event: None, *, remote: None = None
@@ -38,7 +38,10 @@ class FakeEngine:
             if isinstance(event, on.RunDone) and ending:
                 self._tell(ending)
             self._tell(event)
-            await asyncio.sleep(float(os.environ.get("FAKE_PAUSE", "0")))
+            await asyncio.sleep(0)
+            held = isinstance(event, on.RoundsDone) and str(event.case) == os.environ.get("FAKE_HOLD")
+            while held and not self.stopped:
+                await asyncio.sleep(0.01)
             if self.stopped:
                 return
 

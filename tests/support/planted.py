@@ -20,6 +20,7 @@ from attention.implementations.baseline import Baseline
 from attention.implementations.calls import MlxRunner
 from attention.masks import Mask
 from attention.measure.device import Device
+from attention.measure.rounds import run_rounds
 
 
 class Planted(Baseline):
@@ -46,12 +47,34 @@ class Planted(Baseline):
         return output
 
 
-class KilledInRounds(Planted):
-    """Dies as if killed by the system, once the rounds have started."""
+def in_rounds() -> bool:
+    """Whether the rounds make the call: of those before them there are few or many, as fast as the machine is."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not run_rounds.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+class InRounds(Planted):
+    """Misbehaves in its third call of the rounds, of which there are six at least."""
+
+    calls_in_rounds = 0
 
     def before_call(self) -> None:
-        if self.calls == 40:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if in_rounds():
+            self.calls_in_rounds += 1
+            if self.calls_in_rounds == 3:
+                self.misbehave()
+
+    def misbehave(self) -> None:
+        """Run the planted behaviour."""
+
+
+class KilledInRounds(InRounds):
+    """Dies as if killed by the system, once the rounds have started."""
+
+    def misbehave(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class KilledAtOnce(Planted):
@@ -82,12 +105,11 @@ class Raises(Planted):
         raise RuntimeError("planted failure\nwith a second line")
 
 
-class RaisesInRounds(Planted):
+class RaisesInRounds(InRounds):
     """Raises once the rounds have started."""
 
-    def before_call(self) -> None:
-        if self.calls == 40:
-            raise RuntimeError("planted late")
+    def misbehave(self) -> None:
+        raise RuntimeError("planted late")
 
 
 class BreaksTheGpu(Planted):
@@ -300,12 +322,11 @@ class HasNoRoute(Planted):
         return None  # type: ignore[return-value]
 
 
-class Exits(Planted):
+class Exits(InRounds):
     """Calls sys.exit once the rounds have started."""
 
-    def before_call(self) -> None:
-        if self.calls == 40:
-            sys.exit(0)
+    def misbehave(self) -> None:
+        sys.exit(0)
 
 
 class RaisesNoText(Planted):

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from datetime import datetime
 from unittest.mock import patch
@@ -17,6 +18,7 @@ from attention.engine.record import record_of
 from attention.measure.device import Device
 from fatui.tui.advisor import AdviceReply
 from fatui.tui.app import FatuiApp
+from tests.support.patience import patient
 
 PATHS = {
     "baseline": "manual, unfused",
@@ -158,20 +160,23 @@ class Stage:
     def find(self, what, kind=None):
         return self.app.screen.query_one(what, kind) if kind else self.app.screen.query_one(what)
 
-    async def settle(self, until=lambda: True, seconds=5.0):
+    async def settle(self, until=lambda: True, seconds=20.0):
         """Let the app run until a condition holds."""
         await self.pilot.pause()
-        for _ in range(int(seconds / 0.02)):
-            if until():
-                return
+        end = time.monotonic() + patient(seconds)
+        while not until():
+            assert time.monotonic() < end, "it did not come to that"
             await self.pilot.pause(0.02)
-        raise AssertionError("it did not come to that")
+
+    async def end(self):
+        """End the run, and wait until it is kept: threads compute the report, which shows first, and store it."""
+        self.engine.end()
+        await self.settle(lambda: has_ended(self.app))
 
     async def run_to_the_end(self, factor=None):
         await self.press("r")
         self.engine.play(factor)
-        self.engine.end()
-        await self.settle(lambda: self.app.report is not None)
+        await self.end()
         self.app.main.show_run()
         await self.pilot.pause()
 
@@ -180,6 +185,11 @@ class Stage:
         self.is_rendered = True
         lines = self.app.screen._compositor.render_strips()
         return "\n".join("".join(segment.text for segment in strip) for strip in lines)
+
+
+def has_ended(app):
+    """Whether the latest run has ended and is stored: until then the app opens panes and takes no other run."""
+    return app.runs._ended is not None and app.runs._ended.is_set()
 
 
 def make_app(clock=None, engines=None, **options):

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.support.marks import thorough
+from tests.support.patience import patient
 
 ROOT = Path(__file__).parents[3]
 COMMAND = [sys.executable, "-m", "fatui", "bench"]
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 def bench(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+        [*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=patient(timeout), check=False
     )
 
 
@@ -76,7 +77,7 @@ def test_an_implementation_that_is_not_there_is_reported():
 def test_a_worker_that_is_killed_costs_a_row_at_most():
     arguments = [*COMMAND, "quick", *SMALL, "--impl", "baseline,mlx", "--seconds", "3", "--json", "-"]
     with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + patient(20)
         while not workers_of(process) and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(2.5)
@@ -103,8 +104,8 @@ def test_an_interrupt_leaves_no_process_behind(tmp_path):
         workers = workers_of(process)
         started = time.monotonic()
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
-        assert time.monotonic() - started < 1.5
+        out, err = process.communicate(timeout=patient(20))
+        assert time.monotonic() - started < patient(1.5)
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "baseline" in out or "nothing was measured" in err  # where the machine is too busy to begin in time

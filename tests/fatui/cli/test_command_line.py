@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fatui.cli import main as cli_main
@@ -34,6 +35,12 @@ def fatui(*arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )
+
+
+def children_cpu_s() -> float:
+    """Return the CPU time of the processes that were started here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def reported(capsys) -> list[str]:
@@ -238,7 +245,7 @@ def test_a_full_disk_on_export_keeps_the_old_file(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)),  # noqa: PLW1509
     )
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=patient(20))
     assert process.returncode == 1, err
     assert b"geometric mean" in out
     assert b"out.json could not be written: File too large; the existing file is unchanged" in err
@@ -251,7 +258,7 @@ def test_a_full_disk_on_export_keeps_the_old_file(tmp_path):
 @pytest.mark.parametrize("environment", [{}, {"TERM": "dumb"}])
 def test_the_app_without_a_terminal_is_one_line_and_exit_code_2(environment):
     with fatui("quick", **environment) as process:
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=patient(30))
     assert (process.returncode, out) == (2, b"")
     assert err == b"fatui: the app needs a terminal; try `fatui bench`, which needs none\n"
 
@@ -306,33 +313,34 @@ def test_stdout_on_a_full_device_is_reported():
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_within_a_second_and_keeps_results(number, tmp_path):
     target = tmp_path / "out.json"
-    process = fatui("bench", "scaling", "--json", str(target), FAKE_PAUSE="0.02")
+    process = fatui("bench", "scaling", "--json", str(target), FAKE_HOLD="1")
     assert process.stderr is not None
     while b"case 2" not in process.stderr.readline():
         pass
-    time.sleep(0.2)
+    before = sum(psutil.Process(process.pid).cpu_times()[:2])
+    started, ended_before = time.monotonic(), children_cpu_s()
     process.send_signal(number)
-    started = time.monotonic()
-    out, err = process.communicate(timeout=20)
-    assert time.monotonic() - started < patient(1)
+    out, err = process.communicate(timeout=patient(20))
+    assert children_cpu_s() - ended_before - before < 1
+    assert time.monotonic() - started < patient(5)
     assert process.returncode == 130
     assert b"Traceback" not in err
     assert b"fastest" in out
     document = json.loads(target.read_text())
     assert document["run"]["interrupted"] is True
-    assert 1 <= len(document["cases"]) < 12
+    assert len(document["cases"]) == 2
 
 
 def test_no_colour_and_no_escapes_when_piped():
     process = fatui("bench", "quick", NO_COLOR="")
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=patient(20))
     assert b"\x1b" not in out + err
 
 
 @pytest.mark.thorough
 def test_an_ascii_terminal_gets_a_table_too():
     process = fatui("bench", "quick", PYTHONIOENCODING="ascii")
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=patient(20))
     assert process.returncode == 0, err
     assert out.isascii()
 

@@ -8,6 +8,7 @@ import pytest
 
 from fatui.storage import history as history_module
 from fatui.storage.history import HistoryError, RunHistory
+from tests.support.patience import patient
 from tests.support.sample_runs import plan_of, report_of, run_of
 
 ROOT = Path(__file__).parents[3]
@@ -72,7 +73,7 @@ def test_two_processes_at_once_lose_nothing(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", WRITER, str(path)]
     processes = [subprocess.Popen([*command, letter], env=environment) for letter in "abc"]
-    assert [process.wait(timeout=30) for process in processes] == [0, 0, 0]
+    assert [process.wait(timeout=patient(30)) for process in processes] == [0, 0, 0]
     assert len(RunHistory(path).runs()) == 36
 
 

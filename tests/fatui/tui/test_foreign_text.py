@@ -83,6 +83,6 @@ async def test_what_an_engine_says_is_shown():
         stage.app.main.open_tab("log")
         await look(stage)
         stage.engine.finish()
-        await stage.settle(lambda: stage.app.report is not None)
+        await stage.end()
         stage.find("#comparison-table", RowTable).focus()
         await look(stage, "down", "enter")

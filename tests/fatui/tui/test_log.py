@@ -131,8 +131,7 @@ async def test_a_run_with_a_refused_case_is_not_called_complete(stage):
     for name in engine.record.plan.ordered:
         engine.tell(on.RowEnded(case=1, implementation=name, status="refused", reason="needs 4 GiB of 2"))
     engine.tell(on.CaseDone(case=1, stopped_by="nothing to run"), on.RunDone())
-    engine.end()
-    await stage.settle(lambda: not stage.app.session.active)
+    await stage.end()
     stage.app.main.show_run()
     await stage.pilot.pause()
     text = stage.app.journal.text()

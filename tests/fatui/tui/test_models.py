@@ -14,12 +14,12 @@ from fatui.tui.screens.history import History as HistoryScreen
 from fatui.tui.screens.models import FineTunings, Models
 from fatui.tui.widgets.choice import Choice, Toggles
 from fatui.tui.widgets.row_table import RowTable
-from tests.support.stage import on_stage, play_generation, play_iterations, play_tuning
+from tests.support.stage import has_ended, on_stage, play_generation, play_iterations, play_tuning
 
 
 async def finish(stage, screen):
-    stage.engine.end()
-    await stage.settle(lambda: screen in stage.app.runs.model_reports)
+    await stage.end()
+    assert screen in stage.app.runs.model_reports
     stage.app.screen._show()
     await stage.pilot.pause()
 
@@ -49,7 +49,6 @@ async def test_a_model_is_set_up_run_shown_kept_and_exported(stage, monkeypatch)
     monkeypatch.setattr(Models, "_show", drawn.append)
     stage.app.screen._tick()
     assert not drawn, "a finished run is drawn once"
-    await stage.settle(RunHistory().runs)  # a report is stored in a thread
     assert RunHistory().get("last").models[0].rows[0].attention_share.value > 0.5
     await stage.press("e")
     await stage.press("enter")
@@ -89,8 +88,7 @@ async def test_a_run_goes_on_without_its_screen_and_blocks_others(stage):
     await stage.press("r")
     assert stage.app.session is None, "one run at a time"
     play_tuning(stage.engine)
-    stage.engine.end()
-    await stage.settle(lambda: "finetuning" in stage.app.runs.model_reports)
+    await stage.end()
     await stage.press("f")
     assert "fastest" in stage.seen()
 
@@ -102,8 +100,7 @@ async def test_stopping_keeps_what_was_measured(stage):
     stage.engine.tell(on.CaseStarted(case=0), on.ReferenceChosen(case=0, implementation="baseline"))
     play_iterations(stage.engine, ["baseline"], 5)
     await stage.press("x")
-    await stage.settle(lambda: "finetuning" in stage.app.runs.model_reports)
-    await stage.settle(RunHistory().runs)
+    await stage.settle(lambda: has_ended(stage.app))
     kept = RunHistory().get("last")
     assert kept.run.interrupted
     assert len(kept.fine_tunings[0].rows[0].losses) == 5

@@ -8,8 +8,10 @@ import pytest
 from tests.support.sample_runs import compared
 from tests.support.stage import (
     Clock,
+    Stage,
     advise,
     cheap_styles,
+    has_ended,
     impatient,
     make_app,
     play_generation,
@@ -63,10 +65,8 @@ async def done(app, pilot, engines, clock):
     engines[-1].play()
     clock.at += 9
     engines[-1].end()
-    for _ in range(100):
-        await pilot.pause(0.02)
-        if app.report is not None and not app.runs.active and app.main.tab == "results":
-            return
+    await Stage(app, pilot, clock, engines).settle(lambda: has_ended(app))
+    assert app.main.tab == "results"
 
 
 async def swept(app, pilot, engines, clock):
@@ -136,10 +136,8 @@ async def compare(app, pilot, engines, clock):
 
 async def ended(app, pilot, engines, screen):
     engines[-1].end()
-    for _ in range(100):
-        await pilot.pause(0.02)
-        if screen in app.runs.model_reports:
-            break
+    await Stage(app, pilot, None, engines).settle(lambda: has_ended(app))
+    assert screen in app.runs.model_reports
     for _ in range(2):  # the verdict has as many lines as the layout, once it knows the rows, leaves it
         app.screen._show()
         await pilot.pause()

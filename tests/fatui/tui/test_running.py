@@ -1,5 +1,6 @@
 """Runs from start to end, and what the table shows of them."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,11 @@ from fatui import formatting
 from fatui.storage.history import RunHistory
 from fatui.tui.screens.dialogs import Question, SortMenu
 from fatui.tui.view_models.cost import estimate_s
+from fatui.tui.view_models.session import Session
 from fatui.tui.view_models.table_lines import SORT_FIGURES
 from fatui.tui.view_models.trends import device_lines
 from fatui.tui.widgets.row_table import RowTable
+from tests.support.patience import patient
 from tests.support.sample_runs import plan_of
 
 
@@ -33,6 +36,28 @@ async def test_a_run_fills_the_table_says_its_finding_and_is_kept(stage):
     assert stage.app.session.phase == "done"
     await stage.settle(lambda: len(RunHistory().runs()) == 1)
     assert not RunHistory().runs()[0].interrupted
+
+
+async def test_a_late_report_does_not_replace_the_next_run(stage, monkeypatch):
+    report, begun = Session.report, threading.Event()
+
+    def late(session):
+        if threading.current_thread() is not threading.main_thread():
+            begun.wait(patient(20))
+        return report(session)
+
+    monkeypatch.setattr(Session, "report", late)
+    await stage.press("r")
+    stage.engine.play()
+    stage.engine.end()
+    await stage.settle(lambda: not stage.app.runs.active)
+    first = stage.app.runs._ended
+    await stage.press("r")
+    begun.set()
+    await stage.settle(first.is_set)
+    assert len(RunHistory().runs()) == 1
+    assert stage.app.session.active and stage.app.report is None
+    assert stage.app.main.tab == "live"
 
 
 @pytest.mark.thorough

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from textual.command import CommandList
 from textual.fuzzy import Matcher
 from textual.screen import Screen
 from textual.widgets import Input, Static
@@ -31,7 +32,7 @@ async def save_as(stage, name):
     await stage.press("w")
     stage.find("#name", Input).value = ""
     await stage.press(*name, "enter")
-    await stage.pilot.pause(0.1)
+    await stage.settle(lambda: stage.app.draft.title() == name)
 
 
 @pytest.mark.thorough
@@ -46,8 +47,7 @@ async def test_a_preset_is_saved_and_loaded_again(stage):
     await stage.press("p")
     stage.find("#preset-list", RowTable).go_to("long-one")
     await stage.press("enter")
-    await stage.pilot.pause(0.1)
-    assert stage.app.draft.axes["seq"] == (131_072,)
+    await stage.settle(lambda: stage.app.draft.axes["seq"] == (131_072,))
 
 
 @pytest.mark.slow
@@ -131,21 +131,23 @@ async def test_a_preset_of_odd_cases_says_that_a_slider_leaves_them():
 async def test_past_runs_are_opened_compared_deleted_and_brought_back(stage):
     await stage.run_to_the_end()
     await stage.run_to_the_end(lambda case: {"poc": 2.0})
-    await stage.settle(lambda: len(RunHistory().runs()) == 2)
+    assert len(RunHistory().runs()) == 2
     await stage.press("h")
-    await stage.settle(lambda: len(stage.find("#runs", RowTable).lines) == 2)
+    table = stage.find("#runs", RowTable)
+    await stage.settle(lambda: len(table.lines) == 2)
     await stage.press("space", "down", "c")
     await stage.settle(lambda: "tokens/s before" in stage.seen())
     assert "0.50" in stage.seen()
     await stage.press("escape", "d")
-    await stage.settle(lambda: len(RunHistory().runs()) == 1)
+    await stage.settle(lambda: len(table.lines) == 1)
+    assert len(RunHistory().runs()) == 1
     await stage.press("u")
-    await stage.settle(lambda: len(RunHistory().runs()) == 2)
+    await stage.settle(lambda: len(table.lines) == 2)
     (older,) = (run.id for run in RunHistory().runs() if run.id != stage.app.session.id)
-    stage.find("#runs", RowTable).go_to(older)
+    table.go_to(older)
     await stage.press("enter")
-    await stage.settle(lambda: stage.app.session is None)
-    assert "is open" in stage.seen()
+    await stage.settle(lambda: f"run {older} is open" in stage.seen())
+    assert stage.app.session is None
 
 
 @pytest.mark.thorough
@@ -358,7 +360,8 @@ async def test_the_palette_has_every_action(stage):
     assert "Run (r)" in titles and "Quit (q)" in titles
     await stage.press("ctrl+p")
     await stage.press(*"sweep")
-    await stage.pilot.pause(0.3)
+    found = stage.app.screen.query_one(CommandList)  # filled by a task
+    await stage.settle(lambda: (first := found.highlighted_option) and first.hit.text.startswith("Sweep"))
     await stage.press("enter")
     await stage.settle(lambda: stage.app.draft.sweeping)
 
@@ -420,9 +423,7 @@ async def test_title_history_and_export_have_one_name(stage):
     await stage.press("r")
     assert stage.app.main._left_text().startswith("mine, changed · ")
     stage.engine.play()
-    stage.engine.end()
-    await stage.settle(lambda: stage.app.report is not None)
-    await stage.settle(lambda: len(RunHistory().runs()) == 2)
+    await stage.end()
     assert {line.preset for line in RunHistory().runs()} == {"mine", "mine, changed"}
     stage.app.run_again()
     assert (stage.app.draft.preset, stage.app.session.preset) == ("mine", "mine, changed")

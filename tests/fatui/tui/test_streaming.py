@@ -22,8 +22,7 @@ async def start(stage, *typed):
 
 
 async def end(stage):
-    stage.engine.end()
-    await stage.settle(lambda: "streaming" in stage.app.runs.model_reports)
+    await stage.end()
     stage.app.screen._show()
     await stage.pilot.pause()
 
@@ -43,7 +42,6 @@ async def test_a_stream_is_set_up_drawn_live_and_kept(stage):
     assert "interrupted" not in seen
     stage.engine.tell(*list(stream_events(plan))[-2:])
     await end(stage)
-    await stage.settle(RunHistory().runs)  # a report is stored in a thread
     assert RunHistory().get("last").streams[0].rows[1].tokens == 100_000
     assert "--window 512" in RunHistory().get("last").run.command
 

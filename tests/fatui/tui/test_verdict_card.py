@@ -17,8 +17,7 @@ async def finished(stage, conditions=None):
     stage.engine.play()
     if conditions:
         stage.engine.tell(on.ConditionsMeasured(conditions=conditions))
-    stage.engine.end()
-    await stage.settle(lambda: stage.app.report is not None)
+    await stage.end()
     stage.app.main.show_run()
     await stage.pilot.pause()
 
@@ -75,8 +74,7 @@ async def test_a_case_without_the_reference_says_what_it_is_over(stage):
         engine.rounds(case=case)
         engine.end_case(case)
     engine.tell(on.RunDone())
-    engine.end()
-    await stage.settle(lambda: stage.app.report is not None)
+    await stage.end()
     stage.app.main.show_run()
     await stage.press("4", "z")
     stage.find("#comparison-table").go_to("0:practical")
@@ -130,8 +128,7 @@ async def test_plus_adds_rounds_to_those_measured(stage):
     stage.engine.rounds(30)
     stage.engine.end_case()
     stage.engine.tell(on.RunDone())
-    stage.engine.end()
-    await stage.settle(lambda: stage.app.report is not None)
+    await stage.end()
     row, longer = before.cases[0].rows[1], stage.app.report.cases[0].rows[1]
     assert longer.samples[: len(row.samples)] == row.samples
     assert len(longer.samples) == len(row.samples) + 30
