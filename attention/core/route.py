@@ -40,8 +40,8 @@ class Route(Struct, frozen=True, kw_only=True):
 
     path: str
     """Name of the path in at most 22 characters, for a table's column: "MLX SDPA, unfused"."""
-    fused: bool
-    """Whether one kernel computes the whole attention, so that the score matrix is never in memory."""
+    fused: bool | None
+    """Whether one kernel computes the whole attention, so that the score matrix is never in memory; None if unknown."""
     reason: str
     """Why this path is taken, in one sentence."""
     supported: bool = True

@@ -180,7 +180,7 @@ def _made(found: Any, attribute: str) -> object:
 def _module_at(path: Path) -> object:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise ImportError(f"no Python file at {path}")
+        raise ImportError(f"no Python file at {path.absolute()}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -39,7 +39,7 @@ class FunctionImplementation:
         if needs.softcap and "softcap" not in self._takes:
             return unsupported("the function has no parameter `softcap`")
         return Route(
-            path=fitted(self.name), fused=False, reason="a function of the caller; it is not known how it works"
+            path=fitted(self.name), fused=None, reason="a function of the caller; it is not known how it works"
         )
 
     def __call__(

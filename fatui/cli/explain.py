@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from attention.core.workload import Workload
     from attention.measure.device import Device
 
+KERNELS: Final = {True: "fused", False: "unfused", None: "n/a"}
 EXAMPLE: Final = """examples:
   fatui explain --seq 8192 --head-dim 96 --mask causal
   fatui explain llama-7b --impl practical,mlx
@@ -72,7 +73,7 @@ def _explained(case: "Workload", names: tuple[str, ...], device: "Device") -> "R
     table.add_column("why", overflow="fold")
     for name in names:
         route = _route(name, case, device)
-        kernel = "n/a" if not route.supported else "fused" if route.fused else "unfused"
+        kernel = KERNELS[route.fused if route.supported else None]
         style = "" if route.supported else "dim"
         needs = formatting.predicted_size(route)
         table.add_row(short_name(name), route.path, kernel, needs, _why(route, case, device), style=style)

@@ -65,6 +65,10 @@ def test_the_others_lose_for_a_reason_and_in_order():
         "x as long; unfused: blocks 256 x 512, as the test says"
     )
     assert lines[-1] == "demo: refused: needs 41 GiB of 22"
+    (unknown,) = (
+        line for line in loss_lines(verdict_of([row_with(case, "practical", fused=None)])) if "practical" in line
+    )
+    assert unknown.endswith("x as long"), "it is not called unfused if that is not known"
 
 
 def test_a_row_loses_by_the_speedups_of_the_same_rounds():

@@ -434,7 +434,10 @@ class _StrategyInputs:
 
     @property
     def over_budget(self) -> str:
-        return f"the scores need {size_text(self.excess)} in training, the budget is {size_text(self.budget)}"
+        need, budget = size_text(self.excess), size_text(self.budget)
+        if self.workload.pass_ == "training":
+            return f"the scores need {need}, the budget is {budget}"
+        return f"with gradients, for which the path has to hold too, the scores need {need}, the budget is {budget}"
 
     @property
     def within_budget(self) -> str:

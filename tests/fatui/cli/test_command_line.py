@@ -132,6 +132,21 @@ def test_a_file_that_exits_on_import_does_not_end_explain(capsys, tmp_path):
     assert reported(capsys) == [f"implementation: '{tmp_path}/leaves.py:X' cannot be loaded: SystemExit: 0"]
 
 
+def test_a_missing_file_of_an_implementation_is_named_with_its_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["explain", "--impl", "mine.py:fast"]) == 2
+    assert reported(capsys) == [
+        f"implementation: 'mine.py:fast' cannot be loaded: no Python file at {tmp_path / 'mine.py'}"
+    ]
+
+
+def test_a_function_is_not_said_to_be_unfused(capsys, tmp_path):
+    (tmp_path / "mine.py").write_text("def fast(q, k, v):\n    return q\n")
+    assert main(["explain", "--impl", f"{tmp_path}/mine.py:fast"]) == 0
+    shown = capsys.readouterr().out
+    assert "it is not known how it works" in " ".join(shown.split()) and "unfused" not in shown
+
+
 @pytest.mark.parametrize(
     ("ending", "code", "expected"),
     [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from msgspec import structs
 
 from attention.core.route import NO_NEEDS, Needs
-from attention.core.workload import Workload
+from attention.core.workload import Pass, Workload
 from attention.implementations import calls
 from attention.implementations.bounded.blocks import (
     MAX_TINY_TILES,
@@ -144,6 +144,13 @@ def test_no_other_slices_would_be_fewer(mebibytes: int, pass_: Literal["forward"
 def test_where_only_the_gradient_is_too_large_it_is_sliced() -> None:
     made = strategy_of(structs.replace(LONG, seq=8192, kv_seq=8192), 3000)
     assert (strategy_text(made), made.waits) == ("whole, slices behind", True)
+
+
+@pytest.mark.parametrize(("pass_", "gradients"), [("forward", True), ("training", False)])
+def test_the_scores_beyond_the_budget_are_said_to_be_those_of_gradients(pass_: Pass, gradients: bool) -> None:
+    reason = choose_strategy(Workload(seq=2048, pass_=pass_), "cpu", NO_NEEDS, 256 * MIB).reason
+    assert ("with gradients, for which the path has to hold too" in reason) is gradients
+    assert "the scores need 624 MiB, the budget is 256 MiB" in reason
 
 
 def test_what_fits_forward_is_not_sliced_for_its_mask() -> None:
