@@ -35,6 +35,8 @@ class Draft(RunOptions, frozen=True, kw_only=True, forbid_unknown_fields=False):
     """The values of dtype, format of keys and values, mask and pass for which a sweep has more than one."""
     cases: tuple[Workload, ...] = ()
     """A preset's own list of cases; the sliders show the first. Empty once a slider was moved."""
+    offered: tuple[str, ...] = ()
+    """Implementations of the user's own that were selected once, and are listed further when they are not."""
     preset: str | None = None
     changed: bool = False
     """Whether it differs from the preset it was made from."""
@@ -89,11 +91,12 @@ class Draft(RunOptions, frozen=True, kw_only=True, forbid_unknown_fields=False):
         return structs.replace(own, cases=plan.cases) == plan and set(own.cases) == set(plan.cases)
 
     def toggle(self, implementation: str) -> "Draft":
-        """Select or deselect an implementation."""
+        """Select or deselect an implementation; it stays among those that are offered."""
         inside = implementation in self.implementations
         names = [name for name in self.implementations if name != implementation]
         chosen = tuple(names if inside else [*names, implementation])
-        return structs.replace(self, implementations=chosen, changed=True)
+        offered = tuple(dict.fromkeys([*self.offered, implementation]))
+        return structs.replace(self, implementations=chosen, offered=offered, changed=True)
 
     @property
     def kv_heads(self) -> tuple[int, ...]:

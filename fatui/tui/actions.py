@@ -34,6 +34,7 @@ MAIN: Final = (
     Action("sweep", "s", "Sweep", "Start or end a sweep over several values", "app.sweep"),
     Action("presets", "p", "Presets", "Open, preview, rename and delete presets", "app.open('presets')"),
     Action("save_as", "w", "Save as", "Save what is set up as a preset", "app.save_as"),
+    Action("own_file", "I", "Own file", "Add an implementation of your own, from a Python file", "app.own_file"),
     Action("export", "e", "Export", EXPORT, "app.export"),
     Action("copy", "c", "Copy", "Copy the table to the clipboard", "app.copy_table"),
     Action(

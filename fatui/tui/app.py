@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from fatui.remote import Remote
     from fatui.storage.presets import Preset
 
-NOT_OURS: Final = ("Page Left", "Page Right")
-"""Textual's own bindings, which have no effect here."""
+NOT_OURS: Final = ("Page Left", "Page Right", "Focus Next", "Focus Previous", "Copy selected text")
+"""Textual's own bindings, which have no effect here, or of which the last line of the help speaks."""
 
 SWITCH_S: Final = 0.0005
 """Python's thread switch interval, short so that threads that compute final rows do not delay repaints."""
@@ -305,7 +305,17 @@ class FatuiApp(Lab):
     def _saved(self, preset: "Preset | None") -> None:
         if preset is not None:
             self.load_preset(preset.name)
-            self.tell(f"saved as {preset.source}")
+            self.tell(f"saved as {preset.source}; without the app: fatui bench {preset.name}")
+
+    def action_own_file(self) -> None:
+        """Ask for a file with an implementation, and select it."""
+        from fatui.tui.screens.dialogs import OwnFile
+
+        self.push_screen(OwnFile(), self._add_own)
+
+    def _add_own(self, name: str | None) -> None:
+        if name is not None and name not in self.draft.implementations:
+            self.set_draft(self.draft.toggle(name))
 
     @property
     def shown_report(self) -> Report | None:

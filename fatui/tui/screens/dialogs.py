@@ -236,6 +236,80 @@ class SortMenu(ClosesOnce, ModalScreen[str]):
         self.dismiss()
 
 
+OWN_FILE: Final = (
+    "A class or function of yours, as FILE.py:NAME. A function takes q, k and v, and mask and scale if it has them, "
+    "and returns the output; a class has a name, a route and a __call__."
+)
+
+
+class OwnFile(ClosesOnce, ModalScreen[str]):
+    """Dialog for a Python file with an implementation; the result is its name, FILE.py:NAME."""
+
+    CSS_PATH: ClassVar = ["dialog.tcss"]
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "Add nothing", id="back")]
+
+    def compose(self) -> ComposeResult:
+        """Yield the field, and a line with what is found there."""
+        with Vertical(classes="dialog") as dialog:
+            dialog.border_title = "Your own implementation"
+            dialog.border_subtitle = "[@click=screen.add]enter adds[/] · [@click=screen.cancel]escape cancels[/]"
+            yield Static(OWN_FILE, markup=False)
+            yield Input(placeholder="mykernel.py:Fast", id="name")
+            yield Static(id="verdict", markup=False)
+
+    @on(Input.Changed)
+    def _show_verdict(self) -> None:
+        line = self.query_one("#verdict", Static)
+        found, problem = self._found()
+        line.set_class(bool(problem), "problem")
+        line.update(problem or f"adds {found}")
+
+    def _found(self) -> tuple[str, str]:
+        """Return the name that is typed, completed where a file has only one, and what is wrong with it."""
+        typed = self.query_one("#name", Input).value.strip()
+        file, _, name = typed.rpartition(":") if not typed.endswith(".py") else (typed, "", "")
+        path = expand_home(file)
+        if not file.endswith(".py"):
+            return typed, "FILE.py:NAME is needed"
+        try:
+            names = defined_names(path.read_bytes())
+        except (OSError, SyntaxError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            return typed, f"cannot read {path.absolute()}: {reason}"
+        if not names:
+            return typed, f"{path.name} defines no class and no function"
+        if not name and len(names) == 1:
+            name = names[0]
+        if name not in names:
+            return typed, f"{path.name} defines {', '.join(names)}"
+        return f"{path}:{name}", ""
+
+    @on(Input.Submitted)
+    def action_add(self) -> None:
+        """Close with the name, unless it has a problem."""
+        found, problem = self._found()
+        if problem:
+            self.app.bell()
+            return
+        self.dismiss(found)
+
+    def action_cancel(self) -> None:
+        """Close without adding anything."""
+        self.dismiss()
+
+
+def defined_names(source: bytes) -> list[str]:
+    """Return the public classes and functions that a Python file defines.
+
+    Raises:
+        SyntaxError, ValueError: it is no Python.
+    """
+    import ast
+
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return [each.name for each in ast.parse(source).body if isinstance(each, kinds) and not each.name.startswith("_")]
+
+
 class SaveAs(ClosesOnce, ModalScreen[Preset]):
     """Dialog for a name, a title and a summary; the result is the saved preset."""
 

@@ -248,8 +248,7 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
             self.check_available()
             plan = self.plan()
         except (UsageError, NoBackendError) as error:
-            text = formatting.problem_text(error) if isinstance(error, NoBackendError) else str(error)
-            self.app.tell(f"cannot run: {'; '.join(text.splitlines())}", "warning")
+            self.app.tell(f"cannot run: {_reason(error)}", "warning")
             return
         self.app.runs.start_model(self.NAME, plan, self.command(plan))
         self.query_one(RowTable).focus()
@@ -332,9 +331,9 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
         try:
             self.check_available()
             self._cost_of = self.plan()
-        except (UsageError, NoBackendError, ValueError):  # reported when it is run
+        except (UsageError, NoBackendError, ValueError) as error:
             self._cost_of = None
-            self.query_one(CostBlock).show([])
+            self.query_one(CostBlock).show([cost.unusable(_reason(error))])
             return
         self.app.costs.ask(self._cost_of, self._show_cost)
         self._show_cost()
@@ -400,6 +399,12 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
     def draws_curves(self) -> bool:
         """Whether curves are drawn below the rows of a stream, as there is no room for its charts."""
         return False
+
+
+def _reason(error: Exception) -> str:
+    """Format why what is set up cannot run, in one line."""
+    text = formatting.problem_text(error) if isinstance(error, NoBackendError) else str(error)
+    return "; ".join(text.splitlines())
 
 
 def _phase(session: ModelSession | None) -> str:

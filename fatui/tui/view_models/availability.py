@@ -51,8 +51,8 @@ UNTRIED = "not tried yet"
 
 
 def names_for(draft: Draft) -> tuple[str, ...]:
-    """Return the catalogue's names, and those of the user's own in the draft."""
-    return tuple(dict.fromkeys([*(entry.name for entry in CATALOGUE), *draft.implementations]))
+    """Return the catalogue's names, and those of the user's own that are or were selected in the draft."""
+    return tuple(dict.fromkeys([*(entry.name for entry in CATALOGUE), *draft.offered, *draft.implementations]))
 
 
 def make_picker_rows(

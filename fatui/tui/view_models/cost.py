@@ -27,6 +27,11 @@ NEAR: Final = 4.0
 """Calls up to this many times larger or smaller than a known one are not timed again."""
 
 
+def unusable(reason: str) -> str:
+    """Return the line that stands where the cost does, of something set up that cannot run."""
+    return f"{REFUSED}{reason}"
+
+
 class Timing(Struct):
     """What single calls of a plan took, as the engine reports it.
 

@@ -52,6 +52,7 @@ class ImplementationPicker(KeepsStyles, can_focus=True):
         """Set the list."""
         if rows != self.rows:
             self.rows = rows
+            self._cursor = max(0, min(self._cursor, len(rows) - 1))
             self.refresh(layout=False)
 
     def action_move(self, count: int) -> None:

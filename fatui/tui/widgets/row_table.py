@@ -42,7 +42,7 @@ class RowTable(ScrollView, KeepsStyles, can_focus=True):
         Binding("end", "move(1000000)", "Last", show=False),
         Binding("left", "turn(-1)", "Columns before", show=False),
         Binding("right", "turn(1)", "More columns", show=False),
-        Binding("enter", "choose", "Choose", show=False),
+        Binding("enter", "choose", "Open what the cursor is on", show=False),
     ]
 
     class Highlighted(Message):

@@ -132,7 +132,7 @@ def test_a_file_that_exits_on_import_does_not_end_explain(capsys, tmp_path):
     assert reported(capsys) == [f"implementation: '{tmp_path}/leaves.py:X' cannot be loaded: SystemExit: 0"]
 
 
-def test_a_missing_file_of_an_implementation_is_named_with_its_folder(capsys, tmp_path, monkeypatch):
+def test_a_missing_file_is_named_with_its_folder(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["explain", "--impl", "mine.py:fast"]) == 2
     assert reported(capsys) == [

@@ -3,6 +3,7 @@
 import pytest
 from msgspec import structs
 from textual.containers import Vertical
+from textual.widgets import Input, Static
 
 from attention import implementations
 from attention.core.route import Route
@@ -17,6 +18,7 @@ from fatui.tui.screens.dialogs import FORMATS
 from fatui.tui.view_models.availability import needs_text
 from fatui.tui.view_models.cost import expected_width, refusal_lines
 from fatui.tui.widgets.choice import Choice
+from fatui.tui.widgets.implementation_picker import ImplementationPicker
 from fatui.tui.widgets.slider import Slider
 from tests.support.stage import DEVICE, advise, on_stage
 
@@ -432,3 +434,45 @@ async def test_a_run_leaves_the_slider_so_that_digits_go_to_panes(stage):
     assert stage.app.focused.id == "comparison-table"
     await stage.press("5")
     await stage.settle(lambda: stage.app.focused.id == "log-view")
+
+
+async def test_an_implementation_of_your_own_is_added_and_stays(stage, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def helped(q):\n    return q\n\n\nclass Fast:\n    pass\n\n\ndef _hidden(q):\n    return q\n")
+    await stage.press("I")
+    stage.find("#name", Input).value = f"{file}:Slow"
+    await stage.press("enter")
+    assert "mine.py defines helped, Fast" in str(stage.find("#verdict", Static).content)
+    stage.find("#name", Input).value = f"{file}:Fast"
+    await stage.press("enter")
+    name = f"{file}:Fast"
+    assert stage.app.draft.implementations[-1] == name
+    stage.app.main._toggle(ImplementationPicker.Toggled(name))
+    assert name not in stage.app.draft.implementations
+    assert name in [row.name for row in stage.find("#implementations", ImplementationPicker).rows], "to select it again"
+
+
+async def test_a_file_of_one_implementation_needs_no_name(stage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def only(q, k, v):\n    return q\n")
+    await stage.press("I")
+    stage.find("#name", Input).value = "other.py:only"
+    await stage.pilot.pause()
+    assert str(tmp_path / "other.py") in str(stage.find("#verdict", Static).content)
+    stage.find("#name", Input).value = "mine.py"
+    await stage.press("enter")
+    assert stage.app.draft.implementations[-1] == "mine.py:only"
+
+
+async def test_the_cursor_is_on_the_list_when_it_gets_shorter(stage):
+    plain = stage.app.draft
+    stage.app.set_draft(structs.replace(plain, implementations=(*plain.implementations, "mine.py:Fast")))
+    picker = stage.find("#implementations", ImplementationPicker)
+    picker.focus()
+    await stage.press("end")
+    stage.app.set_draft(plain)
+    await stage.pilot.pause()
+    assert f"{picker.rows[-1].name} " in stage.seen()
+    picker.action_take()
+    await stage.pilot.pause()
+    assert picker.rows[-1].name in stage.app.draft.implementations

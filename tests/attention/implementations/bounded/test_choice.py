@@ -147,7 +147,7 @@ def test_where_only_the_gradient_is_too_large_it_is_sliced() -> None:
 
 
 @pytest.mark.parametrize(("pass_", "gradients"), [("forward", True), ("training", False)])
-def test_the_scores_beyond_the_budget_are_said_to_be_those_of_gradients(pass_: Pass, gradients: bool) -> None:
+def test_scores_of_gradients_are_named_as_such(pass_: Pass, gradients: bool) -> None:
     reason = choose_strategy(Workload(seq=2048, pass_=pass_), "cpu", NO_NEEDS, 256 * MIB).reason
     assert ("with gradients, for which the path has to hold too" in reason) is gradients
     assert "the scores need 624 MiB, the budget is 256 MiB" in reason
