@@ -51,10 +51,15 @@ class Bench(CaseRunner[Plan]):
             self._progress.end_case("cost")
         self._progress.emit(on.RunDone())
 
+    def _load_implementations(self) -> None:
+        super()._load_implementations()
+        import attention.engine.prepare
+        import attention.measure.accuracy  # noqa: F401 - with the rest, before this worker takes a turn
+
     def _prepare_all(self, device: Device) -> None:
         if self._member:
             self._progress.log(f"{self._ranks} ranks with {self._member.conditions.text}")
-        if self._assignment.peaks is None and self._turns.alone:  # two versions are compared with each other
+        if self._assignment.peaks is None:
             self._measure_peaks(device)
 
     def _on_tuning_event(self, event: on.TuningEvent | on.Message) -> None:
@@ -67,6 +72,8 @@ class Bench(CaseRunner[Plan]):
             self._progress.emit(found)
 
     def _measure_peaks(self, device: Device) -> None:
+        if self._in_turns:
+            return
         self._progress.emit_progress("measuring peak rates")
         self._progress.emit(on.PeaksMeasured(peaks=measure_peaks(device)))
 
@@ -81,7 +88,7 @@ class Bench(CaseRunner[Plan]):
             return "failed"
         slow = [name for name in names if self._needs_building(name, workload, device)]
         if slow:
-            if self._member is None:
+            if self._member is None and not self._in_turns:
                 self._preview([name for name in names if name not in slow], setting)
             self._build(slow, workload, device)
             self._measure_peaks(device)  # a new kernel may reach a higher one
@@ -141,6 +148,7 @@ class Bench(CaseRunner[Plan]):
             progress=self._progress,
             route=lambda implementation: self._route(implementation, workload, device),
             bind=self._bind_on_ranks if self._member else None,
+            latencies=not self._in_turns,
         )
 
     def _bind_on_ranks(self, name: str) -> "RankCalls":

@@ -65,6 +65,8 @@ class CaseRunner(ABC, Generic[P]):
         self._member = member
         self._progress = Progress(plan, assignment.first_case, emit, mark, assignment.known)
         self._turns = Turns(None)
+        self._in_turns = False
+        """Whether another version is measured beside this one, so that only what is compared is measured."""
         self._sampled: list[Arm] = []
         """The rows' arms that were sampled to the end of the latest rounds."""
 
@@ -75,10 +77,11 @@ class CaseRunner(ABC, Generic[P]):
             UsageError, NoBackendError: nothing can run.
             DeviceStateUnknown: a row was reported as failed, and this process must not continue.
         """
-        self._turns = Turns(os.environ.get(TURNS))
         self._backend = (device := probe()).backend
         self._load_implementations()
         self._progress.emit(on.RunStarted(environment=environment(device), fingerprint=fingerprint(device)))
+        self._turns = Turns(os.environ.get(TURNS))  # two versions load at the same time, and prepare one by one
+        self._in_turns = not self._turns.alone
         self._prepare_all(device)
         conditions = ConditionsWatch(device)
         with on.listening_to_tuning(self._on_tuning_event):
@@ -89,6 +92,7 @@ class CaseRunner(ABC, Generic[P]):
                 stopped_by = self._run_case(case)
                 self._progress.emit(on.ConditionsMeasured(conditions=conditions.read()))
                 self._progress.end_case(stopped_by)
+        self._turns.end()
         self._progress.emit(on.RunDone(state=machine_state(device)))
 
     def measure_cost(self) -> None:
@@ -191,6 +195,9 @@ class CaseRunner(ABC, Generic[P]):
     ) -> str:
         """Sample the implementations in rounds, the first of them twice, together with the `beside` arms.
 
+        In turns with another version the first is sampled once, since that version's rounds are what it is compared
+        with, and the rounds end by time, so that both have about as many.
+
         `then_s`: estimated seconds of the case after these rounds.
         """
         reference = arms[0]
@@ -201,7 +208,7 @@ class CaseRunner(ABC, Generic[P]):
             if isinstance(arm.runner, TakesSamples):
                 arm.runner.begin_rounds()
             self._progress.emit(on.StepStarted(case=self._progress.case, implementation=arm.name, step="rounds"))
-        running = [reference, again, *arms[1:], *beside]
+        running = [reference, *([] if self._in_turns else [again]), *arms[1:], *beside]
         set_strides(running, seconds)
         estimated_s = max(seconds, min_rounds_s(running, min_rounds))
         if estimated_s > MAX_EXTENSION * seconds:
@@ -211,7 +218,7 @@ class CaseRunner(ABC, Generic[P]):
         try:
             return run_rounds(
                 running,
-                Limits(seconds=seconds, precision=self._plan.precision, min_rounds=min_rounds),
+                Limits(seconds=seconds, precision=0 if self._in_turns else self._plan.precision, min_rounds=min_rounds),
                 seed=self._plan.seed,
                 before=lambda arm: self._mark_running(reference if arm is again else arm, rows),
                 failed=lambda arm, error: self._drop_arm(arm, error, rows),
@@ -231,8 +238,8 @@ class CaseRunner(ABC, Generic[P]):
         self._turns.pass_on()
 
     def _measure_energy(self, device: Device) -> None:
-        """Measure the energy of a call of each sampled implementation, if the device counts it."""
-        counter = energy_counter(device) if self._member is None else None
+        """Measure the energy of a call of each sampled implementation, if the device counts it; not in turns."""
+        counter = energy_counter(device) if self._member is None and not self._in_turns else None
         if counter is None:
             return
         limit_w = power_limit_w(device)

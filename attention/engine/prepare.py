@@ -95,6 +95,8 @@ class CaseSetting(Struct, frozen=True, kw_only=True, eq=False):
     """Returns an implementation's route on the case, validated."""
     bind: Callable[[str], Runner] | None = None
     """Binds an implementation on several ranks; None on one device."""
+    latencies: bool = True
+    """Whether the latency of a single call is measured, which comparisons in turns do not judge."""
 
 
 def prepare(name: str, implementation: Implementation, setting: CaseSetting) -> Arm:
@@ -224,6 +226,8 @@ def _warm_up_and_time(name: str, runner: Runner, call_s: float, setting: CaseSet
     progress.begin_step(name, "warm up")
     min_s = WARM_UP_S[setting.device.backend]
     call_s = warm_up(runner, call_s, min_s, setting.sample_s, workload.output_bytes)
+    if not setting.latencies:
+        return call_s
     progress.begin_step(name, "latency")
     seconds = latency(runner, LATENCY_S)
     progress.emit(on.LatencyMeasured(case=progress.case, implementation=name, seconds=seconds))

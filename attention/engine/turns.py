@@ -1,9 +1,9 @@
 """Turns of workers that measure in alternation: a round of one version of the code, then a round of the other.
 
-The process that compares them serves a Unix socket, and names it in the environment. A worker works only
-while it has the turn: it waits for a byte, and gives the turn back with a byte of its own after each round. So what
-slows the machine for longer than a round slows both versions alike. A worker that ends or crashes closes its socket,
-and with it its turn.
+The process that compares them serves a Unix socket, and names it in the environment. A worker connects when it has
+loaded its code, and from then on works only while it has the turn: it waits for a byte, and gives the turn back with a
+byte of its own after each round. So what slows the machine for longer than a round slows both versions alike. After its
+last round it closes the socket, and with it its turn, as one that crashes does.
 """
 
 import socket
@@ -40,6 +40,12 @@ class Turns:
                 self._socket.sendall(b".")
             self._wait()
 
+    def end(self) -> None:
+        """Leave the turns to the others, and wait for none any more."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
     def clock(self) -> float:
         """Return seconds since an arbitrary start, less those that this worker waited for turns."""
         return time.perf_counter() - self._waited_s
@@ -50,7 +56,6 @@ class Turns:
             over = self._socket is None or not self._socket.recv(1)
         except OSError:
             over = True
-        if over and self._socket is not None:
-            self._socket.close()
-            self._socket = None
+        if over:
+            self.end()
         self._waited_s += time.perf_counter() - began

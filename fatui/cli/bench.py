@@ -47,6 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: with every mistake in the request, before anything has run.
     """
+    from msgspec import structs
+
+    from fatui.alternation import next_file
     from fatui.cli.options import given_remote
     from fatui.cli.run import run_plan
 
@@ -56,7 +59,12 @@ def run(arguments: argparse.Namespace) -> int:
         plan, preset, exports = request(arguments)
 
     command, remote = _command(arguments, preset), given_remote(arguments)
-    return run_plan(plan, command, preset.name, exports, remote, _beside(arguments))
+    while True:
+        code = run_plan(plan, command, preset.name, exports, remote, _beside(arguments))
+        file = next_file()  # of further runs for `fatui gate`, each of a worker of its own
+        if file is None:
+            return code
+        exports = [structs.replace(each, target=file) if each.format == "json" else each for each in exports]
 
 
 def _beside(arguments: argparse.Namespace) -> "Callable[[Report], None] | None":

@@ -136,7 +136,7 @@ def _measure(
     folders: "Sequence[Path]", bench: "Sequence[str]", most: int, thresholds: "Thresholds", kept: "Path"
 ) -> "Gate":
     """Measure pairs until they decide, or there are as many as allowed; the order within a pair alternates."""
-    from fatui.alternation import run_in_turns
+    from fatui.alternation import in_turns
     from fatui.report.comparison import compare_pairs
     from fatui.report.gate import judge
     from fatui.storage.result_files import read
@@ -144,15 +144,14 @@ def _measure(
     runs: list[tuple[Report, Report]] = []
     for name in SIDES:
         (kept / name).mkdir(parents=True, exist_ok=True)
-    while True:
-        number = len(runs) + 1
-        files = [kept / name / f"{number:02}.json" for name in SIDES]
-        sides = list(zip(folders, files, strict=True))
-        ordered = sides if number % 2 else sides[::-1]
-        run_in_turns([folder for folder, _ in ordered], bench, [file for _, file in ordered])
-        runs.append((read(files[0]), read(files[1])))
-        gate = judge(compare_pairs(runs), thresholds)
-        open_rows = sum(bool(row.undecided) for row in gate.rows)
-        cli.print_line(f"pair {number} of at most {most}: {open_rows} of {len(gate.rows)} rows undecided")
-        if gate.ended(most):
-            return gate
+    with in_turns(folders, bench) as alternation:
+        while True:
+            number = len(runs) + 1
+            files = [kept / name / f"{number:02}.json" for name in SIDES]
+            alternation.measure(files, first=(number + 1) % 2)
+            runs.append((read(files[0]), read(files[1])))
+            gate = judge(compare_pairs(runs), thresholds)
+            open_rows = sum(bool(row.undecided) for row in gate.rows)
+            cli.print_line(f"pair {number} of at most {most}: {open_rows} of {len(gate.rows)} rows undecided")
+            if gate.ended(most):
+                return gate

@@ -1,12 +1,18 @@
 """Two versions of the code that measure in turns, and the command `fatui gate` that compares them."""
 
 import os
+import socket
+import threading
 from pathlib import Path
 
 import pytest
 
-from attention.engine.turns import Turns
-from fatui.alternation import Ended, run_in_turns
+from attention.core import events as on
+from attention.core.plan import Assignment, Plan
+from attention.core.workload import Workload
+from attention.engine.bench import Bench
+from attention.engine.turns import TURNS, Turns
+from fatui.alternation import Ended, in_turns
 from fatui.cli.main import main
 from fatui.storage.result_files import read
 
@@ -46,7 +52,8 @@ def versions(tmp_path, monkeypatch):
 def run(folders: list[Path]) -> str:
     """Run the versions in turns; return what they logged."""
     files = [folder.parent / f"{folder.name}.json" for folder in folders]
-    run_in_turns(folders, ["quick"], files)
+    with in_turns(folders, ["quick"]) as alternation:
+        alternation.measure(files)
     assert all(file.read_text() == "measured" for file in files)
     return (folders[0].parent / "log").read_text()
 
@@ -71,6 +78,94 @@ def test_a_version_that_takes_no_turns_runs_alone(versions):
 def test_a_restarted_worker_takes_the_place_of_the_first(versions):
     again = ROUNDS.format(name="b", rounds=1) + "turns._socket.close()\n" + ROUNDS.format(name="again", rounds=1)
     assert run(versions(a=ROUNDS.format(name="a", rounds=3), b=again)).split()[:3] == ["a0", "b0", "a1"]
+
+
+@pytest.fixture
+def turns_of_one(tmp_path, monkeypatch):
+    """Serve turns to one worker of this process; the list says when it connected."""
+    happened: list[object] = []
+    monkeypatch.setenv(TURNS, str(tmp_path / "turns"))
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "turns"))
+        listening.listen()
+
+        def serve():
+            worker = listening.accept()[0]
+            happened.append("connected")
+            with worker:
+                worker.sendall(b".")
+                while worker.recv(1):
+                    worker.sendall(b".")
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield happened
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def test_a_worker_in_turns_measures_only_what_is_compared(turns_of_one):
+    """It loads before its first turn, and leaves with its last round; no rates, latencies and repeated reference."""
+    plan = Plan(cases=(Workload(seq=8, heads=1, head_dim=8),), implementations=("baseline", "mlx"), seconds=0.05)
+
+    def emit(event):
+        turns_of_one.append(event)
+        if isinstance(event, on.RunDone):
+            assert bench._turns.alone
+
+    bench = Bench(Assignment(plan=plan), plan, emit)
+    bench.run()
+    kinds = [event if isinstance(event, str) else type(event) for event in turns_of_one]
+    assert kinds.index(on.RunStarted) < kinds.index("connected") < kinds.index(on.FirstCall)
+    assert on.PeaksMeasured not in kinds
+    assert not any(isinstance(event, on.StepStarted) and event.step == "latency" for event in turns_of_one)
+    sampled = {name for event in turns_of_one if isinstance(event, on.RoundsDone) for name in event.samples}
+    assert sampled == {"baseline", "mlx"}
+    assert kinds[-1] is on.RunDone
+
+
+STAYS = """
+from fatui.alternation import next_file
+file = sys.argv[-1]
+while True:
+    turns = Turns(os.environ[TURNS])
+    Path(file).write_text(f"{{os.getpid()}} {{Path(os.environ[TURNS]).parent.name}}")
+    turns.end()
+    if (file := next_file()) is None:
+        raise SystemExit(0)
+"""
+ONCE = """
+Turns(os.environ[TURNS])
+Path(sys.argv[-1]).write_text(f"{{os.getpid()}} {{Path(os.environ[TURNS]).parent.name}}")
+raise SystemExit(0)
+"""
+
+
+def test_a_command_stays_for_all_pairs_if_it_knows_how(versions, tmp_path):
+    """Its runs name their pair; one of an older version is started again for each."""
+    folders = versions(a=STAYS.format(), b=ONCE.format())
+    (tmp_path / "a" / "fatui" / "alternation.py").symlink_to(ROOT / "fatui" / "alternation.py")
+    processes, pairs = [], []
+    with in_turns(folders, ["quick"]) as alternation:
+        for number in range(3):
+            files = [tmp_path / f"{name}{number}.json" for name in "ab"]
+            alternation.measure(files, first=number % 2)
+            found = [file.read_text().split() for file in files]
+            processes.append([process for process, _ in found])
+            pairs.append({pair for _, pair in found})
+    assert len({a for a, _ in processes}) == 1
+    assert len({b for _, b in processes}) == 3
+    assert [len(pair) for pair in pairs] == [1, 1, 1]
+    assert len(set.union(*pairs)) == 3
+
+
+def test_a_command_that_stays_ends_with_the_code_of_its_run(versions, tmp_path):
+    body = "from fatui.alternation import next_file\nnext_file()\nraise SystemExit(2)"
+    folders = versions(a=body)
+    (tmp_path / "a" / "fatui" / "alternation.py").symlink_to(ROOT / "fatui" / "alternation.py")
+    with in_turns(folders, ["quick"]) as alternation, pytest.raises(Ended) as ended:
+        alternation.measure([tmp_path / "a.json"])
+    assert ended.value.code == 2
 
 
 def test_a_version_without_rows_is_named_with_its_last_line(versions):
