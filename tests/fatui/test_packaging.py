@@ -116,7 +116,7 @@ def test_the_manual_page_has_every_command_and_option():
 def test_the_wheel_is_whole_and_reproducible(tmp_path):
     def build(folder):
         command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
-        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        subprocess.run(command, check=True, capture_output=True, timeout=patient(300))
         return sorted(folder.iterdir())
 
     first, second = build(tmp_path / "first"), build(tmp_path / "second")
@@ -126,7 +126,7 @@ def test_the_wheel_is_whole_and_reproducible(tmp_path):
         [sys.executable, "-m", "twine", "check", "--strict", *map(str, first)],
         check=False,
         capture_output=True,
-        timeout=60,
+        timeout=patient(60),
     )
     assert checked.returncode == 0, checked.stdout
     (wheel,) = (path for path in first if path.suffix == ".whl")

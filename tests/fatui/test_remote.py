@@ -304,7 +304,7 @@ def test_a_cut_connection_costs_one_row(case, loopback):
     server, remote = loopback
     listen = Cut(server, "SleepsLong", server.cut if case == "killed" else lambda: server.signal(signal.SIGSTOP))
     engine = Engine(plan("SleepsLong", "Prints", seconds=3), listen, peaks=PEAKS, remote=remote)
-    asyncio.run(asyncio.wait_for(engine.run(), 120))
+    asyncio.run(asyncio.wait_for(engine.run(), patient(120)))
     assert "the connection to loopback was cut" in lost_row(engine.record.case(0)).reason
     assert engine.record.done
     assert any("was running when the connection was cut; the engine is started again" in text for text in listen.texts)
@@ -312,7 +312,7 @@ def test_a_cut_connection_costs_one_row(case, loopback):
     assert engine.record.environment.host == "loopback"
     if case == "dead":
         ended = next(at for at, event in listen.events if isinstance(event, on.RowEnded))
-        assert ended - listen.at < 60
+        assert ended - listen.at < patient(60)
         server.cut()
     assert ends(remote)
 
@@ -346,7 +346,7 @@ def test_a_connection_cut_between_two_machines_costs_one_row(case, over_a_networ
             hosts.mend()
 
     engine = Engine(plan("SleepsLong", "Prints", seconds=3), mend_after_the_row, peaks=PEAKS, remote=remote)
-    asyncio.run(asyncio.wait_for(engine.run(), 180))
+    asyncio.run(asyncio.wait_for(engine.run(), patient(180)))
     assert "the connection to loopback was cut" in lost_row(engine.record.case(0)).reason
     assert engine.record.done
     assert "connected to loopback again" in listen.texts
@@ -389,7 +389,7 @@ def test_the_end_of_a_command_ends_the_engine_there(number, loopback):
         assert any(b"case 1 of 1" in line for line in iter(process.stderr.readline, b""))
         assert processes_of(remote)
         os.killpg(process.pid, number)
-        process.wait(30)
+        process.wait(patient(30))
     assert ends(remote)
 
 
@@ -409,7 +409,7 @@ def test_a_machine_that_stays_away_ends_the_run(retry_s, loopback, monkeypatch):
                 each.kill()
 
     engine = Engine(plan("Prints", seconds=3), listen, peaks=PEAKS, remote=remote)
-    asyncio.run(asyncio.wait_for(engine.run(), 60))
+    asyncio.run(asyncio.wait_for(engine.run(), patient(60)))
     server.start()
     assert engine.record.refused.kind == "cannot start"
     assert "loopback cannot be reached" in engine.record.refused.reason

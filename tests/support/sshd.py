@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from fatui.rank_launch import free_ports
+from tests.support.patience import patient
 
 ROOT = Path(__file__).parents[2]
 HOST = "loopback"
@@ -126,11 +127,10 @@ class Sshd:
         log.write_text("")
         command = [*self._inside, server_program(), "-D", "-f", str(self.folder / "sshd_config"), "-E", str(log)]
         self._process = subprocess.Popen(command, start_new_session=True)
-        for _ in range(200):
-            if "Server listening" in log.read_text():
-                return
+        end = time.monotonic() + patient(10)
+        while "Server listening" not in log.read_text():
+            assert time.monotonic() < end, log.read_text()
             time.sleep(0.05)
-        raise AssertionError(log.read_text())
 
     def stop(self):
         """Stop the server; connections go on."""

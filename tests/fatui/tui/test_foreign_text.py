@@ -6,6 +6,7 @@ from attention.core import events as on
 from fatui import storage
 from fatui.storage import settings
 from fatui.storage.history import RunHistory
+from fatui.tui.screens.history import History
 from fatui.tui.widgets.row_table import RowTable
 from tests.support import hostile
 from tests.support.marks import slow
@@ -36,7 +37,7 @@ async def test_every_screen_shows_a_hostile_run(kind):
         await look(stage, shows="[/x][b]")
         await look(stage, "right", "right")
         await look(stage, "escape", "enter")
-        await stage.pilot.pause(0.3)
+        await stage.settle(lambda: not isinstance(stage.app.screen, History))
         await look(stage, shows="[/x]")
         if kind == "shapes":
             stage.find("#comparison-table", RowTable).focus()

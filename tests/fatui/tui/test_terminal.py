@@ -34,7 +34,9 @@ class Terminal:
         # Spelt out, because readline puts COLUMNS and LINES where os.environ does not show them.
         environment = {name: text for name, text in os.environ.items() if name not in ("COLUMNS", "LINES")}
         command = ["tmux", "-S", self._socket, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, env=environment, check=False).stdout
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=patient(20), env=environment, check=False
+        ).stdout
 
     def seen(self):
         return self._tmux("capture-pane", "-p")
@@ -124,7 +126,7 @@ def test_closing_the_terminal_ends_the_run_and_keeps_its_rows(open_terminal):
     terminal.wait_for("noise floor", 60)
     app, worker = terminal.process, terminal.worker()
     terminal.close()
-    psutil.wait_procs([app, worker], timeout=5)
+    psutil.wait_procs([app, worker], timeout=patient(5))
     assert not app.is_running() and not worker.is_running()
     assert RunHistory().runs()[0].interrupted
 
@@ -147,7 +149,7 @@ def test_stop_ends_the_engine_within_a_second(open_terminal):
     worker = terminal.worker()
     began = time.monotonic()
     terminal.press("x")
-    psutil.wait_procs([worker], timeout=20)
+    psutil.wait_procs([worker], timeout=patient(20))
     assert time.monotonic() - began < patient(1.2)  # with what tmux takes to pass the key on
     terminal.wait_for("stopped", 5)
 
