@@ -313,6 +313,8 @@ def ranks_route(
 
 def route_here(implementation: Implementation, workload: Workload, device: Device) -> Route:
     """Return an implementation's route on this machine, whose devices are like the given one."""
+    if missing := missing_feature(implementation, workload):
+        return unsupported(missing)
     if workload.ranks == 1:
         return implementation.route(workload, device)
     if device.backend != "cpu" and workload.ranks > device.count:

@@ -248,7 +248,7 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
             self.check_available()
             plan = self.plan()
         except (UsageError, NoBackendError) as error:
-            self.app.tell(f"cannot run: {_reason(error)}", "warning")
+            self.app.tell(f"{cost.CANNOT}{_reason(error)}", "warning")
             return
         self.app.runs.start_model(self.NAME, plan, self.command(plan))
         self.query_one(RowTable).focus()
@@ -333,7 +333,7 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
             self._cost_of = self.plan()
         except (UsageError, NoBackendError, ValueError) as error:
             self._cost_of = None
-            self.query_one(CostBlock).show([cost.unusable(_reason(error))])
+            self.query_one(CostBlock).show([f"{cost.CANNOT}{_reason(error)}"])
             return
         self.app.costs.ask(self._cost_of, self._show_cost)
         self._show_cost()

@@ -23,13 +23,10 @@ from fatui.tui.view_models.session import AnySession
 
 REFUSED: Final = "refused: "
 """How the line begins of what will not be measured."""
+CANNOT: Final = "cannot run: "
+"""How the line begins of what is set up with a mistake, where its cost would stand."""
 NEAR: Final = 4.0
 """Calls up to this many times larger or smaller than a known one are not timed again."""
-
-
-def unusable(reason: str) -> str:
-    """Return the line that stands where the cost does, of something set up that cannot run."""
-    return f"{REFUSED}{reason}"
 
 
 class Timing(Struct):

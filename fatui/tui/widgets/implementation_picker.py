@@ -12,7 +12,7 @@ from textual.strip import Strip
 
 from fatui.tui.painting import KeepsStyles
 from fatui.tui.view_models.availability import PickerRow
-from fatui.tui.widgets.row_table import clip
+from fatui.tui.widgets.row_table import clip, clip_name
 
 NAME_WIDTH: Final = 9
 FIGURE_WIDTH: Final = 8
@@ -115,7 +115,7 @@ class ImplementationPicker(KeepsStyles, can_focus=True):
         return self._strip([Segment(text, self.part_style("picker--reason"))])
 
     def _row_strip(self, row: PickerRow, at_cursor: bool) -> Strip:
-        name = f"{'✓' if row.chosen else '·'} {clip(row.name, NAME_WIDTH):<{NAME_WIDTH}} "
+        name = f"{'✓' if row.chosen else '·'} {clip_name(row.name, NAME_WIDTH):<{NAME_WIDTH}} "
         figures = "".join(f"{getattr(row, each):>{FIGURE_WIDTH}}" for each in self._figures)
         if row.able:
             name += f"{figures}  "

@@ -12,7 +12,7 @@ from textual.widgets import Static
 
 from attention.core.results import Case, Report, Row
 from fatui.tui.painting import set_text, set_title
-from fatui.tui.view_models.cost import REFUSED
+from fatui.tui.view_models.cost import CANNOT, REFUSED
 from fatui.tui.view_models.home import Past, home_text
 from fatui.tui.view_models.row_details import WIDTH, figure_lines, sample_lines, sentences
 from fatui.untrusted_text import one_line
@@ -106,7 +106,7 @@ class CostBlock(Static):
             return
         self._lines = tuple(lines)
         self.display = bool(lines)
-        styles = ("$text-warning" if line.startswith(REFUSED) else "" for line in lines)
+        styles = ("$text-warning" if line.startswith((CANNOT, REFUSED)) else "" for line in lines)
         parts = [Content.styled(one_line(line), style) for line, style in zip(lines, styles, strict=True)]
         self.update(Content("\n").join(parts))
 

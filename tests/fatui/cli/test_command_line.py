@@ -147,6 +147,13 @@ def test_a_function_is_not_said_to_be_unfused(capsys, tmp_path):
     assert "it is not known how it works" in " ".join(shown.split()) and "unfused" not in shown
 
 
+def test_a_function_is_said_to_take_no_quantized_keys(capsys, tmp_path):
+    (tmp_path / "mine.py").write_text("def fast(q, k, v):\n    return q\n")
+    decode = ["--pass", "decode", "--kv-seq", "256", "--head-dim", "64", "--kv-format", "int4"]
+    assert main(["explain", *decode, "--impl", f"{tmp_path}/mine.py:fast"]) == 0
+    assert "it takes no quantized keys and values" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("ending", "code", "expected"),
     [

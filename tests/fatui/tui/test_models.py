@@ -28,9 +28,9 @@ async def test_what_cannot_run_says_why_where_its_cost_would_stand(stage):
     await stage.press("m")
     stage.find("#layers", Choice).focus()
     await stage.press("1", "enter")
-    assert "refused: layers: got 1; it takes a whole number from 2" in stage.seen()
+    assert "cannot run: layers: got 1; it takes a whole number from 2" in stage.seen()
     await stage.press("2", "enter")
-    assert "refused" not in stage.seen()
+    assert "cannot run" not in stage.seen()
 
 
 async def test_a_model_is_set_up_run_shown_kept_and_exported(stage, monkeypatch):
