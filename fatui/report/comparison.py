@@ -29,7 +29,7 @@ from attention.core.results import (
 )
 from attention.core.stream import Stream
 from attention.core.workload import FineTuning, Generation, Workload
-from attention.engine.record import UNITY
+from attention.engine.record import UNITY, summarise
 from fatui import formatting
 from fatui.trust import MANY_SHARE
 from fatui.untrusted_text import markdown_cell
@@ -78,10 +78,14 @@ def rebased(case: K, reference: str) -> K:
 
 
 def rebased_report(report: Report, reference: str) -> Report:
-    """Return a report with all speedups over another implementation."""
+    """Return a report with all speedups over another implementation, and means of the cases that have figures of it."""
+    cases = tuple(rebased(case, reference) for case in report.cases)
+    common = tuple(case for case in cases if case.reference == reference)
+    names = tuple(line.implementation for line in report.summary)
     return structs.replace(
         report,
-        cases=tuple(rebased(case, reference) for case in report.cases),
+        cases=cases,
+        summary=summarise(common, names) if common else report.summary,
         models=tuple(rebased(case, reference) for case in report.models),
         fine_tunings=tuple(rebased(case, reference) for case in report.fine_tunings),
     )

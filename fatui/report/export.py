@@ -13,6 +13,7 @@ from attention.core.results import ORIGIN, AnyCase, Case, Report, Row, flat_row,
 from attention.core.stream import Stream
 from attention.core.workload import FineTuning, Generation
 from fatui import formatting
+from fatui.report.scaling import references_text
 from fatui.report.table import (
     ENERGY,
     EXPOSED,
@@ -209,7 +210,9 @@ def _summary(report: Report) -> list[str]:
         for line in report.summary
     ]
     table = _table(("implementation", "speedup", "cases", "not ok"), lines)
-    return [f"## Geometric mean over the cases\n\n{table}"]
+    several = len({case.reference for case in report.cases}) > 1
+    note = f"\n\nSpeedups are relative to {markdown(references_text(report))}." if several else ""
+    return [f"## Geometric mean over the cases{note}\n\n{table}"]
 
 
 def _table(heads: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:

@@ -1,6 +1,7 @@
 """Scaling over the sweeps of a run: tokens/s and speedups over the axes, crossovers, and trends as power laws."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from statistics import fmean
@@ -12,7 +13,7 @@ from attention.core.results import Case, Interval, Report, Row
 from attention.core.statistics import CONFIDENCE, student_t
 from attention.core.workload import AXES, Workload
 from attention.core.workload import swept_axes as axes_of
-from fatui.report.document import Block, Claim, MissingData, joined
+from fatui.report.document import Block, Claim, MissingData, counted, joined
 from fatui.report.evidence import sound_rows
 
 MUCH: Final = 20
@@ -69,6 +70,15 @@ def cases_of(report: Report, axes: tuple[str, ...], part: str) -> list[Case]:
     """Return the cases of one slice."""
     others = [axis for axis in swept_axes(report) if axis not in axes]
     return [case for case in report.cases if _words(case.workload, others) == part]
+
+
+def references_text(report: Report) -> str:
+    """Name what the speedups of a report are over: "poc", "poc in 3 cases, baseline in 1"."""
+    counts = Counter(case.reference for case in report.all_cases if case.reference)
+    if len(counts) == 1:
+        return next(iter(counts))
+    many = (counted(count, "case") for count in counts.values())
+    return ", ".join(f"{name} in {count}" for name, count in zip(counts, many, strict=True))
 
 
 def row_of(case: Case, name: str) -> Row | None:

@@ -49,7 +49,12 @@ class ShowsReport(Protocol):
 
     @property
     def report(self) -> Report | None:
-        """The report on the screen."""
+        """The report on the screen, as it was measured."""
+        ...
+
+    @property
+    def shown_report(self) -> Report | None:
+        """The report as the screen shows it: over the row that was made the reference."""
         ...
 
 
@@ -319,9 +324,9 @@ class FatuiApp(Lab):
 
     @property
     def shown_report(self) -> Report | None:
-        """The report of the current screen: a model's, or the one over attention shapes."""
+        """The report that the current screen shows: a model's, or the one over attention shapes."""
         screen: Screen[Any] = self.screen
-        return screen.report if isinstance(screen, ShowsReport) else self.report
+        return screen.shown_report if isinstance(screen, ShowsReport) else super().shown_report
 
     def action_export(self) -> None:
         """Ask for a path, and export the report of the current screen."""
@@ -330,18 +335,25 @@ class FatuiApp(Lab):
             why = "the run has to end first" if self.runs.active else "nothing was run yet"
             self.tell(f"nothing to export: {why}", "warning")
             return
+        from fatui.report.scaling import references_text
         from fatui.tui.screens.dialogs import Export
 
+        screen: Screen[Any] = self.screen
+        measured = (screen.report if isinstance(screen, ShowsReport) else self.report) or report
+        note = ""
+        if measured is not report:
+            over = references_text(report), references_text(measured)
+            note = "speedups over {}; the JSON is the run as it was measured, over {}".format(*over)
         folder = self.remembered.export_folder or str(Path.cwd())
         name = f"fatui-{(report.run.preset or 'run').replace(', ', '-')}-{report.run.id}"
-        self.push_screen(Export(folder, name), partial(self._export_chosen, report))
+        self.push_screen(Export(folder, name, note), partial(self._export_chosen, report, measured))
 
-    def _export_chosen(self, report: Report, target: tuple[Path, tuple[str, ...]] | None) -> None:
+    def _export_chosen(self, report: Report, measured: Report, target: tuple[Path, tuple[str, ...]] | None) -> None:
         if target is not None:
             # Written once the dialog has closed, so that it is not in the picture.
-            self.call_after_refresh(self._export, report, *target)
+            self.call_after_refresh(self._export, report, measured, *target)
 
-    async def _export(self, report: Report, stem: Path, endings: tuple[str, ...]) -> None:
+    async def _export(self, report: Report, measured: Report, stem: Path, endings: tuple[str, ...]) -> None:
         from fatui.report import export as formats
         from fatui.report.compose import compose
         from fatui.report.document import to_html
@@ -351,7 +363,7 @@ class FatuiApp(Lab):
         writers = {
             "md": lambda: formats.to_markdown(report),
             "csv": lambda: formats.to_csv(report),
-            "json": lambda: formats.to_json(report),
+            "json": lambda: formats.to_json(measured),
             "html": lambda: to_html(compose([report])),
             "svg": lambda: picture,
             "log": self.journal.text,

@@ -78,6 +78,10 @@ class MainView(Protocol):
     def open_tab(self, tab: str) -> None:
         """Open a tab."""
 
+    def over_reference(self, report: Report) -> Report:
+        """Return a report as the comparison shows it."""
+        ...
+
     def show_draft(self) -> None:
         """Draw the draft."""
 
@@ -153,8 +157,13 @@ class Lab(OrderedKeys):
 
     @property
     def report(self) -> Report | None:
-        """The report that export, copy and the other screens use."""
+        """The report of the run shown, as it was measured."""
         return self.runs.report
+
+    @property
+    def shown_report(self) -> Report | None:
+        """The report that export, copy and the other screens use: over the reference that the comparison shows."""
+        return self.report and self.main.over_reference(self.report)
 
     @property
     def peaks(self) -> Peaks:
@@ -378,7 +387,7 @@ class RunController:
 
     Attributes:
         session: the current or last run over attention shapes, or None.
-        report: the report that export, copy and the other screens use, or None.
+        report: the report of the run shown, or None.
         models: the current or last run of each models screen, by the screen's name.
         model_reports: the reports that those screens show, by screen name.
         chosen: the values chosen on them, by screen name and choice.

@@ -405,9 +405,10 @@ class Export(ClosesOnce, ModalScreen[tuple[Path, tuple[str, ...]]]):
     CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "Do not export", id="back")]
 
-    def __init__(self, folder: str, name: str) -> None:
+    def __init__(self, folder: str, name: str, note: str = "") -> None:
+        """Create the dialog; `note`: what the figures in the files are over."""
         super().__init__()
-        self._folder, self._name = folder, name
+        self._folder, self._name, self._note = folder, name, note
 
     def compose(self) -> ComposeResult:
         """Yield the fields, and the list of files to be written."""
@@ -420,10 +421,12 @@ class Export(ClosesOnce, ModalScreen[tuple[Path, tuple[str, ...]]]):
             yield Input(self._name, id="name")
             yield Formats("write", ("all", *FORMATS), id="formats")
             yield Static(id="outcome", markup=False, classes="answers")
+            yield Static(self._note, id="export-note", markup=False)
 
     def on_mount(self) -> None:
         """List the files, and focus the name."""
         self.query_one("#name", Input).focus()
+        self.query_one("#export-note").display = bool(self._note)
         self._show()
 
     @property

@@ -11,7 +11,7 @@ from textual.geometry import Size
 from textual.widget import Widget
 from textual.widgets import Static
 
-from attention.core.results import Case, Row
+from attention.core.results import Case, Report, Row
 from attention.core.workload import Workload
 from fatui import formatting
 from fatui.draft import UNNAMED
@@ -294,6 +294,10 @@ class MainScreen(HasTable, SparingScreen[None]):
         if session is not None and app.report is None:
             cases = tuple(session.case(index) for index, case in enumerate(session.record.cases) if case.started)
         live.show_roofline(shown_workload(app.draft), app.peaks, cases, app.keys["run"])
+
+    def over_reference(self, report: Report) -> Report:
+        """Return a report with its speedups over the reference that the comparison shows."""
+        return self._comparison.over_reference_of(report)
 
     def action_unfold(self) -> None:
         """Show or hide the controls of the workload that are at their defaults."""

@@ -17,7 +17,6 @@ from attention.core.results import Report
 from attention.core.workload import FineTuning, generations
 from attention.mlx_lm.configuration import bundled_names, check_mlx_lm, find_model
 from fatui import formatting
-from fatui.report.comparison import rebased_report
 from fatui.reproduce import finetune_command, model_command
 from fatui.tui import actions
 from fatui.tui.lab import TABLE_TICKS, Lab
@@ -57,15 +56,10 @@ FIRST_COLUMN: Final = (TableColumn(name=model_lines.NAME, title="", right=False)
 
 
 class ModelTable(TablePane):
-    """Pane with the rows of the current run of a models screen, or of a past one.
-
-    Attributes:
-        reference: the implementation that speedups are shown over; None: the reference of each case.
-    """
+    """Pane with the rows of the current run of a models screen, or of a past one."""
 
     def __init__(self, *, id: str) -> None:
         super().__init__(FIRST_COLUMN, empty=NOTHING_YET, table="model-rows", id=id)
-        self.reference: str | None = None
         self.border_title = "Comparison"
 
     def compose(self) -> ComposeResult:
@@ -108,8 +102,7 @@ class ModelTable(TablePane):
         elif session is not None and session.phase in ("refused", "failed"):
             card.say(session.finding, bad=True)
         else:
-            over = report if self.reference is None else rebased_report(report, self.reference)
-            card.show(over, self.content_size.height, self.table.last_row, keys)
+            card.show(self.over_reference_of(report), self.content_size.height, self.table.last_row, keys)
 
     def _hints(self) -> list[str]:
         over = [f"over {self.reference}"] if self.reference else []
@@ -222,8 +215,13 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
 
     @property
     def report(self) -> Report | None:
-        """The report that export and copy use, of a finished run."""
+        """The report of a finished run."""
         return self.app.runs.model_reports.get(self.NAME)
+
+    @property
+    def shown_report(self) -> Report | None:
+        """The report that export and copy use: as the table shows it."""
+        return self.report and self.query_one(ModelTable).over_reference_of(self.report)
 
     def chosen(self, name: str) -> str:
         """Return the value of a choice."""

@@ -14,6 +14,7 @@ from textual.strip import Strip
 from textual.widget import Widget
 from textual.widgets import Static
 
+from attention.core.plan import REFERENCE
 from attention.core.results import Case, Report
 from fatui import formatting
 from fatui.draft import UNNAMED
@@ -206,7 +207,7 @@ class Scaling(ClosesOnce, Screen[None]):
     @on(CurveChart.Opened)
     def _open_row(self) -> None:
         key = self.query_one("#point", RowTable).key
-        report = self.app.report
+        report = self.app.shown_report
         if key is None or report is None:
             return
         from fatui.tui.screens.dialogs import RowDetails
@@ -222,7 +223,7 @@ class Scaling(ClosesOnce, Screen[None]):
         return self._turns[what] % count if count else 0
 
     def _draw(self) -> None:
-        report = self.app.report
+        report = self.app.shown_report
         axes = scaling.swept_axes(report) if report else ()
         status = self.query_one(StatusLine)
         panes = [self.query_one(f"#{name}-pane") for name in ("map", "chart", "point")]
@@ -309,7 +310,9 @@ class Scaling(ClosesOnce, Screen[None]):
         case = next(case for case in self._cases if _value(case, axis) == at)
         index = report.cases.index(case)
         pane.display = True
-        pane.border_title = literal(f"{axis.rstrip('_')} {sweep.format_value(at)} · {case.workload.label}")
+        over = f" · over {case.reference}" if case.reference not in (None, REFERENCE) else ""
+        title = f"{axis.rstrip('_')} {sweep.format_value(at)} · {case.workload.label}{over}"
+        pane.border_title = literal(title)
         lines = table_lines.case_lines(index, case)
         words = [table_lines.legend(lines), "← → the value", "↑ ↓ the row", "enter opens it"]
         pane.border_subtitle = literal(" · ".join(filter(None, words)))
@@ -327,7 +330,7 @@ class Scaling(ClosesOnce, Screen[None]):
             self._turn("name", 1)
             return
         other = axes[(axes.index(axis) + 1) % len(axes)]
-        reference = report.cases[0].reference
+        reference, other_references = sweep.references_of(report)
         names: list[str | None] = [None, *(name for name in _names(report) if name != reference)]
         short = self.app.size.height < ROOMY
         turn = self._turn("name", len(names) + short) - short
@@ -342,6 +345,8 @@ class Scaling(ClosesOnce, Screen[None]):
         letters = ", ".join(f"{letter} {each}" for each, letter in sweep.letters_of(_names(report)).items())
         what = f"Fastest, with its speedup over {reference}: {letters}" if name is None else ""
         title = what or f"Speedup of {name} over {reference}"
+        if other_references:
+            title += f" ({sweep.ELSE_OVER} over {', '.join(other_references)})"
         pane.border_title = literal(f"{title}{' · ' + part if part else ''}")
 
 

@@ -1,10 +1,11 @@
 """What the Scaling screen shows of a sweep: a figure over an axis with crossovers, and a map of winners over two."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Literal, get_args
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from attention.core.results import Case, Peaks, Report, Row
 from fatui import formatting
@@ -214,6 +215,17 @@ def speedup_cell(row: Row | None) -> MapCell:
     return MapCell(f"{formatting.three(ratio.value)}x", tone)
 
 
+ELSE_OVER: Final = "*"
+"""Marks a speedup over another reference than that of most cases."""
+
+
+def references_of(report: Report) -> tuple[str | None, tuple[str, ...]]:
+    """Return the reference of most cases, and the others."""
+    counts = Counter(case.reference for case in report.cases if case.reference)
+    names = sorted(counts, key=lambda name: -counts[name])
+    return (names[0] if names else None), tuple(names[1:])
+
+
 class HeatData(Struct, frozen=True):
     """The two axes, and the cells by their values, (across, down)."""
 
@@ -224,11 +236,13 @@ class HeatData(Struct, frozen=True):
 
 def heat_map(report: Report, name: str | None, across: str, down: str, part: str) -> HeatData:
     """Return the map of one implementation's speedups, or of the winners, over two axes in one slice of a run."""
-    letters = letters_of([line.implementation for line in report.summary])
+    letters, (reference, _) = letters_of([line.implementation for line in report.summary]), references_of(report)
     cells = {}
     for case in scaling.cases_of(report, (across, down), part):
         key = scaling.value(case.workload, across), scaling.value(case.workload, down)
-        cells[key] = winner_cell(case, letters) if name is None else speedup_cell(scaling.row_of(case, name))
+        cell = winner_cell(case, letters) if name is None else speedup_cell(scaling.row_of(case, name))
+        elsewhere = case.reference not in (None, reference) and cell.tone != "none"
+        cells[key] = structs.replace(cell, text=f"{cell.text}{ELSE_OVER}") if elsewhere else cell
     values = (
         tuple(each for each in scaling.values_on(report, axis) if any(each == key[place] for key in cells))
         for place, axis in enumerate((across, down))

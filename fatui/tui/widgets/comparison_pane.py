@@ -18,15 +18,10 @@ RUNNING = "Rows appear as they are measured, from the first rounds on."
 
 
 class ComparisonPane(TablePane):
-    """Pane with the rows of the current run, or of a past run.
-
-    Attributes:
-        reference: the implementation that speedups are shown over; None: the reference of each case.
-    """
+    """Pane with the rows of the current run, or of a past run."""
 
     def __init__(self, *, id: str) -> None:
         super().__init__(lines_of.COLUMNS, empty=EMPTY, table="comparison-table", id=id)
-        self.reference: str | None = None
         self._lines: dict[int, list[TableLine]] = {}
         self._summary: tuple[object, tuple[Summary, ...], Sequence[Case]] = (None, (), ())
         """The means of a sweep, with what they were made of: the number of complete cases, and the cases among them."""
@@ -148,11 +143,8 @@ class ComparisonPane(TablePane):
         if report is None:
             card.clear()
         else:
-            if self.reference is not None:
-                from fatui.report.comparison import rebased_report
-
-                report = rebased_report(report, self.reference)
-            card.show(report, self.content_size.height, self.table.last_row, keys, goes_on=goes_on)
+            over = self.over_reference_of(report)
+            card.show(over, self.content_size.height, self.table.last_row, keys, goes_on=goes_on)
 
     def on_resize(self) -> None:
         """Lay the hint and the verdict out for the new height."""

@@ -9,6 +9,7 @@ from textual.containers import Vertical
 from textual.message import Message
 from textual.widgets import Input, Static
 
+from attention.core.results import Report
 from fatui.tui.painting import set_subtitle, set_text
 from fatui.tui.view_models.table_lines import TableColumn, TableLine, filtered, legend, ordered
 from fatui.tui.widgets.row_table import RowTable
@@ -27,6 +28,7 @@ class TablePane(Vertical):
         by: the column that orders the rows of each block; empty: as they were given.
         descending: whether the largest come first.
         needle: only rows that contain it are shown.
+        reference: the implementation that speedups are shown over; None: the reference of each case.
     """
 
     DEFAULT_CSS = """
@@ -56,6 +58,8 @@ class TablePane(Vertical):
         """
         super().__init__(id=id, classes="pane half")
         self.by, self.descending, self.needle = "", True, ""
+        self.reference: str | None = None
+        self._over: tuple[Report, str, Report] | None = None
         self.table = RowTable(columns, empty=empty, id=table)
         """The table."""
         self._legend = Static(classes="legend", markup=False)
@@ -65,6 +69,16 @@ class TablePane(Vertical):
         """Yield the table and its legend."""
         yield self.table
         yield self._legend
+
+    def over_reference_of(self, report: Report) -> Report:
+        """Return a report as the table shows it: over the table's reference, as far as that has figures."""
+        if self.reference is None:
+            return report
+        if self._over is None or self._over[0] is not report or self._over[1] != self.reference:
+            from fatui.report.comparison import rebased_report
+
+            self._over = report, self.reference, rebased_report(report, self.reference)
+        return self._over[2]
 
     def show_lines(self, lines: Sequence[TableLine], columns: Sequence[TableColumn] | None = None) -> None:
         """Show lines in the pane's order, as far as they pass the filter."""

@@ -8,10 +8,11 @@ from attention.core.workload import Workload
 from fatui import formatting
 from fatui.report.scaling import RatePoint, curves_of, sorted_cases
 from fatui.tui.screens.dialogs import RowDetails
-from fatui.tui.screens.scaling import CurveChart
+from fatui.tui.screens.scaling import CurveChart, HeatMap
 from fatui.tui.view_models import roofline, sweep
 from fatui.tui.view_models.plot import CROSSING, decades, from_zero
 from fatui.tui.widgets.bars import KeyBar
+from fatui.tui.widgets.row_table import RowTable
 from tests.support.sample_runs import plan_of, report_of
 from tests.support.stage import on_stage
 
@@ -127,6 +128,35 @@ async def test_the_cursor_reads_a_point_and_enter_opens_its_row(stage):
     dialog = stage.app.screen
     assert isinstance(dialog, RowDetails)
     assert (dialog._case.workload.seq, dialog._row.implementation) == (256, "poc")
+
+
+async def test_scaling_is_over_the_row_that_b_chose():
+    async with on_stage(size=(120, 50)) as stage:
+        grid = tuple(Workload(seq=seq, batch=batch) for seq in (64, 128) for batch in (1, 2))
+        report = report_of(plan_of(grid))
+        first = report.cases[0]
+        without = [
+            structs.replace(row, status="failed", call_s=None) for row in first.rows if row.implementation == "poc"
+        ]
+        rows = tuple(without[0] if row.implementation == "poc" else row for row in first.rows)
+        report = structs.replace(report, cases=(structs.replace(first, rows=rows), *report.cases[1:]))
+        stage.app.runs.show_past(report)
+        stage.app.main.show_run()
+        table = stage.find("#comparison-table", RowTable)
+        table.focus()
+        table.go_to("1:poc")
+        await stage.press("b", "g")
+        title = str(stage.find("#map-pane").border_title)
+        assert "with its speedup over poc: " in title and "* over baseline" in title
+        assert "over poc" not in str(stage.find("#point-pane").border_title)  # the first case has no figures of it
+        cells = stage.find("#map", HeatMap).data.cells
+        assert [cell.text.endswith("*") for cell in cells.values()] == [True, False, False, False]
+        await stage.press("right")
+        assert "over poc" in str(stage.find("#point-pane").border_title)
+        lines = {line.cells["implementation"]: line.cells for line in stage.find("#point", RowTable).lines}
+        assert lines["poc"]["speedup"] == "1"
+        await stage.press("down", "enter")
+        assert stage.app.screen._case.reference == "poc"
 
 
 @pytest.mark.slow

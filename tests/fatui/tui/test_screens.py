@@ -221,6 +221,38 @@ async def test_export_writes_all_files_and_says_where(tmp_path):
     assert "case 1 of 1 complete" in (tmp_path / "out.log").read_text()
 
 
+async def test_what_b_shows_is_what_is_exported_and_copied(tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr("fatui.tui.terminal.copy", lambda text: taken.append(text) or "xclip")
+    async with on_stage() as stage:
+        await stage.run_to_the_end()
+        stage.find("#comparison-table", RowTable).go_to("0:practical")
+        stage.find("#comparison-table").focus()
+        await stage.press("b", "y", "c")
+        await stage.settle(lambda: len(taken) == 2)
+        shown = str(stage.find("#verdict-head", Static).content)
+        await stage.press("e")
+        stage.find("#folder", Input).value = str(tmp_path)
+        stage.find("#name", Input).value = "out"
+        await stage.pilot.pause()
+        seen = " ".join(stage.seen().replace("│", " ").split())
+        assert "speedups over practical; the JSON is the run as it was measured, over baseline" in seen
+        await stage.press("enter")
+        await stage.settle(lambda: "wrote out.md" in stage.app.journal.text())
+        own = stage.app.report
+    assert "x practical (" in shown and all(text.startswith(shown.partition(" · ")[0], 2) for text in taken[:1])
+    for text in (*taken, (tmp_path / "out.md").read_text()):
+        assert "x practical (" in text and "x baseline" not in text
+    assert all("Speedups are relative to practical" in text for text in (taken[1], (tmp_path / "out.md").read_text()))
+    with (tmp_path / "out.csv").open() as file:
+        rows = {row["implementation"]: row for row in csv.DictReader(file)}
+    assert {row["reference"] for row in rows.values()} == {"practical"} and float(
+        rows["practical"]["speedup_value"]
+    ) == 1
+    assert "Speedup over practical" in (tmp_path / "out.html").read_text()
+    assert json.loads((tmp_path / "out.json").read_text())["cases"][0]["reference"] == own.cases[0].reference
+
+
 async def click(stage, words):
     """Click on words of the screen."""
     lines = stage.seen().split("\n")

@@ -4,7 +4,10 @@ import pytest
 from msgspec import structs
 from textual.widgets import Input
 
-from fatui.report.comparison import rebased
+from attention.core.workload import Workload
+from fatui.report.comparison import rebased, rebased_report
+from fatui.report.export import to_markdown
+from fatui.report.scaling import references_text
 from fatui.storage.history import RunHistory
 from fatui.tui.screens.dialogs import ChangeDetails
 from fatui.tui.screens.history import Compare
@@ -59,6 +62,18 @@ def test_another_reference_changes_speedups_not_times():
     unpaired = rebased(structs.replace(case, rows=(fewer, *case.rows[1:])), "poc")
     assert unpaired.rows[0].speedup.value == pytest.approx(speedups["baseline"].value, rel=0.01)
     assert rebased(case, "nobody") is case
+
+
+def test_means_are_of_the_cases_over_the_reference():
+    report = report_of(plan_of(tuple(Workload(seq=seq) for seq in (64, 128))))
+    made = rebased_report(report, "poc")
+    assert {line.implementation: line.speedup.value for line in made.summary}["poc"] == 1
+    case = report.cases[0]
+    rows = tuple(structs.replace(row, call_s=None) if row.implementation == "poc" else row for row in case.rows)
+    made = rebased_report(structs.replace(report, cases=(structs.replace(case, rows=rows), report.cases[1])), "poc")
+    assert references_text(made) == "baseline in 1 case, poc in 1 case"
+    assert {line.cases for line in made.summary} == {1}
+    assert "Speedups are relative to baseline in 1 case, poc in 1 case." in to_markdown(made)
 
 
 @pytest.mark.thorough
