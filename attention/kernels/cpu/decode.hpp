@@ -177,7 +177,7 @@ struct FewRows {
 
   void step(const Lines<Element>& k, const Lines<Element>& v, const Lines<Element>& next, const Lines<Element>& next_values,
             int64_t key, const uint64_t* bits) {
-    const bool both = two_streams<Element> && rows % 4 == 0 && k.length == v.length && k.stride == v.stride;
+    const bool both = two_streams && rows % 4 == 0 && k.length == v.length && k.stride == v.stride;
     Ahead ahead = both ? Ahead(next, next_values) : Ahead(v), after_it(next);
     Ahead &values = ahead, &keys = both ? ahead : after_it;
     in_groups(rows, [&](int64_t row, auto group) {

@@ -56,14 +56,13 @@ constexpr int steps_of_line(int vectors) { return std::max<int>(1, 64 / (vectors
 template <class E>
 constexpr bool even_and_odd = registers == 16 && std::is_same_v<E, bfloat16_t>;
 
-// Whether the next rows of K and of V are prefetched together: not in bfloat16, where the products take longer than reading.
-template <class E>
-constexpr bool two_streams = registers == 16 && !even_and_odd<E>;
+// Whether the next rows of K and of V are prefetched together.
+constexpr bool two_streams = registers == 16;
 
 // Called in each step of a number of vectors: prefetches as many lines as are used, two at a time if there may be two streams.
 template <class E, int R, int vectors>
 FATUI_INLINE void ask_for_step(Ahead& next, int64_t step) {
-  if constexpr (two_streams<E> && R == 4) {
+  if constexpr (two_streams && R == 4) {
     if (step % (2 * steps_of_line<E>(vectors)) == 0) next.ask_two();
   } else if (step % steps_of_line<E>(vectors) == 0) next.ask<pieces<E>(vectors)>();
 }
@@ -95,12 +94,23 @@ void score_lines(const float* query, int64_t query_line, const Lines<E>& keys, f
       }
     };
     constexpr int step = even_and_odd<E> ? 2 : 1;  // vectors
-    for (int64_t d = 0; d < keys.length; d += step * lanes) {
-      ask_for_step<E, R, step * together>(next, d / (step * lanes));
+    const auto add_step = [&](int64_t d) __attribute__((always_inline)) {
       if constexpr (even_and_odd<E>) {
         add(d, [&](const E* key) { return widen_half<0>(key + d); });
         add(d + lanes, [&](const E* key) { return widen_half<1>(key + d); });
       } else add(d, [&](const E* key) { return widen(key + d); });
+    };
+    int64_t d = 0;
+    if constexpr (even_and_odd<E> && R == 4) {  // a cache line of each of two keys together, for which two are prefetched
+      constexpr int64_t line_dims = 64 / sizeof(E);
+      for (; d + line_dims <= keys.length; d += line_dims) {
+        next.ask_two();
+        FATUI_UNROLL for (int64_t i = 0; i < line_dims; i += step * lanes) add_step(d + i);
+      }
+    }
+    for (; d < keys.length; d += step * lanes) {
+      ask_for_step<E, R, step * together>(next, d / (step * lanes));
+      add_step(d);
     }
     float sum[sums];
     FATUI_UNROLL for (int i = 0; i < sums / lanes; i++) store(sum + i * lanes, fold(x[i]));
@@ -119,10 +129,10 @@ void add_lines(const float* s, const Lines<E>& values, int64_t d, float* output,
     FATUI_UNROLL for (int v = 0; v < Vectors; v++) c[r][v] = load(output + r * output_line + d + v * lanes);
   // A line that is used once is not kept: eight of them and as many sums are too many for 16 registers.
   constexpr bool used_once = R == 1 && registers == 16;
-  constexpr bool in_pairs = two_streams<E> && R == 4;
+  constexpr bool in_pairs = two_streams && R == 4;
   const int64_t stride = values.stride, count = values.count;
   const E* line = values.data + d;
-  for (int64_t j = 0; j < count; j++, line += stride) {
+  const auto add = [&](int64_t j) __attribute__((always_inline)) {
     Vector x[Vectors];
     const Vector p_used_once = broadcast(s[j]);
     FATUI_UNROLL for (int v = 0; v < Vectors; v++) {
@@ -133,12 +143,24 @@ void add_lines(const float* s, const Lines<E>& values, int64_t d, float* output,
       if constexpr (!in_pairs)
         if (v % (Vectors / std::min(Vectors, pieces<E>(Vectors))) == 0 && j % steps_of_line<E>(Vectors) == 0) next.ask<1>();
     }
-    if constexpr (in_pairs) ask_for_step<E, R, Vectors>(next, j);
     if constexpr (!used_once)
       FATUI_UNROLL for (int r = 0; r < R; r++) {
         const Vector p = broadcast(s[r * score_line + j]);
         FATUI_UNROLL for (int v = 0; v < Vectors; v++) c[r][v] += p * x[v];
       }
+    line += stride;
+  };
+  int64_t j = 0;
+  if constexpr (in_pairs && sizeof(E) == 2) {  // two cache lines together, for which two are prefetched
+    constexpr int64_t keys = 2 * steps_of_line<E>(Vectors);
+    for (; j + keys <= count; j += keys) {
+      next.ask_two();
+      FATUI_UNROLL for (int64_t i = 0; i < keys; i++) add(j + i);
+    }
+  }
+  for (; j < count; j++) {
+    if constexpr (in_pairs) ask_for_step<E, R, Vectors>(next, j);
+    add(j);
   }
   FATUI_UNROLL for (int r = 0; r < R; r++)
     FATUI_UNROLL for (int v = 0; v < Vectors; v++) store(output + r * output_line + d + v * lanes, c[r][v]);
