@@ -15,6 +15,7 @@ from attention.engine.turns import TURNS, Turns
 from fatui.alternation import Ended, in_turns
 from fatui.cli.main import main
 from fatui.storage.result_files import read
+from tests.support.patience import patient
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -84,9 +85,10 @@ def test_a_restarted_worker_takes_the_place_of_the_first(versions):
 def turns_of_one(tmp_path, monkeypatch):
     """Serve turns to one worker of this process; the list says when it connected."""
     happened: list[object] = []
-    monkeypatch.setenv(TURNS, str(tmp_path / "turns"))
+    monkeypatch.chdir(tmp_path)  # the path of a socket has 100 bytes or so
+    monkeypatch.setenv(TURNS, "turns")
     with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(tmp_path / "turns"))
+        listening.bind("turns")
         listening.listen()
 
         def serve():
@@ -100,7 +102,7 @@ def turns_of_one(tmp_path, monkeypatch):
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         yield happened
-        thread.join(60)
+        thread.join(patient(60))
         assert not thread.is_alive()
 
 
