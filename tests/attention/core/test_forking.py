@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from tests.support.patience import patient
+
 PROGRAM = """
 import os, signal, mlx.core as mx
 mx.set_default_device(mx.cpu)
@@ -29,7 +31,7 @@ repeating._fused.again = lambda *step: print("a step ran")  # as after a step on
 child = os.fork()
 if child == 0:
     for name, call in calls.items():
-        signal.alarm(20)
+        signal.alarm(ALARM_S)
         try:
             mx.eval(call())
         except ForkedError:
@@ -40,7 +42,9 @@ os.waitpid(child, 0)
 
 
 def test_a_forked_child_says_so_wherever_arrays_are_made(tmp_path):
-    program = f"PATH = {str(tmp_path / 'state')!r}\n{PROGRAM}"
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120)
+    alarm_s = int(patient(30))
+    program = f"PATH, ALARM_S = {str(tmp_path / 'state')!r}, {alarm_s}\n{PROGRAM}"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=6 * alarm_s)
     names = "quantized dequantized append update attend evaluated save load dense repeated"
     assert done.stdout.split() == names.split()

@@ -3,12 +3,13 @@ import sys
 import pytest
 
 from benchmarks.distributed.start import start_ranks
+from tests.support.patience import patient
 
 MODULE = "tests.support.rank_checks"
 
 
 def assert_ranks_agree_with_float64(ranks: int, *checks: str, timeout_s: float = 120) -> None:
-    results = start_ranks(ranks, [sys.executable, "-m", MODULE, *checks], timeout_s=timeout_s)
+    results = start_ranks(ranks, [sys.executable, "-m", MODULE, *checks], timeout_s=patient(timeout_s))
     assert all(result.returncode == 0 for result in results), "\n".join(result.output for result in results)
 
 

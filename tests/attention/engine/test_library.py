@@ -24,6 +24,7 @@ from attention.implementations import load_implementation, numbered
 from attention.implementations.baseline import Baseline
 from fatui.report import export
 from fatui.storage import result_files
+from tests.support.patience import patient
 
 ROOT = Path(__file__).parents[3]
 SMALL = {"seq": 16, "heads": 2, "head_dim": 16, "dtype": "float32"}
@@ -261,10 +262,10 @@ async def test_a_cancelled_task_ends_the_engine(monkeypatch):
     kill = library._LibraryRun.kill
     monkeypatch.setattr(library._LibraryRun, "kill", lambda self: (kills.append(self._process), kill(self)))
     task = asyncio.ensure_future(abench(SMALL, ["baseline"], seconds=60, on_event=lambda event: started.set()))
-    await asyncio.wait_for(started.wait(), 60)
+    await asyncio.wait_for(started.wait(), patient(60))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(task, 20)
+        await asyncio.wait_for(task, patient(20))
     assert kills and kills[0].poll() is not None
 
 

@@ -5,13 +5,14 @@ import pytest
 from attention import patch_mlx_lm
 from attention.core.errors import UsageError
 from benchmarks.distributed.start import start_ranks
+from tests.support.patience import patient
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
 
 
 def assert_models_agree(ranks: int, *checks: str, timeout_s: float = 120) -> None:
     command = [sys.executable, "-m", "tests.support.rank_models", *checks]
-    results = start_ranks(ranks, command, timeout_s=timeout_s)
+    results = start_ranks(ranks, command, timeout_s=patient(timeout_s))
     assert all(result.returncode == 0 for result in results), "\n".join(result.output for result in results)
 
 

@@ -17,6 +17,7 @@ import pytest
 from attention.core import events as on
 from attention.implementations.autotune import store
 from attention.implementations.autotune.store import Store
+from tests.support.patience import patient
 from tests.support.tuning_examples import A_CLASS, an_entry, class_number
 
 ROOT = Path(__file__).parents[4]
@@ -233,13 +234,15 @@ def test_processes_that_write_at_once_lose_nothing(path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from tests.support.tuning_examples import *\n"
         "from attention.implementations.autotune.store import Store\n"
+        "from attention.implementations.autotune import store\n"
+        "store.LOCK_WAIT_S = 3600  # the other may be stopped, or its disk busy\n"
         "kept = Store(Path(sys.argv[1]))\n"
         "for n in range(15): kept.put(an_entry(class_number(100 * int(sys.argv[2]) + n + 1)))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", program, str(path)]
     running = [subprocess.Popen([*command, str(n)], env=environment) for n in range(2)]
-    assert [process.wait(60) for process in running] == [0, 0]
+    assert [process.wait(patient(120)) for process in running] == [0, 0]
     assert len(Store(path).entries()) == 30
 
 

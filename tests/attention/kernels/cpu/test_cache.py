@@ -44,7 +44,7 @@ def test_availability_takes_milliseconds_and_imports_no_mlx():
         "answer = cpu.availability(); t = time.process_time() - t;"
         "print(answer[0], 'mlx.core' in sys.modules, 'nanobind' in sys.modules, t < 0.05)"
     )
-    assert python(code).communicate(timeout=60)[0].split() == ["True", "False", "False", "True"]
+    assert python(code).communicate(timeout=patient(120))[0].split() == ["True", "False", "False", "True"]
 
 
 def test_a_compiled_kernel_says_so(fresh):
@@ -130,7 +130,7 @@ def test_a_lock_that_is_held_stays_however_old_its_file_is(fresh, tmp_path, monk
 def test_two_processes_compiling_at_once_both_get_a_kernel(own_folder):
     code = "from attention.kernels import cpu; cpu.load(); print('ready')"
     both = [python(code, FATUI_CACHE_DIR=str(own_folder.parent)) for _ in range(2)]
-    assert [p.communicate(timeout=120)[0].strip() for p in both] == ["ready", "ready"]
+    assert [p.communicate(timeout=patient(300))[0].strip() for p in both] == ["ready", "ready"]
     assert len(list(own_folder.glob("*.so"))) == 1
     assert not list(own_folder.glob(".*-*"))
 
@@ -250,14 +250,15 @@ def test_no_room_is_found_out_before_anything_is_compiled(own_folder, monkeypatc
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20, 20))\n"
         "from attention.kernels import cpu\n"
+        "from attention.kernels.cpu import build\n"
+        "build.run = lambda command: print('failed: it is compiled:', *command)\n"
         "for _ in range(2):\n"
         "  try: cpu.load(print)\n"
         "  except cpu.KernelUnavailable as error: print(error)\n"
     )
-    start = time.perf_counter()
-    lines = python(code, FATUI_CACHE_DIR=str(own_folder.parent)).communicate(timeout=60)[0].splitlines()
+    process = python(code, FATUI_CACHE_DIR=str(own_folder.parent))
+    lines = process.communicate(timeout=patient(120))[0].splitlines()
     assert [line.partition("failed: ")[2] for line in lines[1:]] == ["[Errno 27] File too large"] * 3
-    assert time.perf_counter() - start < patient(10)
     assert not list(own_folder.glob("*.o"))
 
 

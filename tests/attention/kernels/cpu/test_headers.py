@@ -7,6 +7,7 @@ import pytest
 
 from attention.core.errors import KernelUnavailable
 from attention.kernels.cpu import build
+from tests.support.patience import patient
 
 PRIMITIVES = """#include "mlx/array.h"
 namespace mlx::core {
@@ -94,8 +95,12 @@ USED = "__m256 f(__m256 a) { return _mm256_cvtph_ps(_mm256_cvtps_ph(_mm256_fmadd
 
 def preprocessed(text: str) -> str:
     command = (*build._kernel_command(build.find()), "-march=haswell", "-x", "c++", f"-I{build.SOURCES}", "-")
-    subprocess.run([*command, "-fsyntax-only"], input=text, check=True, text=True, timeout=60, capture_output=True)
-    return subprocess.run([*command, "-E"], input=text, check=True, text=True, timeout=60, capture_output=True).stdout
+    subprocess.run(
+        [*command, "-fsyntax-only"], input=text, check=True, text=True, timeout=patient(60), capture_output=True
+    )
+    return subprocess.run(
+        [*command, "-E"], input=text, check=True, text=True, timeout=patient(60), capture_output=True
+    ).stdout
 
 
 def test_of_the_intrinsics_those_of_avx2_are_read():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from attention.kernels.cpu import build as cpu_build
+from tests.support.patience import patient
 
 TESTS = ["forward", "gradient", "lists", "quantized", "threads", "onnx", "variants"]
 
@@ -54,11 +55,13 @@ def test_the_library_passes_under_sanitizers(flags, library, options, tmp_path):
     build += "cache.ensure_folder(); tools = t.find();"
     build += "key = build.key(tools); path = build.compile_library(tools, key);"
     build += "cache.write_record(key, {'sha256': cache.digest(path)})"
-    subprocess.run([sys.executable, "-c", build], check=True, env={**environment, "LD_PRELOAD": ""}, timeout=600)
+    subprocess.run(
+        [sys.executable, "-c", build], check=True, env={**environment, "LD_PRELOAD": ""}, timeout=patient(600)
+    )
     command = [sys.executable, "-m", "pytest", "-x", "-s", "-p", "no:cacheprovider", "-W", "ignore"]
     command += ["-m", "slow or not slow"]
     command += [*(str(here / f"test_{name}.py") for name in TESTS), str(here.parent / "test_append.py")]
-    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=patient(1200))
     report = done.stdout + done.stderr
     for word in ("ERROR: AddressSanitizer", "runtime error:", "WARNING: ThreadSanitizer"):
         assert word not in report, report[-6000:]

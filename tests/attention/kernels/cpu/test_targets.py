@@ -19,6 +19,7 @@ import pytest
 from attention.kernels.cpu import build
 from attention.quantized_kv import QuantizedArray
 from tests.support import kernel_oracle, quantized_values
+from tests.support.patience import patient
 
 pytestmark = pytest.mark.slow
 
@@ -74,12 +75,12 @@ def compile_core(target: Target, folder: Path) -> Path:
     objects = [folder / f"{text.stem}.o" for text in texts]
 
     def compile_text(pair: tuple[Path, Path]) -> None:
-        subprocess.run([*command, "-w", "-c", str(pair[0]), "-o", str(pair[1])], check=True, timeout=600)
+        subprocess.run([*command, "-w", "-c", str(pair[0]), "-o", str(pair[1])], check=True, timeout=patient(600))
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
         list(threads.map(compile_text, zip(texts, objects, strict=True)))
     program = folder / "core"
-    subprocess.run([*command, *map(str, objects), "-o", str(program)], check=True, timeout=60)
+    subprocess.run([*command, *map(str, objects), "-o", str(program)], check=True, timeout=patient(60))
     return program
 
 
@@ -118,7 +119,7 @@ def run(core, folder, arrays, options, dtype_name, rows_first, formats=()):
     parts = [part for x in arrays for part in (x.arrays if isinstance(x, QuantizedArray) else [x])]
     case += b"".join(raw(x, rows_first) for x in parts) + (b"" if options.mask is None else options.mask.tobytes())
     (folder / "case").write_bytes(case)
-    subprocess.run([*core, str(folder / "case"), str(folder / "result")], check=True, timeout=300)
+    subprocess.run([*core, str(folder / "case"), str(folder / "result")], check=True, timeout=patient(300))
     return (folder / "result").read_bytes()
 
 
@@ -199,6 +200,6 @@ def test_clang_builds_the_library_and_its_self_check_passes(tmp_path):
     code = "from attention.kernels import cpu; cpu.load(); print(cpu.is_compiled())"
     environment = {**os.environ, "CXX": "clang++", "FATUI_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=600
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True, timeout=patient(600)
     )
     assert done.stdout.strip() == "True"

@@ -15,6 +15,7 @@ from attention.kernels import cpu
 from attention.kernels.cpu import library
 from attention.measure.device import cpu_quota
 from tests.support.marks import slow
+from tests.support.patience import patient
 
 TASKS = Path("/proc/self/task")
 """One entry per thread of this process, whatever created it."""
@@ -125,7 +126,7 @@ def test_calls_read_no_files(monkeypatch):
         return -next(counts) + next(counts)
 
     reads(2)
-    assert reads(50) < 25  # with the number of all CPUs each call read one
+    assert min(reads(50) for _ in range(5)) < 25  # with the number of all CPUs each call read one; other threads may
 
 
 AFTER_A_FORK = """
@@ -145,7 +146,7 @@ assert module.fma_peak() > 0
 @pytest.mark.thorough
 def test_the_pool_is_rebuilt_after_a_fork():
     environment = {**os.environ, "FATUI_THREADS": "3"}
-    done = subprocess.run([sys.executable, "-c", AFTER_A_FORK], check=False, env=environment, timeout=60)
+    done = subprocess.run([sys.executable, "-c", AFTER_A_FORK], check=False, env=environment, timeout=patient(120))
     assert done.returncode == 0
 
 
@@ -161,7 +162,7 @@ if {before}:
     attend()
 child = os.fork()
 if child == 0:
-    signal.alarm(20)
+    signal.alarm({alarm_s})
     try:
         attend()
     except ForkedError as error:
@@ -175,19 +176,23 @@ attend()
 CALLS = ["attention(q, q, q)", "attention(q, q, q, implementation='poc')", "cpu.flash_attention(q, q, q, scale=1.0)"]
 
 
+def printed_in_a_child(call, before):
+    """Return what is printed for a call in a forked child, after one in its parent or not; a child that hangs ends."""
+    alarm_s = int(patient(60))
+    command = [sys.executable, "-c", IN_A_CHILD.format(call=call, before=before, alarm_s=alarm_s)]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=3 * alarm_s).stdout
+
+
 @pytest.mark.parametrize("call", [CALLS[0], *map(slow, CALLS[1:])])
 def test_a_process_forked_after_the_first_use_says_so(call):
-    code = IN_A_CHILD.format(call=call, before=True)
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith("attention was computed before this process was forked, and MLX would hang here")
-    assert len(done.stdout.splitlines()) == 1
+    stdout = printed_in_a_child(call, before=True)
+    assert stdout.startswith("attention was computed before this process was forked, and MLX would hang here")
+    assert len(stdout.splitlines()) == 1
 
 
 @pytest.mark.thorough
 def test_a_process_forked_before_the_first_use_computes():
-    code = IN_A_CHILD.format(call=CALLS[1], before=False)
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "fine\n"
+    assert printed_in_a_child(CALLS[1], before=False) == "fine\n"
 
 
 FEWER = """
@@ -198,7 +203,8 @@ q = mx.random.normal((1, 8, 512, 64))
 expected = mx.fast.scaled_dot_product_attention(q, q, q, scale=0.1)
 mx.eval(expected)
 cpu.load()
-os.setgid(61235), os.setuid(61235)
+user = 10_000 + os.getpid() % 50_000  # nobody else's, whose processes would count
+os.setgid(user), os.setuid(user)
 threads = lambda: len(os.listdir("/proc/self/task"))
 limit = threads() + 2
 resource.setrlimit(resource.RLIMIT_NPROC, (limit, limit + 8))
@@ -218,7 +224,7 @@ assert threads() == limit + 3, threads()
 @pytest.mark.skipif(sys.platform != "linux" or os.getuid() != 0, reason="limits the threads of a user of its own")
 def test_threads_that_the_system_refuses_are_done_without():
     environment = {**os.environ, "FATUI_THREADS": "6"}
-    done = subprocess.run([sys.executable, "-c", FEWER], check=False, env=environment, timeout=60)
+    done = subprocess.run([sys.executable, "-c", FEWER], check=False, env=environment, timeout=patient(120))
     assert done.returncode == 0
 
 
@@ -231,7 +237,7 @@ def test_calls_from_many_threads_at_once_use_one_pool(monkeypatch):
 
     def in_each(make):
         def work(_):
-            all_there.wait(timeout=60)
+            all_there.wait(timeout=patient(60))
             with mx.stream(mx.cpu):
                 mx.eval([make() for _ in range(20)])
 
