@@ -489,7 +489,7 @@ def _gain(verdict: Verdict) -> str:
     how += ", which is inaccurate" if verdict.reference_off else ""
     if verdict.span:
         formats = f" of {verdict.kv_formats} K/V formats" if verdict.kv_formats > 1 else ""
-        within = f"{formatting.span(*verdict.span)} over {verdict.cases} cases{formats}"
+        within = f"{verdict.cases} cases{formats}: {formatting.span(*verdict.span)}"
     else:
         within = f"{statistics.CONFIDENCE:.0%}: {formatting.span(mean.low, mean.high)}".replace("%", " %")
     return f"{formatting.three(mean.value)}x {verdict.reference}{how} ({within})"

@@ -66,7 +66,11 @@ class Format(Struct, frozen=True):
 
     def width_problem(self, width: int) -> str | None:
         """Return which widths arrays of the format have, if this is none of them, or else None."""
-        return f"{self.text} takes multiples of its group size, {self.group_size}" if width % self.group_size else None
+        if width % self.group_size == 0:
+            return None
+        others = [size for size in AFFINE_GROUPS if self.mode == "affine" and width % size == 0]
+        more = f"; int{self.bits}:{others[-1]} takes {width}" if others else ""
+        return f"{self.text} takes multiples of its group size, {self.group_size}{more}"
 
     def row_bytes(self, width: int, scale_bytes: int) -> int:
         """Return the bytes of a row of `width` values.

@@ -378,10 +378,8 @@ def _json_samples(samples: Sequence[float]) -> list[float | None]:
 def longer_text(rounds: int, takes_s: float, seconds: float) -> str:
     """Return why a case takes longer than the seconds it was given: below 10 s in two figures, "0.13 s"."""
     takes = f"{takes_s:.0f}" if takes_s >= 10 else f"{takes_s:.2g}"
-    return (
-        f"{rounds} rounds of these take about {takes} s, longer than the {seconds:g} s of a case"
-        "; fewer would support no verdict"
-    )
+    what = "1 round of these takes" if rounds == 1 else f"{rounds} rounds of these take"
+    return f"{what} about {takes} s, longer than the {seconds:g} s of a case; fewer would support no verdict"
 
 
 def energy_problem(found: EnergyOfCalls, rounds_s: float, limit_w: float | None) -> str | None:

@@ -134,9 +134,9 @@ def test_the_confidence_follows_the_noisiest_cases():
 
 def test_a_range_over_cases_is_called_one():
     cases = list(report_of(plan_of(SWEEP)).cases)
-    assert " over 4 cases)" in headline(verdict_of(cases))
+    assert " on average (4 cases: " in headline(verdict_of(cases)), "no interval of the mean, which a table has"
     cases[0] = structs.replace(cases[0], workload=structs.replace(cases[0].workload, kv_format="int4"))
-    assert " over 4 cases of 2 K/V formats)" in headline(verdict_of(cases))
+    assert " on average (4 cases of 2 K/V formats: " in headline(verdict_of(cases))
 
 
 def test_accurate_says_that_it_is_over_the_dequantized_kv():

@@ -36,6 +36,10 @@ def test_keys_and_values_may_differ_in_format() -> None:
         ({"kv_format": 4}, "kv_format: got '4'; it takes int8, int6,"),
         ({"kv_format": "int4:48"}, "kv_format: group size: got '48' in 'int4:48'; it takes 32, 64, 128"),
         ({"kv_format": "int4", "head_dim": 80}, "head_dim: got 80; int4 takes multiples of its group size, 64"),
+        (
+            {"kv_format": "int4", "head_dim": 32},
+            "head_dim: got 32; int4 takes multiples of its group size, 64; int4:32 takes 32",
+        ),
         ({"kv_format": "int8:32+int4", "value_dim": 96}, "value_dim: got 96; int4 takes multiples of its group size"),
         ({"kv_format": "int4", "pass_": "training"}, "kv_format: got int4 in a training pass, which has"),
     ],

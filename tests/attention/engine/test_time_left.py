@@ -27,7 +27,8 @@ def test_a_case_takes_its_seconds_or_six_rounds() -> None:
 
 @pytest.mark.parametrize(("takes_s", "shown"), [(0.13, "0.13 s"), (3.0, "3 s"), (9.96, "10 s"), (123.4, "123 s")])
 def test_rounds_that_take_longer_are_never_said_to_take_none(takes_s: float, shown: str) -> None:
-    assert f"take about {shown}, longer than the 0.05 s" in longer_text(6, takes_s, 0.05)
+    assert f"6 rounds of these take about {shown}, longer than the 0.05 s" in longer_text(6, takes_s, 0.05)
+    assert longer_text(1, takes_s, 0.05).startswith(f"1 round of these takes about {shown}")
 
 
 def test_calls_of_larger_cases_are_scaled_by_flops() -> None:

@@ -504,7 +504,7 @@ def test_layers_without_keys_keep_their_caches() -> None:
 def test_mistakes_are_one_clear_line() -> None:
     model = tiny("qwen2")
     for line, mistake in {
-        "keys: got heads of width 32; int4 takes multiples of its group size, 64": lambda: logits(
+        "keys: got heads of width 32; int4 takes multiples of its group size, 64; int4:32 takes 32": lambda: logits(
             model, caches.make_prompt_cache(model), [3]
         ),
         "got 'int7'; it takes int8, ": lambda: caches.make_prompt_cache(model, kv_format="int7"),
