@@ -5,10 +5,11 @@
     python -m benchmarks.gate --count 60 --delays 0,0,0,0.05 --folder /tmp/gate       # in turns, three of four the same
     python -m benchmarks.gate --count 2000 --simulate /tmp/gate [--delays 0.05]       # of kept pairs: a simulation
 
-The planted row is the implementation `Delayed` below: the baseline's work, and then a wait for a share of the time that
-it took. With `--lanes` several comparisons run side by side, each on two cores of its own. Runs and results are kept in
-the folder, and a line is printed for each comparison; none begins after `--limit` seconds. The same command again makes
-those that are missing: results in the folder count, and what was interrupted begins anew.
+The planted row is the implementation `Delayed` of `benchmarks.planted`: the baseline's work, and then a wait for a
+share of the time that it took. With `--lanes` several comparisons run side by side, each on two cores of its own. Runs
+and results are kept in the folder, and a line is printed for each comparison, with the count so far, and a table at the
+end; none begins after `--limit` seconds. Stopped (SIGINT or SIGTERM), it ends what runs and prints the table too. The
+same command again makes those that are missing: results in the folder count, and what was interrupted begins anew.
 
 `--simulate` measures nothing. A comparison's pairs are drawn at random from those that were kept of the same code, and
 base and new changed at random; of each pair blocks of successive rounds are drawn, the same of both sides and of all
@@ -21,25 +22,24 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Final
+from statistics import median
+from typing import Final
 
-import mlx.core as mx
 import msgspec
 from msgspec import Struct, structs
 
 from attention.core.results import Report, Row
-from attention.core.workload import Workload
-from attention.implementations.baseline import Baseline
-from attention.implementations.calls import MlxRunner
-from attention.measure.rounds import Runner
 from benchmarks.pty_app import ROOT, environment_for
 from fatui.report.comparison import compare_pairs
 from fatui.report.gate import Gate, judge, parse_criteria
@@ -48,6 +48,9 @@ from fatui.storage.result_files import read
 GATE_FAILED: Final = 4
 CORES: Final = 2
 """Cores of a lane."""
+INTERRUPTED: Final = 130
+STOPPED: Final = threading.Event()
+RUNNING: Final = set[subprocess.Popen[str]]()
 PLANTED: Final = "planted.py"
 RESULT: Final = "result.json"
 BLOCK: Final = 4
@@ -75,41 +78,6 @@ class Result(Struct, frozen=True, kw_only=True):
         return f"{self.outcome}{rows}; {self.pairs} pairs{left}; {self.seconds:.0f} s, load {self.load:.1f}"
 
 
-class DelayedRunner(MlxRunner):
-    """Calls of the baseline; each sample is followed by a wait for a share of the time that it took."""
-
-    delay = 0.0
-    _began: float | None = None
-
-    def queue(self) -> list[mx.array]:
-        """Queue one call."""
-        if self._began is None:
-            self._began = time.perf_counter()
-        return super().queue()
-
-    def wait(self, outputs: Sequence[object]) -> None:
-        """Evaluate the outputs, then wait."""
-        super().wait(outputs)
-        now = time.perf_counter()
-        began, self._began = self._began or now, None
-        end = now + self.delay * (now - began)
-        while time.perf_counter() < end:
-            pass
-
-
-class Delayed(Baseline):
-    """The baseline with a planted slowdown."""
-
-    name = "delayed"
-    delay = 0.0
-
-    def runner(self, workload: Workload, inputs: Sequence[Any], scale: float) -> Runner:
-        """Bind the call."""
-        made = DelayedRunner(self, workload, inputs, scale)
-        made.delay = self.delay
-        return made
-
-
 def main() -> int:
     """Make the comparisons, and print how many passed."""
     options = _options()
@@ -121,16 +89,19 @@ def main() -> int:
     for lane in range(options.lanes):
         lanes.put(cores[CORES * lane : CORES * (lane + 1)])
 
-    def compare(number: int) -> tuple[str, str] | None:
-        """Return a comparison's kind and outcome, those of an earlier command too; None if its time is over."""
+    STOPPED.clear()
+    found: dict[str, list[Result]] = {}
+
+    def compare(number: int) -> None:
+        """Make a comparison, unless one of an earlier command is there or the time is over, and count it."""
         delay = options.delays[number % len(options.delays)]
         kind = f"{options.preset}-{options.seconds or 'own'}-s-{delay:g}"
         folder = options.folder / kind / f"{number:03}"
         file = folder / RESULT
         if file.exists():
             result = msgspec.json.decode(file.read_bytes(), type=Result)
-        elif time.monotonic() - began > options.limit:
-            return None
+        elif STOPPED.is_set() or time.monotonic() - began > options.limit:
+            return
         else:
             shutil.rmtree(folder, ignore_errors=True)  # of an interrupted comparison
             own = lanes.get()
@@ -138,16 +109,61 @@ def main() -> int:
             result = _comparison(options, folder, own, delay)
             lanes.put(own)
             result = structs.replace(result, seconds=time.monotonic() - started, load=os.getloadavg()[0])
+            if STOPPED.is_set():
+                return
             file.write_bytes(msgspec.json.encode(result))
-            print(f"{kind} {number + 1}: {result.text}", flush=True)
-        return kind, result.outcome
+            own_kind = [*found.get(kind, ()), result]
+            so_far = f"so far {sum(as_asked(kind, each) for each in own_kind)} of {len(own_kind)} as asked"
+            print(f"{kind} {number + 1} of {options.count}: {result.text}; {so_far}", flush=True)
+        found.setdefault(kind, []).append(result)
 
-    with ThreadPoolExecutor(options.lanes) as pool:
-        compared = [each for each in pool.map(compare, range(options.count)) if each]
-    for kind in sorted({kind for kind, _ in compared}):
-        found = Counter(outcome for own, outcome in compared if own == kind)
-        print(f"{kind}: of {found.total()} comparisons {', '.join(f'{n} {name}' for name, n in found.most_common())}")
-    return 0
+    with _stoppable(), ThreadPoolExecutor(options.lanes) as pool:
+        list(pool.map(compare, range(options.count)))
+    print("\n".join(["", *table_lines(found)]))
+    return INTERRUPTED if STOPPED.is_set() else 0
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """End the comparisons that run, and begin no other, on SIGINT and SIGTERM."""
+
+    def stop(number: int, frame: object) -> None:
+        STOPPED.set()
+        for process in list(RUNNING):
+            process.send_signal(signal.SIGINT)  # it ends its commands
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def as_asked(kind: str, result: Result) -> bool:
+    """Return whether a comparison ended as it should: the same code passes, and a planted slowdown is the one found."""
+    if kind.endswith("-s-0"):
+        return result.outcome == "passes"
+    return result.outcome == "fails" and any(PLANTED in name for name in result.slower)
+
+
+def table_lines(found: Mapping[str, Sequence[Result]]) -> list[str]:
+    """Return a table of the comparisons of each kind: what was compared, seconds a side, planted slowdown."""
+    lines = [
+        "| comparison | as asked | of | SLOWER otherwise | with undecided rows | pairs | seconds | load |",
+        "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |",
+    ]
+    for kind, results in sorted(found.items()):
+        good = sum(as_asked(kind, each) for each in results)
+        false = sum(any(kind.endswith("-s-0") or PLANTED not in name for name in each.slower) for each in results)
+        pairs = [each.pairs for each in results]
+        undecided = sum(bool(each.undecided) for each in results)
+        seconds, load = median(each.seconds for each in results), median(each.load for each in results)
+        lines.append(
+            f"| {kind} | {good} | {len(results)} | {false} | {undecided} | "
+            f"{min(pairs)} to {max(pairs)}, median {median(pairs):g} | {seconds:.0f} | {load:.1f} |"
+        )
+    return lines
 
 
 def _options() -> argparse.Namespace:
@@ -258,7 +274,7 @@ def _comparison(options: argparse.Namespace, folder: Path, cores: Sequence[int],
     implementations = options.impl
     for side, own in (("base", 0.0), ("new", delay)):
         (folder / side).mkdir(parents=True, exist_ok=True)
-        text = f"from benchmarks.gate import Delayed\n\n\nclass Planted(Delayed):\n    delay = {own}\n"
+        text = f"from benchmarks.planted import Delayed\n\n\nclass Planted(Delayed):\n    delay = {own}\n"
         (folder / side / PLANTED).write_text(text)
     if delay:
         implementations += f",{PLANTED}:Planted"
@@ -266,15 +282,25 @@ def _comparison(options: argparse.Namespace, folder: Path, cores: Sequence[int],
     command = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
     command += [sys.executable, "-m", "fatui", "gate", str(folder / "base"), str(folder / "new"), "--bench", bench]
     command += ["--fail-on", options.fail_on, "--pairs", str(options.pairs), "--keep", str(folder), "--markdown", "-"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment_for(ROOT))
-    if done.returncode not in (0, GATE_FAILED):
-        return Result(outcome=f"ended with {done.returncode}: {done.stderr[-300:]}")
-    rows = [(match["name"].strip(), match["outcome"]) for match in ROW.finditer(done.stdout)]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment_for(ROOT),
+        start_new_session=True,  # a key in the terminal stops it through this process alone
+    ) as process:
+        RUNNING.add(process)
+        printed, errors = process.communicate()
+        RUNNING.discard(process)
+    if process.returncode not in (0, GATE_FAILED):
+        return Result(outcome=f"ended with {process.returncode}: {errors[-300:]}")
+    rows = [(match["name"].strip(), match["outcome"]) for match in ROW.finditer(printed)]
     return Result(
-        outcome="fails" if done.returncode else "passes",
+        outcome="fails" if process.returncode else "passes",
         slower=tuple(name for name, own in rows if own == "SLOWER"),
         undecided=tuple(name for name, own in rows if own == "UNDECIDED"),
-        pairs=done.stderr.count("fatui: pair "),
+        pairs=errors.count("fatui: pair "),
     )
 
 

@@ -89,4 +89,35 @@ def test_results_in_the_folder_are_not_measured_again(tmp_path, monkeypatch, cap
     benchmark.main()
     assert measured == ["000", "002"]
     assert not interrupted.exists()
-    assert "of 3 comparisons 2 passes, 1 fails" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "quick-own-s-0 3 of 3: passes; 5 pairs; " in printed
+    assert "so far 2 of 3 as asked" in printed
+    assert "| quick-own-s-0 | 2 | 3 | 1 | 0 | 0 to 5, median 5 |" in printed
+
+
+@pytest.mark.parametrize(
+    ("kind", "outcome", "slower", "asked"),
+    [
+        ("quick-1.0-s-0", "passes", (), True),
+        ("quick-1.0-s-0", "fails", ("poc",), False),
+        ("quick-1.0-s-0.05", "fails", ("planted.py:Planted",), True),
+        ("quick-1.0-s-0.05", "fails", ("poc",), False),
+        ("quick-1.0-s-0.05", "passes", (), False),
+        ("quick-1.0-s-0.05", "ended with 1: no run", (), False),
+    ],
+)
+def test_only_the_planted_row_counts_as_found(kind, outcome, slower, asked):
+    assert benchmark.as_asked(kind, benchmark.Result(outcome=outcome, slower=slower)) is asked
+
+
+def test_a_comparison_that_was_stopped_is_not_kept(tmp_path, monkeypatch, capsys):
+    def comparison(options, folder, cores, delay):
+        folder.mkdir(parents=True)
+        benchmark.STOPPED.set()
+        return benchmark.Result(outcome="ended with -15: ")
+
+    monkeypatch.setattr(benchmark, "_comparison", comparison)
+    monkeypatch.setattr(sys, "argv", ["gate", "--count", "3", "--folder", str(tmp_path)])
+    assert benchmark.main() == benchmark.INTERRUPTED
+    assert not list(tmp_path.rglob(benchmark.RESULT))
+    assert "| comparison | as asked |" in capsys.readouterr().out
