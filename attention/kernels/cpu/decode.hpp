@@ -20,6 +20,8 @@ int64_t decode_keys(const Problem& p) {
 }
 static_assert(score_line <= max_quantized_rows);
 
+constexpr int64_t most_cached = 8 << 20;  // bytes of K and V of a call that come from the L3 if they were read before
+
 // Calls f(row, R) for groups of 4, 2 and 1 rows.
 template <class F>
 FATUI_INLINE void in_groups(int64_t rows, const F& f) {
@@ -110,6 +112,7 @@ struct FewRows {
   float* pairs = scores + few_rows * score_line;           // P in rows of bfloat16
   float* transposed = scores + query_tile * score_line;    // transposed scores for the masks: [key][row]
   int64_t rows = item.rows(), dv = round_up(p.value_dim, lanes);
+  bool cached = registers == 16 && p.batch * p.kv_heads * p.keys * (p.head_dim + p.value_dim) * int64_t(sizeof(T)) <= most_cached;
   int64_t key_length = round_up(p.head_dim, lanes) / (in_pairs ? 2 : 1), value_length = dv / (in_pairs ? 2 : 1);
 
   void attend(KeyRuns runs) {
@@ -305,6 +308,8 @@ struct FewRows {
   void add(int64_t row, const Lines<Element>& v, int64_t column, Ahead& next) const {
     float* out = output + row * dv;
     if constexpr (in_pairs) add_pairs<R, Vectors>(pairs + row * (score_line / 2), v, column, out, dv, next);
+    else if (R == 1 && registers == 16 && cached)
+      add_lines<R, Vectors, R == 1 && registers == 16>(scores + row * score_line, v, column, out, dv, next);
     else add_lines<R, Vectors>(scores + row * score_line, v, column, out, dv, next);
   }
 
