@@ -1,7 +1,7 @@
 """Benchmark attention shapes: measure every implementation on each case and emit events."""
 
 from statistics import median
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from attention import implementations
 from attention.core import events as on
@@ -14,7 +14,7 @@ from attention.engine.case_runner import CaseRunner, shortage_text
 from attention.engine.peaks import measure_peaks
 from attention.engine.progress import MAX_COUNTERPART_SHARE, costliest_cases
 from attention.measure.device import Device, environment, probe
-from attention.measure.rounds import Arm, shared_calls
+from attention.measure.rounds import Arm, Runner, shared_calls
 
 if TYPE_CHECKING:
     from attention.engine.prepare import CaseSetting
@@ -99,6 +99,7 @@ class Bench(CaseRunner[Plan]):
         beside = self._counterpart_arms(arms, setting)
         self._set_calls([*arms, *beside], setting)
         stopped_by = self._run_rounds(arms, self._plan.seconds, beside)
+        self._check_again(setting)
         self._measure_energy(device)
         return stopped_by
 
@@ -215,6 +216,19 @@ class Bench(CaseRunner[Plan]):
         except BaseException as error:  # sys.exit() in a call is a failure of its row
             self._fail(name, error)
             return None
+
+    def _check_again(self, setting: "CaseSetting") -> None:
+        """Compare a later call of each sampled implementation whose first one was accurate."""
+        from attention.engine.prepare import check_again
+
+        for arm in [each for each in self._sampled if each.name not in setting.inaccurate]:
+            try:
+                runner = cast("Runner", arm.runner)  # as `prepare` bound it
+                check_again(arm.name, implementations.load_implementation(arm.name), runner, setting)
+            except BaseException as error:  # as in `_prepare`
+                self._sampled.remove(arm)
+                self._fail(arm.name, error)
+        self._progress.mark_idle()
 
     def _emit_arm_results(self, arm: Arm) -> None:
         """Record samples of single calls as latencies: the only ones for slow calls, the more reliable for others."""

@@ -181,7 +181,8 @@ class StreamingKV:
         """
         self._flush()
         self._groups(k, v, lengths)
-        self._pending = (k, v, lengths, rotated)
+        # what the caller changes in place from here on is not stored
+        self._pending = (mx.array(k), mx.array(v), None if lengths is None else [*lengths], rotated)
         return self, self
 
     def attend(

@@ -132,7 +132,8 @@ FAILING = {
 @pytest.fixture(scope="module")
 def one_run() -> Engine:
     """One run of one worker with all that costs at most its own row."""
-    return run(plan(*FAILING, "Wrong", "NotANumber", "Prints", "KeepsScratch", "Planted", seconds=0.5))
+    others = ("Wrong", "NotANumber", "KeepsItsResult", "WrongLater", "Prints", "KeepsScratch", "Planted")
+    return run(plan(*FAILING, *others, seconds=0.5))
 
 
 @pytest.mark.parametrize(("planted", "reason"), FAILING.items())
@@ -224,6 +225,14 @@ def test_a_wrong_result_is_marked_whatever_its_speed(one_run: Engine, planted: s
     case = one_run.record.case(0)
     assert row(case, planted).status == "inaccurate"
     assert row(case, planted).samples
+
+
+@pytest.mark.parametrize("planted", ["KeepsItsResult", "WrongLater"])
+def test_a_result_that_is_wrong_only_in_a_later_call_is_marked_too(one_run: Engine, planted: str) -> None:
+    found = row(one_run.record.case(0), planted)
+    assert found.status == "inaccurate"
+    assert found.reason is not None
+    assert found.reason.startswith("not in the first call, but in one after the rounds: output: ")
 
 
 def test_what_does_not_fit_or_is_not_taken_never_starts() -> None:

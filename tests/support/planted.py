@@ -134,6 +134,24 @@ class BreaksTheGpu(Planted):
         mx.synchronize()
 
 
+class KeepsItsResult(Planted):
+    """Computes the first call, and returns its result from every later call of the same shapes."""
+
+    kept: mx.array | None = None
+
+    def __call__(self, q: mx.array, k: mx.array, v: mx.array, **named: Any) -> mx.array:
+        if self.kept is None:
+            self.kept = super().__call__(q, k, v, **named)
+        return self.kept
+
+
+class WrongLater(Planted):
+    """Returns a result that is slightly off, from the fifth call on."""
+
+    def change(self, output: mx.array) -> mx.array:
+        return output + 0.05 if self.calls > 4 else output
+
+
 class Wrong(Planted):
     """Returns a result that is slightly off."""
 

@@ -454,3 +454,16 @@ def test_500_random_points_of_a_long_stream(rope):
         got = state.attend(*(x[at % 997] for x in arrays))
         assert close(got[0, :, 0], oracle.attend(q[:, at % 997].astype(float)))
         at += 1
+
+
+def test_what_is_changed_in_place_after_an_update_is_stored_as_it_was() -> None:
+    q, k, v = (mx.random.normal((2, 2, 3, 16), key=mx.random.key(n)) for n in range(3))
+    wanted = StreamingKV(1, 4).attend(q, k, v, lengths=[2, 3], implementation="practical")
+    state, lengths = StreamingKV(1, 4), [2, 3]
+    new, values = (x * mx.ones(1) for x in (k, v))
+    held = state.update(new, values, lengths=lengths)
+    new[...] = 0
+    values *= 2
+    lengths[0] = 1
+    found = attention(q, *held, implementation="practical")
+    np.testing.assert_allclose(np.array(found), np.array(wanted), atol=1e-6)
