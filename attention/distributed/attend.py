@@ -233,7 +233,12 @@ def _attend_call(
         return mx.zeros(shape, q.dtype), mx.full(shape[:3], -mx.inf) if problem.return_lse else None
     keys = slice(*call.keys)
     mask = _mask_of(call, problem, heads, int(q.shape[1]))
-    return _call(rows, k[:, :, keys], v[:, :, keys], mask, problem, problem.return_lse)
+    out, lse = _call(rows, k[:, :, keys], v[:, :, keys], mask, problem, problem.return_lse)
+    if lse is not None and mask.alibi is not None:
+        # the call has its last row at its last key; a row's biases differ by a constant, which the output does not show
+        later = call.key_chunks[-1][1] - (call.row_chunks[-1][1] + problem.keys.seq - problem.rows.seq)
+        lse = lse + later * mask.alibi[:, None] if later else lse
+    return out, lse
 
 
 def _mask_of(call: Call, problem: Problem, heads: Chunk, count: int) -> Mask:

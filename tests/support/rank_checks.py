@@ -183,6 +183,7 @@ def few(group) -> None:
     decode(group, "contiguous", 2, 301, mask=masks.causal() & masks.documents([150, 151]))
     decode(group, "zigzag", 3, 301, mask=masks.window(40) | masks.prefix(5))
     decode(group, "zigzag", 5, 61, mask=mx.arange(61) % 3 > 0, window=40)
+    biased(group)
     gradient_of_one_input(group)
     one_result(group)
     independent_calls(group)
@@ -191,6 +192,21 @@ def few(group) -> None:
     refusals(group)
     refuse_vmap(group)
     by_plan(group)
+
+
+def biased(group) -> None:
+    """Biases depend on positions of the whole sequence; outputs would not show that of a row's, logsumexps do."""
+    rank, bias = group.rank(), masks.alibi([0.5, -0.2, 0.1, 0.02])
+    q, k, v, _ = arrays(101, 101, mx.float32)
+    for kind in ("zigzag", "contiguous"):
+        for mask in ("causal", masks.documents([30, 71]), masks.window(9) | masks.prefix(60)):
+            parts = distributed.shard(q, k, v, group, kind)
+            more = {"mask": mask, "score_mod": bias, "return_lse": True, "implementation": "practical"}
+            found = attention(*parts[:3], group=group, layout=parts.layout, **more)
+            wanted = attention(q, k, v, **more)
+            for got, one, what in zip(found, wanted, ("output", "logsumexp"), strict=True):
+                own = mx.array(rows(np.array(one), parts.layout, rank))
+                compare_with_one(got, own, "practical", f"rank {rank}, ALiBi, {kind}, {mask}: {what}")
 
 
 def gradient_of_one_input(group) -> None:
