@@ -228,7 +228,7 @@ def test_a_wrong_result_is_marked_whatever_its_speed(one_run: Engine, planted: s
 
 
 @pytest.mark.parametrize("planted", ["KeepsItsResult", "WrongLater"])
-def test_a_result_that_is_wrong_only_in_a_later_call_is_marked_too(one_run: Engine, planted: str) -> None:
+def test_a_result_that_is_wrong_only_later_is_marked_too(one_run: Engine, planted: str) -> None:
     found = row(one_run.record.case(0), planted)
     assert found.status == "inaccurate"
     assert found.reason is not None

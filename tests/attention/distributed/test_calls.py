@@ -22,7 +22,7 @@ HEADS, RANKS = 4, 3
 @pytest.mark.parametrize(
     "mask", [masks.documents([10, 27]), masks.window(9) | masks.prefix(30), masks.causal() & masks.documents([10, 27])]
 )
-def test_logsumexps_of_biased_calls_are_those_of_the_whole_sequence(mask: Pattern, kind: str) -> None:
+def test_biased_calls_have_the_logsumexps_of_the_sequence(mask: Pattern, kind: str) -> None:
     q, k, v = (mx.random.normal((1, heads, 37, 8), key=mx.random.key(n)) for n, heads in enumerate((HEADS, 2, 2)))
     bias = masks.alibi([0.5, -0.2, 0.1, 0.02])
     wanted = attention(q, k, v, mask=mask, score_mod=bias, return_lse=True)

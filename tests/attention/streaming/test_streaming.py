@@ -456,7 +456,7 @@ def test_500_random_points_of_a_long_stream(rope):
         at += 1
 
 
-def test_what_is_changed_in_place_after_an_update_is_stored_as_it_was() -> None:
+def test_what_changes_after_an_update_is_stored_as_it_was() -> None:
     q, k, v = (mx.random.normal((2, 2, 3, 16), key=mx.random.key(n)) for n in range(3))
     wanted = StreamingKV(1, 4).attend(q, k, v, lengths=[2, 3], implementation="practical")
     state, lengths = StreamingKV(1, 4), [2, 3]
