@@ -10,6 +10,7 @@ from unittest.mock import patch
 from textual._compositor import Compositor
 from textual.css.model import RuleSet
 from textual.css.stylesheet import Stylesheet
+from textual.pilot import Pilot
 
 from attention.core import events as on
 from attention.core.results import Environment, Peaks
@@ -232,6 +233,14 @@ def _has_update(app):
     return bool(stack) and stack[-1].is_running and stack[-1]._update_timer._active.is_set()
 
 
+_wait_for_screen = Pilot._wait_for_screen
+
+
+async def _wait_patiently(pilot, timeout=30.0):
+    """Wait for the messages of all widgets, on a busy machine for longer than Textual's 30 s."""
+    return await _wait_for_screen(pilot, patient(timeout))
+
+
 @contextmanager
 def impatient(app):
     """Continue as soon as no task can go on; Textual waits 20 ms and more, until the process uses little of a core."""
@@ -248,7 +257,11 @@ def impatient(app):
             await asyncio.sleep(IDLE_S)
             idle = not (loop._ready or _has_update(app))
 
-    with patch("textual.pilot.wait_for_idle", until_idle), patch("textual.app.wait_for_idle", until_idle):
+    with (
+        patch("textual.pilot.wait_for_idle", until_idle),
+        patch("textual.app.wait_for_idle", until_idle),
+        patch.object(Pilot, "_wait_for_screen", _wait_patiently),
+    ):
         yield
 
 
