@@ -65,6 +65,8 @@ class RunSummary(Struct, frozen=True, kw_only=True):
     cases: int
     implementations: tuple[str, ...]
     finding: str
+    shape: str = ""
+    """Its case, of several their number and the first; empty of runs that were kept before this was."""
 
 
 def summary_of(report: Report) -> RunSummary:
@@ -81,7 +83,14 @@ def summary_of(report: Report) -> RunSummary:
         cases=len(report.all_cases),
         implementations=tuple(names),
         finding=finding(report),
+        shape=_shape(report),
     )
+
+
+def _shape(report: Report) -> str:
+    cases = report.all_cases
+    count = f"{len(cases)} cases, " if len(cases) > 1 else ""
+    return f"{count}{cases[0].workload.label}" if cases else ""
 
 
 class RunHistory:

@@ -35,7 +35,7 @@ FINDING = 72
 RUN_COLUMNS = (
     TableColumn(name="mark", title="", right=False),
     TableColumn(name="started", title="started", right=False),
-    TableColumn(name="preset", title="preset", right=False, rank=1, widest=20),
+    TableColumn(name="preset", title="preset or case", right=False, rank=1, widest=32),
     TableColumn(name="finding", title="finding", right=False, rank=2, widest=FINDING, narrowest=24),
     TableColumn(name="cases", title="cases", rank=3),
     TableColumn(name="seconds", title="took", rank=4),
@@ -228,7 +228,7 @@ def _run_line(run: RunSummary, marked: bool) -> TableLine:
     cells = {
         "mark": "●" if marked else " ",
         "started": formatting.started_text(run.started),
-        "preset": run.preset or UNNAMED,
+        "preset": run.preset or run.shape or UNNAMED,
         "finding": ("interrupted; " if run.interrupted else "") + run.finding,
         "cases": str(run.cases),
         "seconds": formatting.duration(run.seconds),
@@ -237,7 +237,7 @@ def _run_line(run: RunSummary, marked: bool) -> TableLine:
     }
     figures: dict[str, float | str | None] = {
         "started": run.started,
-        "preset": run.preset or UNNAMED,
+        "preset": run.preset or run.shape or UNNAMED,
         "finding": run.finding,
         "cases": run.cases,
         "seconds": run.seconds,

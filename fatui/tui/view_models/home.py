@@ -23,7 +23,7 @@ MAX_OTHERS: Final = 12
 """Maximum runs that are listed below the latest."""
 MAX_LOSSES: Final = 3
 TREND_COLUMNS: Final = 24
-NAME: Final = 14
+NAME: Final = 20
 """Columns of the names of runs in their list."""
 FIRST: Final = """No run on {where} yet.
 
@@ -132,5 +132,7 @@ def home_text(past: Past | None, keys: dict[str, str], where: str = "this machin
 
 def _line(run: "RunSummary", width: int) -> str:
     """Format a run in a line: when, its name, and its finding."""
-    text = f"{formatting.started_text(run.started)}  {(run.preset or UNNAMED)[:NAME]:<{NAME}}  {run.finding}"
+    text = (
+        f"{formatting.started_text(run.started)}  {(run.preset or run.shape or UNNAMED)[:NAME]:<{NAME}}  {run.finding}"
+    )
     return text if len(text) <= width else f"{text[: width - 1]}…"

@@ -44,6 +44,14 @@ def test_the_last_run_has_earlier_ones_of_its_cases():
     assert len(listed) == 3 and all("Use poc" in line and len(line) <= 60 for line in listed)
 
 
+def test_runs_without_a_preset_are_told_apart_by_their_cases():
+    one, sweep = plan_of((Workload(seq=128),)), plan_of((Workload(seq=256), Workload(seq=512)))
+    past = find_past(DEVICE, kept(sweep, one, one, preset=None))
+    assert [run.shape for run in past.others] == [Workload(seq=128).label, f"2 cases, {Workload(seq=256).label}"]
+    listed = home_text(past, KEYS, width=90).partition("Before that; h lists all\n")[2].splitlines()
+    assert "  B=1 L=128 D=64 H=8" in listed[0] and "  2 cases, B=1 L=256" in listed[1]
+
+
 def test_runs_with_another_reference_are_no_part_of_a_trend():
     plan = plan_of((Workload(seq=128),))
     alone = structs.replace(plan, implementations=("poc", "mlx"))
