@@ -1,12 +1,13 @@
 """Rows that the predictions of other chips are calibrated with and checked against.
 
     python -m benchmarks.chips measure cuda FOLDER --limit 240     # on a GPU: the grids of that backend, a file each
-    python -m benchmarks.chips measure cpu FOLDER --passes 2
+    python -m benchmarks.chips measure cpu FOLDER --passes 5 --limit 600   # files cpu-GRID-PASS.json
     python -m benchmarks.chips calibrate                           # writes attention/chips/calibration.json
     python -m benchmarks.chips check [--markdown docs/chips.md]    # predicted against measured
 
-Each file is a run, as `fatui bench --json` writes it. Samples are few: the model needs many shapes rather than
-narrow intervals. A grid that would begin after the limit is left out, and said so.
+Each file is a run, as `fatui bench --json` writes it. Samples are few: the model needs many shapes rather than narrow
+intervals. A grid that would begin after the limit is left out, and said so; of further passes also one that would end
+after it, by the time that it took before. The kept files' names begin with `cpu` and a GPU's with its own.
 
 `check` calibrates on the H200's rows in docs/results/chips and tests/data alone, and predicts the H100's rows; then it
 calibrates on half of the CPU's shapes, and predicts the other half.
@@ -21,7 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
-from statistics import geometric_mean, median
+from statistics import median
 from typing import Any, Final
 
 import msgspec
@@ -129,23 +130,25 @@ def measure(backend: str, folder: Path, limit_s: float, only: str | None, passes
     """Measure the grids of a backend into a folder; return the number of those that were left out.
 
     Several passes go through all grids one after the other, so that a row's times are of different processes and
-    minutes; how far they differ says what no prediction can be better than.
+    minutes; how far they differ says what no prediction can be better than. A file that is there is not measured again.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    started, left_out = time.monotonic(), 0
+    started, left_out, lasted = time.monotonic(), 0, dict[str, float]()
     for number, (name, cases, implementations, seconds) in itertools.product(range(1, passes + 1), GRIDS[backend]()):
         if only not in (None, name):
             continue
-        own = f"{name}-{number}" if passes > 1 else name
+        own = f"{backend}-{name}-{number}" if backend == "cpu" else f"{name}-{number}" if passes > 1 else name
+        if backend == "cpu" and (folder / f"{own}.json").exists():
+            continue
         spent = time.monotonic() - started
-        if spent > limit_s:
+        if spent + lasted.get(name, 0.0) > limit_s:
             print(f"{own}: left out, {spent:.0f} s are over", flush=True)
-            left_out += 1
+            left_out += number == 1
             continue
         result = bench(cases, implementations, seconds=seconds)
         result.save(folder / f"{own}.json")
         ok = sum(row.status == "ok" for _, row in result)
-        took = time.monotonic() - started - spent
+        took = lasted[name] = time.monotonic() - started - spent
         print(f"{own}: {len(cases)} cases, {ok} of {len(result)} rows, {took:.0f} s", flush=True)
     return left_out
 
@@ -154,8 +157,11 @@ ROOT: Final = Path(__file__).parents[1]
 CALIBRATION: Final = ROOT / "attention/chips/calibration.json"
 CALIBRATED_ON: Final = ROOT / "docs/results/chips"
 CHECKED: Final = ROOT / "tests/data"
-CPU_CHIP: Final = chips()["xeon-8580"].scaled(cores=4 / 60)
-"""What the kept rows of a CPU were measured on: four cores of a virtual machine on such a processor."""
+CPU_CHIPS: Final = {
+    "Intel(R) Xeon(R) Processor": chips()["xeon-8580"].scaled(cores=4 / 60),
+    "AMD EPYC": chips()["epyc-7763"].scaled(cores=2 / 64),
+}
+"""What rows of a CPU are measured on, by the name that the virtual machine has for it: four and two cores of one."""
 UNCHANGED: Final = ("baseline", "mlx", "torch")
 """Implementations whose rows on an H200 in tests/data are of today's code; poc and practical have changed since."""
 TARGET: Final = 0.08
@@ -167,20 +173,23 @@ WORST: Final = 8
 
 def read_passes(folder: Path, pattern: str, chip: Chip | None = None) -> list[list[Measured]]:
     """Return the measured rows of runs kept in a folder, those of one call together."""
-    found: dict[tuple[Workload, str, str], list[Measured]] = {}
+    found: dict[tuple[str, Workload, str, str], list[Measured]] = {}
     for path in sorted(folder.glob(pattern)):
         report = msgspec.json.decode(path.read_bytes(), type=Report)
-        own = chip or chip_of_device(report.environment.device)
+        own = chip or chip_of_device(report.environment.device) or CPU_CHIPS.get(report.environment.device or "")
         assert own is not None, f"{path}: {report.environment.device} is not in the table of chips"
         for row in rows_of(report, own, path.name):
-            found.setdefault((row.workload, row.implementation, row.path), []).append(row)
+            found.setdefault((own.key, row.workload, row.implementation, row.path), []).append(row)
     return list(found.values())
 
 
 def read_rows(folder: Path, pattern: str, chip: Chip | None = None) -> list[Measured]:
-    """Return the measured rows of runs kept in a folder; of a call that was measured several times the mean."""
+    """Return the measured rows of runs kept in a folder; of a call that was measured several times the median.
+
+    A shared machine is in a slower state for some passes; of two passes it is the geometric mean.
+    """
     return [
-        replace(rows[0], seconds=geometric_mean(row.seconds for row in rows))
+        replace(rows[0], seconds=math.exp(median(math.log(row.seconds) for row in rows)))
         for rows in read_passes(folder, pattern, chip)
     ]
 
@@ -194,7 +203,7 @@ def repeatability(passes: Sequence[Sequence[Measured]]) -> float | None:
 def calibration_rows() -> list[Measured]:
     """Return the rows that the shipped calibration is made of."""
     kept = [row for row in read_rows(CHECKED, "h200-*.json") if row.implementation in UNCHANGED]
-    return [*read_rows(CALIBRATED_ON, "h200-*.json"), *kept, *read_rows(CALIBRATED_ON, "cpu-*.json", CPU_CHIP)]
+    return [*read_rows(CALIBRATED_ON, "h200-*.json"), *kept, *read_rows(CALIBRATED_ON, "cpu-*.json")]
 
 
 def write_calibration() -> None:
@@ -261,7 +270,7 @@ def check_half_of_cpu(seed: int = 0, intervals: bool = True) -> list[Checked]:
 
     They are divided at random, those of each pass and dtype for themselves, so that no family is on one side alone.
     """
-    rows = read_rows(CALIBRATED_ON, "cpu-*.json", CPU_CHIP)
+    rows = read_rows(CALIBRATED_ON, "cpu-*.json")
     half = half_of({row.workload for row in rows}, seed)
     parts = [[row for row in rows if (row.workload in half) is inside] for inside in (True, False)]
     made = [calibrate(part, intervals=intervals) for part in parts]
@@ -361,10 +370,10 @@ def check(markdown: Path | None) -> int:
     lines += ["These rows were known while the model was developed: this is no blind test.", "", *table_lines(gpu), ""]
     lines += summary_lines("CPU, calibrated on half of the shapes", cpu)
     lines += [f"Median errors of four other divisions of the shapes: {others}."]
-    left_out = len(read_rows(CALIBRATED_ON, "cpu-*.json", CPU_CHIP)) - len(cpu)
+    left_out = len(read_rows(CALIBRATED_ON, "cpu-*.json")) - len(cpu)
     if left_out:
         lines += [f"{left_out} rows are not predicted: the other half has fewer than {MIN_ROWS} of their family."]
-    between = repeatability(read_passes(CALIBRATED_ON, "cpu-*.json", CPU_CHIP))
+    between = repeatability(read_passes(CALIBRATED_ON, "cpu-*.json"))
     if between is not None:
         lines += [f"Between two passes over all shapes, in other processes, times differ by {between:.1%} (median)."]
     lines += ["", *table_lines(cpu), ""]

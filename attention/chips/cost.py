@@ -36,8 +36,10 @@ NO_SPLIT: Final = 1e9
 ROUND_KEYS: Final = 64
 WARM: Final = 0.7
 """Share of a cache that arrays may take and still be found there."""
-CORE_CACHE_BYTES: Final = 2**21
-"""Last cache that a core of a CPU has for itself, of the Xeon whose rows are kept. What is beyond counts as memory."""
+CORE_CACHE_BYTES: Final = {"Zen 3": 2**19}
+OTHER_CORE_CACHE_BYTES: Final = 2**21
+"""Last cache that a core of a CPU has for itself, by architecture; of others that of the Xeon whose rows are kept. What
+is beyond counts as memory."""
 SHARED_BYTES: Final = {"cuda": 101_376, "metal": 65_536, "cpu": 0}
 """Shared memory of a core where no source states it: the least of the GPUs that the kernels were made for."""
 PASS_BYTES: Final = {"cuda": 10.5, "metal": 10.5, "cpu": 64.0}
@@ -180,13 +182,14 @@ def _times(seconds: float | None, factor: float) -> float | None:
 def _traffic(workload: Workload, chip: Chip, path: Path) -> tuple[float | None, float]:
     """Return the seconds of reading and writing the arrays of a call in memory, and the bytes of those in the cache."""
     moved, cache = workload.bytes_moved, chip.cache_bytes or 0.0
+    own = CORE_CACHE_BYTES.get(chip.architecture, OTHER_CORE_CACHE_BYTES)
     if chip.backend == "cpu":
-        cache = min(cache, CORE_CACHE_BYTES * (chip.cores or 1.0))
+        cache = min(cache, own * (chip.cores or 1.0))
     kept = _kept(moved, cache)
     again, kept_again = 0.0, 0.0
     if path == "torch CPU":  # each query head reads the keys and values that it shares with others
         again = workload.key_value_bytes * (workload.heads / workload.kv_heads - 1)
-        kept_again = _kept(workload.key_value_bytes / (workload.batch * workload.kv_heads), CORE_CACHE_BYTES)
+        kept_again = _kept(workload.key_value_bytes / (workload.batch * workload.kv_heads), own)
     beyond = moved * (1 - kept) + again * (1 - kept_again)
     return _over(beyond, chip.bytes_per_s), moved * kept + again * kept_again
 

@@ -78,6 +78,41 @@ def test_passes_over_a_call_are_one_row_with_their_difference(tmp_path):
     assert [row.seconds for row in merged] == pytest.approx([1.1 * rows[0].seconds for rows in passes])
 
 
+def test_a_grid_that_would_end_after_the_limit_is_left_out(tmp_path, monkeypatch, capsys):
+    clock, made = [0.0], []
+
+    class Result(list):
+        def save(self, path):
+            path.write_text("{}")
+
+    def bench(cases, implementations, seconds):
+        clock[0] += 40
+        made.append(cases)
+        return Result()
+
+    grids = [("long", ["a"], ["poc"], 0.1), ("short", ["b"], ["poc"], 0.1)]
+    monkeypatch.setitem(benchmark.GRIDS, "cpu", lambda: iter(grids))
+    monkeypatch.setattr(benchmark, "bench", bench)
+    monkeypatch.setattr(benchmark.time, "monotonic", lambda: clock[0])
+    assert benchmark.measure("cpu", tmp_path, 150.0, None, passes=2) == 0
+    assert made == [["a"], ["b"], ["a"]]
+    assert "cpu-short-2: left out" in capsys.readouterr().out
+    made.clear()
+    benchmark.measure("cpu", tmp_path, 150.0, None, passes=2)  # again: what is missing
+    assert made == [["b"]]
+
+
+def test_rows_of_two_machines_are_kept_apart(tmp_path):
+    report = report_of(plan_of(names=("baseline", "poc")))
+    for device in benchmark.CPU_CHIPS:
+        where = structs.replace(report.environment, device=device)
+        own = structs.replace(report, environment=where)
+        (tmp_path / f"cpu-{device[:3]}.json").write_bytes(msgspec.json.encode(own))
+    found = benchmark.read_passes(tmp_path, "cpu-*.json")
+    assert {len(rows) for rows in found} == {1}
+    assert {row.chip.vendor for rows in found for row in rows} == {"AMD", "Intel"}
+
+
 def scaled_row(row, factor):
     call_s = Interval(**{name: factor * getattr(row.call_s, name) for name in ("median", "low", "high")})
     return structs.replace(row, call_s=call_s, samples=tuple(factor * each for each in row.samples))
