@@ -11,13 +11,19 @@ import os
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
+
+import psutil
 
 FAMILIES: Final = ("broad", "edges", "patterns", "quantized")
 MODES: Final = ("forward", "gradient", "demo")
 MAX_SILENCE_S: Final = 300.0
-"""Seconds without output after which a process counts as hung."""
+"""Seconds of processor time without output after which a process counts as hung, or seconds in which it takes none: on
+a loaded machine a case takes many times as long as it computes."""
+LEAST_SHARE: Final = 0.001
+"""Share of a processor below which a process takes no processor time: threads that sleep and wake still take some."""
 MAX_OVERTIME_S: Final = 60.0
 """Seconds that a case may go on after `--seconds`; it is then ended, named and not counted."""
 CLEAR_CACHE_EVERY: Final = 50
@@ -156,9 +162,8 @@ async def _worker(options: argparse.Namespace, tally: Tally, started: float, fir
             while True:
                 left = options.seconds - (time.monotonic() - started)
                 silence_s = min(MAX_SILENCE_S, max(left, 0.0) + MAX_OVERTIME_S)
-                try:
-                    line = await asyncio.wait_for(process.stdout.readline(), silence_s)  # type: ignore[union-attr]
-                except TimeoutError:
+                line = await _line(process, silence_s, waits=silence_s == MAX_SILENCE_S)
+                if line is None:
                     hung = True
                     break
                 if not line:
@@ -181,7 +186,7 @@ async def _worker(options: argparse.Namespace, tally: Tally, started: float, fir
             return
         if at_work is None:
             raise RuntimeError(f"a process of the fuzz tests ended with {code}: {said}")
-        reason = f"no word for {MAX_SILENCE_S:.0f} s" if hung else f"exit code {code}: {said}"
+        reason = f"no word for {MAX_SILENCE_S:.0f} s of processor time" if hung else f"exit code {code}: {said}"
         tally.add({**at_work, "verdict": "crashed", "detail": reason})
         first = at_work["case"] + stride
 
@@ -192,6 +197,36 @@ def _worker_words(options: argparse.Namespace, first: int, end: int, stride: int
     words += ["--mode", options.mode, "--device", options.device, "--seconds", str(left_s)]
     words += ["--no-torch"] if options.no_torch else []
     return words + (["--impl", options.impl] if options.impl else [])
+
+
+async def _line(process: asyncio.subprocess.Process, silence_s: float, waits: bool) -> bytes | None:
+    """Return a process's next line, b"" at its end, or None after a silence; if it `waits`, while it computes, too."""
+    reading = asyncio.ensure_future(process.stdout.readline())  # type: ignore[union-attr]
+    began = before = _processor_s(process.pid)
+    try:
+        while True:
+            done, _ = await asyncio.wait({reading}, timeout=silence_s)
+            if done:
+                return reading.result()
+            now = _processor_s(process.pid)
+            if not waits or now - began >= silence_s or now - before < LEAST_SHARE * silence_s:
+                return None
+            before = now
+    finally:
+        reading.cancel()
+
+
+def _processor_s(pid: int) -> float:
+    """Return the seconds of processor time of a process and all that it started; 0 if it has ended."""
+    total = 0.0
+    with suppress(psutil.Error):
+        head = psutil.Process(pid)
+        for each in (head, *head.children(recursive=True)):
+            with suppress(psutil.Error):
+                times = each.cpu_times()
+                total += times.user + times.system
+                total += getattr(times, "children_user", 0.0) + getattr(times, "children_system", 0.0)
+    return total
 
 
 async def _tail(stream: asyncio.StreamReader | None) -> str:

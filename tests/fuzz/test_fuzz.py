@@ -1,6 +1,11 @@
 """Tests of the fuzz tests: what a case is, what the check finds, and a few cases of each kind."""
 
+import asyncio
+import itertools
 import json
+import os
+import subprocess
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -205,6 +210,44 @@ def test_a_process_that_dies_costs_one_case(tmp_path, capsys):
     assert single
     assert [failure["case"] for failure in found if failure["verdict"] == "crashed"] == single
     assert "12 cases" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("step_s", "waits", "word"),
+    [
+        (1e-4, True, b"word\n"),  # it computes slowly, beside others
+        (0.0, True, None),  # it waits for ever
+        (1.0, True, None),  # it computes for ever
+        (0.01, False, None),  # the time of the whole run is up
+    ],
+)
+async def test_a_process_is_hung_if_it_takes_no_processor_or_too_much(step_s, waits, word, monkeypatch):
+    speak = [sys.executable, "-S", "-c", "input(); print('word')"]
+    process = await asyncio.create_subprocess_exec(
+        *speak, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    asked = itertools.count()
+
+    def processor_s(pid):
+        number = next(asked)
+        if number == 3:
+            process.stdin.write(b"\n")
+        return number * step_s
+
+    monkeypatch.setattr(program, "_processor_s", processor_s)
+    monkeypatch.setattr(program, "LEAST_SHARE", 1e-9)
+    try:
+        assert await program._line(process, 0.2, waits=waits) == word
+    finally:
+        process.kill()
+        await process.communicate()
+
+
+def test_the_processor_time_of_a_process_has_that_of_its_children():
+    before, of_children = program._processor_s(os.getpid()), os.times().children_user
+    subprocess.run([sys.executable, "-S", "-c", "import time\nwhile time.process_time() < 0.3: pass"], check=True)
+    assert os.times().children_user > of_children
+    assert program._processor_s(os.getpid()) - before > 0.1
 
 
 @pytest.mark.slow
