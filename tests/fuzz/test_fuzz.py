@@ -243,7 +243,7 @@ async def test_a_process_is_hung_if_it_takes_no_processor_or_too_much(step_s, wa
         await process.communicate()
 
 
-def test_the_processor_time_of_a_process_has_that_of_its_children():
+def test_processor_time_has_that_of_children():
     before, of_children = program._processor_s(os.getpid()), os.times().children_user
     subprocess.run([sys.executable, "-S", "-c", "import time\nwhile time.process_time() < 0.3: pass"], check=True)
     assert os.times().children_user > of_children
