@@ -313,10 +313,10 @@ def ranks_route(
 
 def route_here(implementation: Implementation, workload: Workload, device: Device) -> Route:
     """Return an implementation's route on this machine, whose devices are like the given one."""
-    if missing := missing_feature(implementation, workload):
-        return unsupported(missing)
     if workload.ranks == 1:
-        return implementation.route(workload, device)
+        route = implementation.route(workload, device)
+        missing = missing_feature(implementation, workload) if route.supported else None
+        return unsupported(missing) if missing else route
     if device.backend != "cpu" and workload.ranks > device.count:
         have = "one" if device.count == 1 else str(device.count)
         reason = f"{workload.ranks} ranks need as many GPUs, and this machine has {have}"

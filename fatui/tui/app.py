@@ -321,6 +321,8 @@ class FatuiApp(Lab):
     def _add_own(self, name: str | None) -> None:
         if name is not None and name not in self.draft.implementations:
             self.set_draft(self.draft.toggle(name))
+        if name is not None:
+            self.main.go_to_implementation(name)
 
     @property
     def shown_report(self) -> Report | None:

@@ -537,6 +537,10 @@ class MainScreen(HasTable, SparingScreen[None]):
     def _take_draft(self, event: WorkloadPane.Edited) -> None:
         self.app.set_draft(event.draft)
 
+    def go_to_implementation(self, name: str) -> None:
+        """Put the cursor of the list of implementations on one of them."""
+        self.query_one(ImplementationPicker).go_to(name)
+
     @on(ImplementationPicker.Toggled)
     def _toggle(self, event: ImplementationPicker.Toggled) -> None:
         self.app.set_draft(self.app.draft.toggle(event.name))

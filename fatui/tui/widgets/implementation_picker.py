@@ -73,6 +73,10 @@ class ImplementationPicker(KeepsStyles, can_focus=True):
         self.focus()
         self.refresh()
 
+    def go_to(self, name: str) -> None:
+        """Focus the list with the cursor on an implementation, which is then in view."""
+        self._jump_to([row.name for row in self.rows].index(name))
+
     def action_take(self) -> None:
         """Select or deselect the implementation under the cursor."""
         if self.rows:

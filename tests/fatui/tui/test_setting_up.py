@@ -463,6 +463,8 @@ async def test_a_file_of_one_implementation_needs_no_name(stage, tmp_path, monke
     stage.find("#name", Input).value = "mine.py"
     await stage.press("enter")
     assert stage.app.draft.implementations[-1] == "mine.py:only"
+    await stage.press("space")
+    assert "mine.py:only" not in stage.app.draft.implementations, "the cursor is on it"
 
 
 async def test_the_cursor_is_on_the_list_when_it_gets_shorter(stage):
