@@ -261,7 +261,9 @@ def test_nested_calls_are_not_counted_however_fast() -> None:
 
 
 @pytest.mark.thorough
-def test_a_sampled_call_stands_for_those_before_it() -> None:
+def test_a_sampled_call_stands_for_those_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    # the real pace depends on the machine: of one in 256 calls, too few are counted for a share
+    monkeypatch.setattr(SamplingBudget, "_adapt", lambda self, now: setattr(self, "stride", 16))
     q, k, v = arrays()
     calls = 20_000
     with attention.monitor() as monitor:
@@ -271,7 +273,7 @@ def test_a_sampled_call_stands_for_those_before_it() -> None:
     reported = [(row.reason or "").split(" calls")[0] for row in rows_of(monitor)]
     assert all(words.startswith("about ") for words in reported)
     counts = [int(words.removeprefix("about ").replace(",", "")) for words in reported]
-    assert min(counts) / monitor.calls == pytest.approx(0.25, abs=0.1)
+    assert min(counts) / monitor.calls == pytest.approx(0.25, abs=0.03)
 
 
 @pytest.mark.slow
