@@ -55,7 +55,7 @@ def log_ratios(reference: Sequence[float], times: Sequence[float]) -> list[float
 
     A round without a sample of either is NaN there and gives no pair.
     """
-    return [math.log(a / b) for a, b in zip(reference, times, strict=False) if a == a and b == b]
+    return list(map(math.log, [a / b for a, b in zip(reference, times, strict=False) if a == a and b == b]))
 
 
 def ratio_interval(logs: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float, float]:

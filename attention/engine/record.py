@@ -402,7 +402,7 @@ def timed_row(
     if ended is None and all(map(math.isnan, measured.samples)):
         return None
     accurate = check is None or check.accurate
-    taken = tuple(sample for sample in measured.samples if not math.isnan(sample))
+    taken = tuple([sample for sample in measured.samples if sample == sample])  # not NaN; the app does it every second
     call = statistics.median_interval(taken) if taken else None
     return Row(
         implementation=measured.implementation,

@@ -144,6 +144,8 @@ class KeepsStyles(Widget):
 
     room = Size()
     _kept: dict[str, Style] | None = None
+    _background: Color | None = None
+    """Found with the styles too, through all containers."""
     _framed: bool | None = None
     """Whether anything is drawn besides the lines; found with the styles."""
 
@@ -157,7 +159,9 @@ class KeepsStyles(Widget):
         region = self.region
         self.room = region.shrink(self.scrollbar_gutter).size
         width, height = region.size
-        background, filters, style = self.background_colors[1], self.get_line_filters(), self.blank_style
+        if self._background is None:
+            self._background = self.background_colors[1]
+        background, filters, style = self._background, self.get_line_filters(), self.blank_style
         lines = self._drawn_lines((width, background, style, tuple(filters)))
         strips = []
         for y in crop.line_range:
@@ -197,7 +201,7 @@ class KeepsStyles(Widget):
 
     def notify_style_update(self) -> None:
         """Drop the styles: a class, the focus or the theme has changed."""
-        self._kept = self._framed = None
+        self._kept = self._framed = self._background = None
         super().notify_style_update()
 
 

@@ -76,6 +76,8 @@ class Drives(Protocol):
 
 
 MakeEngine = Callable[[AnyPlan, Listener], Drives]
+BESIDE_ROWS: Final = (on.Progress, on.Message)
+"""Events that change neither rows nor trends; a worker sends the first several times a second."""
 P = TypeVar("P", bound=AnyPlan)
 C = TypeVar("C")
 
@@ -94,6 +96,7 @@ class RunSession(Generic[P, C]):
         once_s: seconds before cases were restarted: provisional rounds and compilation, not repeated by the next run.
         expected_s: estimated maximum seconds from the start of the run to the end of its case, from earlier runs or a
             timed call; None without such an estimate, and once the case is complete.
+        changes: how often rows, steps or trends have changed.
         least_left_s: the least time left that was estimated at a tick of the screen.
     """
 
@@ -125,8 +128,9 @@ class RunSession(Generic[P, C]):
         self._clock = clock
         self._routes: set[str] = set()
         self._final: dict[int, C] = {}
+        self.changes = 0
         self._provisional: dict[tuple[int, bool], C] = {}
-        """Cases of the run as it goes on, computed since the last event."""
+        """Cases of the run as it goes on, computed since the last event that changes rows."""
         self._complete: asyncio.Queue[int] = asyncio.Queue()
         self._start_clock()
 
@@ -242,6 +246,7 @@ class RunSession(Generic[P, C]):
     def record_memory(self, name: str, value: float | None) -> None:
         """Record a memory figure, in bytes."""
         if value is not None:
+            self.changes += 1
             self.memory.setdefault(name, Series()).add(value)
 
     def case(self, index: int) -> C:
@@ -288,7 +293,9 @@ class RunSession(Generic[P, C]):
         )
 
     def _listen(self, event: on.AnyEvent) -> None:
-        self._provisional.clear()
+        if not isinstance(event, BESIDE_ROWS):
+            self._provisional.clear()
+            self.changes += 1
         self._silence.record_event(event)
         self._event_at = self._silence.last_event_s
         if self.phase == "starting":

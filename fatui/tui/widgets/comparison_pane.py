@@ -23,6 +23,8 @@ class ComparisonPane(TablePane):
     def __init__(self, *, id: str) -> None:
         super().__init__(lines_of.COLUMNS, empty=EMPTY, table="comparison-table", id=id)
         self._lines: dict[int, list[TableLine]] = {}
+        self._provisional: dict[int, tuple[Case, list[TableLine]]] = {}
+        """Lines of cases that go on, with what they were made of."""
         self._summary: tuple[object, tuple[Summary, ...], Sequence[Case]] = (None, (), ())
         """The means of a sweep, with what they were made of: the number of complete cases, and the cases among them."""
         self._rebased: dict[int, tuple[Case, Case]] = {}
@@ -45,6 +47,7 @@ class ComparisonPane(TablePane):
 
     def _forget(self) -> None:
         self._lines.clear()
+        self._provisional.clear()
         self._rebased.clear()
         self._summary = None, (), ()
 
@@ -99,11 +102,15 @@ class ComparisonPane(TablePane):
     def _session_case(self, session: Session, index: int, several: bool) -> list[TableLine]:
         if session.is_final(index) and index in self._lines:
             return self._lines[index]
-        case = self.over_reference(index, session.case(index))
+        given = session.case(index)
+        case = self.over_reference(index, given)
         if not case.rows and not session.active:
             return []
-        made = [lines_of.block_head(index, case, self._note(case))] if several else []
-        made += lines_of.case_lines(index, case)
+        kept = self._provisional.get(index)
+        if kept is None or kept[0] is not given:
+            made = [lines_of.block_head(index, case, self._note(case))] if several else []
+            kept = self._provisional[index] = given, made + lines_of.case_lines(index, case)
+        made = kept[1]
         if session.is_final(index):
             self._lines[index] = made
             return made

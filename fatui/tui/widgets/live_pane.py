@@ -68,6 +68,9 @@ class LivePane(Vertical, can_focus=True):
             Static(id=name, markup=False) for name in ("roofline-words", "devices", "energy", "telemetry")
         )
         self._said = ""
+        self._rates_of: object = None
+        self._memory_of: object = None
+        """What the trends were drawn for."""
         self._turned = False
         """Whether a tab was chosen by key."""
         self._least: int | None = None
@@ -159,9 +162,16 @@ class LivePane(Vertical, can_focus=True):
         set_title(self, f"3 Live · {label}" if label else "3 Live")
 
     def _show_trends(self, session: Session, memory: bool, reference: str | None) -> None:
-        self._rates.show(*rate_chart(session, self.view, reference))
+        drawn = (session, session.changes, session.active, self.view, reference, self.app.size, self._devices)
+        rates, memory = drawn != self._rates_of, memory and drawn != self._memory_of
+        if not rates and not memory:
+            return  # most ticks of long rounds bring nothing new
+        if rates:
+            self._rates.show(*rate_chart(session, self.view, reference))
+            self._rates_of = drawn
         if memory:
             self._memory.show(*memory_chart(session))
+            self._memory_of = drawn
         many, few = len(self._rates.trends), len(self._memory.trends)
         for chart, share in ((self._rates, 2 * max(1, many) + 1), (self._memory, max(1, few) + 1)):
             if chart.styles.height is None or chart.styles.height.value != share:

@@ -7,10 +7,12 @@ import pytest
 from attention.core import events as on
 from attention.core.results import Peaks
 from attention.core.workload import Workload
+from attention.engine import record
 from fatui.telemetry import Reading
-from fatui.tui.view_models import plot, roofline
+from fatui.tui.view_models import plot, roofline, table_lines
 from fatui.tui.view_models.plot import DOWN, Canvas, area
 from fatui.tui.view_models.trends import energy_text, memory_chart, rate_chart
+from fatui.tui.widgets import live_pane
 from tests.support.sample_runs import plan_of, report_of
 from tests.support.stage import PEAKS, on_stage
 
@@ -243,3 +245,28 @@ def test_marks_at_one_place_are_side_by_side():
     bars = [row for row in drawn[:-2] if any("\u2800" < letter <= "\u28ff" for letter in row)]
     assert len(bars) >= 7
     assert len(drawn) == 12 and DOWN == 4
+
+
+async def test_a_tick_without_news_computes_neither_rows_nor_trends(stage, monkeypatch):
+    made = []
+
+    def counted(module, name):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given, **options: made.append(name) or real(*given, **options))
+
+    await stage.press("r")
+    stage.engine.begin()
+    stage.engine.begin_case()
+    stage.engine.rounds()
+    main = stage.app.main
+    main.show_run()
+    counted(live_pane, "rate_chart")
+    counted(live_pane, "memory_chart")
+    counted(table_lines, "case_lines")
+    counted(record, "timed_row")
+    stage.engine.tell(on.Progress(done=0.5, remaining_s=3.0, now="rounds"), on.Message(level="info", text="aside"))
+    main.show_run()
+    assert not made and "left" in stage.find("#progress").text
+    stage.engine.rounds()
+    main.show_run()
+    assert {"rate_chart", "memory_chart", "case_lines", "timed_row"} == set(made)
