@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import ClassVar, Final
 
+from rich.cells import cell_len
 from rich.segment import Segment
 from textual import events
 from textual.message import Message
@@ -62,6 +63,8 @@ class KeyBar(Widget):
     def __init__(self, *, id: str = "key-bar", keys: tuple[tuple[str, str, str], ...] = ()) -> None:
         super().__init__(id=id)
         self.keys = keys
+        self._pressed: tuple[tuple[str, str, str], ...] | None = None
+        """The keys at which the mouse button went down."""
 
     def show(self, keys: tuple[tuple[str, str, str], ...]) -> None:
         """Set the keys, each a tuple of key, label and action."""
@@ -77,14 +80,14 @@ class KeyBar(Widget):
     @property
     def _end(self) -> int:
         """Columns of the right end."""
-        return len(self._help) + len(PALETTE) + 1
+        return cell_len(self._help) + len(PALETTE) + 1
 
     def _fitting(self) -> tuple[tuple[str, str, str], ...]:
         room, fitting = self.size.width - self._end - 1, []
         for key, label, action in self.keys:
             if action == HELP:
                 continue
-            room -= len(key) + len(label) + 3
+            room -= cell_len(key) + cell_len(label) + 3
             if room < 0:
                 break
             fitting.append((key, label, action))
@@ -96,18 +99,25 @@ class KeyBar(Widget):
         parts = []
         for key, label, _ in self._fitting():
             parts += [Segment(f" {key}", key_style), Segment(f" {label} ", label_style)]
-        used = sum(len(part.text) for part in parts)
+        used = sum(part.cell_length for part in parts)
         parts.append(Segment(" " * max(1, self.size.width - used - self._end), label_style))
         key, _, label = self._help.partition(" ")
         parts += [Segment(key, key_style), Segment(f" {label}" if label else "", label_style)]
         parts += [Segment("^p", key_style), Segment(PALETTE[2:] + " ", label_style)]
         return Strip(parts).adjust_cell_length(self.size.width, label_style)
 
+    def on_mouse_down(self) -> None:
+        """Note what is aimed at."""
+        self._pressed = self.keys
+
     async def on_click(self, event: events.Click) -> None:
-        """Run the clicked action."""
+        """Run the clicked action; nothing if other keys came under the mouse meanwhile, as at the end of a run."""
+        pressed, self._pressed = self._pressed, None
+        if pressed is not None and pressed != self.keys:
+            return
         at = 0
         for key, label, action in self._fitting():
-            at += len(key) + len(label) + 3
+            at += cell_len(key) + cell_len(label) + 3
             if event.x < at:
                 await self.run_action(action)
                 return

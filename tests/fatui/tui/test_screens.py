@@ -4,8 +4,10 @@ import csv
 import json
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.cells import cell_len
 from textual.command import CommandList
 from textual.fuzzy import Matcher
 from textual.screen import Screen
@@ -22,6 +24,7 @@ from fatui.tui.screens.dialogs import RowDetails
 from fatui.tui.screens.history import Compare
 from fatui.tui.screens.main import MainScreen
 from fatui.tui.view_models.row_details import hanging
+from fatui.tui.widgets.bars import KeyBar
 from fatui.tui.widgets.row_table import RowTable
 from fatui.tui.widgets.slider import Slider
 from tests.support.sample_runs import compared, plan_of, report_of
@@ -479,3 +482,36 @@ def test_a_long_key_is_separated_from_its_words():
 def test_the_theme_is_found_by_its_colours(typed):
     (theme,) = (action for action in actions.ANYWHERE if action.name == "theme")
     assert Matcher(typed).match(theme.label) > 0
+
+
+@pytest.mark.parametrize("key", ["q", "期期"])
+async def test_a_click_on_the_key_bar_runs_what_is_drawn_there(stage, key):
+    done = []
+    bar = stage.find("#key-bar", KeyBar)
+    bar.show(((key, "First", "first"), ("e", "Second", "second")))
+
+    async def run(action):
+        done.append(action)
+
+    bar.run_action = run
+    width = cell_len(key) + len("First") + 3
+    for x in range(1, width + len("e Second") + 2):
+        await stage.pilot.click(bar, offset=(x, 0))
+        assert done.pop() == ("first" if x < width else "second"), x
+
+
+async def test_a_click_does_not_hit_a_key_that_came_under_the_mouse(stage):
+    done = []
+    bar = stage.find("#key-bar", KeyBar)
+
+    async def run(action):
+        done.append(action)
+
+    bar.run_action = run
+    bar.show((("e", "Export", "export"),))
+    await stage.pilot.mouse_down(bar, offset=(3, 0))
+    bar.show((("q", "Quit", "quit"),))
+    await bar.on_click(SimpleNamespace(x=3))  # the pilot makes no click of a press and a release
+    assert not done
+    await stage.pilot.click(bar, offset=(3, 0))
+    assert done == ["quit"]
