@@ -155,6 +155,21 @@ class LogLineDetails(Closable):
             yield Static(self._line.text, markup=False)
 
 
+class Words(Closable):
+    """Dialog with a text that is too long for its place."""
+
+    def __init__(self, title: str, text: str) -> None:
+        super().__init__()
+        self._title, self._text = title, text
+
+    def compose(self) -> ComposeResult:
+        """Yield the text."""
+        with VerticalScroll(classes="dialog") as dialog:
+            dialog.border_title = literal(self._title)
+            dialog.border_subtitle = CLOSES
+            yield Static(self._text, markup=False)
+
+
 class ChangeDetails(Closable):
     """Dialog with both rows of a comparison of two runs."""
 

@@ -545,6 +545,12 @@ class MainScreen(HasTable, SparingScreen[None]):
     def _toggle(self, event: ImplementationPicker.Toggled) -> None:
         self.app.set_draft(self.app.draft.toggle(event.name))
 
+    @on(ImplementationPicker.Explained)
+    def _explain(self, event: ImplementationPicker.Explained) -> None:
+        from fatui.tui.screens.dialogs import Words
+
+        self.app.push_screen(Words(event.name, event.text))
+
     def pending(self) -> str:
         """Return what to do about a number that is still being typed, in words; empty without one."""
         return next((slider.pending for slider in self.query(Slider) if slider.typed is not None), "")

@@ -18,6 +18,8 @@ NAME_WIDTH: Final = 9
 FIGURE_WIDTH: Final = 8
 """Characters of the columns of memory and time."""
 TITLES: Final = {"memory": "memory", "time": "a call"}
+WHOLE: Final = " E: all"
+"""What follows a reason that is cut."""
 HEAD: Final = 1
 """Rows above the list."""
 
@@ -33,6 +35,7 @@ class ImplementationPicker(KeepsStyles, can_focus=True):
         Binding("down,j", "move(1)", "Down", show=False),
         Binding("home", "move(-100)", "First", show=False),
         Binding("end", "move(100)", "Last", show=False),
+        Binding("E", "explain", "Path and reason in full", show=False),
         Binding("space,enter", "take", "Select or deselect", show=False),
     ]
 
@@ -42,6 +45,13 @@ class ImplementationPicker(KeepsStyles, can_focus=True):
         def __init__(self, name: str) -> None:
             super().__init__()
             self.name = name
+
+    class Explained(Message):
+        """Posted when the path and the reason of an implementation are to be shown as a whole."""
+
+        def __init__(self, name: str, text: str) -> None:
+            super().__init__()
+            self.name, self.text = name, text
 
     def __init__(self, *, id: str) -> None:
         super().__init__(id=id)
@@ -82,6 +92,12 @@ class ImplementationPicker(KeepsStyles, can_focus=True):
         if self.rows:
             self.post_message(self.Toggled(self.rows[self._cursor].name))
 
+    def action_explain(self) -> None:
+        """Show the path and the reason of the implementation under the cursor as a whole."""
+        if self.rows:
+            row = self.rows[self._cursor]
+            self.post_message(self.Explained(row.name, "\n\n".join(filter(None, (row.path, row.reason)))))
+
     def on_click(self, event: events.Click) -> None:
         """Select or deselect the clicked implementation."""
         index = event.y - HEAD + self._top
@@ -101,7 +117,7 @@ class ImplementationPicker(KeepsStyles, can_focus=True):
         path = f"{row.path}; " if len(row.path) > self._path_width else ""
         lines = textwrap.wrap(f"{row.name}: {path}{row.reason}", max(10, self.size.width)) if row.reason else []
         if len(lines) > room > 0:
-            lines = [*lines[: room - 1], clip(" ".join(lines[room - 1 :]), self.size.width)]
+            lines = [*lines[: room - 1], clip(" ".join(lines[room - 1 :]), self.size.width - len(WHOLE)) + WHOLE]
         return lines
 
     def render_line(self, y: int) -> Strip:

@@ -479,3 +479,16 @@ async def test_the_cursor_is_on_the_list_when_it_gets_shorter(stage):
     picker.action_take()
     await stage.pilot.pause()
     assert picker.rows[-1].name in stage.app.draft.implementations
+
+
+async def test_a_reason_that_is_cut_is_shown_as_a_whole():
+    async with on_stage() as stage:
+        picker = stage.find("#implementations", ImplementationPicker)
+        words = " ".join(f"word{number}" for number in range(60))
+        row = structs.replace(picker.rows[0], path="a path", reason=words)
+        picker.show((row, *picker.rows[1:]))
+        picker.focus()
+        await stage.pilot.pause()
+        assert "… E: all" in stage.seen() and "word59" not in stage.seen()
+        await stage.press("E")
+        assert "word59" in stage.seen() and "a path" in stage.seen()
