@@ -165,9 +165,10 @@ struct Buffers {
   }
 };
 
-// With 16 registers a CPU has an L2 of 512 KiB or less: Q' and O' of 256 rows would leave no room there for a wide tile of K and V.
+// With 16 registers a CPU has an L2 of 512 KiB or less, perhaps shared by two threads: Q' and O' of 256 rows would leave no room there
+// for two tiles of K and V.
 inline Schedule schedule_of(const Problem& p) {
-  return Schedule(p, 64, registers == 16 && p.head_dim + p.value_dim > 128 ? 2 : max_panels);
+  return Schedule(p, 64, registers == 16 ? 2 : max_panels);
 }
 
 inline int64_t workspace(const Problem& p) {

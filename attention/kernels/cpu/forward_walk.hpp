@@ -23,7 +23,8 @@ namespace fatui {
 namespace {
 
 // With 16 registers a part of a panel, 16 queries, is two vectors, one register tile: each is computed from scores to output by
-// itself, all in the same columns of S, which so stay in the L1.
+// itself, all in the same columns of S, which so stay in the L1. Two parts that see all keys of a tile are computed together, in
+// wide register tiles, unless the depth is so short that most of what these save is spent at their ends.
 constexpr bool by_parts = registers == 16;
 
 // The tile of K and V after the present one, in whatever type, prefetched in equal shares by the register tiles of the products
@@ -130,6 +131,9 @@ struct Panel {
         if (other.first != seen.first || other.last != seen.last) break;
       }
       if (seen.first > seen.last) continue;
+      if (wide_tiles && p.head_dim > 32 && bits == nullptr && i % 2 == 0 && next * part_rows + part_rows <= width &&
+          started[next] == started[i] && sees_all(i, key, keys) && sees_all(next, key, keys))
+        next++;
       attend(p, {k.data + seen.first * k.stride, k.stride}, {v.data + seen.first * v.stride, v.stride},
              {buffer.scores + (by_parts ? 0 : i * part_rows), key + seen.first, seen.last - seen.first + 1, i * part_rows, std::min(width, next * part_rows),
               bounds.part[i], bits == nullptr ? nullptr : bits + seen.first}, next_tile);
@@ -148,6 +152,11 @@ struct Panel {
   KeyRange range(int64_t i, int64_t key, int64_t keys, const uint64_t* bits) const {
     if (bits != nullptr) return keys_seen(bits, keys, row_bits(part_rows) << i * part_rows);
     return {std::max<int64_t>(0, bounds.part[i].any_first - key), std::min(keys - 1, bounds.part[i].any_last - key)};
+  }
+
+  // Whether all queries of a part see all keys of a tile.
+  bool sees_all(int64_t i, int64_t key, int64_t keys) const {
+    return bounds.part[i].all_first <= key && bounds.part[i].all_last >= key + keys - 1;
   }
 
   void attend(const Problem& p, const Floats& k, const Floats& v, const Scores& tile, NextTile& next) {

@@ -2,7 +2,7 @@
 //
 //            B: Vectors registers, loaded from one row of B        The accumulators stay in registers over the
 //            +--------+--------+--------+--------+                 whole depth: 6 x 4 of them with 32 registers
-//   A: one   | b0     | b1     | b2     | b3     |                 (24, and 4 for B, and 1 for A), 6 x 2 with 16.
+//   A: one   | b0     | b1     | b2     | b3     |                 (24, and 4 for B, and 1 for A); AVX2 see below.
 //   number,  +--------+--------+--------+--------+                 Each step of the depth does Rows * Vectors
 //   spread   | Rows x Vectors accumulators:      |                 multiply-adds for Rows + Vectors loads.
 //   over a   |   c[r][v] += a[r] * b[v]          |
@@ -60,6 +60,10 @@ struct Operands {
   float* largest = nullptr;   // the maximum of each column, raised by those of C; or null
 };
 
+// AVX2's 16 registers hold 3 x 4 accumulators, 3 numbers of A and a vector of B, or 6 x 2, 2 vectors of B and a number of A: the
+// former loads 7 times in a step rather than 8, and reads A, from the L2, for twice as many columns.
+constexpr bool wide_tiles = registers == 16 && lanes == 8;
+
 template <int Rows, int Vectors, Layout layout, Update update, Numbers numbers>
 FATUI_INLINE void register_tile(const Operands& o, int64_t row, int64_t column) {
   constexpr bool along_depth = layout == Layout::depth_contiguous;
@@ -67,6 +71,15 @@ FATUI_INLINE void register_tile(const Operands& o, int64_t row, int64_t column) 
   const float* a = o.a + row * (along_depth ? o.a_stride : 1);
   const float* b = o.b + column;
   FATUI_UNROLL_BY_4 for (int64_t k = 0; k < o.depth; k++, a += along_depth ? 1 : o.a_stride, b += o.b_stride) {
+    if constexpr (wide_tiles && Vectors == 4) {
+      Vector y[Rows];
+      FATUI_UNROLL for (int r = 0; r < Rows; r++) y[r] = spread<numbers>(a + (along_depth ? r * o.a_stride : r));
+      FATUI_UNROLL for (int v = 0; v < Vectors; v++) {
+        const Vector x = in_register(load(b + v * lanes));
+        FATUI_UNROLL for (int r = 0; r < Rows; r++) c[r][v] = multiply_add<numbers>(c[r][v], y[r], x);
+      }
+      continue;
+    }
     Vector x[Vectors];
     FATUI_UNROLL for (int v = 0; v < Vectors; v++) x[v] = load(b + v * lanes);
     FATUI_UNROLL for (int r = 0; r < Rows; r++) {
@@ -95,18 +108,25 @@ FATUI_INLINE void register_tile(const Operands& o, int64_t row, int64_t column) 
 }
 
 // All rows of one panel of columns: full register tiles, then smaller ones for the remainder. With tiles of six rows, eight
-// are left to two tiles of four rather than to six and two: two rows have too few multiply-adds to hide their latency.
+// are left to two tiles of four rather than to six and two: two rows have too few multiply-adds to hide their latency. So
+// are four or eight rows after tiles of three, in halves of the columns, whose smaller tiles need no compiling of their own.
 template <int Rows, int Vectors, Layout layout, Update update, Numbers numbers>
 [[gnu::noinline]] void panel(const Operands& o, int64_t row, int64_t rows, int64_t column) {
-  const int64_t left = registers == 16 && Rows == 6 && (rows - row) % 6 == 2 && rows - row >= 8 ? 8 : 0;
+  const int64_t all = rows - row;
+  int64_t left = registers == 16 && Rows == 6 && all % 6 == 2 && all >= 8 ? 8 : 0;
+  if (Rows == 3 && all % 3 > 0) left = std::min<int64_t>(all, 4 * (all % 3));
   for (; row + Rows <= rows - left; row += Rows) {
     if (o.ahead != nullptr) o.ahead->ask_one_by_one<2>(o.ahead_lines);
     register_tile<Rows, Vectors, layout, update, numbers>(o, row, column);
   }
   // One vector is at the edge of a panel only: with 16 registers fewer sizes, each of which takes time to compile.
   constexpr int fewer = Vectors == 1 && registers == 16 ? (Rows > 4 ? 4 : Rows > 1) : Rows > 8 ? 8 : Rows > 4 ? 4 : Rows / 2;
-  if constexpr (fewer > 0)
+  if constexpr (wide_tiles && Vectors == 4) {
+    if (row < rows)
+      for (const int64_t half : {column, column + 2 * lanes}) panel<4, 2, layout, update, numbers>(o, row, rows, half);
+  } else if constexpr (fewer > 0) {
     if (row < rows) panel<fewer, Vectors, layout, update, numbers>(o, row, rows, column);
+  }
 }
 
 template <Layout layout, Update update, Numbers numbers = Numbers::floats>
@@ -116,6 +136,9 @@ void multiply(const Operands& o, int64_t rows, int64_t columns) {
   if constexpr (registers == 32)
     for (; column + 4 * lanes <= columns; column += 4 * lanes)
       panel<6, 4, layout, update, numbers>(o, 0, rows, column);
+  if constexpr (wide_tiles)
+    for (; column + 4 * lanes <= columns; column += 4 * lanes)
+      panel<3, 4, layout, update, numbers>(o, 0, rows, column);
   for (; column + 2 * lanes <= columns; column += 2 * lanes)
     panel<narrow_rows, 2, layout, update, numbers>(o, 0, rows, column);
   if (column < columns) panel<12, 1, layout, update, numbers>(o, 0, rows, column);
