@@ -22,7 +22,8 @@ ENDINGS = {
 
 
 class FakeEngine:
-    """An engine that emits events_of(); FAKE_ENDING adds an event, FAKE_HOLD is a case in whose rounds it stays."""
+    """An engine that emits events_of(); FAKE_ENDING adds an event, FAKE_HOLD is a case in whose rounds it waits for
+    being stopped, which it heeds there only."""
 
     def __init__(
         self, plan: Plan, listener: Callable[[on.AnyEvent], None] = lambda event: None, *, remote: None = None
@@ -30,7 +31,7 @@ class FakeEngine:
         self.record, self.stopped, self._listener = Record(plan), False, listener
 
     async def run(self) -> None:
-        ending = ENDINGS.get(os.environ.get("FAKE_ENDING", ""))
+        ending, hold = ENDINGS.get(os.environ.get("FAKE_ENDING", "")), os.environ.get("FAKE_HOLD")
         if isinstance(ending, on.RunRefused):
             self._tell(ending)
             return
@@ -39,10 +40,10 @@ class FakeEngine:
                 self._tell(ending)
             self._tell(event)
             await asyncio.sleep(0)
-            held = isinstance(event, on.RoundsDone) and str(event.case) == os.environ.get("FAKE_HOLD")
+            held = isinstance(event, on.RoundsDone) and str(event.case) == hold
             while held and not self.stopped:
                 await asyncio.sleep(0.01)
-            if self.stopped:
+            if self.stopped and (held or hold is None):
                 return
 
     def stop(self) -> None:
