@@ -20,6 +20,7 @@ from fatui.telemetry import Reading
 from fatui.tui import actions
 from fatui.tui.advisor import Advice
 from fatui.tui.key_order import OrderedKeys
+from fatui.tui.painting import RepaintBudget
 from fatui.tui.view_models import cost
 from fatui.tui.view_models.availability import names_for
 from fatui.tui.view_models.cost import Timing, costliest_kinds, is_known
@@ -109,11 +110,12 @@ class Lab(OrderedKeys):
         advice: the routes of the draft's workload.
         past: the last run on this machine, once it was read.
         costs: what single calls of the set-up take.
+        repaints: the budget of those that can be left out.
         remote: the machine that the engine runs on; None for this one.
     """
 
     REPAINT_S = 0.25
-    """Seconds between repaints of a run's trends; its table is repainted once a second."""
+    """Seconds between repaints of a run's trends, if the budget allows them; its table is repainted once a second."""
 
     def __init__(
         self,
@@ -132,6 +134,7 @@ class Lab(OrderedKeys):
         self.preset: Preset | None = None
         self.runs = RunController(self, make_engine or self.new_engine, clock, now)
         self.costs = CostMeter(self)
+        self.repaints = RepaintBudget()
         self.keys = actions.shown_keys(self.settings.keys)
         self.advice = Advice(self._advised, remote)
         self.past: Past | None = None

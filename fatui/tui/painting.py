@@ -5,6 +5,7 @@ widgets included: three quarters of what the app took during a run.
 """
 
 import textwrap
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -37,6 +38,37 @@ USED: Final = (
     "visible_widgets",
 )
 """What it takes from Textual's compositor beyond the documented interface; without any of it Textual's own is used."""
+
+
+MAX_SHARE: Final = 0.028
+"""Share of a core that the app takes during a run: rounds are measured meanwhile, and 3 % is the limit."""
+MAX_SAVED_S: Final = 0.02
+MAX_OWED_S: Final = 0.1
+"""CPU seconds that count of what was saved, or was too much, earlier."""
+
+
+class RepaintBudget:
+    """The CPU time for repaints that can be left out: of trends, of which the next one shows as much.
+
+    Where a repaint costs more than the share, because the processor is slow or a key was pressed, fewer are drawn.
+    """
+
+    def __init__(
+        self,
+        share: float = MAX_SHARE,
+        *,
+        cpu: Callable[[], float] = time.process_time,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._share, self._cpu, self._clock = share, cpu, clock
+        self._used_s, self._at, self._saved_s = cpu(), clock(), 0.0
+
+    def allows(self) -> bool:
+        """Account for the time since the last call, and return whether the app has taken no more than its share."""
+        used_s, at = self._cpu(), self._clock()
+        saved_s = self._saved_s + (at - self._at) * self._share - (used_s - self._used_s)
+        self._used_s, self._at, self._saved_s = used_s, at, max(-MAX_OWED_S, min(saved_s, MAX_SAVED_S))
+        return self._saved_s >= 0
 
 
 class SparingCompositor(Compositor):

@@ -19,6 +19,7 @@ from attention.engine.record import record_of
 from attention.measure.device import Device
 from fatui.tui.advisor import AdviceReply
 from fatui.tui.app import FatuiApp
+from fatui.tui.painting import RepaintBudget
 from tests.support.patience import patient
 
 PATHS = {
@@ -201,6 +202,7 @@ def make_app(clock=None, engines=None, **options):
         return engines[-1]
 
     app = FatuiApp(make_engine=make_engine, clock=clock, now=lambda: AT, advise=False, **options)
+    app.repaints = RepaintBudget(share=1e6)  # none is left out, whatever the machine
     app.advice.device = DEVICE
     return app
 

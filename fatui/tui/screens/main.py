@@ -134,11 +134,12 @@ class MainScreen(HasTable, SparingScreen[None]):
         if self.app.session is not None and self.app.session.active:
             self.app.runs.watch_silence()
             self._ticks += 1
-            if self._ticks % TABLE_TICKS:
+            affordable = self.app.repaints.allows()
+            if self._ticks % TABLE_TICKS == 0:
+                self.show_run()
+            elif affordable:
                 self._show_live(memory=False)
                 self._show_bars()
-            else:
-                self.show_run()
         elif self.app.runs.active != self._model_ran or self.app.runs.active:
             self._model_ran = self.app.runs.active
             self._show_bars()

@@ -198,12 +198,13 @@ class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
         active = session is not None and session.active
         state = (session, session.phase if session else "", self.report)
         self._ticks += 1
+        affordable = self.app.repaints.allows()
         if state != self._drawn or (active and self._ticks % TABLE_TICKS == 0):
             if self._drawn is not None and not active:
                 self._ask_cost()  # the run ended the timing of calls
             self._show()
             self._drawn = state
-        elif session is not None and active:
+        elif session is not None and active and affordable:
             self._show_progress()
             if self.DRAWS_OFTEN:
                 self.draw(session)

@@ -14,9 +14,10 @@ from textual.widget import Widget
 from attention.core import events as on
 from fatui.tui import terminal
 from fatui.tui.app import FatuiApp, run_app
-from fatui.tui.painting import KeepsStyles, SparingCompositor, set_subtitle, set_title
+from fatui.tui.lab import TABLE_TICKS
+from fatui.tui.painting import KeepsStyles, RepaintBudget, SparingCompositor, set_subtitle, set_title
 from fatui.tui.view_models.trends import Trend
-from tests.support.stage import on_stage
+from tests.support.stage import Clock, on_stage
 
 
 def drawn(chops):
@@ -137,6 +138,39 @@ async def test_rounds_repaint_only_the_rows_of_trends_that_changed():
         assert 0 < len(changed) < len(rates._rows)
         assert {region.y for region in rates._repaint_regions} == changed
         assert memory._rows is rows  # drawn with the table, once a second
+
+
+def test_a_budget_allows_what_the_share_covers():
+    used, clock = Clock(), Clock()
+    budget = RepaintBudget(0.04, cpu=used, clock=clock)
+
+    def after(seconds, cpu_s):
+        clock.at += seconds
+        used.at += cpu_s
+        return budget.allows()
+
+    assert after(0.25, 0.008)
+    assert not after(0.25, 0.015)  # 5 ms too much
+    assert after(0.25, 0.004)
+    assert not after(0.25, 10.0)  # of which 100 ms are owed
+    assert [after(1.0, 0.016) for _ in range(5)] == [False, False, False, False, True]
+    clock.at += 1000.0  # of which 20 ms are saved
+    assert budget.allows()
+    assert [after(0.25, 0.022) for _ in range(2)] == [True, False]
+
+
+async def test_trends_that_the_budget_does_not_cover_are_drawn_with_the_table():
+    async with on_stage() as stage:
+        await running(stage)
+        stage.app.repaints = RepaintBudget(share=0.0)
+        rates, main = stage.find("#rates"), stage.app.main
+        before, main._ticks = rates.trends, 0
+        stage.engine.rounds(9)
+        for _ in range(TABLE_TICKS - 1):
+            main._tick()
+            assert rates.trends is before
+        main._tick()
+        assert rates.trends != before
 
 
 @pytest.mark.thorough
