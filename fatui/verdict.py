@@ -156,10 +156,10 @@ def verdict_of(cases: Sequence[AnyCase], title: str = "", *, interrupted: bool =
     reference = comparable[0].reference if comparable else None
     clear = [case for case in comparable if not _is_unclear(case)]
     winner, ranked = _winner(comparable, names, reference), comparable
-    drowned = winner is not None and not clear
+    within_noise = winner is not None and not clear
     if clear and len(clear) < len(comparable) and (decided := _winner(clear, names, reference)) != winner:
         winner, ranked = decided, clear
-    if drowned:
+    if within_noise:
         winner = None
     notes = tuple(formatting.quantized_finding([case for case in cases if isinstance(case, Case)]))
     noisy = [case for case in comparable if case.noise_floor and case.noise_floor.floor > MAX_FLOOR]
@@ -170,8 +170,8 @@ def verdict_of(cases: Sequence[AnyCase], title: str = "", *, interrupted: bool =
             reference_off=_off(comparable),
             losses=_losses(cases, names, None),
             notes=notes,
-            too_noisy=drowned or 2 * len(noisy) > len(comparable) > 0,
-            reason=_drowned(comparable) if drowned else _reason(comparable, _named(comparable, reference)),
+            too_noisy=within_noise or 2 * len(noisy) > len(comparable) > 0,
+            reason=_noise_reason(comparable) if within_noise else _reason(comparable, _named(comparable, reference)),
         )
     doubts = _doubts(cases, comparable, winner, interrupted)
     peak, reference_peak = _peaks(cases, winner)
@@ -256,7 +256,7 @@ def _reason(cases: Sequence[AnyCase], reference: str | None) -> str:
     return f"nothing is {'clearly ' if unclear else ''}faster than {reference}"
 
 
-def _drowned(cases: Sequence[AnyCase]) -> str:
+def _noise_reason(cases: Sequence[AnyCase]) -> str:
     """Return why cases whose speedups agree are not ranked all the same."""
     floors = [case.noise_floor.floor for case in cases if case.noise_floor]
     most = f"{'at most ' if len(floors) > 1 else ''}{formatting.percent(max(floors))}"

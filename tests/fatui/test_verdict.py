@@ -198,14 +198,14 @@ def test_above_the_limit_nothing_is_ranked():
     assert headline(undecided(0.02)) == "No winner · nothing is faster than baseline"
 
 
-def drowned(case: Case) -> Case:
+def noisier(case: Case) -> Case:
     """The case with a lead of a quarter, which is significant, and a noise floor of 15 %."""
     rows = tuple(row for row in times(case, "poc", 40.0).rows if row.implementation in ("baseline", "poc"))
     return structs.replace(case, rows=rows, noise_floor=floor_of(0.15))
 
 
 def test_a_sweep_without_a_clear_case_is_not_ranked():
-    cases = [drowned(case) for case in report_of(plan_of(SWEEP)).cases]
+    cases = [noisier(case) for case in report_of(plan_of(SWEEP)).cases]
     assert all(word(case.rows[1], case) == "fastest" for case in cases)  # each alone, and so their mean
     verdict = verdict_of(cases)
     assert (verdict.winner, verdict.confidence, verdict.too_noisy) == (None, "none", True)
@@ -214,7 +214,7 @@ def test_a_sweep_without_a_clear_case_is_not_ranked():
 
 
 def test_clear_cases_of_a_sweep_decide():
-    cases = [drowned(case) for case in report_of(plan_of(SWEEP)).cases]
+    cases = [noisier(case) for case in report_of(plan_of(SWEEP)).cases]
     cases[3] = report_of(plan_of(SWEEP)).cases[3]
     verdict = verdict_of(cases)
     assert (verdict.winner, verdict.confidence, verdict.too_noisy) == ("poc", "low", False)

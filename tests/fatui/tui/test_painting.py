@@ -159,7 +159,7 @@ def test_a_budget_allows_what_the_share_covers():
     assert [after(0.25, 0.022) for _ in range(2)] == [True, False]
 
 
-async def test_trends_that_the_budget_does_not_cover_are_drawn_with_the_table():
+async def test_trends_beyond_the_budget_are_drawn_with_the_table():
     async with on_stage() as stage:
         await running(stage)
         stage.app.repaints = RepaintBudget(share=0.0)
