@@ -33,7 +33,7 @@ class TorchSdpa:
     takes_patterns = True
 
     def route(self, workload: Workload, device: Device, needs: Needs = NO_NEEDS) -> Route:
-        """Return the route; torch's kernels are fused if query and value have equal head dims."""
+        """Return the route; torch's CPU kernel is fused if query and value have equal head dims."""
         if importlib.util.find_spec("torch") is None:
             return unsupported(MISSING)
         if workload.quantized:
@@ -44,13 +44,13 @@ class TorchSdpa:
         version = importlib.metadata.version("torch")
         place = "CPU" if device.backend == "cpu" or version.endswith("+cpu") else TORCH_DEVICES[device.backend].upper()
         # torch's CPU flash kernel supports every dtype and mask, but only equal head dims of query and value.
-        fused = place == "CPU" and workload.value_dim == workload.head_dim
-        reason = "torch chooses its own kernel" if place != "CPU" else _cpu_reason(fused)
+        fused = workload.value_dim == workload.head_dim
+        on_cpu = place == "CPU"
         return Route(
             path="torch SDPA, dense mask" if needs.pattern else f"torch SDPA, {place}",
-            fused=fused,
-            reason=f"torch {version}; {reason}",
-            predicted_bytes=_predicted(workload, fused, needs) if place == "CPU" else None,
+            fused=fused if on_cpu else None,
+            reason=f"torch {version}; {_cpu_reason(fused) if on_cpu else 'torch chooses its own kernel'}",
+            predicted_bytes=_predicted(workload, fused, needs) if on_cpu else None,
         )
 
     def __call__(

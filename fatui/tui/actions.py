@@ -134,9 +134,7 @@ SCALING: Final = (
         "scaling_figure", "tab", "Figure", "tokens/s, latency, FLOP/s with the roof, or memory", "screen.turn('figure')"
     ),
     Action("scaling_axis", "a", "Axis", "Draw over the next axis", "screen.turn('axis')"),
-    Action(
-        "scaling_name", "i", "Implementation", "Map of the winners, or of one implementation", "screen.turn('name')"
-    ),
+    Action("scaling_name", "i", "Map", "Map of the winners, or of one implementation", "screen.turn('name')"),
     Action(
         "scaling_part", "v", "Other values", "The next values of the axes that are not drawn", "screen.turn('part')"
     ),

@@ -1,5 +1,6 @@
 """Every implementation against float64: either a correct result, or a route that declines."""
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Iterable
 from typing import Any
@@ -265,6 +266,14 @@ def test_torch_says_how_to_get_it_where_it_is_not_installed(monkeypatch: pytest.
     route = TorchSdpa().route(Example().workload(), CPU)
     assert not route.supported
     assert "pip install torch" in route.reason
+
+
+def test_torchs_kernel_is_known_on_a_cpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    cuda = structs.replace(CPU, backend="cuda")
+    for version, fused in (("2.13.0", None), ("2.13.0+cpu", True)):
+        monkeypatch.setattr(importlib.metadata, "version", lambda name, version=version: version)
+        assert TorchSdpa().route(Example().workload(), cuda).fused is fused
 
 
 def test_mlx_gives_its_own_reason_for_not_fusing() -> None:
