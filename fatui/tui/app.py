@@ -17,6 +17,7 @@ from textual.app import SystemCommand
 from textual.binding import BindingType
 from textual.filter import LineFilter
 from textual.screen import Screen
+from textual.timer import Timer, TimerCallback
 
 from attention.core.errors import UsageError
 from attention.core.results import Report
@@ -323,6 +324,18 @@ class FatuiApp(Lab):
             self.set_draft(self.draft.toggle(name))
         if name is not None:
             self.main.go_to_implementation(name)
+
+    def set_timer(
+        self, delay: float, callback: TimerCallback | None = None, *, name: str | None = None, pause: bool = False
+    ) -> Timer:
+        """Set a timer that fires once, on a busy machine too.
+
+        One of Textual's never does if its delay has passed before it waits: its timer of 8 ms after a change of the
+        terminal's size was lost now and then, and the screen kept the size before.
+        """
+        timer = super().set_timer(delay, callback, name=name, pause=pause)
+        timer._skip = False
+        return timer
 
     @property
     def shown_report(self) -> Report | None:

@@ -1,6 +1,10 @@
 """Where the panes stand, and how keys reach them."""
 
+import asyncio
+import itertools
+
 import pytest
+from textual import timer
 
 from fatui.tui.screens.jump import Jump
 from fatui.tui.screens.main import FOCUS
@@ -8,6 +12,7 @@ from fatui.tui.widgets.implementation_picker import ImplementationPicker
 from fatui.tui.widgets.log_pane import LogView
 from fatui.tui.widgets.row_table import RowTable
 from fatui.tui.widgets.slider import Slider
+from tests.support.patience import patient
 from tests.support.stage import PEAKS, on_stage
 
 
@@ -189,3 +194,13 @@ async def test_jump_mode_closes_without_going_anywhere(stage, key):
     await stage.press("semicolon", key)
     assert stage.app.screen is stage.app.main
     assert stage.app.main.focused is before
+
+
+async def test_a_timer_that_is_late_when_it_starts_fires(monkeypatch):
+    async with on_stage() as stage:
+        fired, late = asyncio.Event(), itertools.count()
+        with monkeypatch.context() as patched:
+            patched.setattr(timer._time, "get_time", lambda: 0.02 * next(late))  # 20 ms pass between two readings
+            stage.app.set_timer(1 / 120, fired.set)
+            await asyncio.wait_for(fired.wait(), patient(5))
+        assert stage.app.is_running
