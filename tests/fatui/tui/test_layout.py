@@ -4,7 +4,8 @@ import asyncio
 import itertools
 
 import pytest
-from textual import timer
+from textual import events, timer
+from textual.geometry import Size
 
 from fatui.tui.screens.jump import Jump
 from fatui.tui.screens.main import FOCUS
@@ -204,3 +205,10 @@ async def test_a_timer_that_is_late_when_it_starts_fires(monkeypatch):
             stage.app.set_timer(1 / 120, fired.set)
             await asyncio.wait_for(fired.wait(), patient(5))
         assert stage.app.is_running
+
+
+async def test_a_size_that_the_terminal_no_longer_has_is_left_out():
+    async with on_stage() as stage:
+        stage.app.main.post_message(events.Resize(Size(40, 10), Size(40, 10)))
+        await stage.pilot.pause()
+        assert stage.app.main.size == (120, 40)
