@@ -207,8 +207,11 @@ async def test_a_timer_that_is_late_when_it_starts_fires(monkeypatch):
         assert stage.app.is_running
 
 
-async def test_a_size_that_the_terminal_no_longer_has_is_left_out():
+async def test_a_size_that_the_terminal_no_longer_has_is_left_out(monkeypatch):
     async with on_stage() as stage:
-        stage.app.main.post_message(events.Resize(Size(40, 10), Size(40, 10)))
-        await stage.pilot.pause()
-        assert stage.app.main.size == (120, 40)
+        laid_out = []
+        monkeypatch.setattr(stage.app.main, "_screen_resized", laid_out.append)
+        for size in (Size(40, 10), stage.app.size):
+            stage.app.main.post_message(events.Resize(size, size))
+            await stage.pilot.pause()
+        assert laid_out == [stage.app.size]
