@@ -330,8 +330,8 @@ class FatuiApp(Lab):
     ) -> Timer:
         """Set a timer that fires once, on a busy machine too.
 
-        One of Textual's never does if its delay has passed before it waits: its timer of 8 ms after a change of the
-        terminal's size was lost now and then, and the screen kept the size before.
+        One of Textual's never does if its delay has passed before it waits: without the timer of 8 ms that it sets at a
+        change of the terminal's size, the screen would keep the size before.
         """
         timer = super().set_timer(delay, callback, name=name, pause=pause)
         timer._skip = False

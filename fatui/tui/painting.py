@@ -13,7 +13,6 @@ from typing import Any, Final, TypeVar
 
 from rich.segment import Segment
 from rich.style import Style
-from textual import events
 from textual._compositor import ChopsUpdate, Compositor
 from textual._styles_cache import StylesCache
 from textual.color import Color
@@ -133,14 +132,6 @@ class SparingScreen(Screen[R]):
         super().__init__(*arguments, **options)
         if all(hasattr(self._compositor, name) for name in USED):
             self._compositor = SparingCompositor()
-
-    async def _on_resize(self, event: events.Resize) -> None:
-        """Leave out sizes that the terminal no longer has.
-
-        Textual lays a screen out for each, and posts it to the screen again: two would follow each other for ever.
-        """
-        if event.size != self.app.size:
-            event.prevent_default()
 
 
 def _filtered(strip: Strip, each: LineFilter, background: Color) -> Strip:

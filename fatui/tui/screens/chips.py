@@ -15,7 +15,7 @@ from attention.core.workload import MAX_SIZES
 from fatui.quantities import STOPS, format_number, parse_number
 from fatui.tui import actions
 from fatui.tui.lab import Lab
-from fatui.tui.screens.closing import ClosesOnce
+from fatui.tui.screens.base import AppScreen
 from fatui.tui.terminal import literal
 from fatui.tui.view_models import chips
 from fatui.tui.widgets.bars import KeyBar, StatusLine
@@ -33,7 +33,7 @@ SHOWN: Final = ("poc", "mlx")
 """Implementations that are predicted if none of those selected can be."""
 
 
-class Chips(ClosesOnce, Screen[None]):
+class Chips(AppScreen, Screen[None]):
     """Screen of the shown case on chips; sliders move the case, and the first chip's figures."""
 
     CSS_PATH: ClassVar = ["list.tcss", "chips.tcss"]

@@ -20,7 +20,7 @@ from fatui.report.comparison import RowChange
 from fatui.storage import own_presets, presets
 from fatui.storage.presets import Preset
 from fatui.trust import trust
-from fatui.tui.screens.closing import ClosesOnce
+from fatui.tui.screens.base import AppScreen
 from fatui.tui.terminal import literal
 from fatui.tui.view_models.journal import LogLine
 from fatui.tui.view_models.row_details import figure_lines, hanging, sample_lines, sentences
@@ -30,7 +30,7 @@ from fatui.verdict import confidence_text, headline, verdicts
 ANSWERS = "[@click=screen.answer(True)][b]y[/b] {yes}[/]     [@click=screen.answer(False)][b]n, enter[/b] {no}[/]"
 
 
-class Question(ClosesOnce, ModalScreen[bool]):
+class Question(AppScreen, ModalScreen[bool]):
     """Yes-or-no dialog: y or the key that opened it is yes; enter, escape or n is no, which changes nothing."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
@@ -61,7 +61,7 @@ CLOSES: Final = "[@click=screen.close]escape closes[/]"
 ABOUT = "Letter keys work outside inputs; tab moves to the next control. [keys] in {config} remaps them."
 
 
-class Closable(ClosesOnce, ModalScreen[None]):
+class Closable(AppScreen, ModalScreen[None]):
     """Dialog of text only, closed by escape, enter or the key that quits."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
@@ -214,7 +214,7 @@ def _change_lines(change: RowChange) -> list[str]:
     return lines if change.is_reference else [*lines, f"beyond the drift   {formatting.speedup_text(change.ratio)}"]
 
 
-class SortMenu(ClosesOnce, ModalScreen[str]):
+class SortMenu(AppScreen, ModalScreen[str]):
     """Menu of the columns of a table; the result is the one to sort by, empty for the order of the measurement."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
@@ -257,7 +257,7 @@ OWN_FILE: Final = (
 )
 
 
-class OwnFile(ClosesOnce, ModalScreen[str]):
+class OwnFile(AppScreen, ModalScreen[str]):
     """Dialog for a Python file with an implementation; the result is its name, FILE.py:NAME."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
@@ -325,7 +325,7 @@ def defined_names(source: bytes) -> list[str]:
     return [each.name for each in ast.parse(source).body if isinstance(each, kinds) and not each.name.startswith("_")]
 
 
-class SaveAs(ClosesOnce, ModalScreen[Preset]):
+class SaveAs(AppScreen, ModalScreen[Preset]):
     """Dialog for a name, a title and a summary; the result is the saved preset."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
@@ -414,7 +414,7 @@ class Formats(Choice):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "screen.write", "Write", show=False)]
 
 
-class Export(ClosesOnce, ModalScreen[tuple[Path, tuple[str, ...]]]):
+class Export(AppScreen, ModalScreen[tuple[Path, tuple[str, ...]]]):
     """Dialog for a folder and a name; the result is the path without suffix, and the chosen suffixes."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]

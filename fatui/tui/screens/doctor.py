@@ -16,7 +16,7 @@ from textual.widgets import Static
 from fatui.diagnosis import DiagnosisItem
 from fatui.tui import actions
 from fatui.tui.lab import Lab
-from fatui.tui.screens.closing import ClosesOnce
+from fatui.tui.screens.base import AppScreen
 from fatui.tui.widgets.bars import KeyBar, StatusLine
 from fatui.untrusted_text import MAX_SHOWN, escape_all
 
@@ -28,7 +28,7 @@ LINE_LIMIT: Final = 2**20
 LOOKING: Final = "Checking; the last lines take a second or two, because they are measured."
 
 
-class Doctor(ClosesOnce, Screen[None]):
+class Doctor(AppScreen, Screen[None]):
     """Screen of the doctor's findings, shown as they come in."""
 
     CSS_PATH: ClassVar = ["list.tcss"]

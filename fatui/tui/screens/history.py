@@ -23,7 +23,7 @@ from fatui.storage.history import HistoryError, RunSummary
 from fatui.storage.history import RunHistory as Runs
 from fatui.tui import actions
 from fatui.tui.lab import Lab
-from fatui.tui.screens.closing import ClosesOnce
+from fatui.tui.screens.base import AppScreen
 from fatui.tui.screens.tables import HasTable
 from fatui.tui.terminal import literal
 from fatui.tui.view_models.table_lines import TableColumn, TableLine
@@ -64,7 +64,7 @@ MAX_NAMED = 3
 NOTHING_IN_COMMON = "These two runs have no workload and implementation in common."
 
 
-class History(HasTable, ClosesOnce, Screen[Report]):
+class History(HasTable, AppScreen, Screen[Report]):
     """Screen of past runs; the result is the report to open."""
 
     CSS_PATH: ClassVar = ["list.tcss"]
@@ -247,7 +247,7 @@ def _run_line(run: RunSummary, marked: bool) -> TableLine:
     return TableLine(key=run.id, cells=cells, figures=figures)
 
 
-class Compare(HasTable, ClosesOnce, Screen[None]):
+class Compare(HasTable, AppScreen, Screen[None]):
     """Screen of the rows that two runs have in common: before, after, the reference's own drift, and what is beyond it.
 
     The runs may be of two devices: then the drift is how much faster the second is in the reference.

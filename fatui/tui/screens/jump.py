@@ -10,7 +10,7 @@ from textual.screen import ModalScreen, Screen
 from textual.widget import Widget
 from textual.widgets import Static
 
-from fatui.tui.screens.closing import ClosesOnce
+from fatui.tui.screens.base import AppScreen
 
 LETTERS: Final = "asdfghjklqwertyuiopzxcvbnm123456789"
 
@@ -54,7 +54,7 @@ def spots_of(screen: Screen[Any]) -> list[Spot]:
     return [Spot(letter, *place) for letter, place in zip(LETTERS, found, strict=False)]
 
 
-class Jump(ClosesOnce, ModalScreen[Spot]):
+class Jump(AppScreen, ModalScreen[Spot]):
     """Overlay with the letters; any other key closes it."""
 
     CSS_PATH: ClassVar = ["jump.tcss"]

@@ -19,6 +19,7 @@ from fatui.telemetry import Reading
 from fatui.tui import actions
 from fatui.tui.lab import TABLE_TICKS, Lab, command_of
 from fatui.tui.painting import SparingScreen
+from fatui.tui.screens.base import AppScreen
 from fatui.tui.screens.tables import HasTable
 from fatui.tui.view_models import availability, cost, table_lines
 from fatui.tui.view_models.session import AnySession
@@ -62,7 +63,7 @@ FOCUS = {
 """The widget to focus in each pane."""
 
 
-class MainScreen(HasTable, SparingScreen[None]):
+class MainScreen(HasTable, AppScreen, SparingScreen[None]):
     """Main screen of the app's state; the only state of its own is the open tab."""
 
     BINDINGS: ClassVar[list[BindingType]] = [

@@ -21,7 +21,7 @@ from fatui.reproduce import finetune_command, model_command
 from fatui.tui import actions
 from fatui.tui.lab import TABLE_TICKS, Lab
 from fatui.tui.painting import SparingScreen, TextLines, set_title
-from fatui.tui.screens.closing import ClosesOnce
+from fatui.tui.screens.base import AppScreen
 from fatui.tui.screens.tables import HasTable
 from fatui.tui.view_models import cost, kv_format, model_lines, table_lines
 from fatui.tui.view_models.session import ModelSession
@@ -109,7 +109,7 @@ class ModelTable(TablePane):
         return [*super()._hints(), *([*over, "o sort", "enter a row"] if self.table.lines else [])]
 
 
-class ModelScreen(HasTable, ClosesOnce, SparingScreen[None]):
+class ModelScreen(HasTable, AppScreen, SparingScreen[None]):
     """Screen that sets up, runs and shows a model; the choices and the last run survive when it is closed."""
 
     CSS_PATH: ClassVar = ["list.tcss", "model_screen.tcss"]

@@ -14,7 +14,7 @@ from attention.core.errors import UsageError
 from fatui.storage import presets
 from fatui.tui import actions
 from fatui.tui.lab import Lab
-from fatui.tui.screens.closing import ClosesOnce
+from fatui.tui.screens.base import AppScreen
 from fatui.tui.screens.tables import HasTable
 from fatui.tui.view_models.table_lines import TableColumn, TableLine
 from fatui.tui.widgets.bars import KeyBar, StatusLine
@@ -32,7 +32,7 @@ MAX_PREVIEW = 20_000
 EMPTY = "There are no presets; 'Save as' on the main screen makes one."
 
 
-class Presets(HasTable, ClosesOnce, Screen[str]):
+class Presets(HasTable, AppScreen, Screen[str]):
     """Screen of the presets; the result is the name of the one to load."""
 
     CSS_PATH: ClassVar = ["list.tcss"]

@@ -21,7 +21,7 @@ from fatui.draft import UNNAMED
 from fatui.report import counterparts, scaling
 from fatui.tui import actions
 from fatui.tui.lab import Lab
-from fatui.tui.screens.closing import ClosesOnce
+from fatui.tui.screens.base import AppScreen
 from fatui.tui.terminal import literal
 from fatui.tui.view_models import sweep, table_lines
 from fatui.tui.view_models.plot import LEFT, Plot, mark_of
@@ -129,7 +129,7 @@ class CurveChart(PlotView, can_focus=True):
         self.post_message(self.Moved(place=(event.x - LEFT - 1) / max(1, self.size.width - LEFT - 2)))
 
 
-class Scaling(ClosesOnce, Screen[None]):
+class Scaling(AppScreen, Screen[None]):
     """Screen of the shown report's scaling; keys go through figures, axes, implementations and slices."""
 
     CSS_PATH: ClassVar = ["list.tcss", "scaling.tcss"]

@@ -9,6 +9,7 @@ from textual.geometry import Size
 
 from fatui.tui.screens.jump import Jump
 from fatui.tui.screens.main import FOCUS
+from fatui.tui.screens.scaling import Scaling
 from fatui.tui.widgets.implementation_picker import ImplementationPicker
 from fatui.tui.widgets.log_pane import LogView
 from fatui.tui.widgets.row_table import RowTable
@@ -209,9 +210,12 @@ async def test_a_timer_that_is_late_when_it_starts_fires(monkeypatch):
 
 async def test_a_size_that_the_terminal_no_longer_has_is_left_out(monkeypatch):
     async with on_stage() as stage:
-        laid_out = []
-        monkeypatch.setattr(stage.app.main, "_screen_resized", laid_out.append)
-        for size in (Size(40, 10), stage.app.size):
-            stage.app.main.post_message(events.Resize(size, size))
-            await stage.pilot.pause()
-        assert laid_out == [stage.app.size]
+        stage.app.push_screen(Scaling())
+        await stage.pilot.pause()
+        for screen in (stage.app.main, stage.app.screen):
+            laid_out = []
+            monkeypatch.setattr(screen, "_screen_resized", laid_out.append)
+            for size in (Size(40, 10), stage.app.size):
+                screen.post_message(events.Resize(size, size))
+                await stage.pilot.pause()
+            assert {*laid_out} == {stage.app.size}  # a screen below another one is laid out with that too

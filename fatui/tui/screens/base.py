@@ -1,0 +1,27 @@
+"""What every screen of the app does otherwise than Textual's."""
+
+from typing import Any
+
+from textual import events
+from textual.await_complete import AwaitComplete
+from textual.screen import Screen
+
+
+class AppScreen:
+    """A screen that closes once, and is laid out for the size that the terminal has.
+
+    Keys that were pressed before it was gone, such as a second escape, do nothing: Textual would close the screen below
+    as well, or end the app with an error if there is none. Sizes that the terminal no longer has are left out: Textual
+    lays a screen out for each, and posts it to the screen again, so that two would follow each other for ever.
+    """
+
+    def dismiss(self, result: Any = None) -> AwaitComplete:
+        """Close the screen with a result, unless it has closed already."""
+        assert isinstance(self, Screen)
+        return Screen.dismiss(self, result) if self.is_active else AwaitComplete()
+
+    async def _on_resize(self, event: events.Resize) -> None:
+        """Keep Textual's handler from a size that is out of date."""
+        assert isinstance(self, Screen)
+        if event.size != self.app.size:
+            event.prevent_default()
