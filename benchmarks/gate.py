@@ -142,9 +142,13 @@ def _stoppable() -> Iterator[None]:
 
 def as_asked(kind: str, result: Result) -> bool:
     """Return whether a comparison ended as it should: the same code passes, and a planted slowdown is the one found."""
-    if kind.endswith("-s-0"):
+    if _is_same_code(kind):
         return result.outcome == "passes"
     return result.outcome == "fails" and any(PLANTED in name for name in result.slower)
+
+
+def _is_same_code(kind: str) -> bool:
+    return kind.endswith("-s-0")
 
 
 def table_lines(found: Mapping[str, Sequence[Result]]) -> list[str]:
@@ -155,7 +159,7 @@ def table_lines(found: Mapping[str, Sequence[Result]]) -> list[str]:
     ]
     for kind, results in sorted(found.items()):
         good = sum(as_asked(kind, each) for each in results)
-        false = sum(any(kind.endswith("-s-0") or PLANTED not in name for name in each.slower) for each in results)
+        false = sum(any(_is_same_code(kind) or PLANTED not in name for name in each.slower) for each in results)
         pairs = [each.pairs for each in results]
         undecided = sum(bool(each.undecided) for each in results)
         seconds, load = median(each.seconds for each in results), median(each.load for each in results)

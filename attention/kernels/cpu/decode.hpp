@@ -308,7 +308,7 @@ struct FewRows {
   void add(int64_t row, const Lines<Element>& v, int64_t column, Ahead& next) const {
     float* out = output + row * dv;
     if constexpr (in_pairs) add_pairs<R, Vectors>(pairs + row * (score_line / 2), v, column, out, dv, next);
-    else if (R == 1 && registers == 16 && cached)
+    else if (R == 1 && cached)
       add_lines<R, Vectors, R == 1 && registers == 16>(scores + row * score_line, v, column, out, dv, next);
     else add_lines<R, Vectors>(scores + row * score_line, v, column, out, dv, next);
   }

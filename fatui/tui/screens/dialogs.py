@@ -22,7 +22,6 @@ from fatui.storage.presets import Preset
 from fatui.trust import trust
 from fatui.tui.screens.base import AppScreen
 from fatui.tui.terminal import literal
-from fatui.tui.view_models.journal import LogLine
 from fatui.tui.view_models.row_details import figure_lines, hanging, sample_lines, sentences
 from fatui.tui.widgets.choice import Choice
 from fatui.verdict import confidence_text, headline, verdicts
@@ -140,22 +139,7 @@ class TrustDetails(Closable):
                     yield Static(f"{found.text}\n{found.detail}\n", markup=False)
 
 
-class LogLineDetails(Closable):
-    """Dialog with a line of the log as a whole."""
-
-    def __init__(self, line: LogLine) -> None:
-        super().__init__()
-        self._line = line
-
-    def compose(self) -> ComposeResult:
-        """Yield the text."""
-        with VerticalScroll(classes="dialog") as dialog:
-            dialog.border_title = literal(f"{self._line.level} of {self._line.at}")
-            dialog.border_subtitle = CLOSES
-            yield Static(self._line.text, markup=False)
-
-
-class Words(Closable):
+class FullText(Closable):
     """Dialog with a text that is too long for its place."""
 
     def __init__(self, title: str, text: str) -> None:

@@ -527,9 +527,9 @@ class MainScreen(HasTable, AppScreen, SparingScreen[None]):
 
     @on(LogView.Opened)
     def _open_log_line(self, event: LogView.Opened) -> None:
-        from fatui.tui.screens.dialogs import LogLineDetails
+        from fatui.tui.screens.dialogs import FullText
 
-        self.app.push_screen(LogLineDetails(event.line))
+        self.app.push_screen(FullText(f"{event.line.level} of {event.line.at}", event.line.text))
 
     def action_pause(self) -> None:
         """Pause or resume the log."""
@@ -549,9 +549,9 @@ class MainScreen(HasTable, AppScreen, SparingScreen[None]):
 
     @on(ImplementationPicker.Explained)
     def _explain(self, event: ImplementationPicker.Explained) -> None:
-        from fatui.tui.screens.dialogs import Words
+        from fatui.tui.screens.dialogs import FullText
 
-        self.app.push_screen(Words(event.name, event.text))
+        self.app.push_screen(FullText(event.name, event.text))
 
     def pending(self) -> str:
         """Return what to do about a number that is still being typed, in words; empty without one."""

@@ -6,7 +6,7 @@ import pytest
 
 from attention.core import events as on
 from attention.core.results import Ratio
-from fatui.tui.screens.dialogs import LogLineDetails
+from fatui.tui.screens.dialogs import FullText
 from fatui.tui.widgets.log_pane import LogView
 from tests.support.stage import impatient, make_app
 
@@ -80,7 +80,7 @@ async def test_long_lines_wrap_and_open_whole(stage):
     await stage.settle(lambda: "word59" in stage.seen())
     stage.find("#log-view").focus()
     await stage.press("up", "enter")
-    assert isinstance(stage.app.screen, LogLineDetails)
+    assert isinstance(stage.app.screen, FullText)
     assert "word0 " in stage.seen() and "word59" in stage.seen()
     await stage.press("escape")
     assert stage.app.screen is stage.app.main
