@@ -16,7 +16,7 @@ from attention.core.plan import Assignment, FineTuningPlan, GenerationPlan, Plan
 from attention.core.results import Case, Peaks, Row
 from attention.core.workload import FineTuning, Generation, Workload, generations
 from attention.engine import bench
-from attention.engine.record import record_of
+from attention.engine.record import Record, record_of
 from fatui import engine_process as engine_module
 from fatui.engine_process import Engine, Silence
 from tests.support.marks import slow
@@ -48,9 +48,9 @@ SLOW = "longer than the"
 """Of the message that the fewest rounds take longer than the time of a case."""
 
 
-def log_of(engine: Engine) -> list[str]:
+def log_of(record: Record) -> list[str]:
     """Return the messages of a run, but for the one that a slow machine adds."""
-    return [each.text for each in engine.record.log if SLOW not in each.text]
+    return [each.text for each in record.log if SLOW not in each.text]
 
 
 MASKED = (
@@ -115,7 +115,7 @@ def test_a_worker_that_dies_costs_one_row_and_the_others_go_on(dying_run: Engine
     assert row(case, planted).reason == reason
     assert row(case, "baseline").status == "ok"
     assert row(case, "baseline").stopped_by in ("precision", "time")
-    assert any(planted in line for line in log_of(dying_run) if "is restarted without it" in line)
+    assert any(planted in line for line in log_of(dying_run.record) if "is restarted without it" in line)
 
 
 FAILING = {
@@ -141,7 +141,7 @@ def test_an_exception_costs_one_row_without_a_new_worker(one_run: Engine, plante
     case = one_run.record.case(0)
     assert (row(case, planted).status, row(case, planted).reason) == ("failed", reason)
     assert row(case, "baseline").status == "ok"
-    assert not log_of(one_run)
+    assert not log_of(one_run.record)
 
 
 @pytest.mark.thorough
@@ -259,7 +259,7 @@ def test_force_runs_what_is_predicted_not_to_fit() -> None:
 
 def test_what_an_implementation_prints_is_no_event(one_run: Engine) -> None:
     assert row(one_run.record.case(0), "Prints").status == "ok"
-    assert not log_of(one_run)
+    assert not log_of(one_run.record)
 
 
 @pytest.mark.slow
@@ -272,7 +272,7 @@ def test_building_happens_once_after_a_first_look_at_the_others(monkeypatch: pyt
     record = record_of(of_two)
     for event in reported:
         record.apply(event)
-    lines = [message.text for message in record.log if SLOW not in message.text]
+    lines = log_of(record)
     assert lines[0].startswith("a first look: baseline ")
     assert lines[1] == "planted building"
     assert "compiling and checking took" in lines[2]
