@@ -170,7 +170,7 @@ def verdict_of(cases: Sequence[AnyCase], title: str = "", *, interrupted: bool =
             reference_off=_off(comparable),
             losses=_losses(cases, names, None),
             notes=notes,
-            too_noisy=within_noise or 2 * len(noisy) > len(comparable) > 0,
+            too_noisy=within_noise or (len(names) > 1 and 2 * len(noisy) > len(comparable) > 0),
             reason=_noise_reason(comparable) if within_noise else _reason(comparable, _named(comparable, reference)),
         )
     doubts = _doubts(cases, comparable, winner, interrupted)

@@ -5,7 +5,9 @@ digest guards against accidents and quiet corrections, not against forgery: anyo
 """
 
 import hashlib
+import math
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any, Final, Literal, cast
 
 import msgspec
@@ -459,6 +461,14 @@ class Fingerprint(Struct, frozen=True, kw_only=True):
     """When the engine started."""
     after: MachineState | None = None
     """When the last case was complete."""
+
+
+def instant(started: str) -> float:
+    """Return an ISO time as seconds since 1970, to order runs of several time zones; -inf if it is none, in a file."""
+    try:
+        return datetime.fromisoformat(started).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return -math.inf
 
 
 class Run(Struct, frozen=True, kw_only=True):

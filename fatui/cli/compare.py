@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     named = "a run of the history (its id or the start of it, last, last~1), a file of --json, or a folder of files"
     parser.add_argument("before", metavar="BASE", help=named)
     parser.add_argument("after", metavar="NEW", nargs="?", help="another")
-    parser.add_argument("more", metavar="RUN", nargs="*", help="further ones, with --by device")
+    parser.add_argument("more", metavar="RUN", nargs="*", default=[], help="further ones, with --by device")
     parser.add_argument("--by", metavar="device", help="put runs of several machines side by side")
     add_criteria(parser.add_argument_group("gate"))
     parser.add_argument("--markdown", metavar="FILE", help="write the comparison as a Markdown table ('-' is stdout)")
@@ -70,8 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.by is not None:
         return _side_by_side(arguments)
     if arguments.after is None or arguments.more:
-        count = 1 if arguments.after is None else 2 + len(arguments.more)
-        raise UsageError(f"compare: got {count} names; it takes BASE and NEW, or any number with --by device")
+        count = "one name" if arguments.after is None else f"{2 + len(arguments.more)} names"
+        raise UsageError(f"compare: got {count}; it takes BASE and NEW, or any number with --by device")
     from fatui.cli.options import Problems
     from fatui.cli.output import requested_exports
     from fatui.report.comparison import compare_pairs
@@ -282,7 +282,7 @@ def _word(change: "RowChange") -> str:
     if change.is_reference:
         return "reference"
     if not change.ratio.significant:
-        return "same" if formatting.is_clear(change.ratio) else "unclear"
+        return "same" if formatting.is_clear(change.ratio) and change.outcome() == "SAME" else "unclear"
     path = change.before.path, change.after.path
     moved = f", {path[0]} became {path[1]}" if path[0] != path[1] else ""
     return ("faster" if change.ratio.value > 1 else "slower") + moved

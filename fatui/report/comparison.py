@@ -26,6 +26,7 @@ from attention.core.results import (
     Report,
     Row,
     StreamCase,
+    instant,
 )
 from attention.core.stream import Stream
 from attention.core.workload import FineTuning, Generation, Workload
@@ -47,27 +48,36 @@ FALSE_ALARMS: Final = 0.005
 MISSES: Final = 0.02
 """Largest probability that a row which is slower by the tolerance is called SAME at any look."""
 
+MEASURED: Final = ("ok", "inaccurate")
+"""Statuses of rows that have figures; what others have are samples from before they failed."""
+MACHINE: Final = ("backend", "device", "blas")
+"""What runs have to have in common for a change between them to be one of the code."""
+
 K = TypeVar("K", Case, ModelCase, FineTuningCase, StreamCase)
+
+
+def _has_figures(row: Row) -> bool:
+    return row.call_s is not None and row.status in MEASURED
 
 
 def rebased(case: K, reference: str) -> K:
     """Return a case with its speedups over another of its implementations; unchanged if that has no figures.
 
-    Rounds are paired as far as both have a sample in each; a fine-tuning, and rows with samples missing, are compared
-    by the intervals of their medians. The noise floor stays that of the case's own reference.
+    Rounds are paired if both rows have a sample in each; a fine-tuning, and rows with samples missing, are compared by
+    the intervals of their medians. The noise floor stays that of the case's own reference.
     """
-    base = next((row for row in case.rows if row.implementation == reference and row.call_s), None)
+    base = next((row for row in case.rows if row.implementation == reference and _has_figures(row)), None)
     if base is None or reference == case.reference:
         return case
     floor = case.noise_floor
-    paired = not isinstance(case, FineTuningCase | StreamCase)
+    paired = not isinstance(case, FineTuningCase | StreamCase) and _in_every_round((case, base))
 
     def speedup(row: Row) -> Ratio | None:
         if row.speedup is None and row.implementation != case.reference:
             return None
         if row.implementation == reference:
             return UNITY
-        if paired and len(row.samples) == len(base.samples):
+        if paired and _in_every_round((case, row)):
             return statistics.speedup(base.samples, row.samples, floor)
         if base.call_s is None or row.call_s is None:
             return None
@@ -192,6 +202,8 @@ class Comparison(Struct, frozen=True, kw_only=True):
     pairs: int = 1
     edited: tuple[str, ...] = ()
     """Runs that were changed after they had been written."""
+    same_machine: bool = True
+    """Whether all runs are of one device, backend and BLAS, as far as that is known."""
 
 
 RowKey = tuple[AnyWorkload, str]
@@ -226,7 +238,13 @@ def compare_pairs(pairs: Sequence[tuple[Report, Report]]) -> Comparison:
         differences=tuple(differences),
         pairs=len(pairs),
         edited=tuple(dict.fromkeys(report.run.id for pair in pairs for report in pair if report.edited)),
+        same_machine=all(_same_machine(before, after) for before, after in pairs),
     )
+
+
+def _same_machine(before: Report, after: Report) -> bool:
+    both = [(getattr(before.environment, name), getattr(after.environment, name)) for name in MACHINE]
+    return all(first == second or None in (first, second) for first, second in both)
 
 
 def _rows(report: Report) -> dict[RowKey, Found]:
@@ -321,8 +339,10 @@ def _reference_row(case: AnyCase) -> Row | None:
 
 
 def _times(before: Row | None, after: Row | None, floor: float) -> Ratio | None:
-    if before is None or after is None or before.call_s is None or after.call_s is None:
+    if before is None or after is None or not (_has_figures(before) and _has_figures(after)):
         return None
+    assert before.call_s is not None
+    assert after.call_s is not None
     return statistics.ratio_of_medians(before.call_s, after.call_s, floor)
 
 
@@ -343,7 +363,23 @@ def _differences(before: Report, after: Report) -> tuple[str, ...]:
             say = formatting.size if name == "memory_bytes" else str
             words = [say(value) if value else "unknown" for value in (first, second)]
             differences.append(f"{FIELD_NAMES.get(name, name)}: {words[0]}, then {words[1]}")
-    return (*differences, *_other_load(before, after))
+    return (*differences, *_other_reference(before, after), *_other_load(before, after))
+
+
+def _other_reference(before: Report, after: Report) -> tuple[str, ...]:
+    """Return where the reference is not the same code in both runs, or not accurate in one of them."""
+    if _measured_in_turns(before, after):
+        return ()
+    found: dict[str, None] = {}
+    first, second = _rows(before), _rows(after)
+    for key, (case, row) in first.items():
+        if row.implementation != case.reference or key not in second or second[key][0].reference != case.reference:
+            continue
+        for name in ("path", "status"):
+            words = getattr(row, name), getattr(second[key][1], name)
+            if words[0] != words[1]:
+                found[f"{name} of {case.reference}, which changes are relative to: {words[0]}, then {words[1]}"] = None
+    return tuple(found)
 
 
 def _other_load(before: Report, after: Report) -> tuple[str, ...]:
@@ -398,14 +434,14 @@ def by_machine(reports: Sequence[Report]) -> MachineTable:
     machines: dict[str, int] = {}
     found: dict[tuple[AnyWorkload, str], dict[int, tuple[AnyCase, Row]]] = {}
     versions: dict[str, dict[str, None]] = {}
-    for report in sorted(reports, key=lambda each: each.run.started):
+    for report in sorted(reports, key=lambda each: instant(each.run.started)):
         name = names[_machine_key(report)]
         number = machines.setdefault(name, len(machines))
         versions.setdefault(name, {})[f"fatui {report.environment.fatui}, MLX {report.environment.mlx}"] = None
         for case in report.all_cases:
             for row in case.rows:
                 before = found.setdefault((case.workload, row.implementation), {})
-                if number not in before or row.call_s:
+                if number not in before or _has_figures(row):
                     before[number] = case, row
     notes = [
         f"{name}: runs of different versions: {'; '.join(each)}" for name, each in versions.items() if len(each) > 1
@@ -441,7 +477,7 @@ def _machine_names(reports: Sequence[Report]) -> dict[tuple[str, ...], str]:
 
 
 def _beside(found: dict[int, tuple[AnyCase, Row]]) -> tuple[MachineRow, ...]:
-    first = next((found[number] for number in sorted(found) if found[number][1].call_s), None)
+    first = next((found[number] for number in sorted(found) if _has_figures(found[number][1])), None)
     return tuple(
         MachineRow(machine=number, case=case, row=row, across=_across(first, (case, row)))
         for number, (case, row) in sorted(found.items())
@@ -449,10 +485,9 @@ def _beside(found: dict[int, tuple[AnyCase, Row]]) -> tuple[MachineRow, ...]:
 
 
 def _across(first: tuple[AnyCase, Row] | None, here: tuple[AnyCase, Row]) -> Ratio | None:
-    if first is None or first[1] is here[1] or first[1].call_s is None or here[1].call_s is None:
+    if first is None or first[1] is here[1]:
         return None
-    floor = statistics.repeated_floor([case.noise_floor for case, _ in (first, here) if case.noise_floor])
-    return statistics.ratio_of_medians(first[1].call_s, here[1].call_s, floor)
+    return _times(first[1], here[1], statistics.repeated_floor(_floors([case for case, _ in (first, here)])))
 
 
 HEADS: Final = ("implementation", "machine", "per call", "tokens/s", "speedup", ACROSS, "memory", "status")

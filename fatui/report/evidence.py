@@ -15,6 +15,7 @@ from attention.core.results import (
     Report,
     Row,
     StreamCase,
+    instant,
 )
 from fatui import formatting
 from fatui.report.document import Block, Paragraph, Table, counted, joined
@@ -55,7 +56,7 @@ class Evidence(Struct, frozen=True):
 def gather(reports: Sequence[Report]) -> tuple[Evidence, ...]:
     """Group reports by machine and versions, in the order of their first run."""
     groups: dict[Environment, list[Report]] = {}
-    for report in sorted(reports, key=lambda each: each.run.started):
+    for report in sorted(reports, key=lambda each: instant(each.run.started)):
         groups.setdefault(report.environment, []).append(report)
     return tuple(_evidence(where, runs) for where, runs in groups.items())
 

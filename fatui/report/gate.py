@@ -9,7 +9,7 @@ from msgspec import Struct, structs
 from attention.core.errors import UsageError, suggestion
 from attention.core.results import Ratio
 from fatui import formatting
-from fatui.report.comparison import DEFAULT_TOLERANCE, MIN_PAIRS, Comparison, Outcome, RowChange
+from fatui.report.comparison import DEFAULT_TOLERANCE, MEASURED, MIN_PAIRS, Comparison, Outcome, RowChange
 from fatui.untrusted_text import markdown_cell, one_line
 
 Policy = Literal["fail", "pass"]
@@ -17,10 +17,9 @@ POLICIES: Final = ("fail", "pass")
 CRITERIA: Final = ("slower", "memory", "inaccurate")
 TAKES: Final = "slower:3%, memory:10% or inaccurate"
 MAX_PERCENT: Final = 1000.0
+OTHER_MACHINE: Final = "undecided: the runs differ in device, backend or BLAS, so that a change need not be the code's"
 _PERCENT: Final = re.compile(r"([0-9]{1,4}(?:\.[0-9]{1,4})?)\s*%")
 SCHEMA: Final = 1
-MEASURED: Final = ("ok", "inaccurate")
-"""Statuses of rows that have figures."""
 
 
 class RowThresholds(Struct, frozen=True, kw_only=True):
@@ -120,7 +119,8 @@ def _lines(found: Iterable[tuple[GateRow, Iterable[str]]]) -> list[str]:
 def judge(comparison: Comparison, thresholds: Thresholds) -> Gate:
     """Judge each row of a comparison."""
     timed = sum(change.ratio is not None and not change.is_reference for change in comparison.changes)
-    rows = tuple(_judged(change, thresholds, timed) for change in comparison.changes)
+    judged = _judged if comparison.same_machine else _judged_elsewhere
+    rows = tuple(judged(change, thresholds, timed) for change in comparison.changes)
     return Gate(comparison=comparison, thresholds=thresholds, rows=rows)
 
 
@@ -145,6 +145,14 @@ def _judged(change: RowChange, thresholds: Thresholds, timed: int) -> GateRow:
             grown = formatting.percent(change.memory - 1)
             failures.append(f"memory grew by {grown}, {formatting.percent(memory)} is allowed")
     return GateRow(change=change, outcome=outcome, ratio=ratio, failures=tuple(failures), undecided=tuple(undecided))
+
+
+def _judged_elsewhere(change: RowChange, thresholds: Thresholds, timed: int) -> GateRow:
+    """Judge a row of two machines: whether it has figures and is accurate; its time and memory are left open."""
+    row = _judged(change, structs.replace(thresholds, slower=None, memory=None, rows=()), timed)
+    open_ = any(limit is not None for limit in thresholds.of(change.implementation)) and not row.failures
+    undecided = (OTHER_MACHINE,) if open_ and change.before.status in MEASURED else ()
+    return structs.replace(row, outcome="UNDECIDED", undecided=undecided)
 
 
 def slowdown_text(ratio: Ratio | None) -> str:

@@ -15,7 +15,7 @@ from msgspec import Struct, structs
 
 from attention.core.errors import UsageError, suggestion
 from attention.core.files import expand_home, make_folder
-from attention.core.results import Report, sealed
+from attention.core.results import Report, instant, sealed
 from fatui import storage
 from fatui.storage import result_files
 from fatui.storage.result_files import read
@@ -374,7 +374,7 @@ def read_runs(name: str, history: RunHistory) -> list[Report]:
     """
     path = expand_home(name)
     if is_folder(path):
-        return sorted((read(file) for file in files_of(path)), key=lambda report: report.run.started)
+        return sorted((read(file) for file in files_of(path)), key=lambda report: instant(report.run.started))
     if "," in name and not path.is_file():
         return [read_run(part.strip(), history) for part in name.split(",")]
     return [read_run(name, history)]

@@ -293,3 +293,8 @@ def test_noise_throttling_and_tf32_are_found():
 
 def test_a_run_without_a_record_of_conditions_says_so():
     assert any(each.topic == "conditions" for each in trust(report_of()))
+
+
+def test_one_implementation_alone_is_not_too_noisy_to_rank():
+    case = case_of(noise_floor=floor_of(0.4), rows=case_of().rows[:1])
+    assert headline(verdict_of([case])) == "No winner · nothing was compared"

@@ -14,7 +14,7 @@ from textual.widgets import Input, Static
 
 from attention.core.errors import UsageError
 from attention.core.files import expand_home
-from attention.core.results import Report, Row
+from attention.core.results import Report, Row, instant
 from fatui import formatting
 from fatui.draft import UNNAMED
 from fatui.report import comparison
@@ -178,7 +178,7 @@ class History(HasTable, AppScreen, Screen[Report]):
         own = await self._get(self._chosen) if self._chosen else None
         if own is not None:
             self._close_file()
-            self.app.push_screen(Compare(*sorted((own, theirs), key=lambda each: each.run.started)))
+            self.app.push_screen(Compare(*sorted((own, theirs), key=lambda each: instant(each.run.started))))
 
     def _close_file(self) -> bool:
         """Hide the input for a result file; return whether it was open."""
@@ -236,7 +236,7 @@ def _run_line(run: RunSummary, marked: bool) -> TableLine:
         "id": run.id,
     }
     figures: dict[str, float | str | None] = {
-        "started": run.started,
+        "started": instant(run.started),
         "preset": run.preset or run.shape or UNNAMED,
         "finding": run.finding,
         "cases": run.cases,
@@ -267,7 +267,7 @@ class Compare(HasTable, AppScreen, Screen[None]):
         """Yield what differs between the runs, the table, and what cannot be compared."""
         first, second = (f"{each.run.id} of {formatting.started_text(each.run.started)}" for each in self._reports)
         yield StatusLine()
-        yield Static("\n".join(self._differences()), markup=False, classes="notice")
+        yield Static(markup=False, classes="notice")
         pane = TablePane(CHANGE_COLUMNS, empty=NOTHING_IN_COMMON, table="changes", id="compare-pane")
         pane.border_title = literal(f"{first}, then {second}")
         yield pane
@@ -276,7 +276,6 @@ class Compare(HasTable, AppScreen, Screen[None]):
 
     def on_mount(self) -> None:
         """Fill the table."""
-        self.query_one(".notice").display = bool(self._comparison.differences)
         self.query_one(".under").display = bool(self._notes())
         self.query_one(RowTable).focus()
         self._show()
@@ -295,10 +294,9 @@ class Compare(HasTable, AppScreen, Screen[None]):
             lines.append(_change_line(change))
         in_turns = all(change.in_turns for change in self._comparison.changes)
         self.query_one(TablePane).show_lines(lines, IN_TURNS if in_turns else CHANGE_COLUMNS)
-
-    def _differences(self) -> list[str]:
-        made = self._comparison.differences
-        return [f"The runs differ in {text}" for text in made]
+        notice, differences = self.query_one(".notice", Static), self._comparison.differences
+        notice.display = bool(differences)
+        notice.update("\n".join(f"The runs differ in {text}" for text in differences))
 
     def _notes(self) -> list[str]:
         made = self._comparison
@@ -308,7 +306,7 @@ class Compare(HasTable, AppScreen, Screen[None]):
     @on(TablePane.ReferenceRequested)
     def _take_reference(self, event: TablePane.ReferenceRequested) -> None:
         """Take the drift from another row; from the runs' own reference again if it was that already."""
-        name = event.key.partition(" ")[0]
+        name = next(each.implementation for each in self._comparison.changes if _change_key(each) == event.key)
         self._reference = None if name == self._reference else name
         before, after = self._reports
         if self._reference:

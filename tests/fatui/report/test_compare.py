@@ -6,9 +6,9 @@ from attention.core.results import Conditions, Report
 from attention.core.workload import Workload
 from attention.engine.record import Record
 from fatui.cli.main import main
-from fatui.report.comparison import compare
+from fatui.report.comparison import by_machine, compare
 from fatui.storage.history import RunHistory
-from tests.support.sample_runs import plan_of, report_of, run_of
+from tests.support.sample_runs import PATHS, plan_of, report_of, run_of
 
 SMALL, LARGE = Workload(seq=64), Workload(seq=128)
 
@@ -113,3 +113,41 @@ def test_the_command_prints_ratios(capsys):
     assert "≈ 1" in out and "same" in out
     assert main(["compare", "a", "zz"]) == 2
     assert "no run 'zz'" in capsys.readouterr().err
+
+
+def with_row(report: Report, name: str, **fields: object) -> Report:
+    """A run of one case in which a row has other values."""
+    (case,) = report.cases
+    rows = tuple(structs.replace(row, **fields) if row.implementation == name else row for row in case.rows)
+    return structs.replace(report, cases=(structs.replace(case, rows=rows),))
+
+
+def test_samples_from_before_a_failure_give_no_ratio():
+    after = with_row(report_of(seed=2), "poc", status="failed", speedup=None)
+    for before, second in ((report_of(seed=1), after), (after, report_of(seed=1))):
+        poc = next(each for each in compare(before, second).changes if each.implementation == "poc")
+        assert (poc.times, poc.ratio) == (None, None)
+    elsewhere = structs.replace(after, environment=structs.replace(after.environment, device="Apple M4"))
+    assert by_machine([report_of(), elsewhere]).rows[report_of().cases[0].workload, "poc"][1].across is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [({"path": "unfused TF32"}, "unfused, then unfused TF32"), ({"status": "inaccurate"}, "ok, then")],
+)
+def test_a_reference_of_other_code_is_said_to_be(fields, said):
+    (text,) = compare(report_of(), with_row(report_of(), "baseline", **fields)).differences
+    assert text.startswith(f"{next(iter(fields))} of baseline, which changes are relative to: ") and said in text
+    assert compare(report_of(), with_row(report_of(), "poc", **fields)).differences == ()
+
+
+def test_what_a_drift_hides_is_not_called_the_same(capsys):
+    for identity, report in (("aaaa", report_of()), ("bbbb", under_load(report_of(), dict.fromkeys(PATHS, 1.0)))):
+        RunHistory().add(structs.replace(report, run=run_of(identity=identity)))
+    assert main(["compare", "aaaa", "bbbb"]) == 0
+    assert "unclear" not in capsys.readouterr().out
+    loaded = under_load(report_of(), {**dict.fromkeys(PATHS, 1.0), "baseline": 0.5})
+    RunHistory().add(structs.replace(loaded, run=run_of(identity="cccc")))
+    assert main(["compare", "aaaa", "cccc"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("unclear") == 3 and "same" not in out  # a row half as fast is inside a drift of two

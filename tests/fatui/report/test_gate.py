@@ -337,3 +337,17 @@ def test_the_workflow_uses_commands_and_options_that_exist():
     assert request.markdown == "gate.md"
     _, measured = command_request("bench", shlex.split(request.bench))
     assert measured.preset == "quick"
+
+
+@pytest.mark.parametrize("environment", [{"device": "Apple M4"}, {"backend": "cuda"}, {"blas": "MKL"}])
+def test_times_of_two_machines_are_left_open(environment):
+    before, after = run_with({}, 1), run_with({"poc": 0.5, "practical": 2.0}, 2)
+    after = structs.replace(after, environment=structs.replace(after.environment, **environment))
+    gate = judge(compare(before, after), THREE)
+    assert gate.passed and {row.outcome for row in gate.rows} == {"UNDECIDED"} and len(gate.remarks) == 3
+    assert "differ in device, backend or BLAS" in gate.remarks[0]
+    assert not judge(compare(before, after), STRICT).passed
+    failed = with_row(after, "poc", status="failed")
+    assert [text.partition(" ")[0] for text in judge(compare(before, failed), THREE).problems] == ["poc"]
+    unknown = structs.replace(after, environment=structs.replace(after.environment, **dict.fromkeys(environment)))
+    assert not judge(compare(before, unknown), THREE).passed

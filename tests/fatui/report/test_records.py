@@ -203,7 +203,7 @@ def test_side_by_side_columns_go_before_figures_are_cut(width, heads, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["last"], "got 1 names"),
+        (["last"], "got one name;"),
         (["a", "b", "c"], "got 3 names"),
         (["a", "--by", "colour"], "--by: got 'colour'"),
         (["a", "--by", "device", "--fail-on", "slower:3%"], "takes no gate"),

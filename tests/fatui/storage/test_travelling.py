@@ -18,10 +18,11 @@ from attention.measure.device import probe
 from fatui.cli.main import main
 from fatui.report.compose import compose
 from fatui.report.document import to_markdown
+from fatui.report.evidence import gather
 from fatui.report.export import to_json
 from fatui.report.study import beside
 from fatui.storage import result_files
-from fatui.storage.history import RunHistory
+from fatui.storage.history import RunHistory, read_runs
 from tests.support import hostile
 from tests.support.sample_runs import ENVIRONMENT, plan_of, report_of, run_of
 
@@ -210,3 +211,14 @@ def test_infinities_do_not_change_the_digest():
     rows = tuple(structs.replace(row, max_error=float("inf")) for row in case.rows)
     made: Report = structs.replace(report, cases=(structs.replace(case, rows=rows),))
     assert not results.is_edited(results.sealed(made))
+
+
+def test_runs_of_several_time_zones_are_in_order(tmp_path):
+    times = {"late": "2026-10-25T02:10:00+01:00", "early": "2026-10-25T02:30:00+02:00", "none": "some day"}
+    reports = [report_of(run=structs.replace(run_of(identity=name), started=times[name])) for name in times]
+    for report in reports:
+        (tmp_path / f"{report.run.id}.json").write_text(to_json(report))
+    in_order = ["none", "early", "late"]  # the hour in which summer time ends is there twice
+    assert [report.run.id for report in read_runs(str(tmp_path), RunHistory())] == in_order
+    (evidence,) = gather(reports)
+    assert [report.run.id for report in evidence.runs] == in_order

@@ -4,6 +4,7 @@ import pytest
 from msgspec import structs
 from textual.widgets import Input
 
+from attention.core.statistics import median_interval
 from attention.core.workload import Workload
 from fatui.report.comparison import rebased, rebased_report
 from fatui.report.export import to_markdown
@@ -180,3 +181,27 @@ def test_a_first_call_excludes_what_was_compiled_before_it():
     case = report_of().cases[0]
     (line,) = [text for text in figure_lines(case.rows[0], case) if text.startswith("first call")]
     assert "timed apart" in line and "including compilation" not in line
+
+
+def test_rows_that_skipped_other_rounds_are_not_paired():
+    (case,) = report_of(plan_of(names=("baseline", "poc", "practical"))).cases
+    slow = [0.001 * (1 + number) for number in range(12)]  # a machine that gets slower: halves of different rounds
+    rows = tuple(
+        structs.replace(row, samples=tuple(slow[first::step]), call_s=median_interval(slow[first::step]))
+        for row, first, step in zip(case.rows, (0, 0, 1), (1, 2, 2), strict=True)
+    )
+    made = rebased(structs.replace(case, rows=rows), "poc")
+    practical = made.rows[2].speedup
+    assert practical.low < 0.6 and practical.high > 1.2  # in pairs of rounds it would be 0.5 to 0.92
+
+
+async def test_a_file_whose_path_has_a_blank_becomes_the_reference(stage):
+    def renamed(report):
+        (case,) = report.cases
+        rows = [structs.replace(row, implementation="my own/a.py:Fast") for row in case.rows if row.fused]
+        return structs.replace(report, cases=(structs.replace(case, rows=(case.rows[0], *rows)),))
+
+    stage.app.push_screen(Compare(*map(renamed, compared())))
+    await stage.pilot.pause()
+    await stage.press("down", "b")
+    assert "my own/a.py:Fast itself" in stage.seen()
