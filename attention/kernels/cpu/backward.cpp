@@ -83,15 +83,23 @@ class FloatSteps {
       rows_->delta[i] -= logsumexp_gradient(call_, item, i) * rows_->inverse[i];
   }
 
+  void foresee(const Ahead& rows) {
+    if (rows.pieces() > 0 && foreseen_ < most_foreseen) ahead_[foreseen_++] = rows;
+  }
+
+ public:
+  void foresee_nothing() { foreseen_ = 0, ahead_[0] = nothing; }
   // An equal share for each register tile of the products with the present queries and block.
-  void share_ahead(int64_t block_keys) {
+  void share_foreseen(int64_t block_keys) {
     int64_t lines = 0;
-    for (int i = 0; i < 4; i++) {
-      ahead_[i].go_on_with(i < 3 ? &ahead_[i + 1] : nullptr);
+    for (int i = 0; i < foreseen_; i++) {
+      ahead_[i].go_on_with(i + 1 < foreseen_ ? &ahead_[i + 1] : nullptr);
       lines += ahead_[i].pieces();
     }
-    const int64_t tiles = 5 * ceil_div(block_keys, (by_two ? 2 : 4) * lanes) * (query_tile / 6);
-    ahead_lines_ = ceil_div(lines, tiles);
+    const int64_t wide = (by_two ? 2 : 4) * lanes, rows = std::min(p_.queries, query_tile);
+    const int64_t of_keys = ceil_div(block_keys, wide) * ceil_div(rows, 6);  // of dS as of dP, and less than of dK, dV and dQ
+    const int64_t of_dims = ceil_div(d_ + dv_, wide) * ceil_div(block_keys, 6);
+    ahead_lines_ = ceil_div(lines, 2 * of_keys + of_dims);
   }
 
  private:
@@ -248,7 +256,9 @@ class FloatSteps {
   float *scores_, *score_gradients_, *slopes_, *turned_, *key_turned_, *value_turned_, *key_, *query_, *gradient_, *slots_;
   RowNumbers* rows_ = nullptr;
   Floats k_{};
-  Ahead ahead_[4] = {nothing, nothing, nothing, nothing};
+  static constexpr int most_foreseen = 8;
+  Ahead ahead_[most_foreseen] = {nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing};
+  int foreseen_ = 0;         // of these
   int64_t ahead_lines_ = 0;  // of them before each register tile
 };
 
@@ -282,33 +292,32 @@ class FloatTiles : public FloatSteps {
     std::fill_n(scale, query_tile, float(p_.scale));
     copy_rows(p_.query, item, p_.head_dim, scale, query_, query_line_);
     copy_rows(call_.output_gradient, item, p_.value_dim, rows_->inverse, gradient_, gradient_line_);
-    if (fresh) make_deltas(item);
+    if (fresh && needs_deltas()) make_deltas(item);
     const Coarse coarse(p_);
     fine_ = std::any_of(rows_->reference, rows_->reference + item.queries, [&](float m) { return coarse.has(m); });
   }
 
-  // The next query tile, whose sums of dQ may be null, or the next block of keys: prefetched by the products until then.
-  void foresee_queries(const Item& item, int64_t tile, float* sums, int64_t block_keys) {
-    const bool fresh = holds_[std::min(tile, int64_t(holds_.size()) - 1)] != tile;
-    const auto rows = [&](const Tensor& t, int64_t columns, int64_t count) {
-      return Ahead(Lines<T>{row_of<const T>(t, item.batch, item.head, item.query), t.stride[2], columns,
-                            t.stride[3] == 1 ? count : 0});
-    };
-    ahead_[0] = rows(p_.query, p_.head_dim, item.queries);
-    ahead_[1] = rows(call_.output_gradient, p_.value_dim, item.queries);
-    ahead_[2] = rows(call_.output, p_.value_dim, fresh ? item.queries : 0);
-    ahead_[3] = Ahead(Lines<float>{sums, d_, d_, sums == nullptr ? 0 : item.queries}, true);
-    share_ahead(block_keys);
+  // What the products prefetch until it is needed: a query tile, whose sums of dQ may be null, a block of keys, rows of gradients.
+  void foresee_queries(const Item& item, int64_t tile, float* sums) {
+    const bool fresh = tile < 0 || holds_[std::min(tile, int64_t(holds_.size()) - 1)] != tile;
+    foresee_rows(p_.query, item.batch, item.head, item.query, item.queries, p_.head_dim);
+    foresee_rows(call_.output_gradient, item.batch, item.head, item.query, item.queries, p_.value_dim);
+    if (fresh && needs_deltas()) foresee_rows(call_.output, item.batch, item.head, item.query, item.queries, p_.value_dim);
+    if (sums != nullptr) foresee(Ahead(Lines<float>{sums, d_, d_, item.queries}, true));
   }
-  void foresee_keys(int64_t batch, int64_t kv_head, int64_t key, int64_t block_keys) {
-    const auto rows = [&](const Tensor& t, int64_t columns) {
-      const int64_t count = t.stride[3] == 1 ? std::clamp<int64_t>(p_.keys - key, 0, block(p_)) : 0;
-      return Ahead(Lines<T>{row_of<const T>(t, batch, kv_head, count > 0 ? key : 0), t.stride[2], columns, count});
-    };
-    ahead_[0] = rows(p_.key, p_.head_dim);
-    ahead_[1] = rows(p_.value, p_.value_dim);
-    ahead_[2] = ahead_[3] = nothing;
-    share_ahead(block_keys);
+  void foresee_keys(int64_t batch, int64_t kv_head, int64_t key) {
+    const int64_t keys = std::min(p_.keys - key, block(p_));
+    foresee_rows(p_.key, batch, kv_head, key, keys, p_.head_dim);
+    foresee_rows(p_.value, batch, kv_head, key, keys, p_.value_dim);
+  }
+  void foresee_key_gradients(int64_t batch, int64_t kv_head, int64_t key, int64_t keys) {
+    const int64_t row = (batch * p_.kv_heads + kv_head) * p_.keys + key;
+    foresee_written(call_.key_gradient, row, keys, p_.head_dim);
+    foresee_written(call_.value_gradient, row, keys, p_.value_dim);
+  }
+  void foresee_query_gradients(int64_t batch, int64_t head) {
+    const int64_t row = (batch * p_.heads + head) * p_.queries;
+    foresee_written(call_.query_gradient, row, std::min(p_.queries, max_panels * query_tile), p_.head_dim);
   }
 
   static void write_queries(T* out, const float* sums, int64_t rows, const Problem& p) {
@@ -316,6 +325,16 @@ class FloatTiles : public FloatSteps {
   }
 
  private:
+  // With all keys in one tile these are made of its own sums.
+  bool needs_deltas() const { return p_.keys > step_keys || has_lists(p_); }
+
+  void foresee_rows(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t columns) {
+    if (t.stride[3] == 1) foresee(Ahead(Lines<T>{row_of<const T>(t, batch, head, row), t.stride[2], columns, rows}));
+  }
+  void foresee_written(void* rows, int64_t row, int64_t count, int64_t columns) {
+    foresee(Ahead(Lines<T>{static_cast<const T*>(rows) + row * columns, columns, columns, count}, true));
+  }
+
   // Rows of a query tile as float32, each times a factor of its own.
   [[gnu::noinline]] static void copy_rows(const Tensor& t, const Item& item, int64_t columns, const float* factors, float* out,
                                           int64_t line) {

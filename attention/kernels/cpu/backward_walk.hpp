@@ -19,8 +19,9 @@ class Walk {
         value_sums_(key_sums_ + key_block_ * d_), query_sums_(value_sums_ + key_block_ * dv_),
         tiles_(call, slots, query_sums_ + query_tiles * query_tile * d_) {}
 
-  // All three gradients of one K/V head.
-  void head(int64_t batch, int64_t kv_head) {
+  // All three gradients of one K/V head; `after`, of all batch rows, is probably this thread's next one, or -1.
+  void head(int64_t batch, int64_t kv_head, int64_t after) {
+    after_ = after;
     const int64_t group = p_.heads / p_.kv_heads, tiles = ceil_div(p_.queries, query_tile);
     std::fill_n(query_sums_, group * tiles * query_tile * d_, 0.0f);
     for (int64_t key = 0; key < p_.keys; key += key_block_)
@@ -113,21 +114,37 @@ class Walk {
     close_keys(batch, kv_head);
   }
 
-  // What the next tile of queries reads, or after the last one the next block: for tiles that have it prefetched meanwhile.
+  // What the next tile of queries reads; or after the last one what this block writes, and the next block reads, of this head or
+  // of the next one: for tiles that have it prefetched meanwhile.
   template <class Sums>
   void foresee(int64_t batch, int64_t kv_head, int64_t key, int64_t next, const Sums& sums_of) {
-    if constexpr (requires { tiles_.foresee_keys(batch, kv_head, key, key); }) {
+    if constexpr (requires { tiles_.foresee_queries(query_item(0, 0, 0), 0, nullptr); }) {
       const int64_t group = p_.heads / p_.kv_heads, tiles = ceil_div(p_.queries, query_tile);
-      if (next < group * tiles)
-        tiles_.foresee_queries(query_item(batch, kv_head * group + next / tiles, next % tiles), next, sums_of(next), block_keys_);
-      else tiles_.foresee_keys(batch, kv_head, key + key_block_, block_keys_);
+      tiles_.foresee_nothing();
+      if (next < group * tiles) {
+        tiles_.foresee_queries(query_item(batch, kv_head * group + next / tiles, next % tiles), next, sums_of(next));
+      } else {
+        tiles_.foresee_key_gradients(batch, kv_head, key, block_keys_);
+        if (key + key_block_ < p_.keys) {
+          tiles_.foresee_keys(batch, kv_head, key + key_block_);
+        } else if (sums_of(0) != nullptr) {
+          for (int64_t h = 0; h < std::min(group, max_panels); h++) tiles_.foresee_query_gradients(batch, kv_head * group + h);
+          if (after_ >= 0) {
+            tiles_.foresee_keys(after_ / p_.kv_heads, after_ % p_.kv_heads, 0);
+            tiles_.foresee_queries(query_item(after_ / p_.kv_heads, after_ % p_.kv_heads * group, 0), -1, nullptr);
+          }
+        }
+      }
+      tiles_.share_foreseen(block_keys_);
     }
   }
 
   void open_keys(int64_t batch, int64_t kv_head, int64_t key, bool sums) {
     block_ = key, block_keys_ = std::min(key_block_, p_.keys - key);
     tiles_.open_keys(batch, kv_head, block_, block_keys_);
-    if (sums) std::fill_n(key_sums_, key_block_ * (d_ + dv_), 0.0f);
+    if (!sums) return;
+    std::fill_n(key_sums_, block_keys_ * d_, 0.0f);
+    std::fill_n(value_sums_, block_keys_ * dv_, 0.0f);
   }
 
   void close_keys(int64_t batch, int64_t kv_head) const {
@@ -183,7 +200,7 @@ class Walk {
   int64_t d_, dv_, key_block_;
   float *key_sums_, *value_sums_, *query_sums_;
   Tiles tiles_;
-  int64_t block_ = 0, block_keys_ = 0;
+  int64_t block_ = 0, block_keys_ = 0, after_ = -1;
 };
 
 template <class T, class Tiles>
@@ -196,8 +213,8 @@ void walk(const BackwardCall& call) {
   const BackwardItems items(p, lists, key_block / key_tile);
   if (plan.fused(threads) && items.heads_are_even(threads))
     return parallel_for(p.batch * p.kv_heads, threads, [&](int64_t index) {
-      const int64_t i = items.head(index);
-      Walk<T, Tiles>(call, lists, plan.slots, plan.query_tiles).head(i / p.kv_heads, i % p.kv_heads);
+      const int64_t i = items.head(index), after = index + 1 < p.batch * p.kv_heads ? items.head(index + 1) : -1;
+      Walk<T, Tiles>(call, lists, plan.slots, plan.query_tiles).head(i / p.kv_heads, i % p.kv_heads, after);
     });
   const int64_t key_blocks = ceil_div(p.keys, key_block), query_tiles = ceil_div(p.queries, query_tile);
   parallel_for(p.batch * p.kv_heads * key_blocks, threads, [&](int64_t index) {

@@ -65,6 +65,7 @@ struct Options {
   int64_t window = 0, items = 0;
   int64_t list_batches = 0, list_heads = 0;  // planes of the block lists; 0: there are none
   bool masked = false, sloped = false;       // whether there is a mask array, and slopes
+  bool logsumexp = false;                    // whether the call returns it; otherwise it has no gradient
   std::array<int64_t, 4> listed{};           // (B, H, Lq, Lk) that the block lists are for
   Format key, value;                         // both quantized, or neither
   int parts() const { return key.parts() + value.parts(); }
@@ -101,8 +102,8 @@ void check(const mx::array& q, const mx::array& k, const mx::array& v, const For
 void add_parts(Arrays& inputs, const Format& format, const mx::array& numbers, const MaybeArray& scales,
                const MaybeArray& biases, const std::string& name);
 
-// The operation: validates shapes and dtypes (throws std::invalid_argument); returns {o, logsumexp, statistics}, or only {o}
-// if neither the logsumexp nor a gradient is requested.
+// The operation: validates shapes and dtypes (throws std::invalid_argument); returns {o, statistics, logsumexp}, the last if it is
+// requested, statistics if it is or a gradient may be.
 std::vector<mx::array> flash_attention(const mx::array& q, const mx::array& k, const mx::array& v, Options options,
                                        const Extras& extras, bool logsumexp);
 

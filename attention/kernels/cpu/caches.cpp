@@ -224,7 +224,7 @@ std::pair<mx::array, MaybeArray> of_quantized(const mx::array& q, const mx::arra
   options.key = format_of(key), options.value = format_of(value);
   const Extras extras{mask, offsets, entries, bits, slopes, key_scales, key_biases, value_scales, value_biases};
   const auto out = flash_attention(q, k, v, options, extras, logsumexp);
-  return {out[0], logsumexp ? MaybeArray(out[1]) : std::nullopt};
+  return {out[0], logsumexp ? MaybeArray(out[2]) : std::nullopt};
 }
 
 std::vector<mx::array> append(const std::vector<mx::array>& buffers, const mx::array& keys, const mx::array& values,

@@ -22,9 +22,10 @@ inline bool brief(const Problem& p) { return microseconds_alone(p) < 60; }
 
 // logsumexp = maximum + ln sum, and what the backward pass needs of a row of the state.
 inline void write_statistics(const ForwardCall& call, int64_t place, const Softmax& state, int64_t row) {
-  if (call.logsumexp == nullptr) return;
-  call.logsumexp[place] = state.sum[row] == 0 ? -infinity : state.maximum[row] + (state.fine[row] + std::log(state.sum[row]));
-  reinterpret_cast<RowStatistics*>(call.statistics)[place] = {state.maximum[row], state.sum[row], state.fine[row]};
+  if (call.statistics != nullptr)
+    reinterpret_cast<RowStatistics*>(call.statistics)[place] = {state.maximum[row], state.sum[row], state.fine[row]};
+  if (call.logsumexp != nullptr)
+    call.logsumexp[place] = state.sum[row] == 0 ? -infinity : state.maximum[row] + (state.fine[row] + std::log(state.sum[row]));
 }
 
 // A square of outputs at an edge: dims from d on of `rows` rows.

@@ -17,8 +17,8 @@ namespace fatui {
 const char* variant();  // in variant.cpp
 
 // Inputs q, k, v, the scales and biases of quantized k and v, and optionally a 4-D mask, three arrays of block lists, 2-D
-// slopes; outputs o and, if a gradient may be requested, logsumexp and statistics (B, H, Lq, 3), which only the backward pass
-// uses.
+// slopes; outputs o and, if a gradient or the logsumexp may be requested, statistics (B, H, Lq, 3), which only the backward pass
+// uses; and the logsumexp, if the call returns it.
 class FlashForward : public CpuOperation {
  public:
   FlashForward(mx::Stream stream, Options options) : CpuOperation(stream), options_(options) {}
@@ -34,7 +34,8 @@ class FlashForward : public CpuOperation {
   Options options_;
 };
 
-// Inputs q, k, v, o, statistics, the gradients of o and logsumexp, and the optional ones of the forward pass; outputs dq, dk, dv.
+// Inputs q, k, v, o, statistics, the gradients of o and, if the call returns it, of the logsumexp, and the optional ones of the
+// forward pass; outputs dq, dk, dv.
 class FlashBackward : public CpuOperation {
  public:
   FlashBackward(mx::Stream stream, Options options) : CpuOperation(stream), options_(options) {}
@@ -47,6 +48,7 @@ class FlashBackward : public CpuOperation {
   std::vector<mx::Shape> output_shapes(const Arrays& inputs) override;
 
  private:
+  size_t optional() const { return options_.logsumexp ? 7 : 6; }  // index of the first optional input
   Options options_;
 };
 
@@ -197,8 +199,10 @@ std::pair<Arrays, Axes> unbatched(const Arrays& outputs, int count, mx::Stream s
 
 Arrays make_forward(const Arrays& inputs, const Options& options, mx::Stream s) {
   auto primitive = std::make_shared<FlashForward>(s, options);
-  return mx::array::make_arrays(primitive->output_shapes(inputs), {inputs[0].dtype(), mx::float32, mx::float32},
-                                primitive, inputs);
+  const auto shapes = primitive->output_shapes(inputs);
+  std::vector<mx::Dtype> types(shapes.size(), mx::float32);
+  types[0] = inputs[0].dtype();
+  return mx::array::make_arrays(shapes, types, primitive, inputs);
 }
 
 Arrays make_backward(const Arrays& inputs, const Options& options, mx::Stream s) {
@@ -212,10 +216,8 @@ void FlashForward::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   ForwardCall call;
   call.problem = problem_of(options_, inputs, 3);
   call.output = allocate(outputs[0]);
-  if (outputs.size() > 1) {
-    call.logsumexp = static_cast<float*>(allocate(outputs[1]));
-    call.statistics = static_cast<float*>(allocate(outputs[2]));
-  }
+  if (outputs.size() > 1) call.statistics = static_cast<float*>(allocate(outputs[1]));
+  if (outputs.size() > 2) call.logsumexp = static_cast<float*>(allocate(outputs[2]));
   mx::cpu::get_command_encoder(stream()).dispatch([call] { forward(call); });
 }
 
@@ -229,8 +231,8 @@ Arrays FlashForward::vjp(const Arrays& primals, const Arrays& cotangents, const 
                                       ? "flash_attention has no gradient for the slopes of alibi."
                                       : "flash_attention has no gradient for the mask; attention() has.");
   Arrays inputs(primals.begin(), primals.begin() + 3);
-  inputs.insert(inputs.end(), {outputs[0], outputs[2], mx::astype(cotangents[0], outputs[0].dtype(), stream()),
-                               mx::astype(cotangents[1], mx::float32, stream())});
+  inputs.insert(inputs.end(), {outputs[0], outputs[1], mx::astype(cotangents[0], outputs[0].dtype(), stream())});
+  if (options_.logsumexp) inputs.push_back(mx::astype(cotangents[2], mx::float32, stream()));
   inputs.insert(inputs.end(), primals.begin() + 3, primals.end());
   const Arrays gradients = make_backward(inputs, options_, stream());
   Arrays wanted;
@@ -256,16 +258,18 @@ std::vector<mx::Shape> FlashForward::output_shapes(const Arrays& inputs) {
   check_traced(options_, inputs, 3);
   const auto& q = inputs[0];
   const mx::Shape rows{q.shape(0), q.shape(1), q.shape(2)};
-  return {{rows[0], rows[1], rows[2], int(options_.value.width(inputs[2]))}, rows, {rows[0], rows[1], rows[2], 3}};
+  std::vector<mx::Shape> shapes{{rows[0], rows[1], rows[2], int(options_.value.width(inputs[2]))}, {rows[0], rows[1], rows[2], 3}};
+  if (options_.logsumexp) shapes.push_back(rows);
+  return shapes;
 }
 
 void FlashBackward::eval_cpu(const Arrays& inputs, Arrays& outputs) {
   BackwardCall call;
-  call.problem = problem_of(options_, inputs, 7);
+  call.problem = problem_of(options_, inputs, optional());
   call.output = tensor_of(inputs[3]);
   call.statistics = tensor_of(inputs[4]);
   call.output_gradient = tensor_of(inputs[5]);
-  call.logsumexp_gradient = tensor_of(inputs[6]);
+  if (options_.logsumexp) call.logsumexp_gradient = tensor_of(inputs[6]);
   call.query_gradient = allocate(outputs[0]);
   call.key_gradient = allocate(outputs[1]);
   call.value_gradient = allocate(outputs[2]);
@@ -289,7 +293,7 @@ bool FlashBackward::is_equivalent(const mx::Primitive& other) const {
 }
 
 std::vector<mx::Shape> FlashBackward::output_shapes(const Arrays& inputs) {
-  check_traced(options_, inputs, 7);
+  check_traced(options_, inputs, optional());
   return {inputs[0].shape(), inputs[1].shape(), inputs[2].shape()};
 }
 
@@ -406,11 +410,10 @@ std::vector<mx::array> flash_attention(const mx::array& q, const mx::array& k, c
   const bool traced = q.is_tracer() || k.is_tracer() || v.is_tracer();
   require_forward(element_of(q), q.shape(2), options.parts() > 0);
   if (traced && options.parts() == 0) require(backward, "gradients");
-  auto primitive = std::make_shared<FlashForward>(s, options);
-  if (logsumexp || (traced && options.parts() == 0))  // a gradient may be requested
-    return mx::array::make_arrays(primitive->output_shapes(inputs), {q.dtype(), mx::float32, mx::float32}, primitive,
-                                  inputs);
+  options.logsumexp = logsumexp;
+  if (logsumexp || (traced && options.parts() == 0)) return make_forward(inputs, options, s);  // a gradient may be requested
   const mx::Shape shape{q.shape(0), q.shape(1), q.shape(2), int(options.value.width(v))};
+  auto primitive = std::make_shared<FlashForward>(s, options);
   return {mx::array(shape, q.dtype(), std::move(primitive), std::move(inputs))};
 }
 
@@ -438,7 +441,7 @@ std::pair<mx::array, mx::array> with_logsumexp(const mx::array& q, const mx::arr
                                                int64_t list_heads) {
   const fatui::Options options{scale, softcap, causal, window, items, list_batches, list_heads};
   auto out = fatui::flash_attention(q, k, v, options, {mask, offsets, entries, bits, slopes}, true);
-  return {out[0], out[1]};
+  return {out[0], out[2]};
 }
 
 double read_bandwidth(const mx::array& a, const mx::array& b) {

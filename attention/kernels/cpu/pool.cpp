@@ -29,9 +29,42 @@ inline void pause() {
 #endif
 }
 
+// Items that a thread has still to take, [begin, end), in one word, so that another thread can take the second half of them away.
+class alignas(64) Range {
+ public:
+  void set(int64_t begin, int64_t end) { word_.store(word(begin, end), std::memory_order_release); }
+
+  // The first item, or -1.
+  int64_t take() {
+    for (uint64_t seen = word_.load(std::memory_order_acquire); count(seen) > 0;)
+      if (word_.compare_exchange_weak(seen, word(begin(seen) + 1, end(seen)), std::memory_order_acq_rel)) return begin(seen);
+    return -1;
+  }
+  // Moves the second half of another thread's items here, where none is left; whether there were any.
+  bool take_half_of(Range& other) {
+    for (uint64_t seen = other.word_.load(std::memory_order_acquire); count(seen) > 0;) {
+      const int64_t middle = begin(seen) + count(seen) / 2;
+      if (!other.word_.compare_exchange_weak(seen, word(begin(seen), middle), std::memory_order_acq_rel)) continue;
+      set(middle, end(seen));
+      return true;
+    }
+    return false;
+  }
+  int64_t left() const { return count(word_.load(std::memory_order_relaxed)); }
+
+ private:
+  static uint64_t word(int64_t begin, int64_t end) { return uint64_t(begin) << 32 | uint64_t(end); }
+  static int64_t begin(uint64_t word) { return int64_t(word >> 32); }
+  static int64_t end(uint64_t word) { return int64_t(word & 0xffffffff); }
+  static int64_t count(uint64_t word) { return end(word) - begin(word); }
+
+  std::atomic<uint64_t> word_{0};
+};
+
 // A call opens its work to the helpers and takes items itself; when none is left it closes, and waits only for the helpers that
-// had joined. A thread takes several items at a time, which read the same memory, and fewer the fewer are left. The state is one
-// word: generation (upper half), open (one bit), helpers inside (the rest).
+// had joined. Each thread begins with an equal share of neighbouring items, which read the same memory, in their order, and goes on
+// with half of what the thread has left that has most. The state is one word: generation (upper half), open (one bit), helpers
+// inside (the rest).
 class Pool {
  public:
   // Creates helpers up to `helpers`. If the system refuses a thread, creation is not retried for a second. Returns the
@@ -50,11 +83,12 @@ class Pool {
   void run(int64_t items, int helpers, const std::function<void(int64_t)>& work, bool brief) {
     Hold one_call_at_a_time(calls_);
     work_ = &work;
-    items_ = items;
-    allowed_ = helpers;
-    next_.store(0, std::memory_order_relaxed);
+    if (int(ranges_.size()) <= helpers) ranges_ = std::vector<Range>(helpers + 1);
+    threads_ = helpers + 1;
+    for (int i = 0; i < threads_; i++) ranges_[i].set(items * i / threads_, items * (i + 1) / threads_);
+    arrived_.store(0, std::memory_order_relaxed);
     open(helpers, !brief || Clock::now() - ended_ < spinning);
-    take_items();
+    take_items(0);
     state_.fetch_and(~open_bit, std::memory_order_acq_rel);
     await_helpers();
     ended_ = Clock::now();
@@ -76,17 +110,24 @@ class Pool {
     else wake_.notify_all();
   }
 
-  void take_items() {
+  void take_items(int thread) {
     try {
-      for (int64_t i = next_.load(std::memory_order_relaxed); i < items_;) {
-        const int64_t end = i + std::max<int64_t>(1, (items_ - i) / (4 * (allowed_ + 1)));
-        if (!next_.compare_exchange_weak(i, end, std::memory_order_relaxed)) continue;
-        for (; i < end; i++) (*work_)(i);
-        i = next_.load(std::memory_order_relaxed);
-      }
+      Range& own = ranges_[thread];
+      do
+        for (int64_t i; (i = own.take()) >= 0;) (*work_)(i);
+      while (take_from_others(own));
     } catch (...) {
       Hold hold(mutex_);
       failure_ = std::current_exception();
+    }
+  }
+
+  bool take_from_others(Range& own) {
+    for (;;) {
+      const auto most = std::max_element(ranges_.begin(), ranges_.begin() + threads_,
+                                         [](const Range& a, const Range& b) { return a.left() < b.left(); });
+      if (most->left() <= 0) return false;
+      if (own.take_half_of(*most)) return true;
     }
   }
 
@@ -141,7 +182,7 @@ class Pool {
       seen = await_change(seen);
       uint64_t state = state_.load(std::memory_order_acquire);
       if (!join(state)) continue;
-      if (int64_t(state & inside_mask) < allowed_) take_items();
+      if (const int thread = 1 + arrived_.fetch_add(1, std::memory_order_relaxed); thread < threads_) take_items(thread);
       leave();
     }
   }
@@ -152,11 +193,11 @@ class Pool {
   Condition wake_, left_;
   std::atomic<bool> awaited_{false};  // whether the caller sleeps until all helpers have left
   std::atomic<uint64_t> state_{0};
-  std::atomic<int64_t> next_{0};
+  std::atomic<int> arrived_{0};  // helpers that have joined the call
+  std::vector<Range> ranges_;
   std::atomic<int> sleepers_{0};
   const std::function<void(int64_t)>* work_ = nullptr;
-  int64_t items_ = 0;
-  int allowed_ = 0;
+  int threads_ = 0;  // of the call
   int64_t ended_ = -Clock::microseconds(1'000'000);  // end of the previous call
   std::exception_ptr failure_;
 };

@@ -71,7 +71,7 @@ struct ForwardCall {
   Problem problem;
   void* output = nullptr;       // contiguous, the element of the query
   float* logsumexp = nullptr;   // contiguous, natural logarithm; -inf for a fully masked row; may be null
-  float* statistics = nullptr;  // contiguous, for the backward pass, see RowStatistics; null with the logsumexp
+  float* statistics = nullptr;  // contiguous, for the backward pass, see RowStatistics; may be null
 };
 
 // Softmax statistics of a row, stored separately: near 1e9, where a mask may put all scores of a row, a float32 logsumexp
