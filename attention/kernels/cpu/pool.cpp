@@ -29,7 +29,7 @@ inline void pause() {
 #endif
 }
 
-// Items that a thread has still to take, [begin, end), in one word, so that another thread can take the second half of them away.
+// Items that a thread has still to take, [begin, end), in one word, so that another thread can take some of them away.
 class alignas(64) Range {
  public:
   void set(int64_t begin, int64_t end) { word_.store(word(begin, end), std::memory_order_release); }
@@ -40,10 +40,10 @@ class alignas(64) Range {
       if (word_.compare_exchange_weak(seen, word(begin(seen) + 1, end(seen)), std::memory_order_acq_rel)) return begin(seen);
     return -1;
   }
-  // Moves the second half of another thread's items here, where none is left; whether there were any.
-  bool take_half_of(Range& other) {
+  // Moves another thread's items here, where none is left: all of them, or the second half. Returns whether there were any.
+  bool take_from(Range& other, bool all) {
     for (uint64_t seen = other.word_.load(std::memory_order_acquire); count(seen) > 0;) {
-      const int64_t middle = begin(seen) + count(seen) / 2;
+      const int64_t middle = begin(seen) + (all ? 0 : count(seen) / 2);
       if (!other.word_.compare_exchange_weak(seen, word(begin(seen), middle), std::memory_order_acq_rel)) continue;
       set(middle, end(seen));
       return true;
@@ -63,8 +63,8 @@ class alignas(64) Range {
 
 // A call opens its work to the helpers and takes items itself; when none is left it closes, and waits only for the helpers that
 // had joined. Each thread begins with an equal share of neighbouring items, which read the same memory, in their order, and goes on
-// with half of what the thread has left that has most. The state is one word: generation (upper half), open (one bit), helpers
-// inside (the rest).
+// with half of what the thread with most has left, or all of it if that one has not come. The state is one word: generation (upper
+// half), open (one bit), helpers inside (the rest).
 class Pool {
  public:
   // Creates helpers up to `helpers`. If the system refuses a thread, creation is not retried for a second. Returns the
@@ -127,7 +127,7 @@ class Pool {
       const auto most = std::max_element(ranges_.begin(), ranges_.begin() + threads_,
                                          [](const Range& a, const Range& b) { return a.left() < b.left(); });
       if (most->left() <= 0) return false;
-      if (own.take_half_of(*most)) return true;
+      if (own.take_from(*most, most - ranges_.begin() > arrived_.load(std::memory_order_relaxed))) return true;
     }
   }
 
