@@ -41,7 +41,7 @@ from msgspec import Struct, structs
 
 from attention.core.results import Report, Row
 from benchmarks.pty_app import ROOT, environment_for
-from fatui.report.comparison import compare_pairs
+from fatui.report.comparison import MAX_PAIRS, compare_pairs
 from fatui.report.gate import Gate, judge, parse_criteria
 from fatui.storage.result_files import read
 
@@ -179,7 +179,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--preset", default="quick")
     parser.add_argument("--seconds", type=float, help="of the rounds of a case (the preset's)")
     parser.add_argument("--impl", default="baseline,poc,practical,demo", help="implementations beside the planted one")
-    parser.add_argument("--pairs", type=int, default=12, help="pairs of runs at most")
+    parser.add_argument("--pairs", type=int, default=MAX_PAIRS, help="pairs of runs at most")
     parser.add_argument("--fail-on", default="slower:3%")
     parser.add_argument("--lanes", type=int, default=1, help="comparisons side by side, on two cores each")
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which no comparison begins")
@@ -234,7 +234,10 @@ def kept_pairs(folder: Path) -> list[Pair]:
     for base in sorted(folder.rglob("base/*.json")):
         new = base.parents[1] / "new" / base.name
         if new.exists():
-            pair = (_unplanted(read(base)), _unplanted(read(new)))
+            both = (read(base), read(new))
+            if not all(report.cases for report in both):  # interrupted
+                continue
+            pair = (_unplanted(both[0]), _unplanted(both[1]))
             rows = [[row.implementation for row in report.cases[0].rows if row.samples] for report in pair]
             whole = all(len({len(row.samples) for row in report.cases[0].rows}) == 1 for report in pair)
             if rows[0] == rows[1] and whole and (not found or rows[0] == _names(found[0][0])):

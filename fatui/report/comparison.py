@@ -41,7 +41,7 @@ DEFAULT_TOLERANCE: Final = 0.05
 """The slowdown up to which a row counts as unchanged, unless one is given."""
 MIN_PAIRS: Final = 5
 """From this number of pairs on, how much they differ decides."""
-MAX_PAIRS: Final = 12
+MAX_PAIRS: Final = 25
 """Pairs after which a gate ends; the looks at the pairs before are part of its error rate."""
 FALSE_ALARMS: Final = 0.005
 """Largest probability that any row of unchanged code is called SLOWER at any look."""

@@ -59,12 +59,13 @@ def test_a_planted_slowdown_is_of_one_row_of_the_second_run():
     assert set(ratios.values()) == {1.0}
 
 
-def test_kept_pairs_whose_rows_skip_rounds_are_left_out(tmp_path):
+def test_pairs_that_skip_rounds_or_were_cut_short_are_left_out(tmp_path):
     whole = pair_of()
     case = whole[1].cases[0]
     rows = (*case.rows[:-1], structs.replace(case.rows[-1], samples=case.rows[-1].samples[:-1]))
     skipping = (whole[0], structs.replace(whole[1], cases=(structs.replace(case, rows=rows),)))
-    for number, pair in enumerate((whole, skipping)):
+    interrupted = (whole[0], structs.replace(whole[1], cases=()))
+    for number, pair in enumerate((whole, skipping, interrupted)):
         for side, report in zip(("base", "new"), pair, strict=True):
             (tmp_path / side).mkdir(exist_ok=True)
             (tmp_path / side / f"{number}.json").write_bytes(msgspec.json.encode(report))

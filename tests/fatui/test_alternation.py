@@ -188,7 +188,7 @@ def test_without_others_nobody_waits(tmp_path):
     [
         (["--bench", "quick --impl"], "--bench: argument --impl"),
         (["--bench", "'quick"], "--bench: No closing quotation"),
-        (["--pairs", "2"], "--pairs: got 2; it takes 5 to 12"),
+        (["--pairs", "2"], "--pairs: got 2; it takes 5 to 25"),
         (["--fail-on", "slow"], "--fail-on: got 'slow'"),
     ],
 )
