@@ -172,7 +172,7 @@ class Poc:
     ) -> mx.array:
         """Compute attention; shapes as in `Implementation.__call__`."""
 
-        def attend(mask: Mask) -> mx.array:
+        def attend(q: mx.array, k: KeyOrValue, v: KeyOrValue, mask: Mask) -> mx.array:
             return self._attend(q, k, v, scale, mask, softcap)
 
         return with_mask_gradient(attend, q, k, v, scale=scale, mask=mask, softcap=softcap)
@@ -189,7 +189,7 @@ class Poc:
         if known is not None:
             kernel, path = known
 
-            def attend(mask: Mask) -> tuple[mx.array, mx.array]:
+            def attend(q: mx.array, k: KeyOrValue, v: KeyOrValue, mask: Mask) -> tuple[mx.array, mx.array]:
                 return kernel.with_logsumexp(q, k, v, scale=scale, mask=mask, softcap=softcap)
 
             with suppress(KernelUnavailable):
@@ -387,9 +387,14 @@ class TunedPoc(Poc):
         kernel = _kernel(current_backend())
         if isinstance(kernel, TakesSinks) and not self._route_of(q, k, v, mask, softcap, sinks).fallback:
             with suppress(KernelUnavailable):
-                attend = partial(kernel.attend_with_sinks, q, k, v, scale=scale, softcap=softcap, sinks=sinks)
+                attend = partial(kernel.attend_with_sinks, scale=scale, softcap=softcap)
                 return with_mask_gradient(
-                    lambda mask: attend(mask=mask), q, k, v, scale=scale, mask=mask, softcap=softcap, sinks=sinks
+                    lambda q, k, v, mask, sinks: attend(q, k, v, mask=mask, sinks=sinks),
+                    *(q, k, v),
+                    scale=scale,
+                    mask=mask,
+                    softcap=softcap,
+                    sinks=sinks,
                 )
             self._routes.clear()
         return self._practical(q, k, v, scale=scale, mask=mask, softcap=softcap, sinks=sinks)

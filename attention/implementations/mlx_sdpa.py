@@ -80,7 +80,7 @@ class MlxSdpa:
         if isinstance(k, QuantizedArray) or isinstance(v, QuantizedArray):
             assert isinstance(k, QuantizedArray) and isinstance(v, QuantizedArray)
             return attend_packed(q, k, v, scale=scale, mask=mask, widened=False, by_axis=True)
-        return with_mask_gradient(lambda mask: sdpa(q, k, v, scale, mask), q, k, v, scale=scale, mask=mask)
+        return with_mask_gradient(lambda q, k, v, mask: sdpa(q, k, v, scale, mask), q, k, v, scale=scale, mask=mask)
 
 
 def sdpa(

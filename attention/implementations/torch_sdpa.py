@@ -67,7 +67,7 @@ class TorchSdpa:
             raise UnsupportedError(f"torch: {NO_ALIBI}")
         place = torch_place()
 
-        def attend(mask: Mask) -> mx.array:
+        def attend(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> mx.array:
             bound = _computed(lambda: Bound(masks.scores_shape(q, k), mask, place, q.dtype))
             return differentiable(bound, scale, place)(q, k, v)
 

@@ -9,7 +9,8 @@ since MLX is lazy, an unused gradient costs nothing.
 """
 
 from collections.abc import Callable
-from typing import Any, Final, TypeVar, cast
+from functools import lru_cache
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
 from mlx.utils import tree_map
@@ -18,6 +19,7 @@ from msgspec import structs
 from attention.core.errors import UnsupportedError
 from attention.implementations.bounded.blocks import MIB, Blocks
 from attention.implementations.bounded.blockwise import (
+    Arithmetic,
     BlockwiseParams,
     arithmetic_of,
     as_slice,
@@ -28,7 +30,8 @@ from attention.implementations.bounded.blockwise import (
 )
 from attention.implementations.bounded.memory import Chain, TileWriter
 from attention.implementations.calls import current_backend
-from attention.masks import Mask
+from attention.kernels.common import unfused
+from attention.masks import Mask, Pattern
 from attention.quantized_kv import KeyOrValue, QuantizedArray
 
 Rule = Callable[[Any, Any], tuple[Any, Any]]
@@ -102,7 +105,7 @@ Out = TypeVar("Out", mx.array, tuple[mx.array, mx.array])
 
 
 def with_mask_gradient(
-    attend: Callable[[Mask], Out],
+    attend: Callable[..., Out],
     q: mx.array,
     k: KeyOrValue,
     v: KeyOrValue,
@@ -116,8 +119,8 @@ def with_mask_gradient(
     """Compute attention; an additive mask gets its gradient, unless keys and values are quantized.
 
     Args:
-        attend: computes attention of q, k and v with a mask, or a pair of it and the logsumexp of its rows; its own
-            gradient of the mask is ignored.
+        attend: computes attention of q, k, v, a mask and the sinks, if there are any, or a pair of it and the logsumexp
+            of its rows; its own gradient of the mask is ignored.
         q: query (B, H, Lq, D).
         k: key (B, Hkv, Lk, D).
         v: value (B, Hkv, Lk, Dv).
@@ -127,48 +130,166 @@ def with_mask_gradient(
         sinks: (H,), an extra logit per head in the softmax of every row, without a value.
         budget_bytes: working memory of the gradient; exceeded if a single row with all its keys needs more.
     """
-    quantized = isinstance(k, QuantizedArray) or isinstance(v, QuantizedArray)
-    if quantized or mask.array is None or mask.array.dtype == mx.bool_:
-        return attend(mask)
-    out = attend(structs.replace(mask, array=mx.stop_gradient(mask.array)))
-    keys = k.shape[2]
-    rows = max(1, min(budget_bytes, SLAB_BYTES) // (4 * SLAB_ARRAYS * keys * (q.shape[1] // k.shape[1])))
-    slab = Blocks(batches=1, kv_heads=1, rows=min(rows, q.shape[2]), keys=keys)
+    extra = [] if sinks is None else [sinks]
+    if (
+        isinstance(k, QuantizedArray)
+        or isinstance(v, QuantizedArray)
+        or mask.array is None
+        or mask.array.dtype == mx.bool_
+    ):
+        return attend(q, k, v, mask, *extra)
     backend = current_backend()
     arithmetic = arithmetic_of(q.dtype, backend) if backend == "cuda" else "exact"
-    call = BlockwiseParams(scale, mask, softcap, slab, arithmetic, shifted=q.dtype != mx.float32)
+    shifted, sloped = q.dtype != mx.float32, mask.alibi is not None
+    kind = _Kind(scale, mask.causal, mask.window, mask.pattern, sloped, softcap, arithmetic, shifted, budget_bytes)
+    inputs, node = _functions(kind)
+    arrays = mask.arrays
+    query, key, value, of_out, of_logsumexp, *seen = inputs(q, k, v, arrays, extra)
+    out = attend(query, key, value, structs.replace(mask, array=mx.stop_gradient(mask.array)), *seen)
     outs = [out] if isinstance(out, mx.array) else list(out)
-    given = _node(call)(outs, q, k, v, mask.arrays, [] if sinks is None else [sinks])
+    given = node(outs, [of_out, of_logsumexp][: len(outs)], q, k, v, arrays, extra)
     return given[0] if isinstance(out, mx.array) else (given[0], given[1])
 
 
-def _node(call: BlockwiseParams) -> Callable[..., Arrays]:
-    """Return a function that returns its first argument, and whose gradient of the mask argument is `mask_gradient`."""
+class _Kind(NamedTuple):
+    """What the derivatives of a call depend on besides its arrays."""
+
+    scale: float
+    causal: bool
+    window: int | None
+    pattern: Pattern | None
+    sloped: bool
+    softcap: float | None
+    arithmetic: Arithmetic
+    shifted: bool
+    budget_bytes: int
+
+    def mask(self, arrays: Arrays) -> Mask:
+        """Return the mask with these `Mask.arrays`."""
+        alibi = arrays[1] if self.sloped else None
+        return Mask(causal=self.causal, window=self.window, array=arrays[0], pattern=self.pattern, alibi=alibi)
+
+    def in_slabs(self, q: mx.array, k: mx.array, arrays: Arrays) -> BlockwiseParams:
+        """Return the parameters of the mask's gradient, in slabs of rows with all keys."""
+        keys = k.shape[2]
+        row_bytes = 4 * SLAB_ARRAYS * keys * (q.shape[1] // k.shape[1])
+        rows = max(1, min(self.budget_bytes, SLAB_BYTES) // row_bytes)
+        slab = Blocks(batches=1, kv_heads=1, rows=min(rows, q.shape[2]), keys=keys)
+        return BlockwiseParams(self.scale, self.mask(arrays), self.softcap, slab, self.arithmetic, shifted=self.shifted)
+
+
+@lru_cache(maxsize=256)
+def _functions(kind: _Kind) -> tuple[Callable[..., Arrays], Callable[..., Arrays]]:
+    """Return `_inputs` and `_node` of a kind of call; to make them takes as long as a short call."""
+    return _inputs(kind), _node(kind)
+
+
+def _inputs(kind: _Kind) -> Callable[..., Arrays]:
+    """Return a function of q, k, v, mask and sinks that returns q, k, v, two carriers, and the sinks.
+
+    The implementation takes the mask as a constant, so that its gradients of q, k, v and the sinks would not depend on
+    the mask: they pass through `_dependent_gradients` here. The carriers, zeros of the shapes of output and logsumexp,
+    bring the gradients of these, on which they depend too.
+    """
 
     @mx.custom_function
-    def pass_on(outs: Arrays, q: mx.array, k: mx.array, v: mx.array, mask: Arrays, sinks: Arrays) -> Arrays:
+    def pass_on(q: mx.array, k: mx.array, v: mx.array, mask: Arrays, sinks: Arrays) -> Arrays:
+        rows, zero = q.shape[:3], mx.array(0.0)
+        carriers = mx.broadcast_to(zero.astype(q.dtype), (*rows, v.shape[3])), mx.broadcast_to(zero, rows)
+        return [q, k, v, *carriers, *sinks]
+
+    def pull_back(
+        inputs: tuple[mx.array, mx.array, mx.array, Arrays, Arrays], cotangents: Arrays, outs: Arrays
+    ) -> tuple[mx.array, mx.array, mx.array, Arrays, Arrays]:
+        q, k, v, mask, sinks = inputs
+        gradients, carried = [*cotangents[:3], *cotangents[5:]], cotangents[3:5]
+        of_q, of_k, of_v, *of_sinks = _dependent_gradients(kind)(gradients, carried, q, k, v, mask, sinks)
+        return of_q, of_k, of_v, [mx.zeros_like(x) for x in mask], of_sinks
+
+    pass_on.vjp(pull_back)
+    pass_on.jvp(_refuse)
+    pass_on.vmap(vmap_rule(pass_on, masks_at=3))
+    return cast("Callable[..., Arrays]", pass_on)
+
+
+def _dependent_gradients(kind: _Kind) -> Callable[..., Arrays]:
+    """Return a function that returns its first argument, gradients of q, k, v and sinks, which depend on the mask.
+
+    Its own gradient of the mask, a second derivative, is that of unfused attention.
+    """
+
+    @mx.custom_function
+    def pass_on(
+        gradients: Arrays, carried: Arrays, q: mx.array, k: mx.array, v: mx.array, mask: Arrays, sinks: Arrays
+    ) -> Arrays:
+        return gradients
+
+    def pull_back(inputs: tuple[Any, ...], cotangents: Arrays, outs: Arrays) -> tuple[Any, ...]:
+        _, carried, q, k, v, mask, sinks = inputs
+
+        def gradients(array: mx.array) -> Arrays:
+            masked = kind.mask([array, *mask[1:]])
+
+            def attend(q: mx.array, k: mx.array, v: mx.array, *sinks: mx.array) -> Arrays:
+                return list(
+                    unfused.attend(
+                        *(q, k, v),
+                        scale=kind.scale,
+                        mask=masked,
+                        softcap=kind.softcap,
+                        sinks=next(iter(sinks), None),
+                        shifted=kind.shifted,
+                    )
+                )
+
+            primals = [x.astype(mx.float32) for x in (q, k, v, *sinks)]
+            return mx.vjp(attend, primals, [x.astype(mx.float32) for x in carried])[1]
+
+        wide = [x.astype(mx.float32) for x in cotangents]
+        of_mask = mx.vjp(gradients, [mask[0].astype(mx.float32)], wide)[1][0].astype(mask[0].dtype)
+        others = [[mx.zeros_like(x) for x in xs] for xs in (carried, [q, k, v], mask[1:], sinks)]
+        return cotangents, others[0], *others[1], [of_mask, *others[2]], others[3]
+
+    pass_on.vjp(pull_back)
+    pass_on.jvp(_refuse)
+    pass_on.vmap(vmap_rule(pass_on, masks_at=5))
+    return cast("Callable[..., Arrays]", pass_on)
+
+
+def _refuse(primals: object, tangents: object) -> None:
+    raise UnsupportedError("under an additive mask only implementation='baseline' has forward-mode derivatives (jvp)")
+
+
+def _node(kind: _Kind) -> Callable[..., Arrays]:
+    """Return a function that returns its first argument, and whose gradient of the mask argument is `mask_gradient`.
+
+    Its second argument, the carriers of `_inputs`, get the gradients of the first.
+    """
+
+    @mx.custom_function
+    def pass_on(
+        outs: Arrays, carriers: Arrays, q: mx.array, k: mx.array, v: mx.array, mask: Arrays, sinks: Arrays
+    ) -> Arrays:
         return outs
 
     def pull_back(
-        inputs: tuple[Arrays, mx.array, mx.array, mx.array, Arrays, Arrays], cotangents: Arrays, outs: Arrays
+        inputs: tuple[Arrays, Arrays, mx.array, mx.array, mx.array, Arrays, Arrays], cotangents: Arrays, outs: Arrays
     ) -> Arrays:
-        _, q, k, v, mask, sinks = inputs
-        masked = structs.replace(call, mask=call.mask.with_arrays(mask))
+        _, _, q, k, v, mask, sinks = inputs
         of_logsumexp = cotangents[1] if len(cotangents) > 1 else None
-        of_mask = mask_gradient(q, k, v, cotangents[0], masked, next(iter(sinks), None), of_logsumexp)
+        call = kind.in_slabs(q, k, mask)
+        of_mask = mask_gradient(q, k, v, cotangents[0], call, next(iter(sinks), None), of_logsumexp)
         return [
+            *cotangents,
             *cotangents,
             *(mx.zeros_like(x) for x in (q, k, v)),
             of_mask,
             *(mx.zeros_like(x) for x in (*mask[1:], *sinks)),
         ]
 
-    def refuse(primals: object, tangents: object) -> None:
-        raise UnsupportedError("under an additive mask only implementation='baseline' has jvp and second derivatives")
-
     pass_on.vjp(pull_back)
-    pass_on.jvp(refuse)
-    pass_on.vmap(vmap_rule(pass_on, masks_at=4))
+    pass_on.jvp(_refuse)
+    pass_on.vmap(vmap_rule(pass_on, masks_at=5))
     return cast("Callable[..., Arrays]", pass_on)
 
 

@@ -109,7 +109,7 @@ class Practical:
         if mask.array is None or mask.array.dtype == mx.bool_:
             return self._attend(q, k, v, scale, mask, softcap, sinks)
         return with_mask_gradient(
-            lambda mask: self._attend(q, k, v, scale, mask, softcap, sinks),
+            lambda q, k, v, mask, *sinks: self._attend(q, k, v, scale, mask, softcap, next(iter(sinks), None)),
             *(q, k, v),
             scale=scale,
             mask=mask,
@@ -131,7 +131,7 @@ class Practical:
         choice = self._strategy(workload, backend, needs, self._budget_here(), mask.pattern)
         record_path(_forward_path(choice, workload, needs, backend))
 
-        def attend(mask: Mask) -> tuple[mx.array, mx.array]:
+        def attend(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> tuple[mx.array, mx.array]:
             calls = self._calls(choice, backend, scale, mask, softcap, q.dtype, (q, k))
             out, statistics = blockwise(*calls)(q, k, v, mask.arrays, [])
             return out, logsumexp_of(statistics, row_shifts(q, k, calls[0]))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -205,6 +206,49 @@ def test_second_derivatives_and_tangents_are_those_of_float64(implementation: ob
     assert second == pytest.approx(wanted, rel=2e-2)
     _, (tangent,) = mx.jvp(loss, [q], [way])
     assert tangent.item() == pytest.approx(along(q).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("logsumexp", [False, True])
+@pytest.mark.parametrize("inner", [0, 1, 2, 3])
+@pytest.mark.parametrize("implementation", [Practical(), Practical(1 << 14)], ids=["whole", "blocks"])
+def test_gradients_depend_on_an_additive_mask(implementation: Practical, inner: int, logsumexp: bool) -> None:
+    arrays = normal(2, 4, 9, 16), normal(2, 2, 12, 16, key=1), normal(2, 2, 12, 16, key=2), normal(2, 1, 9, 12, key=3)
+    way = normal(*arrays[inner].shape, key=4)
+
+    def second(implementation: object) -> mx.array:
+        def loss(q: mx.array, k: mx.array, v: mx.array, mask: mx.array) -> mx.array:
+            named: dict[str, Any] = {"mask": mask, "softcap": 3.0, "implementation": implementation}
+            return mx.square(attention(q, k, v, return_lse=True, **named)[int(logsumexp)]).sum()
+
+        def along(*arrays: mx.array) -> mx.array:
+            derivative: mx.array = (mx.grad(loss, argnums=inner)(*arrays) * way).sum()
+            return derivative
+
+        found: mx.array = mx.grad(along, argnums=3)(*arrays)
+        return found
+
+    wanted = second("baseline")
+    assert mx.allclose(second(implementation), wanted, atol=1e-4 * max(1.0, mx.abs(wanted).max().item()))
+
+
+def test_a_kernels_gradients_by_a_mask_are_right_or_refused() -> None:
+    """A loss that is linear in the output: no gradient of its passes through the kernel again."""
+    q, k, v, mask = normal(1, 4, 9, 16), normal(1, 2, 12, 16, key=1), normal(1, 2, 12, 16, key=2), normal(9, 12, key=3)
+
+    def second(name: str) -> mx.array:
+        def along(mask: mx.array) -> mx.array:
+            given: mx.array = mx.grad(lambda q: attention(q, k, v, mask=mask, implementation=name).sum())(q)
+            return mx.square(given).sum()
+
+        found: mx.array = mx.grad(along)(mask)
+        return found
+
+    try:
+        found = second("poc")
+    except ValueError as error:
+        assert "'baseline' has" in str(error)
+    else:
+        assert mx.allclose(found, second("baseline"), atol=1e-4)
 
 
 @pytest.mark.sampled(0.2)
