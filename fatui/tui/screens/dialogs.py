@@ -1,8 +1,8 @@
-"""A dialog with a yes-or-no question."""
+"""The dialogs: questions, texts, menus, and what is asked for before saving and exporting."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import ClassVar, Final, TypeVar
 
 from textual import on
 from textual.app import ComposeResult
@@ -29,10 +29,18 @@ from fatui.verdict import confidence_text, headline, verdicts
 ANSWERS = "[@click=screen.answer(True)][b]y[/b] {yes}[/]     [@click=screen.answer(False)][b]n, enter[/b] {no}[/]"
 
 
-class Question(AppScreen, ModalScreen[bool]):
-    """Yes-or-no dialog: y or the key that opened it is yes; enter, escape or n is no, which changes nothing."""
+R = TypeVar("R")
+
+
+class Dialog(AppScreen, ModalScreen[R]):
+    """A dialog over the screen, which it dims."""
 
     CSS_PATH: ClassVar = ["dialog.tcss"]
+
+
+class Question(Dialog[bool]):
+    """Yes-or-no dialog: y or the key that opened it is yes; enter, escape or n is no, which changes nothing."""
+
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("y,ctrl+c,ctrl+q", "answer(True)", "Yes"),
         Binding("q", "answer(True)", "Yes", id="quit"),
@@ -60,10 +68,9 @@ CLOSES: Final = "[@click=screen.close]escape closes[/]"
 ABOUT = "Letter keys work outside inputs; tab moves to the next control. [keys] in {config} remaps them."
 
 
-class Closable(AppScreen, ModalScreen[None]):
+class Closable(Dialog[None]):
     """Dialog of text only, closed by escape, enter or the key that quits."""
 
-    CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "close", "Close", id="back"),
         Binding("q", "close", "Close", id="quit"),
@@ -198,10 +205,9 @@ def _change_lines(change: RowChange) -> list[str]:
     return lines if change.is_reference else [*lines, f"beyond the drift   {formatting.speedup_text(change.ratio)}"]
 
 
-class SortMenu(AppScreen, ModalScreen[str]):
+class SortMenu(Dialog[str]):
     """Menu of the columns of a table; the result is the one to sort by, empty for the order of the measurement."""
 
-    CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("escape", "close", "Close", id="back"),
         Binding("q", "close", "Close", id="quit"),
@@ -241,10 +247,9 @@ OWN_FILE: Final = (
 )
 
 
-class OwnFile(AppScreen, ModalScreen[str]):
+class OwnFile(Dialog[str]):
     """Dialog for a Python file with an implementation; the result is its name, FILE.py:NAME."""
 
-    CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "Add nothing", id="back")]
 
     def compose(self) -> ComposeResult:
@@ -309,10 +314,9 @@ def defined_names(source: bytes) -> list[str]:
     return [each.name for each in ast.parse(source).body if isinstance(each, kinds) and not each.name.startswith("_")]
 
 
-class SaveAs(AppScreen, ModalScreen[Preset]):
+class SaveAs(Dialog[Preset]):
     """Dialog for a name, a title and a summary; the result is the saved preset."""
 
-    CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "Do not save", id="back")]
 
     def __init__(self, plan: Plan, origin: Preset | None) -> None:
@@ -398,10 +402,9 @@ class Formats(Choice):
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter", "screen.write", "Write", show=False)]
 
 
-class Export(AppScreen, ModalScreen[tuple[Path, tuple[str, ...]]]):
+class Export(Dialog[tuple[Path, tuple[str, ...]]]):
     """Dialog for a folder and a name; the result is the path without suffix, and the chosen suffixes."""
 
-    CSS_PATH: ClassVar = ["dialog.tcss"]
     BINDINGS: ClassVar[list[BindingType]] = [Binding("escape", "cancel", "Do not export", id="back")]
 
     def __init__(self, folder: str, name: str, note: str = "") -> None:

@@ -14,6 +14,7 @@ from fatui.tui.widgets.implementation_picker import ImplementationPicker
 from fatui.tui.widgets.log_pane import LogView
 from fatui.tui.widgets.row_table import RowTable
 from fatui.tui.widgets.slider import Slider
+from tests.support.marks import slow, thorough
 from tests.support.patience import patient
 from tests.support.stage import PEAKS, on_stage
 
@@ -219,3 +220,36 @@ async def test_a_size_that_the_terminal_no_longer_has_is_left_out(monkeypatch):
                 screen.post_message(events.Resize(size, size))
                 await stage.pilot.pause()
             assert {*laid_out} == {stage.app.size}  # a screen below another one is laid out with that too
+
+
+def places(stage):
+    """Where each named widget of the screen is, and how the screen lies over the one below."""
+    screen = stage.app.screen
+    seen = {f"{type(each).__name__} {each.id}": each.region for each in screen.walk_children() if each.id}
+    return type(screen).__name__, screen.styles.background, screen.styles.align, seen
+
+
+@pytest.mark.parametrize(
+    ("size", "keys"),
+    [
+        ((120, 40), ("g", "C")),
+        thorough((80, 24), ("m", "question_mark", "semicolon", "ctrl+p", "w", "I", "h", "D")),
+        slow((120, 40), ("C", "g", "m", "f", "a", "h", "p", "D", "w", "I", "question_mark", "semicolon", "ctrl+p")),
+    ],
+)
+async def test_no_screen_moves_what_another_shows(size, keys):
+    first = {}
+    for key in keys:
+        async with on_stage(size=size) as stage:
+            await stage.press(key)
+            await stage.settle(lambda stage=stage: stage.app.screen is not stage.app.main)
+            first[key] = places(stage)
+    async with on_stage(size=size) as stage:
+        main = places(stage)
+        for key in (*keys, *keys):
+            await stage.press(key)
+            await stage.settle(lambda: stage.app.screen is not stage.app.main)
+            assert places(stage) == first[key], key
+            await stage.press("escape")
+            await stage.settle(lambda: stage.app.screen is stage.app.main)
+            assert places(stage) == main, key
