@@ -140,6 +140,12 @@ def duration(value: float) -> str:
     return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
+def short_name(name: str, longest: int) -> str:
+    """Shorten an implementation's name; of "folder/mine.py:Fast" keep "mine.py:Fast", or of that the end: "…Fast"."""
+    short = name.rpartition("/")[2]
+    return short if len(short) <= longest else "…" + short.rpartition(":")[2][1 - longest :]
+
+
 def started_text(started: str) -> str:
     """Format the ISO time at which a run started, to the minute: "2026-01-31 09:05"."""
     return started[:16].replace("T", " ")

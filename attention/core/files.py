@@ -13,6 +13,8 @@ from typing import Any, Final
 NEW_FILE_MODE: Final = 0o666
 NO_HOME: Final = Path("/nonexistent")
 """Home folder of an account without one, as in Debian."""
+BYTE_ORDER_MARK: Final = "\ufeff"
+"""What some editors begin a text in UTF-8 with."""
 MAX_KEY_PARTS: Final = 100
 """Maximum parts of a dotted TOML key: tomllib's time is quadratic in their number."""
 QUOTED_KEY: Final = re.compile(r"""\"(?:[^"\\]|\\.)*"|'[^']*'""")
@@ -138,7 +140,7 @@ def parse_toml(text: str) -> dict[str, Any]:
         if line.count(".") > MAX_KEY_PARTS and QUOTED_KEY.sub("", line).count(".") > MAX_KEY_PARTS:
             raise ValueError(f"line {number} has a key of more than {MAX_KEY_PARTS} parts")
     try:
-        return tomllib.loads(text)
+        return tomllib.loads(text.removeprefix(BYTE_ORDER_MARK))
     except tomllib.TOMLDecodeError as error:
         problem = f"not TOML: {error}"
     except RecursionError:

@@ -58,7 +58,10 @@ def _list() -> int:
                 listed.name, str(len(listed.preset.cases)), origin, listed.preset.summary or listed.preset.title
             )
         else:
-            table.add_row(listed.name, "-", origin, f"has mistakes: {'; '.join(listed.problems)}", style="yellow")
+            first = listed.problems[0].removeprefix(f"{listed.source}: ")
+            more = f", and {len(listed.problems) - 1} more" if len(listed.problems) > 1 else ""
+            told = f"has mistakes: {first}{more}; `fatui presets check {listed.name}` tells all"
+            table.add_row(listed.name, "-", origin, told, style="yellow")
     show(table)
     return cli.DONE
 
@@ -83,7 +86,7 @@ def _check(name: str) -> int:
     from fatui.cli.output import show
     from fatui.storage.presets import load
 
-    preset = load(Path(name))
+    preset = load(Path(name) if Path(name).is_file() else name)
     count = len(preset.cases)
     show(f"{name}: valid: {count} case{'s' * (count != 1)} with {', '.join(preset.implementations)}")
     return cli.DONE

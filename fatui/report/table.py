@@ -95,10 +95,9 @@ def starred(row: Row, best: Sequence[str]) -> str:
     return mark + formatting.tokens_per_second(row.tokens_per_second)
 
 
-def short_name(name: str, longest: int = MAX_NAME_LENGTH) -> str:
-    """Shorten a name to its column; of "folder/mine.py:Mine" keep the end, which identifies it."""
-    short = name.rpartition("/")[2]
-    return short if len(short) <= longest else "…" + short[1 - longest :]
+def short_name(name: str) -> str:
+    """Shorten an implementation's name to its column."""
+    return formatting.short_name(name, MAX_NAME_LENGTH)
 
 
 STEPS: Final = {"prefill": "to 1st token", "decode": "per token"}

@@ -330,3 +330,18 @@ def test_without_a_noise_floor_nothing_is_called_the_same() -> None:
 def test_a_map_marks_what_is_too_uncertain() -> None:
     row = structs.replace(report_of().cases[0].rows[0], speedup=ratio(1.2, 0.7, significant=False))
     assert speedup_cell(row).text == "?"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("practical", "practical"),
+        ("folder/mine.py:Fast", "…Fast"),
+        ("/a/b/m.py:Fast", "m.py:Fast"),
+        ("package.module:Fast", "…Fast"),
+        ("mine.py:MuchFasterStill", "…sterStill"),
+        ("a name of the library", "…e library"),
+    ],
+)
+def test_a_name_without_room_keeps_what_tells_it_from_others(name, shown):
+    assert formatting.short_name(name, 10) == shown

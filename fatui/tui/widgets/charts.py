@@ -7,6 +7,7 @@ from rich.style import Style
 from textual.geometry import Region, Size
 from textual.strip import Strip
 
+from fatui.formatting import short_name
 from fatui.tui.painting import KeepsStyles
 from fatui.tui.view_models.plot import (
     ACROSS,
@@ -23,7 +24,8 @@ from fatui.tui.view_models.plot import (
     stretched,
 )
 from fatui.tui.view_models.trends import Scale, Trend
-from fatui.tui.widgets.row_table import clip, clip_name
+from fatui.tui.widgets.row_table import clip
+from fatui.untrusted_text import one_line
 
 LABEL_WIDTH: Final = 10
 FIGURE_WIDTH: Final = 11
@@ -110,7 +112,7 @@ class TrendChart(KeepsStyles):
         """Return one row of a trend, counted from its top; the last one has the label and the figures."""
         trend, rows = self.trends[index], self._rows_each
         words = row == rows - 1
-        head = f"{clip_name(trend.label, LABEL_WIDTH) if words else '':<{LABEL_WIDTH}} ", "label"
+        head = f"{short_name(one_line(trend.label), LABEL_WIDTH) if words else '':<{LABEL_WIDTH}} ", "label"
         if not trend.points:
             return [head, (clip(trend.note, self.room.width - LABEL_WIDTH - 1) if words else "", "note")]
         parts = [(text, SHADED if shaded else "line") for text, shaded in self._lines(index)[row]]

@@ -10,9 +10,11 @@ from textual.binding import Binding, BindingType
 from textual.message import Message
 from textual.strip import Strip
 
+from fatui.formatting import short_name
 from fatui.tui.painting import KeepsStyles
 from fatui.tui.view_models.availability import PickerRow
-from fatui.tui.widgets.row_table import clip, clip_name
+from fatui.tui.widgets.row_table import clip
+from fatui.untrusted_text import one_line
 
 NAME_WIDTH: Final = 9
 FIGURE_WIDTH: Final = 8
@@ -135,7 +137,7 @@ class ImplementationPicker(KeepsStyles, can_focus=True):
         return self._strip([Segment(text, self.part_style("picker--reason"))])
 
     def _row_strip(self, row: PickerRow, at_cursor: bool) -> Strip:
-        name = f"{'✓' if row.chosen else '·'} {clip_name(row.name, NAME_WIDTH):<{NAME_WIDTH}} "
+        name = f"{'✓' if row.chosen else '·'} {short_name(one_line(row.name), NAME_WIDTH):<{NAME_WIDTH}} "
         figures = "".join(f"{getattr(row, each):>{FIGURE_WIDTH}}" for each in self._figures)
         if row.able:
             name += f"{figures}  "

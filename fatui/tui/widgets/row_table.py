@@ -26,13 +26,6 @@ def clip(text: str, width: int) -> str:
     return text if len(text) <= width else text[: max(0, width - 1)] + "…" if width > 0 else ""
 
 
-def clip_name(name: str, width: int) -> str:
-    """Return an implementation's name as `clip` does; of "folder/mine.py:Fast" the end, which identifies it."""
-    file, own = name.rpartition(".py:")[::2]
-    short = name.rpartition("/")[2]
-    return clip(f"…{own}" if file and len(short) > width else short, width)
-
-
 class RowTable(ScrollView, KeepsStyles, can_focus=True):
     """Table of lines; up and down move the cursor, left and right page through the columns."""
 

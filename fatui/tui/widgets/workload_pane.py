@@ -69,7 +69,7 @@ class WorkloadPane(Vertical):
         for name in AXES:
             stops = STOPS.get(name, (1,))
             yield Slider(LABELS[name], stops, parse=partial(self._parse, name), say=format_number, id=f"axis-{name}")
-        yield Slider("seconds", SECONDS, parse=_parse_seconds, say=lambda number: f"{number} s", id="seconds")
+        yield Slider("seconds", SECONDS, parse=_parse_seconds, say=self._seconds_text, id="seconds")
         with Container(id="choices"):
             yield Choice("dtype", DTYPES, id="choice-dtype")
             yield Choice(
@@ -109,7 +109,7 @@ class WorkloadPane(Vertical):
             slider.show(values, stops=self._stops(name, draft), sweeping=draft.sweeping)
             if name == "ranks":  # of a single device there is nothing to choose
                 slider.set_class(self.devices == 1 and values == (1,), "-absent")
-        self.query_one("#seconds", Slider).show((max(1, round(draft.seconds)),))
+        self.query_one("#seconds", Slider).show((_whole_seconds(draft.seconds),))
         self._fold(draft)
         for name in ("dtype", "pass_"):
             self.query_one(f"#choice-{name}", Choice).show(draft.choices(name), sweeping=draft.sweeping)
@@ -211,9 +211,18 @@ class WorkloadPane(Vertical):
         event.stop()
         self._edit(self.draft.set_choice((event.choice.id or "").removeprefix("choice-"), event.values))
 
+    def _seconds_text(self, number: int) -> str:
+        seconds = self.draft.seconds
+        return f"{seconds:g} s" if number == _whole_seconds(seconds) else f"{number} s"
+
     def _edit(self, draft: Draft) -> None:
         self.show(draft)
         self.post_message(self.Edited(draft))
+
+
+def _whole_seconds(seconds: float) -> int:
+    """Return the place on the slider, which has whole seconds; a preset may have parts of them."""
+    return max(1, round(seconds))
 
 
 def _parse_seconds(text: str) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from attention.core.errors import UsageError
 from attention.core.workload import Workload
 from fatui import storage
+from fatui.cli.main import main
 from fatui.storage import presets
 from fatui.storage.presets import Preset, parse
 
@@ -255,3 +256,19 @@ def test_renaming_keeps_what_is_there():
     assert presets.load("c")
     with pytest.raises(UsageError, match="is bundled"):
         presets.rename("quick", "d")
+
+
+def test_a_file_may_begin_with_a_byte_order_mark():
+    assert parse("\ufeff" + GOOD, None) == parse(GOOD, None)
+
+
+def test_the_list_tells_the_first_mistake_and_how_many(capsys):
+    folder = storage.own_presets()
+    folder.mkdir(parents=True)
+    (folder / "broken.toml").write_text("schema = 1\nseconds = 0\nseed = -1\ntitle = 3\n[workload]\nseq = 64\n")
+    assert main(["presets"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "has mistakes: title: got 3; it takes a quoted string, and 2 more; `fatui presets check broken`" in said
+    assert main(["presets", "check", "broken"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 3
+    assert main(["presets", "check", "quick"]) == 0

@@ -492,3 +492,13 @@ async def test_a_reason_that_is_cut_is_shown_as_a_whole():
         assert "… E: all" in stage.seen() and "word59" not in stage.seen()
         await stage.press("E")
         assert "word59" in stage.seen() and "a path" in stage.seen()
+
+
+async def test_parts_of_a_second_of_a_preset_are_shown(stage):
+    stage.app.set_draft(stage.app.draft.set_seconds(0.3))
+    await stage.pilot.pause()
+    assert "0.3 s" in stage.seen()
+    await stage.press("u")
+    stage.find("#seconds", Slider).focus()
+    await stage.press("right")
+    assert stage.app.draft.seconds == 2 and "0.3 s" not in stage.seen()
