@@ -193,6 +193,10 @@ def attention(
     )
     from attention.core.numbers import check_numbers
 
+    if key_layout is not None or not isinstance(layout, str):
+        from attention.distributed.layout import check_is_whole
+
+        check_is_whole(layout, key_layout)
     chosen = find_implementation(implementation)
     from attention.implementations.calls import (  # imports MLX, which the line above checks
         call_through_hooks,

@@ -15,6 +15,7 @@ from typing import Final, Literal
 from msgspec import Struct, structs
 
 from attention.core.errors import UsageError
+from attention.core.numbers import shown_value
 from attention.core.workload import ITEM_BYTES, Workload
 from attention.distributed.layout import Kind, Layout, check_ranks, check_weights, make_layout
 
@@ -130,6 +131,8 @@ def decide(
     Raises:
         UsageError: the requested method is not possible, with the reason, or an argument is out of range.
     """
+    if not isinstance(workload, Workload):
+        raise UsageError(f"workload: got {shown_value(workload)}; it takes an attention.Workload")
     check_ranks(ranks)
     check_weights(weights, ranks)
     own_link, memory = link or Link(), memory_bytes_per_s or flops_per_s / FLOPS_PER_BYTE

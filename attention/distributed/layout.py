@@ -19,6 +19,7 @@ from typing import Final, Literal, get_args
 from msgspec import Struct
 
 from attention.core.errors import UsageError, suggestion
+from attention.core.numbers import shown_value
 
 Kind = Literal["zigzag", "contiguous", "balanced", "heads", "replicated"]
 LAYOUTS: Final[tuple[Kind, ...]] = get_args(Kind)
@@ -166,6 +167,18 @@ def check_weights(weights: Sequence[float] | None, ranks: int) -> list[float]:
     if len(numbers) != ranks or not all(0 < number < float("inf") for number in numbers):
         raise UsageError(f"weights: got {weights!r}; it takes one positive number for each of {ranks} ranks")
     return [number / sum(numbers) for number in numbers]
+
+
+def check_is_whole(layout: object, key_layout: object) -> None:
+    """Raise UsageError if the arrays of a call without a group are a part of a sequence; the rest would be left out."""
+    problems = []
+    for name, given in (("layout", layout), ("key_layout", key_layout)):
+        if isinstance(given, Layout) and given.ranks > 1:
+            problems.append(f"{name}: got one of {given.ranks} ranks, and no group; it takes group= of as many")
+        elif given is not None and not isinstance(given, str | Layout):
+            problems.append(f"{name}: got {shown_value(given)}; it takes a layout, as distributed.shard returns it")
+    if problems:
+        raise UsageError(*problems)
 
 
 def _cuts(seq: int, shares: Sequence[float]) -> list[Chunk]:

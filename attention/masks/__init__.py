@@ -13,9 +13,8 @@ from attention.core.mask_text import BLOCK, MaskSpec, block_count, draw_blocks
 from attention.core.workload import DTYPES, Workload
 from attention.masks.block_list import BlockList
 from attention.masks.parts import band
-from attention.masks.pattern import Pattern, Shape
+from attention.masks.pattern import LONGEST, Pattern, Shape
 from attention.masks.patterns import (
-    LONGEST,
     blocks,
     causal,
     dilated,

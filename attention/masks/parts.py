@@ -13,7 +13,7 @@ import numpy as np
 from attention.core.errors import UsageError, error_line
 from attention.masks import block_list as lists
 from attention.masks.block_list import BlockFlags, BlockList
-from attention.masks.pattern import DEFAULT_BLOCK, Both, Either, Lengths, Pattern, Shape, Table
+from attention.masks.pattern import DEFAULT_BLOCK, Both, Either, Lengths, Pattern, Shape, Table, checked_shape
 from attention.masks.tiles import (
     EMPTY,
     FULL,
@@ -53,6 +53,7 @@ class _Band(Pattern, frozen=True):
         return None
 
     def pairs(self, shape: Shape) -> int:
+        shape = checked_shape(shape)
         last = np.arange(shape[2], dtype=np.int64) + 1 + shape[3] - shape[2]
         first = 0 if self.reach is None else np.maximum(0, last - self.reach)
         return shape[0] * shape[1] * int(np.maximum(0, last - first).sum())

@@ -9,6 +9,7 @@ from msgspec import Struct
 
 from attention.core.errors import UsageError
 from attention.core.forking import check_not_forked
+from attention.core.numbers import shown_value
 from attention.masks import block_list as lists
 from attention.masks.block_list import BlockFlags, BlockList
 from attention.masks.tiles import (
@@ -35,6 +36,10 @@ Lengths = tuple[int, int]
 MAX_PARTS: Final = 62
 """Parts of a composed mask: each has a bit in an int64."""
 DEFAULT_BLOCK: Final = 128
+LONGEST: Final = 2**31 - 1
+"""The longest axis of an MLX array: larger numbers show the same pairs, and int32 positions cannot hold them."""
+MAX_TILE: Final = 1 << 20
+"""Rows or keys of a tile."""
 
 
 MAX_HASHED_WORDS: Final = 1 << 13
@@ -45,6 +50,18 @@ def _words(array: Array) -> Array:
     """Return the memory of a contiguous array as words of 8 bytes, or of one byte if these are not whole."""
     data = array.reshape(-1).view(np.uint8)
     return data.view(np.uint64) if data.size % 8 == 0 else data
+
+
+def checked_shape(shape: object) -> Shape:
+    """Return the shape of scores.
+
+    Raises:
+        UsageError: it is not four whole numbers from 0.
+    """
+    numbers = tuple(shape) if isinstance(shape, tuple | list) else ()
+    if len(numbers) != 4 or not all(type(n) is int and 0 <= n <= LONGEST for n in numbers):
+        raise UsageError(f"shape: got {shown_value(shape)}; it takes (B, H, Lq, Lk), whole numbers")
+    return cast("Shape", numbers)
 
 
 class Table:
@@ -106,7 +123,11 @@ class Pattern(Struct, frozen=True, dict=True):
         raise UsageError("mask: got a pattern as a truth value; patterns are combined by & and |")
 
     def pairs(self, shape: Shape) -> int:
-        """Return the exact number of visible pairs of a call (B, H, Lq, Lk), over all batches and heads."""
+        """Return the exact number of visible pairs of a call (B, H, Lq, Lk), over all batches and heads.
+
+        Raises:
+            UsageError: the mask does not fit the shape, or it is none.
+        """
         return self.block_list(shape).pairs
 
     def block_list(self, shape: Shape, block_q: int = DEFAULT_BLOCK, block_k: int = DEFAULT_BLOCK) -> BlockList:
@@ -120,11 +141,11 @@ class Pattern(Struct, frozen=True, dict=True):
         Raises:
             UsageError: the mask does not fit the shape; a number is out of range; the function of `where` fails.
         """
-        if type(block_q) is not int or block_q < 1:
-            raise UsageError(f"block_q: got {block_q!r}; it takes a whole number from 1")
-        if type(block_k) is not int or block_k < 32 or block_k % 32:
-            raise UsageError(f"block_k: got {block_k!r}; it takes a multiple of 32")
-        shape = cast("Shape", tuple(shape))
+        if type(block_q) is not int or not 1 <= block_q <= MAX_TILE:
+            raise UsageError(f"block_q: got {block_q!r}; it takes a whole number from 1 to {MAX_TILE}")
+        if type(block_k) is not int or not 32 <= block_k <= MAX_TILE or block_k % 32:
+            raise UsageError(f"block_k: got {block_k!r}; it takes a multiple of 32 to {MAX_TILE}")
+        shape = checked_shape(shape)
         return lists.cache.get((self, shape, block_q, block_k), lambda: self._build(shape, block_q, block_k))
 
     def _build(self, shape: Shape, block_q: int, block_k: int) -> BlockList:

@@ -5,7 +5,7 @@ of earlier keys the last row is the last key. With more rows than keys the first
 """
 
 from collections.abc import Sequence
-from typing import Final, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 
@@ -23,11 +23,8 @@ from attention.masks.parts import (
     Window,
     shown_numbers,
 )
-from attention.masks.pattern import DEFAULT_BLOCK, Pattern, Table
+from attention.masks.pattern import DEFAULT_BLOCK, LONGEST, Pattern, Table
 from attention.masks.tiles import Array
-
-LONGEST: Final = 2**31 - 1
-"""The longest axis of an MLX array: larger numbers show the same pairs, and int32 positions cannot hold them."""
 
 
 def causal() -> Pattern:

@@ -66,3 +66,20 @@ def test_rows_that_no_layout_can_be_of_are_named(q: object, words: str):
 def test_the_planner_refuses_numbers_that_are_none(ranks: int, weights: list[float] | None, words: str):
     with pytest.raises(UsageError, match=words):
         distributed.decide(Workload(kv_seq=64, pass_="decode"), ranks, weights=weights)
+
+
+@pytest.mark.parametrize("name", ["layout", "key_layout"])
+def test_a_part_of_a_sequence_needs_its_group(name: str):
+    """Without it the call computed attention over the part alone."""
+    given = {name: distributed.make_layout(64, 2)}
+    with pytest.raises(UsageError, match=f"^{name}: got one of 2 ranks, and no group"):
+        attention(*arrays(), **given)
+    with pytest.raises(UsageError, match=f"^{name}: got 3"):
+        attention(*arrays(), **{name: 3})
+    whole = {name: distributed.make_layout(32, 1)}
+    assert attention(*arrays(), **whole).shape == arrays()[0].shape
+
+
+def test_the_planner_names_what_is_no_workload():
+    with pytest.raises(UsageError, match=r"^workload: got 512"):
+        distributed.decide(512, 2)

@@ -287,3 +287,11 @@ def test_whole_tiles_of_blocks_are_those_of_the_array(share):
     where = np.argwhere(array.reshape(-1, 64))
     assert np.array_equal(made.row_of_entry(), where[:, 0])
     assert np.array_equal(made.entries, np.stack([where[:, 1], np.full(len(where), -1)], axis=1))
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3), (1, 2, 3, -5), (1, 2, 3.0, 5), 7, None, "1235"])
+@pytest.mark.parametrize("mask", [masks.causal(), masks.causal() | masks.prefix(2)], ids=["band", "composed"])
+def test_a_shape_that_is_none_is_named(mask: masks.Pattern, shape: object) -> None:
+    for function in (mask.pairs, mask.block_list):
+        with pytest.raises(UsageError, match=r"^shape: got .*; it takes \(B, H, Lq, Lk\)"):
+            function(shape)  # type: ignore[arg-type]
