@@ -22,6 +22,11 @@ static_assert(score_line <= max_quantized_rows);
 
 constexpr int64_t most_cached = 8 << 20;  // bytes of K and V of a call that come from the L3 if they were read before
 
+// Keys of a tile of one row that is read key by key, whose scores take the place of the transposed ones; and of them those whose
+// weights are computed before their values are read, so that reading goes on meanwhile; the first values are prefetched before that.
+constexpr int64_t row_keys = 2048, weighed_together = 64, first_values = 8;
+static_assert(row_keys <= score_line * query_tile);
+
 // Calls f(row, R) for groups of 4, 2 and 1 rows.
 template <class F>
 FATUI_INLINE void in_groups(int64_t rows, const F& f) {
@@ -69,7 +74,9 @@ class KeyRuns {
   KeyRun next() {
     while (spans_ != nullptr && turn_ < 3) {
       const Span& span = spans_[turn_++];
-      const KeyRun run{std::max(span.begin, item_.key_begin), std::min(span.end, item_.key_end), nullptr, span.query};
+      int64_t end = span.end;
+      for (; turn_ < 3 && spans_[turn_].begin == end && spans_[turn_].query == span.query; turn_++) end = spans_[turn_].end;
+      const KeyRun run{std::max(span.begin, item_.key_begin), std::min(end, item_.key_end), nullptr, span.query};
       if (!run.empty()) return run;
     }
     if (!walk_) return std::exchange(only_, {});
@@ -112,13 +119,14 @@ struct FewRows {
   float* pairs = scores + few_rows * score_line;           // P in rows of bfloat16
   float* transposed = scores + query_tile * score_line;    // transposed scores for the masks: [key][row]
   int64_t rows = item.rows(), dv = round_up(p.value_dim, lanes);
-  bool cached = registers == 16 && p.batch * p.kv_heads * p.keys * (p.head_dim + p.value_dim) * int64_t(sizeof(T)) <= most_cached;
+  bool alone = by_key && reading == Reading::in_place && rows == 1 &&
+               p.batch * p.kv_heads * p.keys * (p.head_dim + p.value_dim) * int64_t(sizeof(T)) <= most_cached;
   int64_t key_length = round_up(p.head_dim, lanes) / (in_pairs ? 2 : 1), value_length = dv / (in_pairs ? 2 : 1);
 
-  void attend(KeyRuns runs) {
+  void attend(KeyRuns& runs) {
     const int64_t tile = decode_keys<T>(p);
     KeyRun run = runs.next();
-    if (!run.empty() && reading != Reading::copied)
+    if (!run.empty() && reading != Reading::copied && !alone)
       Ahead(lines(p.key, run.begin, std::min(tile, run.end - run.begin), p.head_dim, key_length, key_copy)).ask_for_all();
     int64_t query_read = run.query;
     read_queries(query_read);
@@ -126,6 +134,9 @@ struct FewRows {
       if (is_quantized(p)) return attend_quantized(runs, run);
     }
     std::fill_n(output, rows * dv, 0.0f);
+    if constexpr (by_key && reading == Reading::in_place) {
+      if (alone) return attend_by_key(runs, run);
+    }
     for (KeyRun after; !run.empty(); run = after) {
       if (run.query != query_read) read_queries(query_read = run.query);
       after = runs.next();
@@ -194,6 +205,38 @@ struct FewRows {
       for (; c + most * lanes <= value_length; c += most * lanes) add<group, most>(row, v, c, keys);
       for (; c < value_length; c += least * lanes) add<group, least>(row, v, c, keys);
     });
+  }
+
+  // One row whose keys and values are in the caches.
+  void attend_by_key(KeyRuns& runs, KeyRun run) {
+    for (int64_t query_read = run.query; !run.empty(); run = runs.next()) {
+      if (run.query != query_read) read_queries(query_read = run.query);
+      const Scores all{nullptr, run.begin, run.end - run.begin, 0, lanes, bounds.whole, run.bits};
+      const int64_t tile = only_scaled(all, p) ? row_keys : score_line;
+      for (int64_t key = run.begin; key < run.end; key += tile) {
+        const int64_t count = std::min(tile, run.end - key);
+        const Lines<Element> k = lines(p.key, key, count, p.head_dim, key_length, key_copy);
+        if (k.length == 8 * lanes) score_by_key<8 * lanes>(query, k, scores);
+        else score_by_key<0>(query, k, scores);
+        const float factor = finished({transposed, key, count, 0, lanes, bounds.whole,
+                                       run.bits == nullptr ? nullptr : run.bits + (key - run.begin)});
+        Ahead(lines(p.value, key, std::min(first_values, count), p.value_dim, value_length, value_copy)).ask_for_all();
+        const float m = reference(0, count, factor);
+        for (int64_t j = 0; j < count; j += weighed_together) {
+          const int64_t some = std::min(weighed_together, count - j);
+          weigh(0, j, j + some, factor, m);
+          add_values(lines(p.value, key + j, some, p.value_dim, value_length, value_copy), scores + j);
+        }
+      }
+    }
+    if constexpr (halved) order_dims();
+  }
+
+  void add_values(const Lines<Element>& v, const float* weights) {
+    constexpr int most = 8, least = halved ? 2 : 1;
+    int64_t c = 0;
+    for (; c + most * lanes <= value_length; c += most * lanes) add_by_key<most>(weights, v, c, output);
+    for (; c < value_length; c += least * lanes) add_by_key<least>(weights, v, c, output);
   }
 
   // Keys and values in integers where that is exact enough, else dequantized in registers.
@@ -274,19 +317,32 @@ struct FewRows {
     return factor;
   }
 
-  // Converts a row's scores, times the factor, to probabilities, in place or as bfloat16; lanes are keys. The reference of
-  // the exponents, and with it the output, is rescaled only if the maximum exceeds it by more than a threshold.
-  void softmax_row(int64_t row, int64_t keys, float factor) {
+  // Converts a row's scores, times the factor, to probabilities, in place or as bfloat16; lanes are keys.
+  void softmax_row(int64_t row, int64_t keys, float factor) { weigh(row, 0, keys, factor, reference(row, keys, factor)); }
+
+  // What is subtracted from a row's scores. It, and with it the output, is rescaled only if the maximum exceeds it by more than a
+  // threshold. Scores after the last key are masked.
+  float reference(int64_t row, int64_t keys, float factor) {
     float* s = scores + row * score_line;
-    const int64_t end = round_up(keys, lanes), last = end - lanes;
+    const int64_t last = round_up(keys, lanes) - lanes;
     store(s + last, lane_numbers() < int32_t(keys - last) ? load(s + last) : broadcast(-infinity));
-    Vector top = load(s + last), sum{};
-    for (int64_t j = 0; j < last; j += lanes) top = larger(load(s + j), top);
-    const float highest = max_of(top) * factor;
+    constexpr int chains = 4;
+    Vector top[chains];
+    FATUI_UNROLL for (int i = 0; i < chains; i++) top[i] = load(s + last);
+    int64_t j = 0;
+    for (; j + chains * lanes <= last; j += chains * lanes)
+      FATUI_UNROLL for (int i = 0; i < chains; i++) top[i] = larger(load(s + j + i * lanes), top[i]);
+    for (; j < last; j += lanes) top[0] = larger(load(s + j), top[0]);
+    const float highest = max_of(larger(larger(top[0], top[1]), larger(top[2], top[3]))) * factor;
     if (highest > state.maximum[row] + max_outgrown) move_reference(row, highest);
+    return std::max(state.maximum[row], -largest);
+  }
+
+  void weigh(int64_t row, int64_t begin, int64_t end, float factor, float m) {
+    const float* s = scores + row * score_line;
+    Vector sum{};
     // Rounds the product like that of the maximum: contracted into an FMA with the subtraction, it would differ.
-    const float m = std::max(state.maximum[row], -largest);
-    for (int64_t j = 0; j < end; j += lanes)
+    for (int64_t j = begin; j < end; j += lanes)
       sum += probabilities(row, j, (in_register(load(s + j) * factor) - m) * log2_e);
     state.sum[row] += sum_of(sum);
   }
@@ -308,8 +364,6 @@ struct FewRows {
   void add(int64_t row, const Lines<Element>& v, int64_t column, Ahead& next) const {
     float* out = output + row * dv;
     if constexpr (in_pairs) add_pairs<R, Vectors>(pairs + row * (score_line / 2), v, column, out, dv, next);
-    else if (R == 1 && cached)
-      add_lines<R, Vectors, R == 1 && registers == 16>(scores + row * score_line, v, column, out, dv, next);
     else add_lines<R, Vectors>(scores + row * score_line, v, column, out, dv, next);
   }
 

@@ -73,6 +73,13 @@ FATUI_INLINE Vector widen_half(const bfloat16_t* p) {
   return as<Vector>(odd ? words & 0xffff0000u : words << 16);
 }
 
+// Vector i of the dims from `line` on.
+template <class E>
+FATUI_INLINE Vector dims_of(const E* line, int i) {
+  if constexpr (even_and_odd<E>) return i % 2 == 0 ? widen_half<0>(line + i * lanes) : widen_half<1>(line + (i - 1) * lanes);
+  else return widen(line + i * lanes);
+}
+
 // S[row][key] of R query rows; entries after the last key, up to a multiple of the accumulators, are undefined.
 template <int R, Numbers numbers, class E>
 void score_lines(const float* query, int64_t query_line, const Lines<E>& keys, float* s, Ahead& ahead) {
@@ -120,9 +127,8 @@ void score_lines(const float* query, int64_t query_line, const Lines<E>& keys, f
   ahead = next;
 }
 
-// O[row][d] of R rows and some vectors of dims. `at_once`: all lines that a step of one row uses are prefetched together, by a third
-// of the instructions, which a cache may take but memory does not: there they are spread over the step.
-template <int R, int Vectors, bool at_once = false, class E>
+// O[row][d] of R rows and some vectors of dims.
+template <int R, int Vectors, class E>
 void add_lines(const float* s, const Lines<E>& values, int64_t d, float* output, int64_t output_line, Ahead& ahead) {
   Ahead next = ahead;
   Vector c[R][Vectors];
@@ -137,11 +143,9 @@ void add_lines(const float* s, const Lines<E>& values, int64_t d, float* output,
     Vector x[Vectors];
     const Vector p_used_once = broadcast(s[j]);
     FATUI_UNROLL for (int v = 0; v < Vectors; v++) {
-      const E* from = line + (even_and_odd<E> ? v / 2 * 2 : v) * lanes;
-      if constexpr (even_and_odd<E>) x[v] = in_register(v % 2 == 0 ? widen_half<0>(from) : widen_half<1>(from));
-      else x[v] = in_register(widen(from));
+      x[v] = in_register(dims_of(line, v));
       if constexpr (used_once) c[0][v] += p_used_once * x[v];
-      if constexpr (!in_pairs && !at_once)
+      if constexpr (!in_pairs)
         if (v % (Vectors / std::min(Vectors, pieces<E>(Vectors))) == 0 && j % steps_of_line<E>(Vectors) == 0) next.ask<1>();
     }
     if constexpr (!used_once)
@@ -160,12 +164,68 @@ void add_lines(const float* s, const Lines<E>& values, int64_t d, float* output,
     }
   }
   for (; j < count; j++) {
-    if constexpr (in_pairs || at_once) ask_for_step<E, R, Vectors>(next, j);
+    if constexpr (in_pairs) ask_for_step<E, R, Vectors>(next, j);
     add(j);
   }
   FATUI_UNROLL for (int r = 0; r < R; r++)
     FATUI_UNROLL for (int v = 0; v < Vectors; v++) store(output + r * output_line + d + v * lanes, c[r][v]);
   ahead = next;
+}
+
+// One row of queries, with 16 registers, in the caches: keys and values are read one after the other, as by a plain loop, for which the
+// CPU's own prefetchers are enough. The fewer instructions there are beside the reading, the further ahead the CPU reads.
+constexpr bool by_key = registers == 16;
+
+// S[key] of one row; entries after the last key, up to a multiple of lanes, are undefined. `width`: dims if they are known when this is
+// compiled, so that the query stays in registers, or 0.
+template <int width, class E>
+void score_by_key(const float* query, const Lines<E>& keys, float* s) {
+  constexpr int most = 8, least = even_and_odd<E> ? 2 : 1;  // vectors at once
+  Vector q[most];
+  if constexpr (width > 0) FATUI_UNROLL for (int i = 0; i < most; i++) q[i] = load(query + i * lanes);
+  const auto product = [&](const E* line) __attribute__((always_inline)) {
+    Vector x{};
+    if constexpr (width > 0) {
+      static_assert(width == most * lanes);
+      x = dims_of(line, 0) * q[0];
+      FATUI_UNROLL for (int i = 1; i < most; i++) x = fused(x, dims_of(line, i), q[i]);
+      return x;
+    }
+    int64_t d = 0;
+    for (; d + most * lanes <= keys.length; d += most * lanes)
+      FATUI_UNROLL for (int i = 0; i < most; i++) x = fused(x, dims_of(line + d, i), load(query + d + i * lanes));
+    for (; d < keys.length; d += least * lanes)
+      FATUI_UNROLL for (int i = 0; i < least; i++) x = fused(x, dims_of(line + d, i), load(query + d + i * lanes));
+    return x;
+  };
+  const E* line = keys.data;
+  int64_t j = 0;
+  for (; j + lanes <= keys.count; j += lanes) {
+    Vector x[lanes];
+    FATUI_UNROLL for (int g = 0; g < lanes; g++) {
+      x[g] = product(line);
+      line += keys.stride;
+      in_order(x[g], line);
+    }
+    store(s + j, fold(x));
+  }
+  if (j == keys.count) return;
+  Vector x[lanes];
+  for (int g = 0; g < lanes; g++) x[g] = product(keys.line(std::min(j + g, keys.count - 1)));
+  store(s + j, fold(x));
+}
+
+// O[d] += P[key] V[key][d] of one row and some vectors of dims.
+template <int Vectors, class E>
+void add_by_key(const float* weights, const Lines<E>& values, int64_t d, float* output) {
+  Vector c[Vectors];
+  FATUI_UNROLL for (int v = 0; v < Vectors; v++) c[v] = load(output + d + v * lanes);
+  const E* line = values.data + d;
+  for (int64_t j = 0; j < values.count; j++, line += values.stride) {
+    const Vector weight = broadcast(weights[j]);
+    FATUI_UNROLL for (int v = 0; v < Vectors; v++) c[v] = fused(c[v], weight, dims_of(line, v));
+  }
+  FATUI_UNROLL for (int v = 0; v < Vectors; v++) store(output + d + v * lanes, c[v]);
 }
 
 #if defined(__AVX512BF16__)

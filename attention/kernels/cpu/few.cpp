@@ -26,7 +26,8 @@ void attend_rows(const ForwardCall& call, const Item& item, Partials& partials) 
   Softmax state;
   state.reset();
   FewRows<T, reading> few{p, item, bounds, state, buffer.query, buffer.scores, spare.output, buffer.key, buffer.value};
-  few.attend(KeyRuns(p, item, bounds));
+  KeyRuns runs(p, item, bounds);
+  few.attend(runs);
   if (p.spans == nullptr && wants_panels(call, item, state)) {
     if constexpr (bfloat16_pairs && std::is_same_v<T, bfloat16_t>)
       if (!has_lists(p) && !is_quantized(p)) return attend_bfloat16(call, item, partials);

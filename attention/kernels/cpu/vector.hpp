@@ -63,6 +63,16 @@ FATUI_INLINE Vector in_register(Vector x) {
   return x;
 }
 
+// Has the compiler compute a value before it reads through an address.
+template <class T>
+FATUI_INLINE void in_order(Vector& x, const T*& then) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x), "+r"(then));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x), "+r"(then));
+#endif
+}
+
 template <class To, class From>
 FATUI_INLINE To as(From x) {
   static_assert(sizeof(To) == sizeof(From));
