@@ -98,6 +98,7 @@ def _joined(outputs: Sequence[mx.array], logsumexps: Sequence[mx.array], sinks: 
     return made.astype(outputs[0].dtype)
 
 
+CPU_PATH: Final = "CPU kernel, step of a stream"
 CUDA_PATH: Final = "CUDA kernels, step of a stream"
 
 
@@ -119,7 +120,7 @@ class Step:
 
     Attributes:
         latest: the output of the latest step on CUDA, until something else has waited for it.
-        again: makes the steps after it that are like it; None if there is none, or for other kinds.
+        again: makes the steps after the latest that are like it; None if there is none, or for other kinds.
     """
 
     def __init__(self, layout: Layout, formats: KVFormat | None, rope: Rope | None) -> None:
@@ -141,10 +142,11 @@ class Step:
         return backend if backend == "cuda" else None
 
     def settle(self) -> None:
-        """Evaluate the steps of CUDA, before anything else uses the slots."""
+        """Evaluate the steps of CUDA, before anything else uses the slots; steps are not repeated after it."""
+        self.again = None
         if self.latest is not None:
             mx.eval(self.latest)
-            self.latest = self.again = None
+            self.latest = None
 
     def on_cpu(self, token: Token, slots: list[mx.array], rows: list[tuple[int, int]]) -> mx.array:
         """Write one token into slots, and attend with its query; slots are replaced where they had to be copied.
@@ -156,20 +158,20 @@ class Step:
         check_not_forked()
         if self._radians is not None:
             mx.eval(self._radians)
-        out = cpu.stream_step(
-            token.q,
-            token.k,
-            token.v,
-            slots,
-            self._options,
-            rows,
-            token.scale,
-            softcap=token.softcap,
-            radians=self._radians,
-            adjacent=self._rope is not None and self._rope.traditional,
-            rotated=token.rotated,
-        )
-        record_path("CPU kernel, step of a stream")
+        self.again = None
+        named: dict[str, Any] = {
+            "softcap": token.softcap,
+            "radians": self._radians,
+            "adjacent": self._rope is not None and self._rope.traditional,
+            "rotated": token.rotated,
+        }
+        new = (token.q, token.k, token.v)
+        out = cpu.stream_step(*new, slots, self._options, rows, token.scale, **named)
+        seen, oldest = rows[0]
+        full = seen >= self._layout.slots and oldest == seen - self._layout.ring
+        if token.given is not None and full and all(row == rows[0] for row in rows):
+            self.again = cpu.stream_steps(*new, slots, self._options, seen + 1, token.scale, token.given, **named)
+        record_path(CPU_PATH)
         return out
 
     def on_cuda(
@@ -217,7 +219,7 @@ class Step:
     def repeat(
         self, q: mx.array, k: mx.array, v: mx.array, given: tuple[object, object, bool, object]
     ) -> mx.array | None:
-        """Return the output of a step that is like the one before on CUDA; None if it is not."""
+        """Return the output of a step that is like the one before; None if it is not."""
         if self.again is None or call_hooks:
             return None
         check_not_forked()
@@ -228,7 +230,11 @@ class Step:
         except Exception:
             self.again = None
             raise
-        if out is not None:
+        if out is None:
+            return None
+        if self.latest is None:
+            record_path(CPU_PATH)
+        else:
             self.latest = out
             record_path(CUDA_PATH)
         return out

@@ -388,6 +388,38 @@ def stream_step(
     return out
 
 
+def stream_steps(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    slots: list[mx.array],
+    options: StreamOptions,
+    seen: int,
+    scale: float,
+    given: tuple[object, object, bool, object],
+    *,
+    softcap: float | None = None,
+    radians: mx.array | None = None,
+    adjacent: bool = False,
+    rotated: bool = False,
+) -> Callable[..., mx.array | None]:
+    """Return what makes the steps after one of `stream_step` over full rings, in a fourth of its time.
+
+    Args:
+        q, k, v, slots: of that step.
+        options, scale, softcap, radians, adjacent, rotated: as in `stream_step`.
+        seen: tokens after that step, of each row of the batch; the rings have the latest of them.
+        given: scale, softcap, whether q and k are rotated, and implementation, as given by the caller.
+
+    Returns:
+        A function of q, k, v and the arguments of `given`: the output, or None, with nothing done, unless all are as
+        before, q, k and v are evaluated, and nothing else refers to the slots.
+    """
+    rest = (*options, seen, scale, softcap or 0.0, radians, adjacent, rotated, given)
+    made: Callable[..., mx.array | None] = _with_parts(lambda module: module.stream_steps(q, k, v, slots, *rest))
+    return made
+
+
 def workspace_bytes(
     q_shape: tuple[int, int, int, int],
     k_shape: tuple[int, int, int, int],

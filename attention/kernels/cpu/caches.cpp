@@ -165,6 +165,20 @@ mx::array evaluated(const mx::Shape& shape, mx::Dtype type) {
   return made;
 }
 
+// A step whose arguments fit. Inputs: query, keys, values, and their parts.
+mx::array run_step(const Arrays& inputs, const mx::array& k, const mx::array& v, StreamStep& step, const Format& key,
+                   const Format& value) {
+  const mx::array& q = inputs[0];
+  Options options{step.call.problem.scale, step.call.problem.softcap};
+  options.key = key, options.value = value;
+  step.call.problem = problem_of(options, inputs, 3);
+  step.new_key = tensor_of(k), step.new_value = tensor_of(v);
+  mx::array out = evaluated({q.shape(0), q.shape(1), 1, v.shape(3)}, q.dtype());
+  step.call.output = out.data<char>();
+  stream_step(step);
+  return out;
+}
+
 // One token of an endless sequence, computed at once on the calling thread: its key and value are written into the slots in
 // place, which nothing else may refer to. None unless all arrays are evaluated and that is so.
 MaybeArray stream_step(const mx::array& q, const mx::array& k, const mx::array& v, const Arrays& slots, StreamStep& step,
@@ -191,15 +205,7 @@ MaybeArray stream_step(const mx::array& q, const mx::array& k, const mx::array& 
   if (slots[0].shape(2) != step.first + step.ring) stop("there are first + ring slots.");
   for (const mx::array* a : {&q, &k, &v})
     if (!a->is_available()) return std::nullopt;
-  Options options{step.call.problem.scale, step.call.problem.softcap};
-  options.key = key, options.value = value;
-  step.call.problem = problem_of(options, inputs, 3);
-  step.new_key = tensor_of(k), step.new_value = tensor_of(v);
-  const mx::Shape shape{q.shape(0), q.shape(1), 1, value_shape[3]};
-  mx::array out = evaluated(shape, q.dtype());
-  step.call.output = out.data<char>();
-  stream_step(step);
-  return out;
+  return run_step(inputs, k, v, step, key, value);
 }
 
 // A copy with memory of its own.
@@ -239,6 +245,21 @@ bool all_own(const std::vector<mx::array*>& arrays) {
   });
 }
 
+// What stays the same from step to step.
+StreamStep step_of(const mx::array& q, int64_t first, int64_t window, int64_t ring, double scale, float softcap,
+                   const MaybeArray& radians, bool adjacent, bool rotated) {
+  StreamStep step;
+  step.call.problem.scale = scale, step.call.problem.softcap = softcap;
+  step.first = first, step.window = window, step.ring = ring, step.adjacent = adjacent, step.rotated = rotated;
+  if (radians) {
+    if (!radians->is_available() || radians->dtype() != mx::float32 || radians->ndim() != 1 || !radians->flags().row_contiguous ||
+        2 * radians->shape(0) > q.shape(3))
+      throw std::invalid_argument("[stream_step] radians are evaluated float32, one for each pair of dims.");
+    step.radians.assign(radians->data<float>(), radians->data<float>() + radians->size());
+  }
+  return step;
+}
+
 MaybeArray stream(const mx::array& q, const mx::array& k, const mx::array& v, const nb::list& slots,
                   const std::array<int32_t, 3>& key, const std::array<int32_t, 3>& value, int64_t first, int64_t window,
                   int64_t ring, const std::vector<std::array<int64_t, 2>>& rows, double scale, float softcap,
@@ -248,18 +269,59 @@ MaybeArray stream(const mx::array& q, const mx::array& k, const mx::array& v, co
   for (const nb::handle one : slots) objects.push_back(nb::cast<mx::array*>(one));
   if (!all_own(objects)) return std::nullopt;
   for (const mx::array* one : objects) held.push_back(*one);
-  StreamStep step;
-  step.call.problem.scale = scale, step.call.problem.softcap = softcap;
+  StreamStep step = step_of(q, first, window, ring, scale, softcap, radians, adjacent, rotated);
   for (const auto& [seen, oldest] : rows) step.rows.push_back({seen, oldest});
-  step.first = first, step.window = window, step.ring = ring, step.adjacent = adjacent, step.rotated = rotated;
-  if (radians) {
-    if (!radians->is_available() || radians->dtype() != mx::float32 || radians->ndim() != 1 || !radians->flags().row_contiguous ||
-        2 * radians->shape(0) > q.shape(3))
-      throw std::invalid_argument("[stream_step] radians are evaluated float32, one for each pair of dims.");
-    step.radians.assign(radians->data<float>(), radians->data<float>() + radians->size());
-  }
   return stream_step(q, k, v, held, step, format_of(key), format_of(value));
 }
+
+// Steps over full rings that are like one before: its arguments are known to fit.
+class RepeatedSteps {
+ public:
+  // `slots`: Python's arrays of keys and values; `seen`: tokens before the first of these steps, of each row of the batch; `given`:
+  // further arguments of the call, which a repeated step has too.
+  RepeatedSteps(const mx::array& q, const mx::array& k, const mx::array& v, const nb::list& slots, const Format& key, const Format& value,
+        StreamStep step, int64_t seen, std::array<nb::object, 4> given)
+      : key_(key), value_(value), step_(std::move(step)), seen_(seen), given_(std::move(given)), scale_(step_.call.problem.scale),
+        softcap_(step_.call.problem.softcap) {
+    for (const mx::array* a : {&q, &k, &v}) shapes_.push_back(a->shape()), types_.push_back(a->dtype());
+    for (const nb::handle one : slots) kept_.push_back(nb::borrow(one)), slots_.push_back(nb::cast<mx::array*>(one));
+    step_.rows.resize(size_t(q.shape(0)));
+  }
+
+  // The output of the next step; none if it is not like the one before, or slots cannot be written in place.
+  MaybeArray next(const mx::array& q, const mx::array& k, const mx::array& v, const std::array<nb::handle, 4>& given) {
+    const std::array<const mx::array*, 3> arrays{&q, &k, &v};
+    for (size_t i = 0; i < arrays.size(); i++)
+      if (!arrays[i]->is_available() || arrays[i]->shape() != shapes_[i] || arrays[i]->dtype() != types_[i]) return std::nullopt;
+    for (size_t i = 0; i < given.size(); i++)
+      if (!is_same(given[i], given_[i])) return std::nullopt;
+    if (mx::default_device() != mx::Device::cpu || !all_own(slots_)) return std::nullopt;
+    const size_t first_value = 1 + key_.parts();
+    Arrays inputs{q, *slots_[0], *slots_[first_value]};
+    for (size_t i = 1; i < slots_.size(); i++)
+      if (i != first_value) inputs.push_back(*slots_[i]);
+    for (StreamRow& row : step_.rows) row = {seen_, seen_ - step_.ring};
+    step_.call.problem.scale = scale_, step_.call.problem.softcap = softcap_;
+    seen_++;
+    return run_step(inputs, k, v, step_, key_, value_);
+  }
+
+ private:
+  static bool is_same(nb::handle a, nb::handle b) {
+    return a.is(b) || (nb::isinstance<nb::float_>(a) && nb::isinstance<nb::float_>(b) && a.equal(b));
+  }
+
+  Format key_, value_;
+  StreamStep step_;
+  int64_t seen_;
+  std::array<nb::object, 4> given_;
+  double scale_;
+  float softcap_;
+  std::vector<mx::Shape> shapes_;
+  std::vector<mx::Dtype> types_;
+  std::vector<nb::object> kept_;  // so that they stay
+  std::vector<mx::array*> slots_;
+};
 }  // namespace
 
 void bind_caches(nb::module_& m) {
@@ -271,6 +333,23 @@ void bind_caches(nb::module_& m) {
   });
   m.def("stream_step", &stream, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
+  m.def("stream_steps",
+        [](const mx::array& q, const mx::array& k, const mx::array& v, const nb::list& slots, const std::array<int32_t, 3>& key,
+           const std::array<int32_t, 3>& value, int64_t first, int64_t window, int64_t ring, int64_t seen, double scale,
+           float softcap, const MaybeArray& radians, bool adjacent, bool rotated, const nb::tuple& given) {
+          StreamStep step = step_of(q, first, window, ring, scale, softcap, radians, adjacent, rotated);
+          const auto steps = std::make_shared<RepeatedSteps>(q, k, v, slots, format_of(key), format_of(value), std::move(step), seen,
+                                                             std::array<nb::object, 4>{given[0], given[1], given[2], given[3]});
+          // a function, not a class of Python: those of two libraries would have the same name
+          return nb::cpp_function(
+              [steps](const mx::array& q, const mx::array& k, const mx::array& v, nb::handle scale, nb::handle softcap,
+                      nb::handle rotated, nb::handle implementation) {
+                return steps->next(q, k, v, {scale, softcap, rotated, implementation});
+              },
+              nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg());
+        },
+        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
 }
 
 }  // namespace fatui

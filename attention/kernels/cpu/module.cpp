@@ -496,7 +496,7 @@ NB_MODULE(fatui_cpu_kernel, m) {
   else {
     for (const char* name : {"flash_attention_quantized", "append_quantized"})
       m.def(name, [](nb::args, nb::kwargs) { throw fatui::MissingPart("quantized"); });
-    for (const char* name : {"own_copy", "stream_step"})
+    for (const char* name : {"own_copy", "stream_step", "stream_steps"})
       m.def(name, [](nb::args, nb::kwargs) { throw fatui::MissingPart("streams"); });
   }
   m.def("count_blocks", [](uintptr_t flags, const std::array<int64_t, 3>& shape, const std::array<int64_t, 2>& block,

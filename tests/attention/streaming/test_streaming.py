@@ -108,6 +108,56 @@ def test_a_fork_goes_on_by_itself():
             assert close(one.attend(*map(mx.array, (q, k, v)))[0], expected(row, q[0], k[0], v[0]))
 
 
+BETWEEN = {
+    "a chunk": lambda state, q, k, v: state.append(k[:, :, :3], v[:, :, :3]),
+    "a fork": lambda state, q, k, v: state.fork().append(k[:, :, :1], v[:, :, :1]),
+    "a fork that is kept": lambda state, q, k, v: vars(state).setdefault("twin", state.fork()),
+    "a rewind": lambda state, q, k, v: state.rewind(2),
+    "an update": lambda state, q, k, v: state.update(k[:, :, :1], v[:, :, :1]),
+    "another scale": lambda state, q, k, v: state.attend(q[:, :, :1], k[:, :, :1], v[:, :, :1], scale=0.5),
+}
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kv_format", [None, "int8:32"])
+@pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
+def test_repeated_steps_after_something_else(between, kv_format, dtype):
+    """Steps that repeat the one before have the bits of steps by themselves, whatever comes between them."""
+    states = [StreamingKV(2, 6, kv_format, rope=Rope(32), spare=2) for _ in range(2)]
+    q, k, v = (mx.array(x).astype(dtype) for x in made(40, batch=2, width=32))
+    mx.eval(q, k, v)
+    for t in range(12, 36):
+        outputs = []
+        for state, repeats in zip(states, (True, False), strict=True):
+            if t == 12:
+                state.append(k[:, :, :12], v[:, :, :12])
+            if t == 24:
+                between(state, q, k, v)
+            if not repeats:
+                state._fused.again = None
+            new = [x[:, :, t : t + 1] for x in (q, k, v)]
+            if t % 8:
+                mx.eval(new)
+            outputs.append(state.attend(*new))
+        assert mx.array_equal(*outputs)
+        assert states[0].kept().tolist() == states[1].kept().tolist()
+
+
+def test_steps_of_a_full_ring_are_repeated():
+    """What makes a step like the one before is kept while nothing else comes between."""
+    state = StreamingKV(1, 4)
+    tokens = [mx.array(x) for x in made(1)]
+    for _ in range(9):
+        state.attend(*tokens)
+    again = state._fused.again
+    state.attend(*tokens)
+    assert state._fused.again is again
+    if mx.default_device() == mx.Device(mx.cpu):
+        assert again is not None
+    state.append(*tokens[1:])
+    assert state._fused.again is None
+
+
 def test_spare_slots_make_rewinds_exact():
     """With spare slots a rewound state computes as if the tokens had never come."""
     q, k, v = map(mx.array, made(20))
