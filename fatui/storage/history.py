@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ from fatui.verdict import finding
 T = TypeVar("T")
 
 VERSION: Final = 1
+AUXILIARY_BYTES: Final = 2**16
+"""SQLite's index of its log has 32 KiB at least."""
 PATIENCE_S: Final = 10.0
 """Seconds to wait for another process that is writing."""
 MAX_QUERY_S: Final = 60.0
@@ -204,7 +207,8 @@ class RunHistory:
         except sqlite3.IntegrityError:
             raise
         except sqlite3.Error as error:
-            raise HistoryError(f"history: {self.path} cannot be used: {error}") from error
+            why = "the disk is full" if _is_full(self.path) else error
+            raise HistoryError(f"history: {self.path} cannot be used: {why}") from error
         except OSError as error:
             raise HistoryError(f"history: {self.path} cannot be used: {error.strerror or error}") from error
 
@@ -284,11 +288,25 @@ def _connect(path: Path, reading: bool) -> sqlite3.Connection:
     try:
         return _prepared(sqlite3.connect(path, timeout=PATIENCE_S), path)
     except sqlite3.OperationalError:
-        if not reading or os.access(path.parent, os.W_OK):
+        if not reading or (os.access(path.parent, os.W_OK) and (not _is_full(path) or _has_log(path))):
             raise
-    # In a read-only folder SQLite cannot create its auxiliary files; an immutable database needs none.
+    # In a read-only folder and on a full disk SQLite cannot make its auxiliary files; an immutable database needs none.
     address = f"file:{quote(str(path))}?mode=ro&immutable=1"
     return _prepared(sqlite3.connect(address, timeout=PATIENCE_S, uri=True), path)
+
+
+def _is_full(path: Path) -> bool:
+    """Whether the disk has no room for the auxiliary files."""
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(path.parent).free < AUXILIARY_BYTES
+    return False
+
+
+def _has_log(path: Path) -> bool:
+    """Whether the last runs are in SQLite's log only, which an immutable database leaves out."""
+    with contextlib.suppress(OSError):
+        return path.with_name(f"{path.name}-wal").stat().st_size > 0
+    return False
 
 
 def _prepared(database: sqlite3.Connection, path: Path) -> sqlite3.Connection:

@@ -89,7 +89,10 @@ def _identity_problems(report: Report) -> Iterator[str]:
     if not RUN_ID.fullmatch(report.run.id):
         takes = "letters, digits, '.', '_' and '-', at most 64, and is not 'last'"
         yield f"run.id: got '{one_line(report.run.id, 60)}'; it takes {takes}"
+    first: dict[object, int] = {}
     for number, case in enumerate(report.all_cases):
+        if (same := first.setdefault(case.workload, number)) != number:
+            yield f"case {number + 1}: it is case {same + 1} again"
         names = [row.implementation for row in case.rows]
         if "" in names:
             yield f"case {number + 1}: a row without an implementation"

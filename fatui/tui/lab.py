@@ -512,7 +512,10 @@ class RunController:
             await self._keep_results(session, screen)
         finally:
             ended.set()
-        self._app.ask_cost()
+        if any(route.at_most for route in self._app.advice.answer.routes.values()):
+            self._app.ask_advice()  # bounds of a kernel that was not compiled, as it may be now
+        else:
+            self._app.ask_cost()
         if self._app.is_running and screen is None and self.session is session:
             self._app.main.open_tab("results")
             self._app.main.show_draft()

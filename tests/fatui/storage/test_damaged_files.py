@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec import structs
 
 from attention.core.errors import UsageError
 from attention.core.files import parse_toml
@@ -397,3 +398,11 @@ def test_a_full_disk_costs_no_run_that_was_kept(tmp_path):
     assert done.returncode == 7, done.stderr
     assert done.stdout.count("\n") == 1
     assert [line.id for line in RunHistory(path).runs()] == ["0a1b2c3d"]
+
+
+def test_a_case_that_is_there_twice_is_refused():
+    report = report_of(plan_of([Workload(seq=64), Workload(seq=128)]))
+    twice = structs.replace(report, cases=(*report.cases, report.cases[1]))
+    assert result_files.decode(msgspec.json.encode(report)) == report
+    with pytest.raises(ValueError, match="case 3: it is case 2 again"):
+        result_files.decode(msgspec.json.encode(twice))

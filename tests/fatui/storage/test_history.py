@@ -3,6 +3,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -130,3 +131,24 @@ def test_many_cases_make_one_line(tmp_path):
     kept = history(tmp_path)
     kept.add(report_of(plan_of([Workload(seq=64), Workload(seq=128)])))
     assert kept.runs()[0].cases == 2
+
+
+def test_a_full_disk_leaves_the_history_to_be_read(tmp_path, monkeypatch):
+    report, kept, connect = report_of(), history(tmp_path), sqlite3.connect
+    kept.add(report)
+
+    def without_room(address, **options):
+        if not options.get("uri"):
+            raise sqlite3.OperationalError("disk I/O error")
+        return connect(address, **options)
+
+    monkeypatch.setattr(history_module.sqlite3, "connect", without_room)
+    with pytest.raises(HistoryError, match="disk I/O error"):
+        kept.get("last")
+    monkeypatch.setattr(history_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    assert kept.get("last") == report
+    with pytest.raises(HistoryError, match="the disk is full"):
+        kept.add(report_of(run=run_of(identity="another")))
+    (tmp_path / "h.sqlite-wal").write_bytes(b"runs that are not in the file yet")
+    with pytest.raises(HistoryError, match="the disk is full"):
+        kept.get("last")

@@ -9,6 +9,7 @@ from textual.widgets import OptionList
 
 from attention.core import events as on
 from attention.core.results import RankFigures
+from attention.core.route import Route
 from attention.core.workload import Workload
 from attention.engine.record import Record
 from fatui import formatting
@@ -21,6 +22,7 @@ from fatui.tui.view_models.trends import device_lines
 from fatui.tui.widgets.row_table import RowTable
 from tests.support.patience import patient
 from tests.support.sample_runs import plan_of
+from tests.support.stage import advise
 
 
 async def test_a_run_fills_the_table_says_its_finding_and_is_kept(stage):
@@ -248,3 +250,11 @@ def test_each_rank_has_a_line_with_its_figures_first():
     assert second == "rank 1  poc: 2.00 ms per call, 500 µs of it waiting, 1 KiB sent · 1 MiB active · a CPU"
     session.record.apply(on.RankFailed(rank=1, reason="out of memory"))
     assert device_lines(session)[1] == "rank 1  out of memory · a CPU"
+
+
+@pytest.mark.parametrize("at_most", [True, False])
+async def test_memory_known_as_a_bound_is_asked_for_after_a_run(stage, at_most):
+    advise(stage.app, poc=Route(path="CPU kernel", fused=True, reason="", predicted_bytes=2**23, at_most=at_most))
+    await stage.run_to_the_end()
+    await stage.settle(stage.app.runs._ended.is_set)
+    assert stage.app.advice.current is not at_most
