@@ -66,6 +66,15 @@ struct NextTile {
 
 constexpr int64_t few_keys = 4 * key_tile;
 
+// Whether an item finds its first keys and values in the L2: those of the whole head are a quarter of it at most, and the item before
+// had them. To ask for them again would take time from the products.
+template <class T>
+bool finds_keys(const Problem& p, const Item& before, const Item& item) {
+  constexpr int64_t kept = registers == 16 ? 128 << 10 : 0;  // bytes
+  return before.batch == item.batch && before.kv_head == item.kv_head &&
+         p.keys * (p.head_dim + p.value_dim) * int64_t(sizeof(T)) <= kept;
+}
+
 // Rows of the next item's queries and of this item's output, of one head, prefetched between those of keys and values: an item with
 // few keys would wait for them as long as for a tenth of its products.
 template <class T>
@@ -209,6 +218,7 @@ void attend_panels(const ForwardCall& call, const Item& item, Partials& partials
     if (panel[i].begin < panel[i].end) begin = std::min(begin, panel[i].begin), end = std::max(end, panel[i].end);
   }
   NextRows<T> rows(call, item, after);
+  const bool foresee_first = after != nullptr && !finds_keys<T>(p, item, *after);
   const auto next_tile = [&](const NextTile& tile) {
     if (p.window > 0) return rows.after(tile, 2);
     return end - begin <= key_tile ? rows.after(tile, 1, 8) : end - begin <= few_keys ? rows.after(tile, 1) : tile;
@@ -222,8 +232,8 @@ void attend_panels(const ForwardCall& call, const Item& item, Partials& partials
     for (int64_t key = begin, next; key < end; key = next) {
       next = std::min(key + key_tile, end);
       share_tile<T>(p, item, panel, panels, key, next - key,
-                    next_tile(next == end && after != nullptr ? NextTile::first<T>(p, *after, item.rows())
-                                                              : NextTile::of<T>(p, item, next, end - next, item.rows())));
+                    next_tile(next == end && foresee_first ? NextTile::first<T>(p, *after, item.rows())
+                                                           : NextTile::of<T>(p, item, next, end - next, item.rows())));
     }
   }
   for (int64_t i = 0; i < panels; i++) {
