@@ -18,6 +18,7 @@ from attention.core.workload import DEFAULTS_FROM, MAX_SIZES, Workload
 from attention.implementations import check_name
 from fatui import storage
 from fatui.quantities import parse_size, size_text
+from fatui.untrusted_text import one_line
 
 SCHEMA: Final = 1
 FIELDS: Final = (*MAX_SIZES, "dtype", "kv_format", "mask", "pass")
@@ -446,7 +447,7 @@ def load(name_or_path: str | Path) -> Preset:
         {path.stem for folder in (storage.own_presets(), storage.bundled_presets()) for path in _files(folder)}
     )
     hint = suggestion(text, names) or f"; there are {', '.join(names)}"
-    raise UsageError(f"preset: there is none named '{text}'{hint}")
+    raise UsageError(f"preset: there is none named '{one_line(text, 80)}'{hint}")
 
 
 def _read(path: Path, bundled: bool) -> Preset:

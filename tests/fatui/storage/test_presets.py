@@ -212,6 +212,9 @@ def test_a_broken_preset_is_listed_with_its_mistakes():
 def test_an_unknown_name_is_reported_with_the_nearest():
     with pytest.raises(UsageError, match="did you mean 'quick'"):
         presets.load("quikc")
+    with pytest.raises(UsageError) as caught:
+        presets.load("x" * 5000)
+    assert len(str(caught.value)) < 400 and "(5,000 characters)" in str(caught.value)
 
 
 def test_a_file_that_is_no_preset_is_reported_in_one_line(tmp_path):
