@@ -11,7 +11,9 @@ LARGEST = 448.0
 BLOCK = 128
 QUERY_BLOCK = 64
 SAMPLED = 32
-WEIGHT = 2.0**8
+WEIGHT = 2.0**5
+HEADROOM = 3.75
+WARP_ROWS = 16
 
 
 def e4m3(x):
@@ -70,16 +72,23 @@ def visible(queries, keys, causal=False, window=None):
     return shown
 
 
-def attend_quantized(q, k, v, shown, round_weights=e4m3, round_maximum=np.ceil, sum_rounded=True):
+def raised_base(base, most):
+    """Return the bases of rows by the kernels' rule: a warp's are raised once a score exceeds one by HEADROOM."""
+    exceeded = np.maximum(most, 0) > base + HEADROOM
+    warps = np.arange(len(base)) // WARP_ROWS
+    return np.where(np.isin(warps, warps[exceeded]), np.maximum(base, np.ceil(most)), base)
+
+
+def attend_quantized(q, k, v, shown, round_weights=e4m3, base_of=raised_base, sum_rounded=True):
     """Return attention over quantized operands: tiles of keys from the last to the first, weights in e4m3.
 
-    The kernels round maxima up to integers and divide by the sum of the rounded weights.
+    The kernels divide by the sum of the rounded weights.
     """
     scores = np.where(shown, q @ k.T, -np.inf)
     largest, total, out = np.full(len(q), -np.inf), np.zeros(len(q)), np.zeros((len(q), v.shape[1]))
     for first in reversed(range(0, len(k), BLOCK)):
         part = scores[:, first : first + BLOCK]
-        new = np.maximum(largest, round_maximum(part.max(axis=1)))
+        new = base_of(largest, part.max(axis=1))
         base = np.where(np.isfinite(new), new, 0)
         weights = np.exp2(part - base[:, None]) * WEIGHT
         rounded = round_weights(weights)
@@ -118,7 +127,7 @@ def sage(q, k, v, scale, causal=False, window=None):
     def round_weights(weights):
         return e4m3(weights * LARGEST / WEIGHT) * WEIGHT / LARGEST
 
-    return attend_quantized(q8, k8, v8, shown, round_weights, lambda maximum: maximum, sum_rounded=False)
+    return attend_quantized(q8, k8, v8, shown, round_weights, np.maximum, sum_rounded=False)
 
 
 def exact(q, k, v, scale, causal=False, window=None):

@@ -8,7 +8,9 @@
 //                                                 one tile of keys only (two-level accumulation)
 //   output    O = O * rescale + T 64 x HEAD_DIM   float32, in units of the V tile's power of two: its change is in `rescale`
 
-constexpr float WEIGHT_EXPONENT = 8;  // weights are at most 2^8, for fewer subnormals; the sums have the same factor
+// Weights are relative to a row's base, an exponent that is raised only when a score exceeds it by HEADROOM: most tiles need neither
+// a maximum over lanes nor another factor of the output (FlashAttention 4). The largest e4m3 is 448, 2^8.8.
+constexpr float WEIGHT_EXPONENT = 5, HEADROOM = 3.75f;
 
 using Weights8 = u32[BLOCK_N / 32][4];
 using Product = float[HEAD_DIM / 2 + 4];  // V has 8 more columns of ones, so that the last four are sums of rows
@@ -41,44 +43,67 @@ DEVICE void pack_weights8(Weights8& weights, const Scores& scores) {
   }
 }
 
-// Largest score of each of the thread's rows, over its columns or with its quad. Floats that are not negative are ordered as
-// integers, of which one instruction compares three; if a whole row is negative, the order is reversed.
+// Largest score of each of the thread's rows over its columns. Floats that are not negative are ordered as integers, of which one
+// instruction compares three; if a whole row is negative, the order is reversed. Two chains of comparisons a row take less time.
 template <bool NEGATIVE>
 DEVICE void largest_of(int (&largest)[2], const Scores& scores) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    int found = __float_as_int(scores[2 * r]);
+    int found[2] = {__float_as_int(scores[2 * r]), __float_as_int(scores[2 * r + 4])};
 #pragma unroll
     for (int i = 2 * r; i < BLOCK_N / 2; i += 4) {
       const int a = __float_as_int(scores[i]), b = __float_as_int(scores[i + 1]);
-      found = NEGATIVE ? min(min(a, b), found) : max(max(a, b), found);
+      int& of = found[i / 4 % 2];
+      of = NEGATIVE ? min(min(a, b), of) : max(max(a, b), of);
     }
-#pragma unroll
-    for (int lane = 1; lane < 4; lane *= 2) {
-      const int other = __shfl_xor_sync(~0u, found, lane);
-      found = NEGATIVE ? min(found, other) : max(found, other);
-    }
-    largest[r] = found;
+    largest[r] = NEGATIVE ? min(found[0], found[1]) : max(found[0], found[1]);
   }
 }
 
-// Online softmax in exponents of 2: `factor` is a power of two, so that maxima and differences are exact for any scores.
-DEVICE void softmax8(Scores& scores, Rows& rows, float factor) {
-  int largest[2];
-  largest_of<false>(largest, scores);
+// The same with the thread's quad.
+template <bool NEGATIVE>
+DEVICE void join_quad(int (&largest)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll
+    for (int lane = 1; lane < 4; lane *= 2) {
+      const int other = __shfl_xor_sync(~0u, largest[r], lane);
+      largest[r] = NEGATIVE ? min(largest[r], other) : max(largest[r], other);
+    }
+  }
+}
+
+// Raises the bases of the thread's rows to their maxima; `largest` is that of the thread's columns.
+DEVICE void raise_bases(Rows& rows, const Scores& scores, int (&largest)[2], float factor) {
+  join_quad<false>(largest);
   if (__any_sync(~0u, (largest[0] | largest[1]) < 0)) {
     int negative[2];
     largest_of<true>(negative, scores);
+    join_quad<true>(negative);
 #pragma unroll
     for (int r = 0; r < 2; ++r) largest[r] = largest[r] < 0 ? negative[r] : largest[r];
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float top = fmaxf(rows.max[r], ceilf(__int_as_float(largest[r]) * factor));
-    const float base = top == MINUS_INFINITY ? 0 : top;  // fully masked so far
-    rows.rescale[r] = exp2_fast(rows.max[r] - base);
+    rows.rescale[r] = exp2_fast(rows.max[r] - (top == MINUS_INFINITY ? 0 : top));
     rows.max[r] = top;
-    const float shift = base - WEIGHT_EXPONENT;
+  }
+}
+
+// Online softmax in exponents of 2: `factor` is a power of two, so that bases and differences are exact for any scores. `rows.max`
+// are the bases.
+DEVICE void softmax8(Scores& scores, Rows& rows, float factor) {
+  int largest[2];
+  largest_of<false>(largest, scores);
+  bool exceeded = false;  // of negative scores it is only known that they are below 0
+#pragma unroll
+  for (int r = 0; r < 2; ++r) exceeded |= fmaxf(__int_as_float(largest[r]), 0) * factor > rows.max[r] + HEADROOM;
+  rows.rescale[0] = rows.rescale[1] = 1;
+  if (__any_sync(~0u, exceeded)) raise_bases(rows, scores, largest, factor);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float shift = (rows.max[r] == MINUS_INFINITY ? 0 : rows.max[r]) - WEIGHT_EXPONENT;  // fully masked so far
 #pragma unroll
     for (int i = 2 * r; i < BLOCK_N / 2; i += i % 2 ? 3 : 1) scores[i] = exp2_fast(scores[i] * factor - shift);
   }

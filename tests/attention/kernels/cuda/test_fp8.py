@@ -60,6 +60,8 @@ def arrays(size, dim, kind="normal"):
     if kind == "a sink":  # the scores of all other keys are negative
         q, k = np.abs(q), k * 0.05
         k[..., 0, :] = 10
+    if kind == "rising scores":  # from the last keys to the first, which come last: bases are raised in most tiles
+        k *= np.linspace(6, 0.1, keys)[:, None]
     if kind == "an empty block":
         v[..., 128:256, :] = k[..., 128:256, :] = 0
     return [(x.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32).astype(np.float64) for x in (q, k, v)]
@@ -129,7 +131,16 @@ def test_variants_with_fewer_consumers_agree_and_split_tiles(dim, consumers):
 @pytest.mark.parametrize("mask", [None, "causal"])
 @pytest.mark.parametrize(
     "kind",
-    ["normal", "constant outliers", "outlier channels", "large scores", "growing values", "an empty block", "a sink"],
+    [
+        "normal",
+        "constant outliers",
+        "outlier channels",
+        "large scores",
+        "growing values",
+        "rising scores",
+        "an empty block",
+        "a sink",
+    ],
 )
 def test_errors_are_at_most_three_times_the_published_recipes(kind, mask):
     made = arrays((1, 2, 1, 1024, 1024), 128, kind)
