@@ -2,13 +2,15 @@
 
 Parts are decode and prefill; `--json PATH` writes the timings. Arms of a row share its rounds: this package's kernels
 on bfloat16 and on each format, MLX's SDPA on bfloat16, and for decoding mlx-lm's path for quantized caches (two
-quantized products), which is marked if its result is not that of attention. A decoding step is timed in three ways:
+quantized products), which is marked if its result is not that of attention. A decoding step is timed in four ways:
 
     queued        20 calls are made and evaluated together (8 of long ones), start and end of the queue included
     sustained     so many that a sample takes 30 ms: start and end no longer count
+    chained       as many, each with the output of the one before as its query, as the layers of a model are: none
+                  hides another one's start and end
     one by one    a call is evaluated before the next is made: mostly the time until the GPU has it and the host knows
 
-Each part ends with its target figures and whether they are met, by the first two.
+Each part ends with its target figures and whether they are met, in decoding by the first three.
 """
 
 import functools
@@ -23,7 +25,7 @@ from attention.kernels.cuda import flash_attention, flash_attention_quantized
 from attention.measure.rounds import TimedCall
 from attention.quantized_kv import QuantizedArray, quantized
 from benchmarks.cuda.harness import check_target, peak_beyond_output, random_arrays, run_parts
-from benchmarks.rounds import MlxCalls, medians, one_at_a_time, queued
+from benchmarks.rounds import ChainedCalls, MlxCalls, medians, one_at_a_time, queued
 
 Rows = list[dict[str, Any]]
 FORMATS: Final = ("int8", "int4", "mxfp8", "mxfp4", "nvfp4")
@@ -67,23 +69,26 @@ def decode() -> Rows:
     for batch, keys, count in SIZES:
         dense = [_inputs(batch, 1, keys) for _ in range(count)]
         runs: dict[str, TimedCall] = {
-            "bf16": _calls(functools.partial(flash_attention, scale=SCALE), dense),
-            "mlx": _calls(functools.partial(mx.fast.scaled_dot_product_attention, scale=SCALE), dense),
+            "bf16": _calls(_dense, dense),
+            "mlx": _calls(_sdpa, dense),
         }
+        chains = {"bf16": _chain(_dense, dense), "mlx": _chain(_sdpa, dense)}
         errors = {}
         sizes = dict.fromkeys(runs, dense[0][1].nbytes + dense[0][2].nbytes)
         for form in FORMATS:
             packed = [(q, quantized(k, form), quantized(v, form)) for q, k, v in dense]
             mx.eval([part.arrays for _, k, v in packed for part in (k, v)])
-            runs[form] = _calls(_ours, packed)
+            runs[form], chains[form] = _calls(_ours, packed), _chain(_ours, packed)
             sizes[form] = packed[0][1].nbytes + packed[0][2].nbytes
             if form in MLX_LM_FORMATS:
                 runs[f"mlx-lm {form}"] = _calls(like_mlx_lm, packed)
+                chains[f"mlx-lm {form}"] = _chain(like_mlx_lm, packed)
                 sizes[f"mlx-lm {form}"] = sizes[form]
                 errors[f"mlx-lm {form}"] = _error(like_mlx_lm(*packed[0]), _ours(*packed[0]))
         found = {
             "queued": queued(runs, QUEUED if keys < LONG else QUEUED_LONG),
             "sustained": medians(runs),
+            "chained": medians(chains),
             "one by one": one_at_a_time(runs),
         }
         print(f"{batch} x {keys}: us, and how many times as long bf16 takes", flush=True)
@@ -107,7 +112,7 @@ def decode() -> Rows:
         )
         mx.clear_cache()
     by_size = dict(zip([size[:2] for size in SIZES], rows, strict=True))
-    return rows + _decode_targets(by_size, "queued") + _decode_targets(by_size, "sustained")
+    return rows + [row for method in ("queued", "sustained", "chained") for row in _decode_targets(by_size, method)]
 
 
 def _error(found: mx.array, expected: mx.array) -> float:
@@ -200,6 +205,10 @@ def _first_of(call: Callable[..., Sequence[mx.array]], *given: Any, **keywords: 
     return call(*given, **keywords)[0]
 
 
+_dense = functools.partial(flash_attention, scale=SCALE)
+_sdpa = functools.partial(mx.fast.scaled_dot_product_attention, scale=SCALE)
+
+
 def _ours(q: mx.array, k: QuantizedArray, v: QuantizedArray) -> mx.array:
     return flash_attention_quantized(q, k, v, scale=SCALE)[0]
 
@@ -210,6 +219,13 @@ def _inputs(batch: int, queries: int, keys: int) -> list[mx.array]:
 
 def _calls(call: Any, sets: Sequence[Sequence[Any]]) -> MlxCalls:
     return MlxCalls(*(functools.partial(call, *given) for given in sets))
+
+
+def _chain(call: Any, sets: Sequence[Sequence[Any]]) -> ChainedCalls:
+    def of(k: Any, v: Any) -> Callable[[mx.array], mx.array]:
+        return lambda q: call(q, k, v)
+
+    return ChainedCalls(sets[0][0], *(of(k, v) for _, k, v in sets))
 
 
 def _copy() -> MlxCalls:

@@ -8,7 +8,7 @@ mx = pytest.importorskip("mlx.core")
 
 from attention.measure.rounds import Arm
 from benchmarks import rounds
-from benchmarks.rounds import EagerMlxCalls, EvaluatedCalls, MlxCalls, TorchCalls, sample
+from benchmarks.rounds import ChainedCalls, EagerMlxCalls, EvaluatedCalls, MlxCalls, TorchCalls, UntilEvaluated, sample
 
 
 class Counted:
@@ -53,6 +53,25 @@ def test_mlx_calls_cycle_through_their_inputs_and_are_computed(kind: type[MlxCal
     calls = kind(lambda: call_of(1), lambda: call_of(2))
     calls.wait([calls.queue() for _ in range(3)])
     assert [array.item() for array in made] == [2, 3, 2]
+
+
+def test_chained_calls_take_the_output_before_them() -> None:
+    chain = ChainedCalls(mx.array(1), lambda x: 2 * x, lambda x: x + 1)
+    outputs = [chain.queue() for _ in range(4)]
+    chain.wait(outputs)
+    assert outputs[-1].item() == 7
+    assert chain.queue().item() == 2  # a new chain, whose calls go on in turn
+    chain.wait([])
+    long = [chain.queue() for _ in range(2 * ChainedCalls.LAYERS)]
+    chain.wait(long)
+    assert [x.item() for x in long[:3]] == [2, 4, 5]
+
+
+def test_calls_until_evaluated_do_not_wait_for_the_runner() -> None:
+    log: list[str] = []
+    calls = UntilEvaluated(Counted("a", log))
+    calls.wait([calls.queue(), mx.array(1) + 1])
+    assert log == ["a"]
 
 
 def test_medians_are_of_samples_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
