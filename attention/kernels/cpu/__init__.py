@@ -382,6 +382,8 @@ def stream_step(
         import mlx.core
 
         mlx.core.eval(q, k, v, slots)
+        out = _with_parts(step)
+    if out is None:  # something else refers to the slots
         slots[:] = map(_module.own_copy, slots)
         out = _with_parts(step)
         assert out is not None

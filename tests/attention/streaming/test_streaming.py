@@ -143,6 +143,23 @@ def test_repeated_steps_after_something_else(between, kv_format, dtype):
         assert states[0].kept().tolist() == states[1].kept().tolist()
 
 
+@pytest.mark.parametrize("repeats", [True, False])
+def test_lazy_inputs_do_not_copy_the_ring(repeats):
+    """A step whose inputs are not evaluated is written in place, as others are."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        pytest.skip("steps are computed at once on a CPU only")
+    state, oracle = StreamingKV(1, 4), Sequence(1, 4)
+    for seed in range(8):
+        q, k, v = made(1, seed=seed)
+        before = [*state._kept["streaming"].keys.arrays] if seed else []
+        if not repeats:
+            state._fused.again = None
+        got = state.attend(*(mx.array(x) * 1 for x in (q, k, v)))
+        assert close(got[0], expected(oracle, q[0], k[0], v[0]))
+        if seed > 1:  # the first step of all is attended to part by part
+            assert all(a is b for a, b in zip(before, state._kept["streaming"].keys.arrays, strict=True))
+
+
 def test_steps_of_a_full_ring_are_repeated():
     """What makes a step like the one before is kept while nothing else comes between."""
     state = StreamingKV(1, 4)
