@@ -96,6 +96,7 @@ def check() -> Rows:
     """Compare the Hopper kernels and the general kernel with float64 on small inputs."""
     kinds: tuple[tuple[Element, bool, bool], ...] = (("bf16", False, False), ("f16", True, False), ("f16", False, True))
     kernels = [specialise_lists(dim, *kind) for dim in (64, 128, 192, 256) for kind in kinds]
+    kernels += [specialise_lists(dim, "bf16", most=True) for dim in (64, 128)]
     compile_all(kernels)
     rows = []
     for kernel in kernels:

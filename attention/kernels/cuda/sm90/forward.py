@@ -174,9 +174,15 @@ def specialise(
 
 @functools.cache
 def specialise_lists(
-    head_dim: int, element: Element, softcap: bool = False, few: bool = False, alibi: bool = False
+    head_dim: int, element: Element, softcap: bool = False, few: bool = False, alibi: bool = False, most: bool = False
 ) -> Forward:
-    """Return the specialisation for block lists; with `few`, for small problems: smaller tiles, and more of them."""
+    """Return the specialisation for block lists.
+
+    With `few`, for small problems: smaller tiles, and more of them. With `most`, for lists of nearly all tiles, up to a
+    head dim of 128 and without softcap and ALiBi: the larger tiles of calls without a mask.
+    """
+    if most:
+        return replace(specialise(head_dim, False, element), lists=True)
     width = next(width for width in (64, 128, 192, 256) if head_dim <= width)
     narrow = width <= 128
     return Forward(

@@ -38,6 +38,10 @@ from attention.kernels.cuda.sm90.forward import (
     specialise_lists,
 )
 from attention.kernels.cuda.sm90.schedule import list_works, make_works, makespan
+from attention.masks import Pattern
+
+MOST: Final = 0.9
+"""Share of tiles in a list from which on larger tiles are faster."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -47,9 +51,19 @@ def forward_kernel(shape: CallShape, call: CallParams) -> Forward:
     if call.pattern is not None:
         tiles = shape.batch * shape.heads * -(-shape.queries // (2 * WARPGROUP_ROWS))
         few = tiles < gpu().multiprocessors
-        return specialise_lists(shape.head_dim, shape.element, softcap, few=few, alibi=call.alibi)
+        most = not few and lists_most(shape, call, call.pattern)
+        return specialise_lists(shape.head_dim, shape.element, softcap, few=few, alibi=call.alibi, most=most)
     largest = specialise(shape.head_dim, call.causal, shape.element, window=window, softcap=softcap, alibi=call.alibi)
     return least_makespan(largest, shape, call)
+
+
+def lists_most(shape: CallShape, call: CallParams, pattern: Pattern) -> bool:
+    """Return whether a pattern sees nearly all tiles, in a call for which there are kernels with larger ones."""
+    if shape.head_dim > 128 or call.softcap is not None or call.alibi:
+        return False
+    usual = specialise_lists(shape.head_dim, shape.element)
+    made = block_list(pattern, shape.scores, usual.block_m, usual.block_n)
+    return len(made.entries) >= MOST * made.key_tiles * (len(made.offsets) - 1)
 
 
 def least_makespan(largest: ForwardKernel, shape: CallShape, call: CallParams) -> ForwardKernel:

@@ -167,6 +167,23 @@ def test_a_pattern_gets_a_kernel_with_lists_and_parameters(recorder, queries, di
                 assert dict(program.constants)["LISTS"] == 1, program.name
 
 
+@pytest.mark.parametrize(
+    ("pattern", "queries", "dim", "consumers"),
+    [
+        (masks.padding([290]), 300, 128, 3),  # nearly all tiles
+        (masks.padding([290]), 300, 64, 3),
+        (masks.padding([290]), 300, 256, 2),
+        (masks.padding([100]), 300, 128, 2),
+        (masks.padding([290]), 100, 128, 1),  # too few for larger tiles
+    ],
+)
+def test_lists_of_nearly_all_tiles_get_larger_ones(recorder, pattern, queries, dim, consumers):
+    called(pattern, queries, dim=dim, heads=64)
+    programs = [step[1] for plan in recorder.plans for step in plan.steps]
+    assert {dict(program.constants)["CONSUMERS"] for program in programs} == {consumers}
+    assert all(dict(program.constants)["LISTS"] for program in programs)
+
+
 @pytest.mark.parametrize(("dim", "softcap"), [(64, None), (128, None), (128, 20.0), (256, None)])
 def test_only_kernels_that_skip_read_which_halves_see_a_tile(recorder, monkeypatch, dim, softcap):
     tables, put = [], gradient.on_device
