@@ -2,29 +2,12 @@
 // sm90/backward_narrow.cuh (with backward_whole.cuh or backward_halves.cuh) and sm90/backward_wide.cuh, with figures. A block
 // processes the key tiles that `schedule` assigns to it. dK and dV of a tile stay in registers while Q, dO and the row statistics
 // are streamed. dQ is accumulated in float32 in device memory with atomics, in no fixed order; sm90/backward_rows.cu zeroes the
-// accumulator, sm90/backward_finish.cu rounds it.
+// accumulator or, with CLEARS, the first part of it (sm90/backward_sums.cuh), sm90/backward_finish.cu rounds it.
 // With LISTS, the query tiles of a key tile are entries of a transposed block list: the producer reads them and leaves with
 // each query tile what the consumers need.
 
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
 constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
-
-// Key tiles of this block: its column of the host's schedule table (rounds x blocks), with LISTS also their steps (rounds x
-// 2 x blocks).
-struct Schedule {
-  const int* entry;
-  int key_tiles, plane = 0, key = 0, steps = 0;
-  DEVICE Schedule(const int* table, const Problem& problem)
-      : entry(table + blockIdx.x), key_tiles((problem.keys + BLOCK_K - 1) / BLOCK_K) {}
-  DEVICE bool next() {
-    const int index = *entry;
-    if (index < 0) return false;
-    if constexpr (LISTS) steps = entry[gridDim.x];
-    entry += LISTS ? 2 * gridDim.x : gridDim.x;
-    plane = index / key_tiles, key = index % key_tiles * BLOCK_K;
-    return true;
-  }
-};
 
 // Tensor maps of the arrays loaded by TMA.
 struct Maps {
@@ -78,6 +61,8 @@ DEVICE void produce(const Memory& memory, const Problem& problem, Schedule tile,
   for (u32 parity = 1; tile.next(); parity ^= 1) {
     const int batch = tile.plane / key_heads, key_head = tile.plane % key_heads;
     await_phase(memory.keys_empty(), parity);
+    leave_plane(memory, tile.plane);
+    await_cleared(memory, tile.plane);
     if constexpr (SKIPS) store_word(memory.tile_key(), tile.key);
     barrier_arrive_expecting(memory.keys_full(), 2 * KeyTile::BYTES);
     load_tile_expected<BLOCK_K>(memory.key(), maps.key, key_head, batch, tile.key, memory.keys_full());
@@ -98,12 +83,13 @@ DEVICE void produce(const Memory& memory, const Problem& problem, Schedule tile,
     }
 #endif
   }
+  leave_plane(memory, ALL_BEGUN);
 }
 
-DEVICE void consume(const Memory& memory, const Problem& problem, Schedule tile, float* query_gradient, char* key_gradient,
+DEVICE void consume(const Memory& memory, const Problem& problem, Schedule tile, float* query_sums, char* key_gradient,
                     char* value_gradient) {
   const int warp = same_in_warp(threadIdx.x / 32) - 4;
-  float* own_gradient = query_gradient + warp * QUERY_GRADIENTS * 32;
+  float* own_gradient = query_sums + warp * QUERY_GRADIENTS * 32;
 #if SKIPS
   Consumer consumer(memory, warp / 4, own_gradient);
 #else
@@ -147,26 +133,26 @@ DEVICE void init_barriers(const Memory& memory) {
   barrier_init_fence();
 }
 
-// Clears what dQ takes as dS of keys that do not see a query tile.
+// Clears what dQ takes as dS of keys that do not see a query tile, and what sums are cleared with.
 DEVICE void clear_nothing(const Memory& memory) {
   for (u32 place = threadIdx.x * 16; place < NOTHING_BYTES; place += THREADS * 16) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(memory.nothing() + place), "r"(0) : "memory");
   }
-  if constexpr (SKIPS) fence_shared_for_async();
+  if constexpr (NOTHING_BYTES > 0) fence_shared_for_async();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     KERNEL_NAME(const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap key,
-                const __grid_constant__ TensorMap value, const __grid_constant__ TensorMap cotangent, const float* rows,
+                const __grid_constant__ TensorMap value, const __grid_constant__ TensorMap cotangent, float* rows,
 #if ALIBI
                 const float* slopes,
 #endif
-                float* query_gradient, const int* schedule,
+                float* query_sums, const int* schedule,
 #if LISTS
                 const int* offsets, const int2* entries, const u32* bits,
 #endif
                 char* key_gradient, char* value_gradient, int heads, int heads_per_key, int queries, int keys, int columns,
-                int scale_bits, int scale_log2_bits, int into_cap_bits,
+                int key_planes, int cleared, int scale_bits, int scale_log2_bits, int into_cap_bits,
 #if ALIBI
                 int slope_factor_bits,
 #endif
@@ -200,15 +186,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   if (threadIdx.x == 0) {
     prefetch_map(query), prefetch_map(key), prefetch_map(value), prefetch_map(cotangent);
     init_barriers(memory);
+    store_word(memory.begun_plane(), 0), store_word(memory.cleared_planes(), cleared);
   }
   clear_nothing(memory);
   __syncthreads();
 
   if (threadIdx.x < WARPGROUP) {
     give_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0) produce(memory, problem, Schedule(schedule, problem), {query, key, value, cotangent}, rows, lists);
+    const int warp = same_in_warp(threadIdx.x / 32);  // branches on threads instead would spill registers of the consumers
+    if (warp == 0) {
+      if (threadIdx.x == 0) {
+        produce(memory, problem, Schedule(schedule, problem), {query, key, value, cotangent}, rows, lists);
+      }
+#if CLEARS
+    } else if (warp == 1) {
+      if (threadIdx.x == 32) clear_sums(memory, problem, {query_sums, reinterpret_cast<u32*>(rows), key_planes, cleared});
+#endif
+    }
   } else {
     take_registers<CONSUMER_REGISTERS>();
-    consume(memory, problem, Schedule(schedule, problem), query_gradient, key_gradient, value_gradient);
+    consume(memory, problem, Schedule(schedule, problem), query_sums, key_gradient, value_gradient);
   }
 }

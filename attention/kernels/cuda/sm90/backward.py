@@ -55,13 +55,18 @@ class Backward:
         return not self.wide and (self.causal or self.window or self.lists) and not (self.softcap or self.alibi)
 
     @property
+    def clears(self) -> bool:
+        """Whether the kernel clears most of the sums of dQ itself, ahead of its key tiles."""
+        return self.window and not self.wide
+
+    @property
     def shared_memory(self) -> int:
         """Bytes: barriers, K and V, the ring of Q and dO, tiles of P or dS, the row statistics, and bits of lists."""
         rows = 2 * self.block_k + 2 * BLOCK_Q * STAGES
         numbers = 4 * ROW_NUMBERS * STAGES
         if self.lists:  # the first row statistics are beside the barriers
             numbers += BLOCK_Q * self.block_k // 8 * STAGES - 4 * ROW_NUMBERS
-        zeros = self.block_k * BLOCK_Q if self.skips else 0
+        zeros = self.block_k * BLOCK_Q if self.skips or self.clears else 0
         return 1024 + 2 * self.head_dim * rows + 2 * self.buffers * self.block_k * BLOCK_Q + zeros + numbers
 
     @functools.cached_property
@@ -79,6 +84,7 @@ class Backward:
             "LISTS": self.lists,
             "ALIBI": self.alibi,
             "SKIPS": self.skips,
+            "CLEARS": self.clears,
             "BFLOAT16": self.element == "bf16",
         }
         narrow = ("sm90/backward_narrow.cuh", f"sm90/backward_{'halves' if self.skips else 'whole'}.cuh")
@@ -92,6 +98,7 @@ class Backward:
                 *self._products(),
                 "sm90/warpgroup.cuh",
                 "sm90/backward_tiles.cuh",
+                "sm90/backward_sums.cuh",
                 *(("sm90/backward_wide.cuh",) if self.wide else narrow),
                 "sm90/backward.cu",
             ),

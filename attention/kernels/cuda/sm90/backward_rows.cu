@@ -2,9 +2,10 @@
 //
 //   delta = sum over columns of output * cotangent   (- the cotangent of the logsumexp, with LOGSUMEXP_COTANGENT)
 //
-// and zeroes the accumulator of dQ. A block processes 64 rows of a plane, padded, and writes | 64 exponent rests | 64 deltas |
-// 64 bases | whether any base is nonzero |, in the order of sm90/backward_tiles.cuh, so that one bulk copy loads a tile. For
-// padding and fully masked rows the rest is +inf, which makes their weights 0.
+// and zeroes the accumulator of dQ in the first `cleared` tiles. A block processes 64 rows of a plane, padded, and writes | 64 exponent
+// rests | 64 deltas | 64 bases | whether any base is nonzero | three zeros, counters of sm90/backward_sums.cuh |, in the order of
+// sm90/backward_tiles.cuh, so that one bulk copy loads a tile. For padding and fully masked rows the rest is +inf, which makes their
+// weights 0.
 
 constexpr int THREADS = 256, ROWS = 64;
 constexpr int NUMBERS = 3 * ROWS + 4;  // floats per tile
@@ -30,7 +31,7 @@ DEVICE float dot(u32 a, u32 b) {
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     KERNEL_NAME(const uint4* output, const uint4* cotangent, const float2* stats, const float* logsumexp_cotangent,
-                float* rows, float4* query_gradient, int tiles, int heads, int queries, int columns, int factor_bits,
+                float* rows, float4* query_gradient, int tiles, int heads, int queries, int columns, int factor_bits, int cleared,
                 u64 cotangent_batch_stride, u64 cotangent_head_stride, u64 cotangent_row_stride) {
   const int plane = blockIdx.x / tiles, first = blockIdx.x % tiles * ROWS, lane = threadIdx.x % LANES;
   cotangent += (plane / heads * cotangent_batch_stride + plane % heads * cotangent_head_stride) / 8;
@@ -42,9 +43,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     o[i] = output[(static_cast<u64>(plane) * queries + row) * (columns / 8) + lane];
     c[i] = cotangent[row * cotangent_row_stride / 8 + lane];
   }
+  float2 row_stats[ROUNDS] = {};  // before anything waits
 #pragma unroll
-  for (int i = threadIdx.x; i < ROWS * HEAD_DIM / 4; i += THREADS) {
-    query_gradient[static_cast<u64>(blockIdx.x) * (ROWS * HEAD_DIM / 4) + i] = make_float4(0, 0, 0, 0);
+  for (int i = 0; i < ROUNDS; ++i) {
+    const int row = first + (i * THREADS + threadIdx.x) / LANES;
+    if (lane == 0 && row < queries) row_stats[i] = stats[static_cast<u64>(plane) * queries + row];
+  }
+  if (blockIdx.x < cleared) {
+#pragma unroll
+    for (int i = threadIdx.x; i < ROWS * HEAD_DIM / 4; i += THREADS) {
+      query_gradient[static_cast<u64>(blockIdx.x) * (ROWS * HEAD_DIM / 4) + i] = make_float4(0, 0, 0, 0);
+    }
   }
   float* numbers = rows + static_cast<u64>(blockIdx.x) * NUMBERS;
   bool rebase = false;
@@ -56,7 +65,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int step = LANES / 2; step > 0; step /= 2) delta += __shfl_xor_sync(~0u, delta, step);
     if (lane != 0) continue;
     const u64 place = static_cast<u64>(plane) * queries + row;
-    const Exponents exponents = row < queries ? Exponents(stats[place], __int_as_float(factor_bits)) : Exponents();
+    const Exponents exponents = row < queries ? Exponents(row_stats[i], __int_as_float(factor_bits)) : Exponents();
     if (LOGSUMEXP_COTANGENT && exponents.sees()) delta -= logsumexp_cotangent[place];
     float* own = numbers + index % 8 / 2 * 16 + index / 8 * 2 + index % 2;
     own[0] = exponents.rest;

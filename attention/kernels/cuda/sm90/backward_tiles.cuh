@@ -35,6 +35,23 @@ struct Problem {
   }
 };
 
+// Key tiles of this block: its column of the host's schedule table (rounds x blocks), with LISTS also their steps (rounds x
+// 2 x blocks).
+struct Schedule {
+  const int* entry;
+  int key_tiles, plane = 0, key = 0, steps = 0;
+  DEVICE Schedule(const int* table, const Problem& problem)
+      : entry(table + blockIdx.x), key_tiles((problem.keys + BLOCK_K - 1) / BLOCK_K) {}
+  DEVICE bool next() {
+    const int index = *entry;
+    if (index < 0) return false;
+    if constexpr (LISTS) steps = entry[gridDim.x];
+    entry += LISTS ? 2 * gridDim.x : gridDim.x;
+    plane = index / key_tiles, key = index % key_tiles * BLOCK_K;
+    return true;
+  }
+};
+
 // Block lists by key tile: entries (query tile, bits tile or -1 if every pair is visible), with SKIPS (query tile, sight), of
 // list l are from offsets[l] on, l = plane * key tiles + key tile; bits [query][key] of the bits tiles. Of the sight the lower bits
 // are the bits tile, or all 1 if every pair is visible; then which halves of the keys see the tile, and which see that of the next
@@ -95,7 +112,7 @@ struct Walk {
 };
 #endif
 
-constexpr u32 NOTHING_BYTES = SKIPS ? BLOCK_K / 2 * BLOCK_Q * 2 : 0;
+constexpr u32 NOTHING_BYTES = SKIPS || CLEARS ? BLOCK_K / 2 * BLOCK_Q * 2 : 0;
 
 using Scores = float[SPAN / 2];
 using Operand = u32[SPAN / 16][4];  // scores as a left operand
@@ -327,7 +344,7 @@ DEVICE void add_query_gradient(float* destination, const float (&gradient)[COUNT
 
 // ---- shared memory -----------------------------------------------------------------------------------------------
 
-// | barriers: 1 KiB | K | V | ring of STAGES: Q, dO | BUFFERS of P or dS | with SKIPS: zeros | ring: row statistics |
+// | barriers: 1 KiB | K | V | ring of STAGES: Q, dO | BUFFERS of P or dS | with SKIPS or CLEARS: zeros | ring: row statistics |
 // | with LISTS, ring: bits |
 // With LISTS the first row statistics are in the first KiB, or the bits would not fit at a head dim of 256.
 constexpr int BITS_BYTES = BLOCK_Q * BLOCK_K / 8;
@@ -339,6 +356,8 @@ struct Memory {
   DEVICE u32 full(int stage) const { return base + 16 + 8 * stage; }
   DEVICE u32 empty(int stage) const { return base + 16 + 8 * (STAGES + stage); }
   DEVICE u32 exchanged(int buffer) const { return base + 16 + 8 * (2 * STAGES + buffer); }
+  DEVICE u32 cleared_planes() const { return base + 112; }  // with CLEARS, see backward_sums.cuh
+  DEVICE u32 begun_plane() const { return base + 116; }
   DEVICE u32 tile_key() const { return base + 124; }  // first key of the consumers' key tile
   DEVICE u32 key() const { return base + 1024; }
   DEVICE u32 value() const { return key() + KeyTile::BYTES; }
@@ -354,7 +373,7 @@ struct Memory {
   DEVICE u32 bits(int stage) const { return nothing() + NOTHING_BYTES + (STAGES - 1) * ROWS_BYTES + stage * BITS_BYTES; }
 };
 
-static_assert(16 + 8 * (2 * STAGES + BUFFERS) <= 124 && 128 + 16 * STAGES <= 192 && 192 + ROWS_BYTES <= 1024);
+static_assert(16 + 8 * (2 * STAGES + BUFFERS) <= 112 && 128 + 16 * STAGES <= 192 && 192 + ROWS_BYTES <= 1024);
 
 // barrier_wait as a C++ loop: values computed before it are then not kept in registers across it.
 DEVICE void await_phase(u32 barrier, u32 parity) {

@@ -41,7 +41,7 @@ from attention.kernels.cuda.sm90.backward import (
     specialise,
 )
 from attention.kernels.cuda.sm90.launch import forward_plan
-from attention.kernels.cuda.sm90.schedule import list_schedule, make_schedule
+from attention.kernels.cuda.sm90.schedule import L2_BYTES, list_schedule, make_schedule
 from attention.masks import BlockList
 
 L2_BYTES_OF_ELEMENT: Final = 16
@@ -93,8 +93,8 @@ def by_kernel(
 def make_plan_of_gradient(shape: CallShape, call: CallParams, with_logsumexp: bool) -> Run:
     """Return the three launches as one operation.
 
-    The first launch zeroes the float32 accumulator of dQ; the second adds to it in place; the third depends on dK and
-    rounds the accumulator to dQ. The accumulator is not visible outside.
+    The first launch zeroes the float32 accumulator of dQ, or the first part of it (`Backward.clears`); the second adds
+    to it in place; the third depends on dK and rounds the accumulator to dQ. It is not visible outside.
     """
     slopes = extra_inputs(call)
     inputs = ("q", "k", "v", "output", "cotangent", "stats", "of_logsumexp", *slopes)
@@ -105,7 +105,7 @@ def make_plan_of_gradient(shape: CallShape, call: CallParams, with_logsumexp: bo
             backward_launch(shape, call),
             ("q", "k", "v", "cotangent", "rows", *slopes, "sums"),
             ("d_k", "d_v"),
-            frozenset({"sums"}),
+            frozenset({"rows", "sums"}),
             maps={"q": queries, "k": keys, "v": keys, "cotangent": queries},
         ),
         Stage(finish_launch(shape, call), ("sums", "d_k"), ("d_q",)),
@@ -126,8 +126,24 @@ def rows_launch(shape: CallShape, call: CallParams, with_logsumexp: bool) -> Lau
     kernel = kernel_of(shape, call)
     planes, tiles = shape.batch * shape.heads, query_tiles(shape.queries)
     outputs = [((planes, tiles, ROW_NUMBERS), mx.float32), ((planes, tiles, BLOCK_Q * kernel.head_dim), mx.float32)]
-    problem = [tiles, shape.heads, shape.queries, shape.head_dim, exponent_factor(call)]
+    cleared = cleared_planes(shape, kernel) * shape.group * tiles
+    problem = [tiles, shape.heads, shape.queries, shape.head_dim, exponent_factor(call), cleared]
     return prepare(rows_program(kernel, with_logsumexp), planes * tiles, outputs, problem)
+
+
+def plane_bytes(shape: CallShape) -> int:
+    """Return the size of what the query planes of a key plane keep in the L2 cache."""
+    return L2_BYTES_OF_ELEMENT * shape.queries * shape.head_dim * shape.group
+
+
+def cleared_planes(shape: CallShape, kernel: Backward) -> int:
+    """Return the key planes whose sums of dQ the first launch clears, and that blocks of the main launch are ahead.
+
+    Two of the schedule's groups of planes: works of the first start at once, those of the second before all of the
+    first are far enough to clear.
+    """
+    planes = shape.batch * shape.kv_heads
+    return min(planes, 2 * max(1, L2_BYTES // max(1, plane_bytes(shape)))) if kernel.clears else planes
 
 
 def sighted_entries(made: BlockList) -> NDArray[np.int32]:
@@ -148,20 +164,20 @@ def backward_launch(shape: CallShape, call: CallParams) -> Launch:
     """Return the main launch: reads q, k, v, cotangent, rows and sums; writes dK and dV."""
     kernel = kernel_of(shape, call)
     key_planes = shape.batch * shape.kv_heads
-    plane_bytes = L2_BYTES_OF_ELEMENT * shape.queries * shape.head_dim * shape.group
     if call.pattern is not None:
         made = block_list(call.pattern, shape.scores, BLOCK_Q, kernel.block_k)
         lists, steps = made.transposed(), [made.heads * (made.batches > 1), int(made.heads > 1)]
         planes = list_planes(shape, made.batches, made.heads).reshape(key_planes, shape.group)
-        table = list_schedule(gpu().multiprocessors, lists.offsets, planes, made.key_tiles, plane_bytes)
+        table = list_schedule(gpu().multiprocessors, lists.offsets, planes, made.key_tiles, plane_bytes(shape))
         entries = made.derived("sighted", sighted_entries) if kernel.skips else lists.entries
         blocks, constants = table.shape[2], on_device(table, lists.offsets, entries, made.bits)
     else:
         costs = tuple(cost * shape.group for cost in kernel.tile_costs(shape.queries, shape.keys, call.window or 0))
         blocks, steps = min(key_planes * len(costs), gpu().multiprocessors), []
-        constants = on_device(make_schedule(blocks, key_planes, costs, plane_bytes))
+        constants = on_device(make_schedule(blocks, key_planes, costs, plane_bytes(shape)))
     keys = ((shape.batch, shape.kv_heads, shape.keys, shape.head_dim), dtype_of(shape))
     problem = [shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]
+    problem += [key_planes, cleared_planes(shape, kernel)]
     scalars = [*problem, float_bits(call.scale), *scalars_of(call), call.window or 0, *steps]
     return prepare(kernel.program, blocks, [keys, keys], scalars, constants)
 

@@ -1,5 +1,6 @@
 """The backward kernels: compilation (needs NVRTC), scheduling, and results (on a GPU)."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -10,9 +11,13 @@ from attention.kernels import cuda
 from attention.kernels.common.selfcheck import exact, relative_error
 from attention.kernels.cuda.runtime import selfcheck
 from attention.kernels.cuda.runtime.call import CallShape
+from attention.kernels.cuda.runtime.gpu import gpu as properties
+from attention.kernels.cuda.runtime.launch import OUTPUTS
 from attention.kernels.cuda.runtime.program import SHARED_MEMORY_LIMIT
 from attention.kernels.cuda.sm90 import gradient
 from attention.kernels.cuda.sm90.backward import BLOCK_Q, finish_program, rows_program, specialise
+from attention.kernels.cuda.sm90.launch import forward_plan
+from attention.kernels.cuda.sm90.schedule import L2_BYTES
 from tests.support import kernel_oracle
 from tests.support.cuda_case import CALLS
 from tests.support.cuda_compiled import REGISTERS, needs_nvrtc, report
@@ -56,6 +61,20 @@ def test_the_schedule_counts_the_tiles_that_see_a_key(kernel, queries, keys):
     costs = kernel.tile_costs(queries, keys, window)
     assert all(cost >= least for cost, least in zip(costs, needed, strict=True))
     assert sum(costs) <= sum(needed) + len(costs)
+
+
+@pytest.mark.parametrize("size", [(1, 16, 16, 32768), (8, 16, 4, 2048), (1, 2, 2, 300)])
+def test_a_window_clears_its_sums_ahead(size):
+    """The first launch clears what works that start at once add to, and all of it for other masks."""
+    batch, heads, kv_heads, length = size
+    shape = CallShape(batch, heads, kv_heads, length, length, 128, "bf16")
+    planes = batch * kv_heads
+    cleared = gradient.cleared_planes(shape, specialise(128, True, "bf16", window=True))
+    started = min(planes, max(1, L2_BYTES // gradient.plane_bytes(shape)))
+    assert min(planes, 2 * started) <= cleared <= planes
+    assert cleared < planes or length < 32768
+    assert gradient.cleared_planes(shape, specialise(128, True, "bf16")) == planes
+    assert gradient.cleared_planes(shape, specialise(256, True, "bf16", window=True)) == planes
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------------------------
@@ -118,6 +137,26 @@ def test_keys_and_values_get_the_same_bits_from_the_same_input(dim):
         again = gradients(call, made)
         assert all(mx.array_equal(a, b).item() for a, b in zip(first[1:], again[1:], strict=True))
         assert relative_error(again[0], exact(first[0])) < 1e-3  # dQ is added up in no fixed order
+
+
+@gpu
+@usable
+@pytest.mark.parametrize("dim", [64, 128])
+def test_sums_cleared_beside_the_products(monkeypatch, dim):
+    """Two blocks clear the sums of all planes but the first two; no other test has calls of this shape."""
+    few = replace(properties(), multiprocessors=2)
+    monkeypatch.setattr(gradient, "gpu", lambda: few)
+    monkeypatch.setattr(gradient, "L2_BYTES", 0)
+    shape, call = CallShape(3, 4, 2, 410, 390, dim, "bf16"), CALLS["window"]
+    assert gradient.cleared_planes(shape, gradient.kernel_of(shape, call)) == 2
+    made = selfcheck.inputs(shape)
+    outputs = forward_plan(shape, call)(made[:3])[: len(OUTPUTS)]
+    mx.eval(outputs)
+    for _ in range(5):
+        found = gradient.by_kernel(made[:3], made[3:], outputs, shape, call)
+        kernel_oracle.poison()
+        mx.eval(found)
+        assert selfcheck.gradient_disagreement(call, found, made) is None
 
 
 @gpu

@@ -77,8 +77,8 @@ def test_gradients_are_one_operation_of_three_launches(recorder, with_logsumexp)
 def test_the_backward_kernel_adds_to_dq_in_place(recorder):
     gradients(recorder, False)
     outputs = len(recorder.plans[-1].shapes)
-    assert [len(step[-2]) for step in recorder.plans[-1].steps] == [2, 3, 1]
-    assert sum(len(step[-2]) for step in recorder.plans[-1].steps) == outputs + 1  # dQ's sums twice
+    assert [len(step[-2]) for step in recorder.plans[-1].steps] == [2, 4, 1]
+    assert sum(len(step[-2]) for step in recorder.plans[-1].steps) == outputs + 2  # dQ's sums and the row numbers twice
 
 
 def test_every_kernel_gets_the_parameters_of_its_signature(recorder):
