@@ -247,13 +247,22 @@ def interval_text(interval: Interval | None) -> str:
 
 def span(low: float, high: float) -> str:
     """Format the ends of an interval, rounded outward to two significant figures: "0.43 to 1.9"."""
-    return f"{_two(low, math.floor)} to {_two(high, math.ceil)}"
+    return f"{_rounded(low, math.floor)} to {_rounded(high, math.ceil)}"
 
 
-def _two(value: float, towards: Callable[[float], int]) -> str:
+def ratio_span(low: float, high: float) -> str:
+    """Format the ends of a ratio's interval as `span` does, with up to four figures if it takes them to exclude 1."""
+    for figures in (2, 3, 4):
+        least, most = _rounded(low, math.floor, figures), _rounded(high, math.ceil, figures)
+        if not (low > 1 and float(least.replace(",", "")) <= 1) and not (high < 1 and float(most) >= 1):
+            break
+    return f"{least} to {most}"
+
+
+def _rounded(value: float, towards: Callable[[float], int], figures: int = 2) -> str:
     if value <= 0 or not math.isfinite(value):
         return f"{value:g}"
-    places = max(0, 1 - math.floor(math.log10(value)))
+    places = max(0, figures - 1 - math.floor(math.log10(value)))
     step = 10.0**places
     return f"{towards(round(value * step, 6)) / step:,.{places}f}"
 
@@ -288,7 +297,7 @@ def speedup_text(ratio: Ratio | None) -> str:
         return "≈ 1"
     half = half_width(ratio)
     if half > WIDE * ratio.value:
-        text = f"{span(ratio.low, ratio.high)}x"
+        text = f"{ratio_span(ratio.low, ratio.high)}x"
     else:
         text = f"{three(ratio.value)} ±{_outward(half, decimals(ratio.value))}x"
     return text if ratio.significant else f"{text}?"

@@ -248,7 +248,8 @@ def _reason(cases: Sequence[AnyCase], reference: str | None) -> str:
         return f"too few rounds for a verdict: {few[0]}"
     others = [(case, row) for case, row in rows if row.implementation != case.reference]
     if reference is None or not others:
-        return "nothing was compared" if rows else "nothing was measured"
+        off = any(row.status == "inaccurate" for case in cases for row in case.rows)
+        return "nothing was compared" if rows else "nothing is accurate" if off else "nothing was measured"
     unclear = few or any(formatting.word(row, case) == "unclear" for case, row in others)
     gains = any(row.speedup and row.speedup.significant and row.speedup.value > 1 for _, row in others)
     if gains:
@@ -489,9 +490,9 @@ def _gain(verdict: Verdict) -> str:
     how += ", which is inaccurate" if verdict.reference_off else ""
     if verdict.span:
         formats = f" of {verdict.kv_formats} K/V formats" if verdict.kv_formats > 1 else ""
-        within = f"{verdict.cases} cases{formats}: {formatting.span(*verdict.span)}"
+        within = f"{verdict.cases} cases{formats}: {formatting.ratio_span(*verdict.span)}"
     else:
-        within = f"{statistics.CONFIDENCE:.0%}: {formatting.span(mean.low, mean.high)}".replace("%", " %")
+        within = f"{statistics.CONFIDENCE:.0%}: {formatting.ratio_span(mean.low, mean.high)}".replace("%", " %")
     return f"{formatting.three(mean.value)}x {verdict.reference}{how} ({within})"
 
 

@@ -345,3 +345,19 @@ def test_a_map_marks_what_is_too_uncertain() -> None:
 )
 def test_a_name_without_room_keeps_what_tells_it_from_others(name, shown):
     assert formatting.short_name(name, 10) == shown
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [
+        (1.0142, 1.0158, "1.01 to 1.02"),
+        (1.0052, 1.3, "1.005 to 1.300"),
+        (0.9, 0.996, "0.900 to 0.996"),
+        (0.98, 1.02, "0.98 to 1.1"),
+        (1.31, 1.62, "1.3 to 1.7"),
+        (0.4, 0.93, "0.40 to 0.93"),
+        (1234, 5678, "1,234 to 5,678"),
+    ],
+)
+def test_the_interval_of_a_ratio_leaves_1_out_if_it_does(low, high, shown):
+    assert formatting.ratio_span(low, high) == shown

@@ -3,7 +3,7 @@
 import pytest
 from msgspec import structs
 
-from attention.core.results import Case, Conditions, Interval, NoiseFloor, Report
+from attention.core.results import Case, Conditions, Interval, NoiseFloor, Ratio, Report
 from attention.core.workload import Workload
 from fatui.formatting import best_of, word
 from fatui.trust import TrustFinding, trust, trust_line, worst
@@ -298,3 +298,16 @@ def test_a_run_without_a_record_of_conditions_says_so():
 def test_one_implementation_alone_is_not_too_noisy_to_rank():
     case = case_of(noise_floor=floor_of(0.4), rows=case_of().rows[:1])
     assert headline(verdict_of([case])) == "No winner · nothing was compared"
+
+
+def test_rows_that_are_inaccurate_were_measured():
+    case = case_of()
+    for row in case.rows:
+        case = row_with(case, row.implementation, status="inaccurate")
+    assert headline(verdict_of([case])) == "No winner · nothing is accurate"
+
+
+def test_an_interval_that_excludes_1_is_shown_without_it():
+    ratio = Ratio(value=1.0152, low=1.0142, high=1.0158, significant=True)
+    found = headline(verdict_of([row_with(case_of(rows=case_of().rows[:2]), "poc", speedup=ratio)]))
+    assert found.startswith("Use poc · 1.02x baseline (95 %: 1.01 to 1.02)")
