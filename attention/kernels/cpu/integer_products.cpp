@@ -6,8 +6,8 @@
 //              q   row 0, dims 0..15 | row 1, dims 0..15 | row 2 | row 3    S += scale (256 q_high n + q_low n) + bias sum(q)
 //              n   dims 0..15        | dims 0..15        | ...   | ...
 //
-//   output   Words of two adjacent keys, as 16-bit numbers: lane i of vector v is dim v of word i. The weights p * scale of a
-//            tile's keys are integers of 16 bits, too, in a unit of their own for each row and group:
+//   output   Words of two adjacent keys, as 16-bit numbers: lane i of vector v is dim v of word i, on AVX2 a dim of a 16-bit part.
+//            The weights p * scale of a tile's keys are integers of 16 bits, too, in a unit of their own for each row and group:
 //
 //              n   dim v of word 0, keys j and j + 1 | of word 1 | ...      O[row] += unit (w n) + sum of p * bias
 //              w   keys j and j + 1                  | the same  | ...
@@ -31,7 +31,7 @@ typedef int16_t HalfShorts __attribute__((vector_size(lanes * 2)));
 constexpr int row_vectors = 16 / lanes, rows_of_vector = lanes / 4;  // of four query rows
 constexpr float largest_integer = 127 * 256;                         // its high and low byte are between -128 and 127
 
-// c + a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1] in lane i.
+// c + a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1] in lane i, modulo 2^32.
 FATUI_INLINE Integers dot_pairs(Integers c, Words a, Words b) {
 #if defined(__AVX512VNNI__)
   return (Integers)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
@@ -40,7 +40,7 @@ FATUI_INLINE Integers dot_pairs(Integers c, Words a, Words b) {
 #elif defined(__AVXVNNI__)
   return (Integers)_mm256_dpwssd_avx_epi32((__m256i)c, (__m256i)a, (__m256i)b);
 #else
-  return c + (Integers)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+  return (Integers)((Words)c + (Words)_mm256_madd_epi16((__m256i)a, (__m256i)b));
 #endif
 }
 
@@ -374,6 +374,11 @@ FATUI_INLINE Vector every_second(Vector a, Vector b, int64_t first, std::integer
 constexpr auto all_lanes = std::make_integer_sequence<int, lanes>{};
 constexpr int64_t max_value_groups = 512 / 32;
 constexpr float largest_weight = 32767;
+#if defined(__AVX512BW__)
+constexpr bool signed_numbers = true;
+#else
+constexpr bool signed_numbers = false;
+#endif
 
 // Lanes [i lanes / groups, (i + 1) lanes / groups) are those of x[i * stride].
 template <int groups>
@@ -388,11 +393,13 @@ FATUI_INLINE Words by_groups(const void* x, int64_t stride) {
   return all;
 }
 
-// The weights p * scale of a tile: 4 rows, groups, keys; their units; and the sums of p * bias. Numbers are read as signed,
-// from -centre on, which leaves less to the rounding of the weights; the biases are those of the number at the centre.
+// The weights p * scale of a tile: 4 rows, groups, keys; their units; and the sums of p * bias. Numbers count from -centre on,
+// which leaves less to the rounding of the weights; the biases are those of the number at the centre. Where numbers are not read
+// as signed, the centre's part is subtracted from the sums.
 struct Weights {
   alignas(64) int16_t number[rows_together][max_value_groups][max_quantized_rows];
   float unit[rows_together][max_value_groups], offset[rows_together][max_value_groups];
+  int32_t sum_of_numbers[rows_together][max_value_groups];
 
   void read(const Packed& values, float centre, const float* p, int64_t p_line, int64_t rows) {
     for (int64_t g = 0; g < values.groups; g++) {
@@ -441,17 +448,25 @@ struct Weights {
       inverse[r] = broadcast(largest > 0x1p-100f ? largest_weight / largest : 0.0f);
       unit[r][g] = largest / largest_weight, offset[r][g] = sum_of(sum[r]);
     }
+    Vector total[rows_together] = {};  // of integers, exactly
     for (int64_t j = 0; j < keys; j += lanes) {
       const Vector s = load(scale + j), shifter = broadcast(12582912.0f);  // adding it rounds to an integer, in the low bits
       FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
         const Vector shifted = fused(shifter, load(row[r] + j) * s, inverse[r]);
+        if constexpr (!signed_numbers) total[r] += shifted - shifter;
         const HalfShorts numbers = __builtin_convertvector(as<Integers>(shifted), HalfShorts);
         std::memcpy(number[r][g] + j, &numbers, sizeof numbers);
       }
     }
+    if constexpr (!signed_numbers)
+      FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
+        const float all = sum_of(total[r]);
+        sum_of_numbers[r][g] = all == all ? int32_t(all) : 0;  // NaN comes with the offset
+      }
   }
 };
 
+#if defined(__AVX512BW__)
 // Numbers of words of two adjacent keys, as signed ones of 16 bits with others in them: the lower or upper halves of the words.
 template <int bits, bool upper>
 FATUI_INLINE Words halves_of(const uint8_t* p, const Packed& values, int64_t j) {
@@ -462,52 +477,25 @@ FATUI_INLINE Words halves_of(const uint8_t* p, const Packed& values, int64_t j) 
   return (upper ? (a >> 16) | (b & 0xffff0000u) : (a & 0xffffu) | (b << 16)) ^ tops;
 }
 
-constexpr int block_vectors = registers == 32 ? 4 : 2;  // that are summed at once
+constexpr int block_vectors = 4;  // that are summed at once
 
-// What the vectors of a block share, if they are more than are summed at once: the halves of its words, and the weights of
-// pairs of keys in vectors.
-template <int bits>
-struct Shared {
-  static constexpr bool used = block_vectors < 16 / bits;
-  static constexpr int64_t pairs = used ? max_quantized_rows / 2 : 1;
-  Words halves[2][pairs], weight[pairs][rows_together];
-
-  template <int groups>
-  void read(const uint8_t* p, const Packed& values, const Weights& weights, int64_t group, Ahead& ahead) {
-    Ahead next = ahead;
-    for (int64_t pair = 0; 2 * pair < values.rows; pair++) {
-      next.ask<lanes / 8>();
-      halves[0][pair] = halves_of<bits, false>(p, values, 2 * pair);
-      halves[1][pair] = halves_of<bits, true>(p, values, 2 * pair);
-      FATUI_UNROLL for (int r = 0; r < rows_together; r++) weight[pair][r] = weights.of_pair<groups>(r, group, pair);
-    }
-    ahead = next;
-  }
-};
-
-// Some vectors of a block of `lanes` words: 4 rows x 4 vectors, or x 2 with 16 registers.
+// Some vectors of a block of `lanes` words: 4 rows x 4 vectors.
 template <int bits, int first, int groups>
 struct Block {
   static constexpr int count = block_vectors, fields = 16 / bits;
   static constexpr bool low = first < fields, high = first + count > fields;
 
-  static void run(const Packed& values, const Shared<bits>& shared, const Weights& weights, int64_t block, float* output,
-                  int64_t line, Ahead& ahead) {
+  static void run(const Packed& values, const Weights& weights, int64_t block, float* output, int64_t line, Ahead& ahead) {
     Ahead next = ahead;
     const uint8_t* p = values.data + block * lanes * 4;
     const int64_t group = block * lanes * (32 / bits) / values.group;
     Integers sum[rows_together][count] = {};
     for (int64_t pair = 0; 2 * pair < values.rows; pair++) {
       Words halves[2], weight[rows_together];
-      if constexpr (Shared<bits>::used) {
-        halves[low ? 0 : 1] = shared.halves[low ? 0 : 1][pair];
-        FATUI_UNROLL for (int r = 0; r < rows_together; r++) weight[r] = shared.weight[pair][r];
-      } else {
-        if constexpr (first == 0) next.ask<lanes / 8>();
-        if constexpr (low) halves[0] = halves_of<bits, false>(p, values, 2 * pair);
-        if constexpr (high) halves[1] = halves_of<bits, true>(p, values, 2 * pair);
-        FATUI_UNROLL for (int r = 0; r < rows_together; r++) weight[r] = weights.of_pair<groups>(r, group, pair);
-      }
+      if constexpr (first == 0) next.ask<lanes / 8>();
+      if constexpr (low) halves[0] = halves_of<bits, false>(p, values, 2 * pair);
+      if constexpr (high) halves[1] = halves_of<bits, true>(p, values, 2 * pair);
+      FATUI_UNROLL for (int r = 0; r < rows_together; r++) weight[r] = weights.of_pair<groups>(r, group, pair);
       FATUI_UNROLL for (int v = 0; v < count; v++) {
         const Words x = signed_field_of<bits>(halves[(first + v) / fields], (first + v) % fields);
         FATUI_UNROLL for (int r = 0; r < rows_together; r++) sum[r][v] = dot_pairs(sum[r][v], x, weight[r]);
@@ -525,21 +513,95 @@ struct Block {
     ahead = next;
   }
 
-  static void all(const Packed& values, const Shared<bits>& shared, const Weights& weights, int64_t block, float* output,
-                  int64_t line, Ahead& next) {
-    run(values, shared, weights, block, output, line, next);
+  static void all(const Packed& values, const Weights& weights, int64_t block, float* output, int64_t line, Ahead& next) {
+    run(values, weights, block, output, line, next);
     if constexpr (first + count < 32 / bits)
-      Block<bits, first + count, groups>::all(values, shared, weights, block, output, line, next);
+      Block<bits, first + count, groups>::all(values, weights, block, output, line, next);
+  }
+};
+
+template <int bits>
+void add_blocks(const Packed& values, const Weights& weights, float* output, int64_t line, Ahead& next) {
+  constexpr int dims = lanes * 32 / bits;
+  for (int64_t block = 0; block < values.groups * values.group / dims; block++)
+    if (values.group >= dims) Block<bits, 0, 1>::all(values, weights, block, output, line, next);
+    else if (values.group == dims / 2) Block<bits, 0, 2>::all(values, weights, block, output, line, next);
+    else if constexpr (dims > 64) Block<bits, 0, 4>::all(values, weights, block, output, line, next);
+}
+
+// The dim of lane i of vector v of those of a block.
+int64_t dim_of(int64_t vectors, int64_t v, int64_t i) { return i * vectors + v; }
+#else
+// Two vectors of a block of 8 words, 4 rows: two fields of the 16-bit parts of the words, of the four lower parts of each half or
+// of the upper ones:
+//
+//   part i of key j | of key j + 1 | part i + 1 of key j | of key j + 1 | ...
+//
+// A pair's weights are broadcast when they are used: kept as vectors, they would take 4 KiB of the L1, and as many instructions.
+template <int bits, bool upper, int field, int groups>
+struct Fields {
+  [[gnu::noinline]] static void run(const Packed& values, const Weights& weights, int64_t block, float* output, int64_t line,
+                                    Ahead& ahead) {
+    Ahead next = ahead;
+    const uint8_t* p = values.data + block * lanes * 4;
+    const int64_t group = block * lanes * (32 / bits) / values.group, stride = values.stride;
+    Integers sum[rows_together][2] = {};
+    const auto add = [&](int64_t pair, const uint8_t* a, const uint8_t* b) __attribute__((always_inline)) {
+      Words x[2];
+      read(a, b, x);
+      FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
+        const auto w = as<Words>(in_register(as<Vector>(weights.of_pair<groups>(r, group, pair))));
+        sum[r][0] = dot_pairs(sum[r][0], x[0], w);
+        sum[r][1] = dot_pairs(sum[r][1], x[1], w);
+        // Otherwise the compiler multiplies all before it adds, and stores the products in between.
+        FATUI_UNROLL for (int v = 0; v < 2; v++) sum[r][v] = as<Integers>(in_register(as<Vector>(sum[r][v])));
+      }
+    };
+    constexpr int some = 4;  // pairs, whose numbers in a block are four cache lines
+    const int64_t pairs = values.rows / 2;
+    int64_t pair = 0;
+    for (; pair + some <= pairs; pair += some) {
+      if constexpr (field == 0) next.ask_two();  // in two of the block's sums
+      FATUI_UNROLL for (int i = 0; i < some; i++, p += 2 * stride) add(pair + i, p, p + stride);
+    }
+    for (; pair < pairs; pair++, p += 2 * stride) add(pair, p, p + stride);
+    if (values.rows % 2 != 0) add(pair, p, p);  // the weight of the key that is not there is zero
+    float* out = output + block * lanes * (32 / bits) + (upper * (16 / bits) + field) * lanes;
+    FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
+      const Vector unit = as<Vector>(by_groups<groups>(weights.unit[r] + group, sizeof(float)));
+      const Vector offset = as<Vector>(by_groups<groups>(weights.offset[r] + group, sizeof(float)));
+      const Words weight = by_groups<groups>(weights.sum_of_numbers[r] + group, sizeof(int32_t));
+      const auto at_centre = as<Integers>(weight << (bits - 1));
+      finish(sum[r]);
+      FATUI_UNROLL for (int v = 0; v < 2; v++) {
+        float* to = out + r * line + v * lanes;
+        store(to, load(to) + fused(offset, __builtin_convertvector(sum[r][v] - at_centre, Vector), unit));
+      }
+    }
+    ahead = next;
+  }
+
+ private:
+  // Numbers of two keys, or what sums of them can be made of by `finish`, with an instruction for each.
+  FATUI_INLINE static void read(const uint8_t* a, const uint8_t* b, Words (&x)[2]) {
+    const __m256i of_a = _mm256_loadu_si256((const __m256i*)a), of_b = _mm256_loadu_si256((const __m256i*)b);
+    const auto both = as<Shorts>(upper ? _mm256_unpackhi_epi16(of_a, of_b) : _mm256_unpacklo_epi16(of_a, of_b));
+    if constexpr (bits == 8) x[0] = as<Words>(both & 255), x[1] = as<Words>(both >> 8);
+    else if constexpr (field == 0) x[0] = as<Words>(both & 15), x[1] = as<Words>(both & 240);  // 16 times the number
+    else x[0] = as<Words>(both >> 8), x[1] = as<Words>(both >> 12);  // the number and 16 times the next; the next
+  }
+  FATUI_INLINE static void finish(Integers (&sum)[2]) {
+    if constexpr (bits == 4 && field == 0) sum[1] >>= 4;
+    if constexpr (bits == 4 && field == 2) sum[0] = as<Integers>(as<Words>(sum[0]) - (as<Words>(sum[1]) << 4));  // modulo 2^32
   }
 };
 
 template <int bits, int groups>
 void add_block(const Packed& values, const Weights& weights, int64_t block, float* output, int64_t line, Ahead& next) {
-  Shared<bits> shared;
-  const uint8_t* p = values.data + block * lanes * 4;
-  const int64_t group = block * lanes * (32 / bits) / values.group;
-  if constexpr (Shared<bits>::used) shared.template read<groups>(p, values, weights, group, next);
-  Block<bits, 0, groups>::all(values, shared, weights, block, output, line, next);
+  Fields<bits, false, 0, groups>::run(values, weights, block, output, line, next);
+  if constexpr (bits == 4) Fields<bits, false, 2, groups>::run(values, weights, block, output, line, next);
+  Fields<bits, true, 0, groups>::run(values, weights, block, output, line, next);
+  if constexpr (bits == 4) Fields<bits, true, 2, groups>::run(values, weights, block, output, line, next);
 }
 
 template <int bits>
@@ -547,9 +609,15 @@ void add_blocks(const Packed& values, const Weights& weights, float* output, int
   constexpr int dims = lanes * 32 / bits;
   for (int64_t block = 0; block < values.groups * values.group / dims; block++)
     if (values.group >= dims) add_block<bits, 1>(values, weights, block, output, line, next);
-    else if (values.group == dims / 2) add_block<bits, 2>(values, weights, block, output, line, next);
-    else if constexpr (dims > 64) add_block<bits, 4>(values, weights, block, output, line, next);
+    else if constexpr (dims > 32) add_block<bits, 2>(values, weights, block, output, line, next);
 }
+
+// The dim of lane i of vector v of those of a block.
+int64_t dim_of(int64_t vectors, int64_t v, int64_t i) {
+  const int64_t fields = vectors / 2;
+  return (i / 4 * 8 + v / fields * 4 + i % 4) * fields + v % fields;
+}
+#endif
 
 // Bits of the numbers that the output is summed from.
 int sum_bits(const Packing& packing) { return packing.bits == 4 ? 4 : 8; }
@@ -581,7 +649,7 @@ void IntegerSums::order(const Packing& packing, int64_t columns, float* output) 
   for (float* block = output; block < output + columns; block += dims) {
     float ordered[8 * lanes];
     for (int64_t v = 0; v < vectors; v++)
-      for (int64_t i = 0; i < lanes; i++) ordered[i * vectors + v] = block[v * lanes + i];
+      for (int64_t i = 0; i < lanes; i++) ordered[dim_of(vectors, v, i)] = block[v * lanes + i];
     std::copy_n(ordered, dims, block);
   }
 }
