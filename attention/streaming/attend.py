@@ -156,9 +156,9 @@ class Step:
             KernelUnavailable: the kernel does not run here.
         """
         check_not_forked()
+        self.settle()
         if self._radians is not None:
             mx.eval(self._radians)
-        self.again = None
         named: dict[str, Any] = {
             "softcap": token.softcap,
             "radians": self._radians,

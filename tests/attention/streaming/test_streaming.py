@@ -175,6 +175,18 @@ def test_steps_of_a_full_ring_are_repeated():
     assert state._fused.again is None
 
 
+def test_cpu_steps_wait_for_those_of_cuda():
+    """A step on the CPU evaluates what steps on CUDA left in the slots, and is repeated as a step on the CPU."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        pytest.skip("steps on the CPU only")
+    state, tokens = StreamingKV(1, 4), [mx.array(x) for x in made(1)]
+    for _ in range(8):
+        state.attend(*tokens)
+    state._fused.latest, state._fused.again = mx.zeros(1) + 1, None
+    state.attend(*tokens)
+    assert state._fused.latest is None and state._fused.again is not None
+
+
 def test_spare_slots_make_rewinds_exact():
     """With spare slots a rewound state computes as if the tokens had never come."""
     q, k, v = map(mx.array, made(20))
