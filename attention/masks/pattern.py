@@ -126,7 +126,7 @@ class Pattern(Struct, frozen=True, dict=True):
         """Return the exact number of visible pairs of a call (B, H, Lq, Lk), over all batches and heads.
 
         Raises:
-            UsageError: the mask does not fit the shape, or it is none.
+            UsageError: the shape is invalid, or the mask does not fit it.
         """
         return self.block_list(shape).pairs
 

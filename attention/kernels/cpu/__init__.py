@@ -405,7 +405,7 @@ def stream_steps(
     adjacent: bool = False,
     rotated: bool = False,
 ) -> Callable[..., mx.array | None]:
-    """Return what makes the steps after one of `stream_step` over full rings, in a fourth of its time.
+    """Return a function that makes the steps after one of `stream_step` over full rings, without most of its checks.
 
     Args:
         q, k, v, slots: of that step.

@@ -83,22 +83,22 @@ class FloatSteps {
       rows_->delta[i] -= logsumexp_gradient(call_, item, i) * rows_->inverse[i];
   }
 
-  void foresee(const Ahead& rows) {
-    if (rows.pieces() > 0 && foreseen_ < most_foreseen) ahead_[foreseen_++] = rows;
+  void plan_prefetch(const Ahead& rows) {
+    if (rows.pieces() > 0 && prefetches_ < max_prefetches) ahead_[prefetches_++] = rows;
   }
 
  public:
-  void foresee_nothing() { foreseen_ = 0, ahead_[0] = nothing; }
-  // An equal share for each register tile of the products with the present queries and block.
-  void share_foreseen(int64_t block_keys) {
+  void clear_prefetches() { prefetches_ = 0, ahead_[0] = nothing; }
+  // Divides the planned lines among the register tiles of the products with the present queries and block.
+  void share_prefetches(int64_t block_keys) {
     int64_t lines = 0;
-    for (int i = 0; i < foreseen_; i++) {
-      ahead_[i].go_on_with(i + 1 < foreseen_ ? &ahead_[i + 1] : nullptr);
+    for (int i = 0; i < prefetches_; i++) {
+      ahead_[i].go_on_with(i + 1 < prefetches_ ? &ahead_[i + 1] : nullptr);
       lines += ahead_[i].pieces();
     }
     const int64_t wide = (by_two ? 2 : 4) * lanes, rows = std::min(p_.queries, query_tile);
-    const int64_t of_keys = ceil_div(block_keys, wide) * ceil_div(rows, 6);  // of dS as of dP, and less than of dK, dV and dQ
-    const int64_t of_dims = ceil_div(d_ + dv_, wide) * ceil_div(block_keys, 6);
+    const int64_t of_keys = ceil_div(block_keys, wide) * ceil_div(rows, 6);  // register tiles of S, and as many of dP
+    const int64_t of_dims = ceil_div(d_ + dv_, wide) * ceil_div(block_keys, 6);  // of dK and dV
     ahead_lines_ = ceil_div(lines, 2 * of_keys + of_dims);
   }
 
@@ -256,10 +256,10 @@ class FloatSteps {
   float *scores_, *score_gradients_, *slopes_, *turned_, *key_turned_, *value_turned_, *key_, *query_, *gradient_, *slots_;
   RowNumbers* rows_ = nullptr;
   Floats k_{};
-  static constexpr int most_foreseen = 8;
-  Ahead ahead_[most_foreseen] = {nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing};
-  int foreseen_ = 0;         // of these
-  int64_t ahead_lines_ = 0;  // of them before each register tile
+  static constexpr int max_prefetches = 8;
+  Ahead ahead_[max_prefetches] = {nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing};
+  int prefetches_ = 0;       // planned ones, of these
+  int64_t ahead_lines_ = 0;  // cache lines to prefetch before each register tile
 };
 
 // Tiles in float32 of a dtype: what a step reads.
@@ -297,27 +297,28 @@ class FloatTiles : public FloatSteps {
     fine_ = std::any_of(rows_->reference, rows_->reference + item.queries, [&](float m) { return coarse.has(m); });
   }
 
-  // What the products prefetch until it is needed: a query tile, whose sums of dQ may be null, a block of keys, rows of gradients.
-  void foresee_queries(const Item& item, int64_t tile, float* sums) {
+  // Plan what the products prefetch before it is needed: a query tile, whose sums of dQ may be null (tile -1: its statistics are in no
+  // slot yet), a block of keys, rows of gradients that will be written.
+  void plan_queries(const Item& item, int64_t tile, float* sums) {
     const bool fresh = tile < 0 || holds_[std::min(tile, int64_t(holds_.size()) - 1)] != tile;
-    foresee_rows(p_.query, item.batch, item.head, item.query, item.queries, p_.head_dim);
-    foresee_rows(call_.output_gradient, item.batch, item.head, item.query, item.queries, p_.value_dim);
-    if (fresh && needs_deltas()) foresee_rows(call_.output, item.batch, item.head, item.query, item.queries, p_.value_dim);
-    if (sums != nullptr) foresee(Ahead(Lines<float>{sums, d_, d_, item.queries}, true));
+    plan_rows(p_.query, item.batch, item.head, item.query, item.queries, p_.head_dim);
+    plan_rows(call_.output_gradient, item.batch, item.head, item.query, item.queries, p_.value_dim);
+    if (fresh && needs_deltas()) plan_rows(call_.output, item.batch, item.head, item.query, item.queries, p_.value_dim);
+    if (sums != nullptr) plan_prefetch(Ahead(Lines<float>{sums, d_, d_, item.queries}, true));
   }
-  void foresee_keys(int64_t batch, int64_t kv_head, int64_t key) {
+  void plan_keys(int64_t batch, int64_t kv_head, int64_t key) {
     const int64_t keys = std::min(p_.keys - key, block(p_));
-    foresee_rows(p_.key, batch, kv_head, key, keys, p_.head_dim);
-    foresee_rows(p_.value, batch, kv_head, key, keys, p_.value_dim);
+    plan_rows(p_.key, batch, kv_head, key, keys, p_.head_dim);
+    plan_rows(p_.value, batch, kv_head, key, keys, p_.value_dim);
   }
-  void foresee_key_gradients(int64_t batch, int64_t kv_head, int64_t key, int64_t keys) {
+  void plan_key_gradients(int64_t batch, int64_t kv_head, int64_t key, int64_t keys) {
     const int64_t row = (batch * p_.kv_heads + kv_head) * p_.keys + key;
-    foresee_written(call_.key_gradient, row, keys, p_.head_dim);
-    foresee_written(call_.value_gradient, row, keys, p_.value_dim);
+    plan_written(call_.key_gradient, row, keys, p_.head_dim);
+    plan_written(call_.value_gradient, row, keys, p_.value_dim);
   }
-  void foresee_query_gradients(int64_t batch, int64_t head) {
+  void plan_query_gradients(int64_t batch, int64_t head) {
     const int64_t row = (batch * p_.heads + head) * p_.queries;
-    foresee_written(call_.query_gradient, row, std::min(p_.queries, max_panels * query_tile), p_.head_dim);
+    plan_written(call_.query_gradient, row, std::min(p_.queries, max_panels * query_tile), p_.head_dim);
   }
 
   static void write_queries(T* out, const float* sums, int64_t rows, const Problem& p) {
@@ -328,11 +329,11 @@ class FloatTiles : public FloatSteps {
   // With all keys in one tile these are made of its own sums.
   bool needs_deltas() const { return p_.keys > step_keys || has_lists(p_); }
 
-  void foresee_rows(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t columns) {
-    if (t.stride[3] == 1) foresee(Ahead(Lines<T>{row_of<const T>(t, batch, head, row), t.stride[2], columns, rows}));
+  void plan_rows(const Tensor& t, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t columns) {
+    if (t.stride[3] == 1) plan_prefetch(Ahead(Lines<T>{row_of<const T>(t, batch, head, row), t.stride[2], columns, rows}));
   }
-  void foresee_written(void* rows, int64_t row, int64_t count, int64_t columns) {
-    foresee(Ahead(Lines<T>{static_cast<const T*>(rows) + row * columns, columns, columns, count}, true));
+  void plan_written(void* rows, int64_t row, int64_t count, int64_t columns) {
+    plan_prefetch(Ahead(Lines<T>{static_cast<const T*>(rows) + row * columns, columns, columns, count}, true));
   }
 
   // Rows of a query tile as float32, each times a factor of its own.

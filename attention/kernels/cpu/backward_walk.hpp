@@ -93,7 +93,7 @@ class Walk {
       const int64_t head = kv_head * group + h;
       if (!has_lists(p_)) {
         for (int64_t t = 0; t < tiles; t++) {
-          foresee(batch, kv_head, key, h * tiles + t + 1, sums_of);
+          plan_prefetch(batch, kv_head, key, h * tiles + t + 1, sums_of);
           steps(query_item(batch, head, t), h * tiles + t, sums_of(h * tiles + t), true);
         }
         continue;
@@ -114,28 +114,28 @@ class Walk {
     close_keys(batch, kv_head);
   }
 
-  // What the next tile of queries reads; or after the last one what this block writes, and the next block reads, of this head or
-  // of the next one: for tiles that have it prefetched meanwhile.
+  // Plans what tiles that can prefetch do prefetch meanwhile: what the next tile of queries reads; after the last one what this block
+  // writes, and what the next block reads, of this head or of the next one.
   template <class Sums>
-  void foresee(int64_t batch, int64_t kv_head, int64_t key, int64_t next, const Sums& sums_of) {
-    if constexpr (requires { tiles_.foresee_queries(query_item(0, 0, 0), 0, nullptr); }) {
+  void plan_prefetch(int64_t batch, int64_t kv_head, int64_t key, int64_t next, const Sums& sums_of) {
+    if constexpr (requires { tiles_.plan_queries(query_item(0, 0, 0), 0, nullptr); }) {
       const int64_t group = p_.heads / p_.kv_heads, tiles = ceil_div(p_.queries, query_tile);
-      tiles_.foresee_nothing();
+      tiles_.clear_prefetches();
       if (next < group * tiles) {
-        tiles_.foresee_queries(query_item(batch, kv_head * group + next / tiles, next % tiles), next, sums_of(next));
+        tiles_.plan_queries(query_item(batch, kv_head * group + next / tiles, next % tiles), next, sums_of(next));
       } else {
-        tiles_.foresee_key_gradients(batch, kv_head, key, block_keys_);
+        tiles_.plan_key_gradients(batch, kv_head, key, block_keys_);
         if (key + key_block_ < p_.keys) {
-          tiles_.foresee_keys(batch, kv_head, key + key_block_);
+          tiles_.plan_keys(batch, kv_head, key + key_block_);
         } else if (sums_of(0) != nullptr) {
-          for (int64_t h = 0; h < std::min(group, max_panels); h++) tiles_.foresee_query_gradients(batch, kv_head * group + h);
+          for (int64_t h = 0; h < std::min(group, max_panels); h++) tiles_.plan_query_gradients(batch, kv_head * group + h);
           if (after_ >= 0) {
-            tiles_.foresee_keys(after_ / p_.kv_heads, after_ % p_.kv_heads, 0);
-            tiles_.foresee_queries(query_item(after_ / p_.kv_heads, after_ % p_.kv_heads * group, 0), -1, nullptr);
+            tiles_.plan_keys(after_ / p_.kv_heads, after_ % p_.kv_heads, 0);
+            tiles_.plan_queries(query_item(after_ / p_.kv_heads, after_ % p_.kv_heads * group, 0), -1, nullptr);
           }
         }
       }
-      tiles_.share_foreseen(block_keys_);
+      tiles_.share_prefetches(block_keys_);
     }
   }
 

@@ -279,8 +279,8 @@ class RepeatedSteps {
  public:
   // `slots`: Python's arrays of keys and values; `seen`: tokens before the first of these steps, of each row of the batch; `given`:
   // further arguments of the call, which a repeated step has too.
-  RepeatedSteps(const mx::array& q, const mx::array& k, const mx::array& v, const nb::list& slots, const Format& key, const Format& value,
-        StreamStep step, int64_t seen, std::array<nb::object, 4> given)
+  RepeatedSteps(const mx::array& q, const mx::array& k, const mx::array& v, const nb::list& slots, const Format& key,
+                const Format& value, StreamStep step, int64_t seen, std::array<nb::object, 4> given)
       : key_(key), value_(value), step_(std::move(step)), seen_(seen), given_(std::move(given)), scale_(step_.call.problem.scale),
         softcap_(step_.call.problem.softcap) {
     for (const mx::array* a : {&q, &k, &v}) shapes_.push_back(a->shape()), types_.push_back(a->dtype());
@@ -319,7 +319,7 @@ class RepeatedSteps {
   float softcap_;
   std::vector<mx::Shape> shapes_;
   std::vector<mx::Dtype> types_;
-  std::vector<nb::object> kept_;  // so that they stay
+  std::vector<nb::object> kept_;  // owners of the slots
   std::vector<mx::array*> slots_;
 };
 }  // namespace
@@ -340,7 +340,7 @@ void bind_caches(nb::module_& m) {
           StreamStep step = step_of(q, first, window, ring, scale, softcap, radians, adjacent, rotated);
           const auto steps = std::make_shared<RepeatedSteps>(q, k, v, slots, format_of(key), format_of(value), std::move(step), seen,
                                                              std::array<nb::object, 4>{given[0], given[1], given[2], given[3]});
-          // a function, not a class of Python: those of two libraries would have the same name
+          // A function, not a Python class: the classes of two versions of this library would have the same name.
           return nb::cpp_function(
               [steps](const mx::array& q, const mx::array& k, const mx::array& v, nb::handle scale, nb::handle softcap,
                       nb::handle rotated, nb::handle implementation) {

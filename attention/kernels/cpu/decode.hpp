@@ -22,8 +22,8 @@ static_assert(score_line <= max_quantized_rows);
 
 constexpr int64_t most_cached = 8 << 20;  // bytes of K and V of a call that come from the L3 if they were read before
 
-// Keys of a tile of one row that is read key by key, whose scores take the place of the transposed ones; and of them those whose
-// weights are computed before their values are read, so that reading goes on meanwhile; the first values are prefetched before that.
+// Keys of a tile where one row is computed key by key: its scores take the place of the transposed ones. The weights of some keys at a
+// time are computed before their values are read, so that reading goes on meanwhile; a tile's first values are prefetched.
 constexpr int64_t row_keys = 2048, weighed_together = 64, first_values = 8;
 static_assert(row_keys <= score_line * query_tile);
 
@@ -320,8 +320,8 @@ struct FewRows {
   // Converts a row's scores, times the factor, to probabilities, in place or as bfloat16; lanes are keys.
   void softmax_row(int64_t row, int64_t keys, float factor) { weigh(row, 0, keys, factor, reference(row, keys, factor)); }
 
-  // What is subtracted from a row's scores. It, and with it the output, is rescaled only if the maximum exceeds it by more than a
-  // threshold. Scores after the last key are masked.
+  // The reference of a row's exponents, which is subtracted from its scores. It is raised, and the output rescaled, only if the maximum
+  // exceeds it by more than a threshold. Scores after the last key are masked.
   float reference(int64_t row, int64_t keys, float factor) {
     float* s = scores + row * score_line;
     const int64_t last = round_up(keys, lanes) - lanes;
@@ -338,6 +338,7 @@ struct FewRows {
     return std::max(state.maximum[row], -largest);
   }
 
+  // Converts scores [begin, end) of a row to probabilities relative to `m`, and adds them to its sum.
   void weigh(int64_t row, int64_t begin, int64_t end, float factor, float m) {
     const float* s = scores + row * score_line;
     Vector sum{};

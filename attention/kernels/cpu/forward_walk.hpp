@@ -67,7 +67,7 @@ struct NextTile {
 constexpr int64_t few_keys = 4 * key_tile;
 
 // Whether an item finds its first keys and values in the L2: those of the whole head are a quarter of it at most, and the item before
-// had them. To ask for them again would take time from the products.
+// had them. Prefetching them again would take time from the products.
 template <class T>
 bool finds_keys(const Problem& p, const Item& before, const Item& item) {
   constexpr int64_t kept = registers == 16 ? 128 << 10 : 0;  // bytes
@@ -218,7 +218,7 @@ void attend_panels(const ForwardCall& call, const Item& item, Partials& partials
     if (panel[i].begin < panel[i].end) begin = std::min(begin, panel[i].begin), end = std::max(end, panel[i].end);
   }
   NextRows<T> rows(call, item, after);
-  const bool foresee_first = after != nullptr && !finds_keys<T>(p, item, *after);
+  const bool prefetch_first = after != nullptr && !finds_keys<T>(p, item, *after);
   const auto next_tile = [&](const NextTile& tile) {
     if (p.window > 0) return rows.after(tile, 2);
     return end - begin <= key_tile ? rows.after(tile, 1, 8) : end - begin <= few_keys ? rows.after(tile, 1) : tile;
@@ -232,8 +232,8 @@ void attend_panels(const ForwardCall& call, const Item& item, Partials& partials
     for (int64_t key = begin, next; key < end; key = next) {
       next = std::min(key + key_tile, end);
       share_tile<T>(p, item, panel, panels, key, next - key,
-                    next_tile(next == end && foresee_first ? NextTile::first<T>(p, *after, item.rows())
-                                                           : NextTile::of<T>(p, item, next, end - next, item.rows())));
+                    next_tile(next == end && prefetch_first ? NextTile::first<T>(p, *after, item.rows())
+                                                            : NextTile::of<T>(p, item, next, end - next, item.rows())));
     }
   }
   for (int64_t i = 0; i < panels; i++) {

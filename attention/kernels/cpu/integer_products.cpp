@@ -529,7 +529,7 @@ void add_blocks(const Packed& values, const Weights& weights, float* output, int
     else if constexpr (dims > 64) Block<bits, 0, 4>::all(values, weights, block, output, line, next);
 }
 
-// The dim of lane i of vector v of those of a block.
+// Which dim of a block lane i of its vector v holds.
 int64_t dim_of(int64_t vectors, int64_t v, int64_t i) { return i * vectors + v; }
 #else
 // Two vectors of a block of 8 words, 4 rows: two fields of the 16-bit parts of the words, of the four lower parts of each half or
@@ -612,7 +612,7 @@ void add_blocks(const Packed& values, const Weights& weights, float* output, int
     else if constexpr (dims > 32) add_block<bits, 2>(values, weights, block, output, line, next);
 }
 
-// The dim of lane i of vector v of those of a block.
+// Which dim of a block lane i of its vector v holds.
 int64_t dim_of(int64_t vectors, int64_t v, int64_t i) {
   const int64_t fields = vectors / 2;
   return (i / 4 * 8 + v / fields * 4 + i % 4) * fields + v % fields;

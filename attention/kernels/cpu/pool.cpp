@@ -63,7 +63,7 @@ class alignas(64) Range {
 
 // A call opens its work to the helpers and takes items itself; when none is left it closes, and waits only for the helpers that
 // had joined. Each thread begins with an equal share of neighbouring items, which read the same memory, in their order, and goes on
-// with half of what the thread with most has left, or all of it if that one has not come. The state is one word: generation (upper
+// with half of what the thread with most has left, or all of it if that one has not joined yet. The state is one word: generation (upper
 // half), open (one bit), helpers inside (the rest).
 class Pool {
  public:

@@ -61,7 +61,7 @@ DEVICE void produce(const Memory& memory, const Problem& problem, Schedule tile,
   for (u32 parity = 1; tile.next(); parity ^= 1) {
     const int batch = tile.plane / key_heads, key_head = tile.plane % key_heads;
     await_phase(memory.keys_empty(), parity);
-    leave_plane(memory, tile.plane);
+    publish_plane(memory, tile.plane);
     await_cleared(memory, tile.plane);
     if constexpr (SKIPS) store_word(memory.tile_key(), tile.key);
     barrier_arrive_expecting(memory.keys_full(), 2 * KeyTile::BYTES);
@@ -83,7 +83,7 @@ DEVICE void produce(const Memory& memory, const Problem& problem, Schedule tile,
     }
 #endif
   }
-  leave_plane(memory, ALL_BEGUN);
+  publish_plane(memory, ALL_BEGUN);
 }
 
 DEVICE void consume(const Memory& memory, const Problem& problem, Schedule tile, float* query_sums, char* key_gradient,

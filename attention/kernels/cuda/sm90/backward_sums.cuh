@@ -7,12 +7,12 @@ enum Counter {
   CLEARED = 1,  // runs of query tiles of the plane that are cleared
   TAKEN = 2,    // of plane 0: runs taken to be cleared; can exceed their number
 };
-constexpr int ALL_BEGUN = 1 << 30;  // in place of the plane of a block's key tile: the last is begun
+constexpr int ALL_BEGUN = 1 << 30;  // in place of the plane of a block's key tile: there are no more key tiles
 
 struct Sums {
   float* sums;
   u32* rows;
-  int planes, cleared;  // key planes; how many of them are cleared before, and how many a block's clearing is ahead
+  int planes, cleared;  // key planes; how many of them backward_rows.cu clears, and how many a block clears ahead of its key tile
 
   DEVICE static int tiles(const Problem& problem) { return problem.heads_per_key * problem.query_tiles(); }
   DEVICE u32* counter(const Problem& problem, int plane, Counter which) const {
@@ -55,12 +55,12 @@ DEVICE u32 load_shared_acquire(u32 address) {
 DEVICE void store_shared_release(u32 address, u32 word) {
   asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
 }
-DEVICE void rest() { asm volatile("nanosleep.u32 500;" ::: "memory"); }
+DEVICE void back_off() { asm volatile("nanosleep.u32 500;" ::: "memory"); }
 
 // ---- the producer's part -----------------------------------------------------------------------------------------
 
-// Leaves the plane of the key tile that the block begins, or ALL_BEGUN.
-DEVICE void leave_plane(const Memory& memory, int plane) {
+// Tells the clearing thread the plane of the key tile that the block begins, or ALL_BEGUN.
+DEVICE void publish_plane(const Memory& memory, int plane) {
   if constexpr (CLEARS) store_shared_release(memory.begun_plane(), plane);
 }
 // Waits until the sums of a key plane are cleared.
@@ -76,6 +76,7 @@ DEVICE void await_cleared(const Memory& memory, int plane) {
 // ---- clearing ----------------------------------------------------------------------------------------------------
 
 constexpr u32 SUMS_BYTES = BLOCK_Q * HEAD_DIM * 4;  // of a query tile
+static_assert(SUMS_BYTES % NOTHING_BYTES == 0);
 constexpr int RUN = 4;  // query tiles taken at a time: a device-wide fence takes as long as several steps of the consumers
 
 // Clears sums of later key planes than that of the block's key tile, RUN query tiles at a time, and tells the producer how many planes
@@ -106,7 +107,7 @@ DEVICE void clear_sums(const Memory& memory, const Problem& problem, const Sums&
       load_acquire(sums.counter(problem, ready, CLEARED));
       store_shared_release(memory.cleared_planes(), ready + 1);
     } else {
-      rest();
+      back_off();
     }
   }
 }

@@ -2,14 +2,14 @@
 // producer, the masks and the split of tiles with forward.cu; start there.
 //
 //   scores    S = Q K^T           64 x BLOCK_N    float32; exponents of 2 are S * 2^(exponents of the Q rows and the K tile)
-//   softmax   P = 2^(S - max + 8) 64 x BLOCK_N    packed to 1 byte: the left operand of the next product, since the keys of V
-//                                                 are permuted
+//   softmax   P = 2^(S - base + 5)                64 x BLOCK_N, packed to 1 byte: the left operand of the next product, since the
+//                                                 keys of V are permuted
 //   product   T = P V             64 x HEAD_DIM   the tensor cores' accumulator keeps few bits of fp8 products, so it sums
 //                                                 one tile of keys only (two-level accumulation)
 //   output    O = O * rescale + T 64 x HEAD_DIM   float32, in units of the V tile's power of two: its change is in `rescale`
 
 // Weights are relative to a row's base, an exponent that is raised only when a score exceeds it by HEADROOM: most tiles need neither
-// a maximum over lanes nor another factor of the output (FlashAttention 4). The largest e4m3 is 448, 2^8.8.
+// a maximum over lanes nor another factor of the output (FlashAttention 4). Weights are at most 2^8.75; the largest e4m3 is 448, 2^8.8.
 constexpr float WEIGHT_EXPONENT = 5, HEADROOM = 3.75f;
 
 using Weights8 = u32[BLOCK_N / 32][4];
@@ -43,7 +43,7 @@ DEVICE void pack_weights8(Weights8& weights, const Scores& scores) {
   }
 }
 
-// Largest score of each of the thread's rows over its columns. Floats that are not negative are ordered as integers, of which one
+// Largest score of each of the thread's rows over the thread's columns. Floats that are not negative are ordered as integers, of which one
 // instruction compares three; if a whole row is negative, the order is reversed. Two chains of comparisons a row take less time.
 template <bool NEGATIVE>
 DEVICE void largest_of(int (&largest)[2], const Scores& scores) {

@@ -137,7 +137,7 @@ def plane_bytes(shape: CallShape) -> int:
 
 
 def cleared_planes(shape: CallShape, kernel: Backward) -> int:
-    """Return the key planes whose sums of dQ the first launch clears, and that blocks of the main launch are ahead.
+    """Return how many key planes' sums of dQ the first launch clears; the main launch clears that many planes ahead.
 
     Two of the schedule's groups of planes: works of the first start at once, those of the second before all of the
     first are far enough to clear.
