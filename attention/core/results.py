@@ -464,7 +464,7 @@ class Fingerprint(Struct, frozen=True, kw_only=True):
 
 
 def instant(started: str) -> float:
-    """Return an ISO time as seconds since 1970, to order runs of several time zones; -inf if a file has no such time."""
+    """Return an ISO time as seconds since 1970, to order runs of several time zones; -inf for any other text."""
     try:
         return datetime.fromisoformat(started).timestamp()
     except (ValueError, OverflowError, OSError):
