@@ -8,6 +8,7 @@ from benchmarks import streaming
 from tests.support.marks import thorough
 
 
+@pytest.mark.usefixtures("compiled_kernel")
 @pytest.mark.parametrize("mode", [thorough("run"), "queued"])
 def test_a_short_run_prints_its_figures(mode, monkeypatch, capsys):
     """Ten tenths with the memory, or the time of a token in each format."""
