@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from attention.engine.ranks import Conditions
+from tests.support.patience import patient
 from tests.support.rank_link import STEP
 from tests.support.two_hosts import ADDRESSES, VethHosts, unavailable
 
@@ -40,7 +41,7 @@ def run_on(hosts: VethHosts, folder: Path) -> Found:
         for rank, name in enumerate(hosts.names)
     ]
     try:
-        texts = [process.communicate(timeout=100)[0] for process in ranks]
+        texts = [process.communicate(timeout=patient(100))[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()

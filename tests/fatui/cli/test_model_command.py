@@ -24,6 +24,7 @@ from fatui.engine_process import Silence
 from fatui.report import export
 from fatui.report.table import report_table
 from fatui.storage.history import RunHistory
+from tests.support.patience import patient
 from tests.support.sample_runs import ENVIRONMENT, run_of
 from tests.support.streams import stream_plan
 
@@ -37,7 +38,7 @@ GENERATIONS = tuple(
 
 def fatui(*arguments: str, timeout: float = 200) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fatui", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patient(timeout), check=False)
 
 
 def shown(report: Report, width: int = 100) -> str:
@@ -246,13 +247,30 @@ def test_loss_curves_of_twenty_iterations_agree():
         assert row["replaced_calls"] > 0
 
 
+WAITS = """
+import time
+from pathlib import Path
+from tests.support.planted import Planted
+
+class Waits(Planted):
+    def before_call(self):
+        Path(__file__).with_name("reached").touch()
+        time.sleep(3600)
+"""
+
+
 @pytest.mark.slow
-def test_an_interrupted_fine_tuning_keeps_rows_and_exits_130():
-    command = [sys.executable, "-m", "fatui", "finetune", "tiny-llama", "--iters", "5000", "--impl", "baseline,poc"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(45)
-    process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=20)
+def test_an_interrupted_fine_tuning_keeps_rows_and_exits_130(tmp_path):
+    """Interrupted in the second row, whose first call does not return."""
+    (tmp_path / "waits.py").write_text(WAITS)
+    options = ["--seq", "16", "--batch", "1", "--iters", "3", "--impl", f"baseline,{tmp_path / 'waits.py'}:Waits"]
+    command = [sys.executable, "-m", "fatui", "finetune", "tiny-llama", *options]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "reached").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, error = process.communicate(timeout=patient(20))
     assert process.returncode == 130
     assert "interrupted" in error
     assert "it/s" in out

@@ -11,6 +11,7 @@ import pytest
 from attention.core.workload import Workload
 from fatui.report.compose import compose
 from fatui.report.document import to_html
+from tests.support.patience import patient
 from tests.support.sample_runs import plan_of, report_of
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -71,7 +72,7 @@ def test_nothing_overlaps_and_the_console_is_silent(width, tmp_path):
     page.write_text(to_html(compose([report_of(plan_of(SWEEP))])).replace("</body>", PROBE))
     frame.write_text(FRAME.format(width=width))
     command = [BROWSER, *OPTIONS, f"--user-data-dir={tmp_path}", frame.as_uri()]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=patient(120), check=True)
     found = re.search(r'<pre id="told">(.*?)</pre>', ran.stdout, re.DOTALL)
     assert found, ran.stderr[-2000:]
     assert json.loads(unescape(found[1])) == {"width": width, "told": []}
