@@ -17,7 +17,7 @@ EXAMPLE: Final = """examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's arguments."""
     parser.add_argument(
-        "action", nargs="?", default="list", metavar="list|show NAME|check FILE", help="what to do (list)"
+        "action", nargs="?", default="list", metavar="list|show NAME|check NAME|FILE", help="what to do (list)"
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help=argparse.SUPPRESS)
 
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.action not in ACTIONS:
         hint = suggestion(arguments.action, ACTIONS)
-        raise UsageError(f"presets: got '{arguments.action}'; it takes list, show NAME or check FILE{hint}")
+        raise UsageError(f"presets: got '{arguments.action}'; it takes list, show NAME or check NAME|FILE{hint}")
     if arguments.action == "list":
         if arguments.name is not None:
             raise UsageError(f"presets list: got '{arguments.name}'; it takes nothing more")

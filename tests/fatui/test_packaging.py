@@ -95,19 +95,17 @@ def test_bash_completes(words, expected, capsys, tmp_path):
     assert set(ran.stdout.split()) == expected, ran.stderr
 
 
-def test_the_manual_page_has_every_command_and_option():
-    page = PAGE.read_text().replace("\\-", "-")
+def test_the_manual_page_has_every_command_option_and_help():
+    page = " ".join(PAGE.read_text().replace("\\-", "-").split())
     parser = whole_parser()
     (commands,) = (each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
     assert set(commands.choices) == set(COMMANDS)
-    options = {
-        option
-        for command in (parser, *commands.choices.values())
-        for action in command._actions
-        for option in action.option_strings
-        if action.help != argparse.SUPPRESS
-    } - {"-h", "--help"}
-    missing = {name for name in (*(f"fatui {name}" for name in COMMANDS), *options) if name not in page}
+    expected = {f"fatui {name}" for name in COMMANDS}
+    for command in (parser, *commands.choices.values()):
+        for action in command._actions:
+            if action.help not in (None, argparse.SUPPRESS) and not isinstance(action, argparse._HelpAction):
+                expected |= {*action.option_strings, " ".join(command._get_formatter()._expand_help(action).split())}
+    missing = {text for text in expected if text not in page}
     assert not missing, f"{missing}; `make manual` writes the page"
 
 
