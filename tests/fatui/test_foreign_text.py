@@ -136,7 +136,7 @@ def test_hostile_presets_are_listed(presets_of_others, capsys):
     assert main(["presets"]) == 0
     out = "".join(harmless(capsys.readouterr()).split())
     assert "[/x][b]\\x1b[2J" in out
-    assert "[workload]" in out
+    assert "`fatuipresetscheckbroken`tellsall" in out
 
 
 @pytest.mark.parametrize("command", [["presets", "check"], ["bench"], ["explain"], []])
