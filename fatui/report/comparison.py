@@ -20,6 +20,7 @@ from attention.core.results import (
     AnyCase,
     Case,
     FineTuningCase,
+    Interval,
     ModelCase,
     NoiseFloor,
     Ratio,
@@ -56,8 +57,8 @@ MACHINE: Final = ("backend", "device", "blas")
 K = TypeVar("K", Case, ModelCase, FineTuningCase, StreamCase)
 
 
-def _has_figures(row: Row) -> bool:
-    return row.call_s is not None and row.status in MEASURED
+def _call_time(row: Row | None) -> Interval | None:
+    return row.call_s if row is not None and row.status in MEASURED else None
 
 
 def rebased(case: K, reference: str) -> K:
@@ -66,7 +67,7 @@ def rebased(case: K, reference: str) -> K:
     Rounds are paired if both rows have a sample in each; a fine-tuning, and rows with samples missing, are compared by
     the intervals of their medians. The noise floor stays that of the case's own reference.
     """
-    base = next((row for row in case.rows if row.implementation == reference and _has_figures(row)), None)
+    base = next((row for row in case.rows if row.implementation == reference and _call_time(row)), None)
     if base is None or reference == case.reference:
         return case
     floor = case.noise_floor
@@ -339,11 +340,8 @@ def _reference_row(case: AnyCase) -> Row | None:
 
 
 def _times(before: Row | None, after: Row | None, floor: float) -> Ratio | None:
-    if before is None or after is None or not (_has_figures(before) and _has_figures(after)):
-        return None
-    assert before.call_s is not None
-    assert after.call_s is not None
-    return statistics.ratio_of_medians(before.call_s, after.call_s, floor)
+    first, second = _call_time(before), _call_time(after)
+    return statistics.ratio_of_medians(first, second, floor) if first and second else None
 
 
 def _beyond(before: Row, after: Row, floor: float) -> Ratio | None:
@@ -441,7 +439,7 @@ def by_machine(reports: Sequence[Report]) -> MachineTable:
         for case in report.all_cases:
             for row in case.rows:
                 before = found.setdefault((case.workload, row.implementation), {})
-                if number not in before or _has_figures(row):
+                if number not in before or _call_time(row):
                     before[number] = case, row
     notes = [
         f"{name}: runs of different versions: {'; '.join(each)}" for name, each in versions.items() if len(each) > 1
@@ -477,7 +475,7 @@ def _machine_names(reports: Sequence[Report]) -> dict[tuple[str, ...], str]:
 
 
 def _beside(found: dict[int, tuple[AnyCase, Row]]) -> tuple[MachineRow, ...]:
-    first = next((found[number] for number in sorted(found) if _has_figures(found[number][1])), None)
+    first = next((found[number] for number in sorted(found) if _call_time(found[number][1])), None)
     return tuple(
         MachineRow(machine=number, case=case, row=row, across=_across(first, (case, row)))
         for number, (case, row) in sorted(found.items())
