@@ -69,6 +69,20 @@ class FloatSteps {
 
   static float key_factor(const Problem&) { return 1.0f; }  // Q is scaled
 
+  void clear_prefetches() { prefetches_ = 0, ahead_[0] = nothing; }
+  // Divides the planned lines among the register tiles of the products with the present queries and block.
+  void share_prefetches(int64_t block_keys) {
+    int64_t lines = 0;
+    for (int i = 0; i < prefetches_; i++) {
+      ahead_[i].go_on_with(i + 1 < prefetches_ ? &ahead_[i + 1] : nullptr);
+      lines += ahead_[i].pieces();
+    }
+    const int64_t wide = (by_two ? 2 : 4) * lanes, rows = std::min(p_.queries, query_tile);
+    const int64_t of_keys = ceil_div(block_keys, wide) * ceil_div(rows, 6);  // register tiles of S, and as many of dP
+    const int64_t of_dims = ceil_div(d_ + dv_, wide) * ceil_div(block_keys, 6);  // of dK and dV
+    ahead_lines_ = ceil_div(lines, 2 * of_keys + of_dims);
+  }
+
  protected:
   static constexpr bool by_two = registers == 16;  // vectors of a register tile: two, or four
   static inline const Ahead nothing{Lines<float>{nullptr, 0, 0, 0}};
@@ -85,21 +99,6 @@ class FloatSteps {
 
   void plan_prefetch(const Ahead& rows) {
     if (rows.pieces() > 0 && prefetches_ < max_prefetches) ahead_[prefetches_++] = rows;
-  }
-
- public:
-  void clear_prefetches() { prefetches_ = 0, ahead_[0] = nothing; }
-  // Divides the planned lines among the register tiles of the products with the present queries and block.
-  void share_prefetches(int64_t block_keys) {
-    int64_t lines = 0;
-    for (int i = 0; i < prefetches_; i++) {
-      ahead_[i].go_on_with(i + 1 < prefetches_ ? &ahead_[i + 1] : nullptr);
-      lines += ahead_[i].pieces();
-    }
-    const int64_t wide = (by_two ? 2 : 4) * lanes, rows = std::min(p_.queries, query_tile);
-    const int64_t of_keys = ceil_div(block_keys, wide) * ceil_div(rows, 6);  // register tiles of S, and as many of dP
-    const int64_t of_dims = ceil_div(d_ + dv_, wide) * ceil_div(block_keys, 6);  // of dK and dV
-    ahead_lines_ = ceil_div(lines, 2 * of_keys + of_dims);
   }
 
  private:
