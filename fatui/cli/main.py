@@ -20,7 +20,7 @@ COMMANDS: Final = {
     "doctor": "report what this machine has, what is missing, and how to fix it",
     "explain": "show which path each implementation would take, and why, without running it",
     "predict": "predict a preset on chips that are not here, each time with an interval",
-    "presets": "list presets, show one, or check a file",
+    "presets": "list presets, show one, or check one",
     "history": "list past runs, show one, or remove one",
     "compare": "compare past runs, row by row: two, pairs of them with a gate, or those of several machines",
     "gate": "measure two versions of the code in turns, until it is decided whether one is slower",

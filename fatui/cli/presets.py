@@ -1,4 +1,4 @@
-"""`fatui presets`: list presets, show one, or check a file."""
+"""`fatui presets`: list presets, show one, or check one."""
 
 import argparse
 from typing import Final
