@@ -2,14 +2,19 @@
 
     python -m benchmarks.streaming --tokens 1000000                    # on this machine's default device
     python -m benchmarks.streaming --heads 32 --kv-heads 8 --head-dim 128 --window 4096 --dtype bfloat16
+    python -m benchmarks.streaming --batch 16 --ahead 2 --heads 32 --kv-heads 8 --head-dim 128 --window 4096 \\
+        --dtype bfloat16 --tokens 1000000
     python -m benchmarks.streaming queued --window 32768 --format none --format int4
 
 `run` evaluates every token. Blocks of tokens alternate with blocks of a bare loop: on a CPU a plain loop that reads as
 many bytes on all threads, elsewhere an addition that reads and writes as many together. Its time is the bound of a
-step, and its histogram what the system does to any loop. `queued` evaluates 64 tokens at a time, for throughput.
+step, and its histogram what the system does to any loop. With `--ahead N` a step and a pass of the bare loop wait for
+the one N before instead of for themselves, so that on a GPU with enough work (`--batch`) the host's share of a step is
+hidden behind the GPU's. `queued` evaluates 64 tokens at a time, for throughput.
 """
 
 import argparse
+import collections
 import gc
 import itertools
 import time
@@ -26,6 +31,8 @@ from attention.engine.stream import resident_bytes
 from attention.kernels.cpu import library
 
 Times = NDArray[np.float64]
+Step = Callable[[int], object]
+"""What returns the next output, for its number."""
 BLOCK, BARE_BLOCK, QUEUED = 1000, 100, 64
 POOL: Final = 32
 """Different tokens, given in turn."""
@@ -57,25 +64,32 @@ class Stream:
         return self.state.attend(*self._tokens[i % POOL])
 
 
-def bare_loop(state: StreamingKV) -> Callable[[], object]:
-    """Return what reads as many bytes as a step does, evaluated."""
+def bare_loop(state: StreamingKV) -> Step:
+    """Return what reads as many bytes as a step does; unevaluated where MLX is lazy."""
     if mx.default_device() == mx.Device(mx.cpu):
         module = library.load()
         words = [mx.random.normal((max(1, state.nbytes // 8),)) for _ in range(2)]
         mx.eval(words)
-        return lambda: module.read_bandwidth(*words)
+        return lambda _: module.read_bandwidth(*words)
     some = mx.random.normal((max(1, state.nbytes // 8),))
     one = mx.array(1.0)
     mx.eval(some, one)
-    return lambda: mx.eval(some + one)
+    return lambda _: some + one
 
 
-def timed(call: Callable[[int], object], times: Times) -> None:
-    """Fill an array with the seconds of calls."""
+def timed(call: Step, times: Times, ahead: int = 0) -> None:
+    """Fill an array with the seconds of calls, each of which waits until all but `ahead` of them are evaluated."""
+    begun = collections.deque[object]()
     for i in range(len(times)):
         start = time.perf_counter()
-        call(i)
+        output = call(i)
+        if ahead:
+            mx.async_eval(output)  # type: ignore[no-untyped-call]
+            begun.append(output)
+            output = begun.popleft() if len(begun) > ahead else None
+        mx.eval(output)
         times[i] = time.perf_counter() - start
+    mx.eval(list(begun))
 
 
 def histogram(times: Times) -> str:
@@ -93,8 +107,8 @@ def run(options: argparse.Namespace, kv_format: str) -> None:
     bare = bare_loop(stream.state)
     warm = np.empty(BLOCK)
     for _ in range(10):
-        timed(lambda i: mx.eval(stream.step(i)), warm)
-        timed(lambda _: bare(), warm[:BARE_BLOCK])
+        timed(stream.step, warm, options.ahead)
+        timed(bare, warm[:BARE_BLOCK], options.ahead)
     gc.collect()
     gc.disable()
     tenth = max(1, options.tokens // 10 // BLOCK)
@@ -107,8 +121,8 @@ def run(options: argparse.Namespace, kv_format: str) -> None:
     print(f"{'tenth':>6} {'median us':>10} {'over first':>10} {'bound us':>9} {'share':>6} {'RSS':>9} {'device':>9}")
     for part in range(10):
         for block in range(tenth):
-            timed(lambda i: mx.eval(stream.step(i)), steps[part, block * BLOCK : (block + 1) * BLOCK])
-            timed(lambda _: bare(), others[part, block * BARE_BLOCK : (block + 1) * BARE_BLOCK])
+            timed(stream.step, steps[part, block * BLOCK : (block + 1) * BLOCK], options.ahead)
+            timed(bare, others[part, block * BARE_BLOCK : (block + 1) * BARE_BLOCK], options.ahead)
         memory.append((resident_bytes(), mx.get_active_memory()))
         median, bound = np.median(steps[part]), np.median(others[part])
         (rss, device), (rss0, device0) = memory[-1], memory[0]
@@ -140,13 +154,13 @@ def queued(options: argparse.Namespace, kv_format: str) -> float:
     stream = Stream(options, kv_format)
     bare = bare_loop(stream.state)
 
-    def many(_: int) -> None:
-        mx.eval([stream.step(i) for i in range(QUEUED)])
+    def many(_: int) -> list[mx.array]:
+        return [stream.step(i) for i in range(QUEUED)]
 
     times, others = np.empty(max(8, options.tokens // QUEUED)), np.empty(64)
     timed(many, times[:4])
     timed(many, times)
-    timed(lambda _: bare(), others)
+    timed(bare, others)
     token, bound = float(np.median(times)) / QUEUED, float(np.median(others))
     print(
         f"{kv_format:>6}: {token * 1e6:8.2f} us a token, {stream.state.nbytes / token / 1e9:7.0f} GB/s of "
@@ -162,7 +176,7 @@ def main() -> None:
     parser.add_argument("mode", nargs="?", choices=("run", "queued"), default="run")
     for name, default in (("tokens", 100_000), ("batch", 1), ("heads", 8), ("kv-heads", 8), ("head-dim", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name, default in (("first", 4), ("window", 1024)):
+    for name, default in (("first", 4), ("window", 1024), ("ahead", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16"))
     parser.add_argument("--format", action="append", help="none, int8, int4, ...; may be given several times")

@@ -2,15 +2,17 @@
 
 Parts are decode and prefill; `--json PATH` writes the timings. Arms of a row share its rounds: this package's kernels
 on bfloat16 and on each format, MLX's SDPA on bfloat16, and for decoding mlx-lm's path for quantized caches (two
-quantized products), which is marked if its result is not that of attention. A decoding step is timed in four ways:
+quantized products), which is marked if its result is not that of attention. A decoding step is timed in five ways:
 
-    queued        20 calls are made and evaluated together (8 of long ones), start and end of the queue included
+    repeated      20 calls are made and evaluated together (8 of long ones), start and end of the queue included, all
+                  of them over the same keys and values, of which a part stays in the L2 cache
+    queued        the same over several sets of keys and values in turn, which are read from memory
     sustained     so many that a sample takes 30 ms: start and end no longer count
     chained       as many, each with the output of the one before as its query, as the layers of a model are: none
                   hides another one's start and end
     one by one    a call is evaluated before the next is made: mostly the time until the GPU has it and the host knows
 
-Each part ends with its target figures and whether they are met, in decoding by the first three.
+Each part ends with its target figures and whether they are met, in decoding by the first four.
 """
 
 import functools
@@ -37,6 +39,8 @@ QUEUED: Final = 20
 """Calls that are queued and evaluated together."""
 LONG, QUEUED_LONG = 100_000, 8
 """Number of keys from which fewer are queued, and how many."""
+METHODS: Final = ("repeated", "queued", "sustained", "chained")
+"""Of timing a step: those that targets are for."""
 MLX_LM_FORMATS: Final = ("int4",)
 """MLX compiles each of its products at the first call, for half a minute."""
 PEER_ERROR: Final = 0.03
@@ -68,25 +72,25 @@ def decode() -> Rows:
     mx.clear_cache()
     for batch, keys, count in SIZES:
         dense = [_inputs(batch, 1, keys) for _ in range(count)]
-        runs: dict[str, TimedCall] = {
-            "bf16": _calls(_dense, dense),
-            "mlx": _calls(_sdpa, dense),
-        }
-        chains = {"bf16": _chain(_dense, dense), "mlx": _chain(_sdpa, dense)}
+        sets: dict[str, tuple[Any, Sequence[Sequence[Any]]]] = {"bf16": (_dense, dense), "mlx": (_sdpa, dense)}
         errors = {}
-        sizes = dict.fromkeys(runs, dense[0][1].nbytes + dense[0][2].nbytes)
+        sizes = dict.fromkeys(sets, dense[0][1].nbytes + dense[0][2].nbytes)
         for form in FORMATS:
             packed = [(q, quantized(k, form), quantized(v, form)) for q, k, v in dense]
             mx.eval([part.arrays for _, k, v in packed for part in (k, v)])
-            runs[form], chains[form] = _calls(_ours, packed), _chain(_ours, packed)
+            sets[form] = _ours, packed
             sizes[form] = packed[0][1].nbytes + packed[0][2].nbytes
             if form in MLX_LM_FORMATS:
-                runs[f"mlx-lm {form}"] = _calls(like_mlx_lm, packed)
-                chains[f"mlx-lm {form}"] = _chain(like_mlx_lm, packed)
+                sets[f"mlx-lm {form}"] = like_mlx_lm, packed
                 sizes[f"mlx-lm {form}"] = sizes[form]
                 errors[f"mlx-lm {form}"] = _error(like_mlx_lm(*packed[0]), _ours(*packed[0]))
+        runs: dict[str, TimedCall] = {name: _calls(*given) for name, given in sets.items()}
+        same: dict[str, TimedCall] = {name: _calls(call, given[:1]) for name, (call, given) in sets.items()}
+        chains: dict[str, TimedCall] = {name: _chain(*given) for name, given in sets.items()}
+        together = QUEUED if keys < LONG else QUEUED_LONG
         found = {
-            "queued": queued(runs, QUEUED if keys < LONG else QUEUED_LONG),
+            "repeated": queued(same, together),
+            "queued": queued(runs, together),
             "sustained": medians(runs),
             "chained": medians(chains),
             "one by one": one_at_a_time(runs),
@@ -112,7 +116,7 @@ def decode() -> Rows:
         )
         mx.clear_cache()
     by_size = dict(zip([size[:2] for size in SIZES], rows, strict=True))
-    return rows + [row for method in ("queued", "sustained", "chained") for row in _decode_targets(by_size, method)]
+    return rows + [row for method in METHODS for row in _decode_targets(by_size, method)]
 
 
 def _error(found: mx.array, expected: mx.array) -> float:

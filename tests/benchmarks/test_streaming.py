@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 
 from benchmarks import streaming
@@ -21,3 +22,17 @@ def test_a_short_run_prints_its_figures(mode, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.count("position 143") == (2 if mode == "run" else 0)
     assert ("x" in out.splitlines()[-1]) == (mode == "queued")
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_calls_wait_for_the_one_so_many_before(ahead, monkeypatch):
+    """With `ahead` each output is started at once and evaluated that many calls later; at the end none is left."""
+    evaluated = []
+    monkeypatch.setattr(streaming.mx, "async_eval", lambda output: evaluated.append(("begun", output)))
+    monkeypatch.setattr(streaming.mx, "eval", lambda output: evaluated.append(("waited", output)))
+    times = np.zeros(4)
+    streaming.timed(lambda i: i, times, ahead)
+    waited = [output for kind, output in evaluated if kind == "waited"]
+    assert waited == ([0, 1, 2, 3, []] if ahead == 0 else [None, None, 0, 1, [2, 3]])
+    assert [output for kind, output in evaluated if kind == "begun"] == ([] if ahead == 0 else [0, 1, 2, 3])
+    assert (times > 0).all()
