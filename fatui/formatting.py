@@ -247,24 +247,26 @@ def interval_text(interval: Interval | None) -> str:
 
 def span(low: float, high: float) -> str:
     """Format the ends of an interval, rounded outward to two significant figures: "0.43 to 1.9"."""
-    return f"{_rounded(low, math.floor)} to {_rounded(high, math.ceil)}"
+    return f"{_rounded(low, math.floor)[1]} to {_rounded(high, math.ceil)[1]}"
 
 
 def ratio_span(low: float, high: float) -> str:
     """Format the ends of a ratio's interval as `span` does, with up to four figures if it takes them to exclude 1."""
     for figures in (2, 3, 4):
-        least, most = _rounded(low, math.floor, figures), _rounded(high, math.ceil, figures)
-        if not (low > 1 and float(least.replace(",", "")) <= 1) and not (high < 1 and float(most) >= 1):
+        (least, low_text), (most, high_text) = _rounded(low, math.floor, figures), _rounded(high, math.ceil, figures)
+        if not (low > 1 >= least) and not (high < 1 <= most):
             break
-    return f"{least} to {most}"
+    return f"{low_text} to {high_text}"
 
 
-def _rounded(value: float, towards: Callable[[float], int], figures: int = 2) -> str:
+def _rounded(value: float, towards: Callable[[float], int], figures: int = 2) -> tuple[float, str]:
+    """Round to significant figures; return the number and its text."""
     if value <= 0 or not math.isfinite(value):
-        return f"{value:g}"
+        return value, f"{value:g}"
     places = max(0, figures - 1 - math.floor(math.log10(value)))
     step = 10.0**places
-    return f"{towards(round(value * step, 6)) / step:,.{places}f}"
+    rounded = towards(round(value * step, 6)) / step
+    return rounded, f"{rounded:,.{places}f}"
 
 
 def _outward(half: float, places: int) -> str:

@@ -6,7 +6,7 @@ digest guards against accidents and quiet corrections, not against forgery: anyo
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any, Final, Literal, cast
 
@@ -513,6 +513,11 @@ class Report(Struct, frozen=True, kw_only=True):
 
 
 AnyCase = Case | ModelCase | FineTuningCase | StreamCase
+
+
+def in_order(reports: Iterable[Report]) -> list[Report]:
+    """Return runs in the order in which they were started, those of several time zones too."""
+    return sorted(reports, key=lambda report: instant(report.run.started))
 
 
 ORIGIN: Final = ("run_id", "started", "fatui", "mlx", "backend", "device", "host")

@@ -27,12 +27,13 @@ from attention.core.results import (
     Report,
     Row,
     StreamCase,
-    instant,
+    in_order,
 )
 from attention.core.stream import Stream
 from attention.core.workload import FineTuning, Generation, Workload
 from attention.engine.record import UNITY, summarise
 from fatui import formatting
+from fatui.report.evidence import cpu_cores
 from fatui.trust import MANY_SHARE
 from fatui.untrusted_text import markdown_cell
 
@@ -428,12 +429,12 @@ def by_machine(reports: Sequence[Report]) -> MachineTable:
     A machine is a device and backend, on the CPU with so many cores and so much memory: virtual machines name their
     processors alike.
     """
-    names = _machine_names(reports)
+    names = machine_names(reports)
     machines: dict[str, int] = {}
     found: dict[tuple[AnyWorkload, str], dict[int, tuple[AnyCase, Row]]] = {}
     versions: dict[str, dict[str, None]] = {}
-    for report in sorted(reports, key=lambda each: instant(each.run.started)):
-        name = names[_machine_key(report)]
+    for report in in_order(reports):
+        name = names[machine_key(report)]
         number = machines.setdefault(name, len(machines))
         versions.setdefault(name, {})[f"fatui {report.environment.fatui}, MLX {report.environment.mlx}"] = None
         for case in report.all_cases:
@@ -458,18 +459,17 @@ def machine_name(report: Report) -> str:
     return f"{where.machine or 'unknown device'}, {where.backend or 'unknown backend'}"
 
 
-def _machine_key(report: Report) -> tuple[str, ...]:
+def machine_key(report: Report) -> tuple[str, ...]:
     """Return what runs of one machine have in common."""
-    where, conditions = report.environment, report.conditions
-    if where.backend != "cpu":
+    if report.environment.backend != "cpu":
         return (machine_name(report),)
-    cores = f"{conditions.cores} cores" if conditions and conditions.cores else "unknown cores"
-    return machine_name(report), cores, formatting.size(where.memory_bytes)
+    cores = f"{cpu_cores(report) or 'unknown'} cores"
+    return machine_name(report), cores, formatting.size(report.environment.memory_bytes)
 
 
-def _machine_names(reports: Sequence[Report]) -> dict[tuple[str, ...], str]:
-    """Return the name of each machine, with cores and memory where several have the same."""
-    keys = dict.fromkeys(map(_machine_key, reports))
+def machine_names(reports: Sequence[Report]) -> dict[tuple[str, ...], str]:
+    """Return the name of each machine by its key, with cores and memory where several have the same."""
+    keys = dict.fromkeys(map(machine_key, reports))
     alike = Counter(name for name, *_ in keys)
     return {key: ", ".join(key) if alike[key[0]] > 1 else key[0] for key in keys}
 

@@ -10,7 +10,7 @@ from attention.core.results import AnyCase, Ratio, Report
 from fatui import formatting
 from fatui.report import charts
 from fatui.report.charts import density_charts, format_charts, loss_charts, sweep_charts
-from fatui.report.comparison import machine_name
+from fatui.report.comparison import machine_key, machine_names
 from fatui.report.counterparts import quantized_blocks, sparse_blocks
 from fatui.report.document import (
     Block,
@@ -26,7 +26,7 @@ from fatui.report.document import (
     joined,
     section,
 )
-from fatui.report.evidence import Evidence, gather, sound_rows, unsound, unsound_rows
+from fatui.report.evidence import Evidence, cpu_cores, gather, sound_rows, unsound, unsound_rows
 from fatui.report.scaling import effects
 from fatui.report.sections import (
     RUN_BENCH,
@@ -54,9 +54,11 @@ from fatui.verdict import Verdict, confidence_text, group_verdicts, headline, lo
 def compose(reports: Sequence[Report]) -> Document:
     """Compose the document of some runs; different machines or versions are separate parts, never compared."""
     parts = gather([escape_all(report) for report in reports])
+    known = [next(filter(cpu_cores, evidence.runs), evidence.runs[0]) for evidence in parts]
+    names = machine_names(known)
     sections: list[Section] = []
-    for evidence in parts:
-        prefix = f"{machine_name(evidence.runs[0])}: " if len(parts) > 1 else ""
+    for evidence, one in zip(parts, known, strict=True):
+        prefix = f"{names[machine_key(one)]}: " if len(parts) > 1 else ""
         edited = [run.run.id for run in evidence.runs if run.edited]
         if edited:
             are = "was" if len(edited) == 1 else "were"

@@ -15,7 +15,7 @@ from attention.core.results import (
     Report,
     Row,
     StreamCase,
-    instant,
+    in_order,
 )
 from fatui import formatting
 from fatui.report.document import Block, Paragraph, Table, counted, joined
@@ -54,11 +54,25 @@ class Evidence(Struct, frozen=True):
 
 
 def gather(reports: Sequence[Report]) -> tuple[Evidence, ...]:
-    """Group reports by machine and versions, in the order of their first run."""
-    groups: dict[Environment, list[Report]] = {}
-    for report in sorted(reports, key=lambda each: instant(each.run.started)):
-        groups.setdefault(report.environment, []).append(report)
-    return tuple(_evidence(where, runs) for where, runs in groups.items())
+    """Group reports by machine and versions, in the order of their first run.
+
+    On a CPU another number of cores is another machine. A run stopped in its first case does not know its cores: it is
+    apart only from runs of several numbers of them.
+    """
+    counts: dict[Environment, set[int]] = {}
+    for report in reports:
+        if cores := cpu_cores(report):
+            counts.setdefault(report.environment, set()).add(cores)
+    groups: dict[tuple[Environment, int | None], list[Report]] = {}
+    for report in in_order(reports):
+        several = len(counts.get(report.environment, ())) > 1
+        groups.setdefault((report.environment, cpu_cores(report) if several else None), []).append(report)
+    return tuple(_evidence(where, runs) for (where, _), runs in groups.items())
+
+
+def cpu_cores(report: Report) -> int | None:
+    """Return the number of cores that a run on a CPU could use; None if it is not known, and on a GPU."""
+    return report.conditions.cores if report.conditions and report.environment.backend == "cpu" else None
 
 
 def _evidence(environment: Environment, runs: Sequence[Report]) -> Evidence:

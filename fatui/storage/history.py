@@ -16,7 +16,7 @@ from msgspec import Struct, structs
 
 from attention.core.errors import UsageError, suggestion
 from attention.core.files import expand_home, make_folder
-from attention.core.results import Report, instant, sealed
+from attention.core.results import Report, in_order, sealed
 from fatui import storage
 from fatui.storage import result_files
 from fatui.storage.result_files import read
@@ -33,6 +33,8 @@ PATIENCE_S: Final = 10.0
 MAX_QUERY_S: Final = 60.0
 MAX_LINE_BYTES: Final = 100_000
 MAX_RUNS: Final = 100_000
+NO_ROOM: Final = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
+"""What SQLite says where its files cannot grow or be made."""
 FILE: Final = "history.sqlite"
 LAST: Final = "last"
 TABLE: Final = """
@@ -207,7 +209,8 @@ class RunHistory:
         except sqlite3.IntegrityError:
             raise
         except sqlite3.Error as error:
-            why = "the disk is full" if _is_full(self.path) else error
+            full = _code(error) in NO_ROOM and _is_full(self.path)
+            why = f"the disk is full ({error})" if full else error
             raise HistoryError(f"history: {self.path} cannot be used: {why}") from error
         except OSError as error:
             raise HistoryError(f"history: {self.path} cannot be used: {error.strerror or error}") from error
@@ -261,7 +264,12 @@ def _is_damage(error: Exception) -> bool:
     """
     if isinstance(error, UnicodeDecodeError):
         return True
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    return _code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def _code(error: Exception) -> int:
+    """Return SQLite's primary result code of an error; 0 if Python raised it by itself."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
 
 
 def _line(identity: object, content: object) -> RunSummary | None:
@@ -392,7 +400,7 @@ def read_runs(name: str, history: RunHistory) -> list[Report]:
     """
     path = expand_home(name)
     if is_folder(path):
-        return sorted((read(file) for file in files_of(path)), key=lambda report: instant(report.run.started))
+        return in_order(map(read, files_of(path)))
     if "," in name and not path.is_file():
         return [read_run(part.strip(), history) for part in name.split(",")]
     return [read_run(name, history)]

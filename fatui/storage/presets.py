@@ -182,7 +182,6 @@ class _Reader:
         return {field: value for field, value in got.items() if field in FIELDS}
 
     def _cases(self) -> tuple[Workload, ...]:
-        before = len(self.problems)
         shared, sweep = self._table("workload"), self._table("sweep")
         for field, value in shared.items():
             if isinstance(value, list):
@@ -193,12 +192,7 @@ class _Reader:
         if not any(key in self.document for key in ("workload", "sweep", "case")):
             self.problems.append("nothing to measure: it takes a [workload], a [sweep] or [[case]] tables")
         groups = [*([("[sweep] ", sweep)] if sweep else []), *self._explicit()]
-        wrong_kind = len(self.problems) > before and any(isinstance(value, list) for value in shared.values())
-        cases = (
-            []
-            if wrong_kind
-            else [case for where, table in groups or [("", {})] for case in self._group(shared, table, where)]
-        )
+        cases = [case for where, table in groups or [("", {})] for case in self._group(shared, table, where)]
         return tuple(dict.fromkeys(cases))
 
     def _explicit(self) -> list[tuple[str, Table]]:
@@ -214,18 +208,19 @@ class _Reader:
         return groups
 
     def _group(self, shared: Table, table: Table, where: str) -> tuple[Workload, ...]:
-        axes = {field: value for field, value in table.items() if isinstance(value, list)}
+        given = {**shared, **table}
+        axes = {field: value for field, value in given.items() if isinstance(value, list)}
         empty = [field for field, values in axes.items() if not values]
         count = math.prod(len(values) for values in axes.values())
         if empty:
-            self.problems.extend(f"{where}{field}: got an empty list; it takes at least one value" for field in empty)
+            named = [field for field in empty if field in table]
+            self.problems.extend(f"{where}{field}: got an empty list; it takes at least one value" for field in named)
             return ()
         if count > MAX_CASES:
             self.problems.append(f"{where}makes {count:,} cases; at most {MAX_CASES:,} are taken")
             return ()
         try:
-            single = {field: value for field, value in table.items() if field not in axes}
-            return workloads({**shared, **single}, axes)
+            return workloads({field: value for field, value in given.items() if field not in axes}, axes)
         except UsageError as error:
             for problem in error.problems:
                 located_problem = f"{where if problem.partition(':')[0] in table else '[workload] '}{problem}"

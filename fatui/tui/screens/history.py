@@ -14,7 +14,7 @@ from textual.widgets import Input, Static
 
 from attention.core.errors import UsageError
 from attention.core.files import expand_home
-from attention.core.results import Report, Row, instant
+from attention.core.results import Report, Row, in_order, instant
 from fatui import formatting
 from fatui.draft import UNNAMED
 from fatui.report import comparison
@@ -178,7 +178,7 @@ class History(HasTable, AppScreen, Screen[Report]):
         own = await self._get(self._chosen) if self._chosen else None
         if own is not None:
             self._close_file()
-            self.app.push_screen(Compare(*sorted((own, theirs), key=lambda each: instant(each.run.started))))
+            self.app.push_screen(Compare(*in_order((own, theirs))))
 
     def _close_file(self) -> bool:
         """Hide the input for a result file; return whether it was open."""

@@ -5,7 +5,7 @@ import re
 import pytest
 from msgspec import structs
 
-from attention.core.results import Interval, NoiseFloor, Ratio
+from attention.core.results import Conditions, Interval, NoiseFloor, Ratio
 from attention.core.workload import Workload
 from fatui.report.compose import compose
 from fatui.report.document import Card, Chart, Claim, MissingData, Paragraph, Table, to_html, to_markdown
@@ -111,6 +111,34 @@ def test_machines_stand_apart_and_no_mean_is_taken_over_both():
     document = compose([here, there])
     assert sum(section.title.endswith("Speedups") for section in document.sections) == 2
     assert all("over 1 case" in text for text in texts(document, "Speedups"))
+
+
+def on_cores(cores, identity, started):
+    """A run on a CPU that could use so many cores; None if it was stopped before it knew."""
+    run = structs.replace(run_of(identity=identity), started=started)
+    return structs.replace(report_of(run=run), conditions=Conditions(cores=cores) if cores else None)
+
+
+def test_one_processor_with_other_cores_stands_apart():
+    runs = [on_cores(2, "aaaa", "2026-01-01"), on_cores(4, "bbbb", "2026-01-02"), on_cores(None, "cccc", "2026-01-03")]
+    document = compose(runs)
+    titles = [section.title for section in document.sections if section.title.endswith("Speedups")]
+    assert [title.split(", ")[2] for title in titles] == ["2 cores", "4 cores", "unknown cores"]
+    assert all("over 1 case" in text for text in texts(document, "Speedups"))
+    assert "measured again later" not in to_markdown(document)
+
+
+def test_a_stopped_run_stays_with_its_machine():
+    document = compose([on_cores(None, "aaaa", "2026-01-01"), on_cores(2, "bbbb", "2026-01-02")])
+    assert sum(section.title == "Speedups" for section in document.sections) == 1
+    assert "1 older case measured again later" in to_markdown(document)
+
+
+def test_the_same_gpu_with_other_cores_is_one_machine():
+    gpu = structs.replace(ENVIRONMENT, device="NVIDIA H200", backend="cuda")
+    runs = [on_cores(16, "aaaa", "2026-01-01"), on_cores(32, "bbbb", "2026-01-02")]
+    document = compose([structs.replace(run, environment=gpu) for run in runs])
+    assert sum(section.title == "Speedups" for section in document.sections) == 1
 
 
 def test_a_case_measured_again_counts_once():

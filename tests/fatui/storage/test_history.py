@@ -133,13 +133,30 @@ def test_many_cases_make_one_line(tmp_path):
     assert kept.runs()[0].cases == 2
 
 
+def sqlite_error(words, code):
+    error = sqlite3.OperationalError(words)
+    error.sqlite_errorcode = code
+    return error
+
+
+def test_a_full_disk_is_not_blamed_for_what_else_fails(tmp_path, monkeypatch):
+    def locked(address, **options):
+        raise sqlite_error("database is locked", sqlite3.SQLITE_BUSY)
+
+    kept = history(tmp_path)
+    monkeypatch.setattr(history_module.sqlite3, "connect", locked)
+    monkeypatch.setattr(history_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(HistoryError, match="cannot be used: database is locked"):
+        kept.add(report_of())
+
+
 def test_a_full_disk_leaves_the_history_to_be_read(tmp_path, monkeypatch):
     report, kept, connect = report_of(), history(tmp_path), sqlite3.connect
     kept.add(report)
 
     def without_room(address, **options):
         if not options.get("uri"):
-            raise sqlite3.OperationalError("disk I/O error")
+            raise sqlite_error("disk I/O error", sqlite3.SQLITE_IOERR)
         return connect(address, **options)
 
     monkeypatch.setattr(history_module.sqlite3, "connect", without_room)
@@ -147,8 +164,8 @@ def test_a_full_disk_leaves_the_history_to_be_read(tmp_path, monkeypatch):
         kept.get("last")
     monkeypatch.setattr(history_module.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     assert kept.get("last") == report
-    with pytest.raises(HistoryError, match="the disk is full"):
+    with pytest.raises(HistoryError, match=r"the disk is full \(disk I/O error\)"):
         kept.add(report_of(run=run_of(identity="another")))
     (tmp_path / "h.sqlite-wal").write_bytes(b"runs that are not in the file yet")
-    with pytest.raises(HistoryError, match="the disk is full"):
+    with pytest.raises(HistoryError, match=r"the disk is full \(disk I/O error\)"):
         kept.get("last")

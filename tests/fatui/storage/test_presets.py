@@ -96,6 +96,12 @@ def test_three_mistakes_are_told_at_once_each_with_file_and_key():
     assert "[workload] kv_heads: got 3; it must divide heads, which is 8" in reported[2]
 
 
+def test_a_list_in_workload_hides_no_other_mistake():
+    reported = problems("schema = 1\n[workload]\nseq = [8, 16]\nhead_dim = 0\nmask = 'casual'\n[sweep]\nheads = [-1]\n")
+    keys = {problem.split(": ")[1] for problem in reported}
+    assert keys == {"[workload] seq", "[workload] head_dim", "[workload] mask", "[sweep] heads"}
+
+
 def test_a_syntax_error_is_reported_with_line_and_column():
     (reported,) = problems("schema = 1\nseconds = = 3\n")
     assert "line 2, column 11" in reported
