@@ -1,7 +1,5 @@
 """fatui: a terminal lab for attention kernels on MLX."""
 
-import importlib.util
-
 __version__ = "0.1.0"
 
 ENGINE_TITLE = '"""The attention engine'
@@ -13,6 +11,8 @@ def engine_problem() -> str | None:
 
     PyPI has another project of that name, which installs into the same folder. The package is not imported for this.
     """
+    import importlib.util
+
     spec = importlib.util.find_spec("attention")
     if spec is None or spec.origin is None:
         return f"the engine, the package `attention`, is missing: {REINSTALL_ENGINE}"

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, Final, NoReturn, TextIO
@@ -142,6 +143,7 @@ def _discard_stdout(code: int) -> int:
 def _dispatch(arguments: list[str]) -> int:
     if arguments and arguments[0] in COMMANDS:
         command, request = command_request(arguments[0], arguments[1:])
+        _catch_interrupts()
         return int(command.run(request))
     return _open_app(arguments)
 
@@ -208,7 +210,14 @@ def _open_app(arguments: list[str]) -> int:
         from attention.core.errors import UsageError
 
         raise UsageError("the app is not installed; `fatui bench` measures without it") from None
+    _catch_interrupts()
     return int(run_app(given.preset, given.run, given.ascii))
+
+
+def _catch_interrupts() -> None:
+    """Make Ctrl-C a KeyboardInterrupt again, if it ended the process while it loaded (`fatui.__main__`)."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _is_terminal(stream: TextIO | None) -> bool:

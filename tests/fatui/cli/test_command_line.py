@@ -5,13 +5,15 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
+from typing import Final
 
 import psutil
 import pytest
 
+from fatui.cli import INTERRUPTED, run
 from fatui.cli import main as cli_main
-from fatui.cli import run
 from fatui.cli.main import main
 from fatui.cli.options import split_masks
 from fatui.storage.history import RunHistory
@@ -333,6 +335,33 @@ def test_stdout_on_a_full_device_is_reported():
         )
     assert done.returncode == 1
     assert b"No space left" in done.stderr and b"Traceback" not in done.stderr
+
+
+CTRL_C_AT: Final = """
+import os, signal, sys
+
+at, sys.argv = sys.argv[1], ["fatui", "presets", "list"]
+
+class CtrlC:
+    def find_spec(self, name, path=None, target=None):
+        if name == at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, CtrlC())
+from fatui.__main__ import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(("loading", "code"), [("fatui.cli.presets", -signal.SIGINT), ("rich.table", INTERRUPTED)])
+def test_ctrl_c_while_the_program_loads(loading, code):
+    ended = subprocess.run([sys.executable, "-c", CTRL_C_AT, loading], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", "")
+
+
+def test_the_script_begins_as_python_dash_m():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"fatui": "fatui.__main__:main"}
 
 
 @pytest.mark.sampled(0.5)
