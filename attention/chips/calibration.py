@@ -65,7 +65,7 @@ SPREADS: Final = {
 """Standard deviations of the prior, in logarithms."""
 PRIOR: Final = 0.05
 """What a standard deviation of the prior weighs, in logarithms of a time."""
-UNTUNED: Final = {"matrix": 2.0, "vector": 2.0, "memory": 1.5, "scores": 2.0}
+UNTUNED: Final = {"matrix": 2.0, "vector": 2.0, "scores": 2.0}
 """Wider ones, for a CPU."""
 FAR: Final = 0.7
 """Logarithm of the factor by which the prior may be off before a fit begins at several places."""

@@ -40,6 +40,8 @@ CORE_CACHE_BYTES: Final = {"Zen 3": 2**19}
 OTHER_CORE_CACHE_BYTES: Final = 2**21
 """Last cache that a core of a CPU has for itself, by architecture; of others that of the Xeon whose rows are kept. What
 is beyond counts as memory."""
+CORE_BYTES_PER_S: Final = 2.4e10
+"""What a core of a CPU moves in memory in a second at most: two of the Xeon whose rows are kept read 47 GB/s."""
 SHARED_BYTES: Final = {"cuda": 101_376, "metal": 65_536, "cpu": 0}
 """Shared memory of a core where no source states it: the least of the GPUs that the kernels were made for."""
 PASS_BYTES: Final = {"cuda": 10.5, "metal": 10.5, "cpu": 64.0}
@@ -191,7 +193,14 @@ def _traffic(workload: Workload, chip: Chip, path: Path) -> tuple[float | None, 
         again = workload.key_value_bytes * (workload.heads / workload.kv_heads - 1)
         kept_again = _kept(workload.key_value_bytes / (workload.batch * workload.kv_heads), own)
     beyond = moved * (1 - kept) + again * (1 - kept_again)
-    return _over(beyond, chip.bytes_per_s), moved * kept + again * kept_again
+    return _over(beyond, _bytes_per_s(chip)), moved * kept + again * kept_again
+
+
+def _bytes_per_s(chip: Chip) -> float | None:
+    """Return the bandwidth of a chip's memory, of which a few cores of a CPU reach a part."""
+    if chip.bytes_per_s is None or chip.backend != "cpu":
+        return chip.bytes_per_s
+    return min(chip.bytes_per_s, CORE_BYTES_PER_S * (chip.cores or 1.0))
 
 
 def _kept(size: float, cache: float) -> float:

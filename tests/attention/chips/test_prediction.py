@@ -304,6 +304,28 @@ def test_the_shipped_calibration_predicts_every_backend():
         assert found.predicted_s and found.predicted_s > 0, found.reason
 
 
+@pytest.mark.parametrize("name", ["poc", "torch"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cores_gain_no_more_than_work_and_memory_allow(name, dtype):
+    # beyond the cores' own caches on 60 cores, within them on 120: what stays in them saves its time in memory at most
+    workload = Workload(batch=2, seq=4096, heads=16, kv_heads=4, head_dim=192, dtype=dtype, mask="window:256")
+    chip = chips()["xeon-8580"]
+    before, after = (predict(workload, name, each).predicted_s for each in (chip, chip.scaled(cores=2.0)))
+    assert 1 <= before / after < 3
+
+
+def test_few_cores_reach_a_part_of_a_cpus_bandwidth():
+    large, chip = Workload(kv_seq=65536, heads=60, head_dim=128, pass_="decode"), chips()["xeon-8580"]
+    few, all_ = (costs(large, each, "CPU kernel").memory for each in (chip.scaled(cores=2 / 60), chip))
+    assert few > 5 * all_
+    assert all_ == pytest.approx(costs(large, chip.scaled(cores=1.5), "CPU kernel").memory, rel=0.1)
+
+
+def test_a_whole_cpu_is_not_the_two_cores_of_the_rows():
+    workload = Workload(seq=512, head_dim=64, dtype="float32")
+    assert predict(workload, "poc", chips()["xeon-8580"]).like == "the same architecture"
+
+
 def test_spans_of_keys_end_together_on_a_cpu():
     chip = chips()["xeon-8580"]
     uneven = Workload(kv_seq=3 * 2048, heads=7, head_dim=64, dtype="bfloat16", pass_="decode")
