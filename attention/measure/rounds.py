@@ -309,10 +309,16 @@ def _takes_part(arm: Arm, count: int, late: bool, limits: Limits) -> bool:
 
 
 def is_precise(arms: list[Arm], precision: float) -> bool:
-    """Return whether the interval of every arm's ratio to the first is narrower than the precision."""
+    """Return whether the interval of every arm's ratio to the first is narrower than the precision.
+
+    Fewer than MIN_ROUNDS pairs, as of a slow arm in a preview, have no interval, and are not precise.
+    """
     reference = arms[0].samples
     for arm in arms[1:]:
-        _, low, high = ratio_interval(log_ratios(reference, arm.samples))
+        logs = log_ratios(reference, arm.samples)
+        if len(logs) < MIN_ROUNDS:
+            return False
+        _, low, high = ratio_interval(logs)
         if expm1(high - low) > precision:
             return False
     return True

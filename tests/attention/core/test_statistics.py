@@ -32,6 +32,12 @@ def test_student_t_agrees_with_scipy(special: ModuleType, freedom: int, probabil
     assert statistics.student_t(probability, freedom) == pytest.approx(special.stdtrit(freedom, probability), rel=1e-3)
 
 
+@pytest.mark.parametrize("freedom", [1.05, 1.3, 1.7, 1.95])
+def test_student_t_of_welchs_freedom_below_2_is_wide(special: ModuleType, freedom: float) -> None:
+    exact = special.stdtrit(freedom, 0.975)
+    assert exact <= statistics.student_t(0.975, freedom) <= 1.05 * exact
+
+
 def test_mean_interval_agrees_with_scipy(special: ModuleType) -> None:
     draw = random.Random(1)
     values = [draw.gauss(2, 1) for _ in range(12)]
@@ -170,6 +176,8 @@ def test_drift_is_reported_when_last_rounds_exceed_the_floor() -> None:
     assert not statistics.slowed_down(steady, 0.01)
     assert statistics.slowed_down([value * (1 + i / 60) for i, value in enumerate(steady)], 0.01)
     assert not statistics.slowed_down([value / (1 + i / 60) for i, value in enumerate(steady)], 0.01)
+    slower = [value * (1 + i / 60) for i, value in enumerate(steady)]
+    assert statistics.slowed_down([*slower[:20], *[math.nan] * 40, *slower[20:]], 0.01)  # rounds without a sample
 
 
 def test_the_geometric_mean_narrows_with_the_number_of_cases() -> None:

@@ -72,6 +72,23 @@ def test_rounds_stop_when_the_interval_is_narrow_enough() -> None:
     assert len(order) == 2 * MIN_ROUNDS_FOR_PRECISION
 
 
+def test_a_preview_of_a_slow_arm_ends_by_its_time() -> None:
+    arms = [arm("a", 0.005), arm("again", 0.005), arm("slow", 0.08)]
+    set_strides(arms, 1.0)
+    assert arms[2].stride > MIN_ROUNDS_FOR_PRECISION  # one sample when the intervals are looked at
+    limits = Limits(seconds=1.0, precision=0.01, min_rounds=1)
+    stopped_by = run_rounds(
+        arms,
+        limits,
+        seed=0,
+        before=lambda arm: None,
+        failed=lambda arm, error: None,
+        after=lambda arms: None,
+        clock=NOW,
+    )
+    assert stopped_by == "time"
+
+
 def test_rounds_stop_when_the_time_is_up_but_never_before_six() -> None:
     stopped_by, order, _ = rounds([arm("a", 0.05), arm("b", 0.05)], seconds=0.01, precision=0)
     assert stopped_by == "time"
