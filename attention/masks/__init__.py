@@ -177,13 +177,13 @@ def alibi(slopes: "mx.array | Sequence[float]") -> Alibi:
         bad = numbers[~(np.abs(numbers) <= MAX_SLOPE)]
         if bad.size:
             raise UsageError(f"score_mod: alibi got a slope of {bad[0]:g}; it takes numbers to {MAX_SLOPE:g}")
-    found = slopes if isinstance(slopes, mx.array) else mx.array(numbers.astype(np.float32))
-    if found.ndim != 1 or not mx.issubdtype(found.dtype, mx.floating):
+        return Alibi(mx.array(numbers.astype(np.float32)))  # evaluated: threads may share it
+    if slopes.ndim != 1 or not mx.issubdtype(slopes.dtype, mx.floating):
         raise UsageError(
-            f"score_mod: alibi got slopes of {dtype_name(found.dtype)}, shape {tuple(found.shape)}; "
+            f"score_mod: alibi got slopes of {dtype_name(slopes.dtype)}, shape {tuple(slopes.shape)}; "
             "it takes one number per head"
         )
-    return Alibi(mx.stop_gradient(found.astype(mx.float32)))
+    return Alibi(mx.stop_gradient(slopes.astype(mx.float32)))
 
 
 def alibi_bias(slopes: "mx.array", rows: range, keys: range, seq: int, kv_seq: int) -> "mx.array":

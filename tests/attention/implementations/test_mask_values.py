@@ -1,5 +1,7 @@
 """Calls with masks as values, ALiBi and the logsumexp: who computes them, and what they say."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -225,3 +227,16 @@ def test_memory_does_not_grow_with_the_scores(implementation):
     last = slice(-200, None)
     near = attention(q[:, :, last], k[:, :, -2144:], v[:, :, -2144:], window=1024)
     assert close(out[:, :, last], near)
+
+
+def test_a_bias_of_one_thread_is_for_all():
+    bias = masks.alibi([0.5, 0.25])
+    q = mx.random.normal((1, 2, 9, 16), key=mx.random.key(0))
+    mx.eval(q)
+
+    def attend() -> float:
+        return attention(q, q, q, mask="causal", score_mod=bias, implementation="baseline").sum().item()
+
+    with ThreadPoolExecutor(1) as pool:
+        of_thread = pool.submit(attend).result()
+    assert of_thread == attend()
