@@ -9,8 +9,8 @@
 `run` evaluates every token. Blocks of tokens alternate with blocks of a bare loop: on a CPU a plain loop that reads as
 many bytes on all threads, elsewhere an addition that reads and writes as many together. Its time is the bound of a
 step, and its histogram what the system does to any loop. With `--ahead N` a step and a pass of the bare loop wait for
-the one N before instead of for themselves, so that on a GPU with enough work (`--batch`) the host's share of a step is
-hidden behind the GPU's. `queued` evaluates 64 tokens at a time, for throughput.
+the one N before instead of for themselves, and a time is the mean of N, so that on a GPU with enough work (`--batch`)
+the host's share of a step is hidden behind the GPU's. `queued` evaluates 64 tokens at a time, for throughput.
 """
 
 import argparse
@@ -78,17 +78,23 @@ def bare_loop(state: StreamingKV) -> Step:
 
 
 def timed(call: Step, times: Times, ahead: int = 0) -> None:
-    """Fill an array with the seconds of calls, each of which waits until all but `ahead` of them are evaluated."""
+    """Fill an array with the seconds of calls, each of which waits until all but `ahead` of them are evaluated.
+
+    With `ahead` a call may end at once and the next one wait for two, so that a time is the mean of the last `ahead`.
+    """
     begun = collections.deque[object]()
+    starts = collections.deque[float]()
     for i in range(len(times)):
-        start = time.perf_counter()
+        starts.append(time.perf_counter())
         output = call(i)
         if ahead:
             mx.async_eval(output)  # type: ignore[no-untyped-call]
             begun.append(output)
             output = begun.popleft() if len(begun) > ahead else None
         mx.eval(output)
-        times[i] = time.perf_counter() - start
+        times[i] = (time.perf_counter() - starts[0]) / len(starts)
+        if len(starts) >= ahead:
+            starts.popleft()
     mx.eval(list(begun))
 
 

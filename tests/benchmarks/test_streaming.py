@@ -36,3 +36,20 @@ def test_calls_wait_for_the_one_so_many_before(ahead, monkeypatch):
     assert waited == ([0, 1, 2, 3, []] if ahead == 0 else [None, None, 0, 1, [2, 3]])
     assert [output for kind, output in evaluated if kind == "begun"] == ([] if ahead == 0 else [0, 1, 2, 3])
     assert (times > 0).all()
+
+
+def test_times_ahead_are_means_of_the_last_ones(monkeypatch):
+    """Calls that take one and three seconds in turn take two each in the mean of two."""
+    clock = [0.0]
+    monkeypatch.setattr(streaming.mx, "async_eval", lambda output: None)
+    monkeypatch.setattr(streaming.mx, "eval", lambda output: None)
+    monkeypatch.setattr(streaming.time, "perf_counter", lambda: clock[0])
+
+    def call(i):
+        clock[0] += 1 + 2 * (i % 2)
+
+    times = np.zeros(6)
+    streaming.timed(call, times, 2)
+    assert times.tolist() == [1, 2, 2, 2, 2, 2]
+    streaming.timed(call, times)
+    assert times.tolist() == [1, 3, 1, 3, 1, 3]
