@@ -17,6 +17,7 @@ from textual.app import SystemCommand
 from textual.binding import BindingType
 from textual.filter import LineFilter
 from textual.screen import Screen
+from textual.theme import ThemeProvider
 from textual.timer import Timer, TimerCallback
 
 from attention.core.errors import UsageError
@@ -27,6 +28,7 @@ from fatui.telemetry import Reading, Telemetry
 from fatui.tui import actions, terminal
 from fatui.tui.contrast import legible
 from fatui.tui.lab import MAX_NOTICE, Lab
+from fatui.tui.screens.base import Palette
 from fatui.tui.screens.main import MainScreen
 from fatui.tui.view_models.session import MakeEngine
 from fatui.untrusted_text import escape_controls
@@ -510,7 +512,12 @@ class FatuiApp(Lab):
 
     def action_change_theme(self) -> None:
         """Open the theme picker."""
-        self.search_themes()
+        self.push_screen(Palette([ThemeProvider], placeholder="Search for themes…"))
+
+    def action_command_palette(self) -> None:
+        """Open the palette of actions."""
+        if not isinstance(self.screen, Palette):
+            self.push_screen(Palette())
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """Yield every action for the command palette."""

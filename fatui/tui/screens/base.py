@@ -4,7 +4,10 @@ from typing import Any
 
 from textual import events
 from textual.await_complete import AwaitComplete
+from textual.command import CommandPalette
+from textual.message import Message
 from textual.screen import Screen
+from textual.widgets import Input, OptionList
 
 
 class AppScreen:
@@ -25,3 +28,12 @@ class AppScreen:
         assert isinstance(self, Screen)
         if event.size != self.app.size:
             event.prevent_default()
+
+
+class Palette(AppScreen, CommandPalette):
+    """Textual's palette; a double click outside it closes it once, and one on a command runs that once."""
+
+    async def _on_message(self, message: Message) -> None:
+        """Leave out what was chosen when it had closed already."""
+        if self.is_active or not isinstance(message, Input.Submitted | OptionList.OptionSelected):
+            await super()._on_message(message)

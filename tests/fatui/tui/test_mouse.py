@@ -1,0 +1,37 @@
+"""The mouse, quicker than the app: clicks that are read at once."""
+
+import pytest
+from textual import events
+from textual.widgets import OptionList
+
+
+def click_at_once(app, x, y, times=2):
+    """Hand clicks to the app at once, as it reads them while it is busy."""
+    where = {"widget": None, "x": x, "y": y, "delta_x": 0, "delta_y": 0, "button": 1}
+    where |= {"shift": False, "meta": False, "ctrl": False}
+    for _ in range(times):
+        app.post_message(events.MouseDown(**where))
+        app.post_message(events.MouseUp(**where))
+
+
+@pytest.mark.parametrize("open_it", ["action_command_palette", "action_change_theme"])
+async def test_a_double_click_outside_closes_a_palette_once(stage, open_it):
+    getattr(stage.app, open_it)()
+    await stage.settle(lambda: stage.app.screen.query(OptionList))
+    click_at_once(stage.app, 0, 0)
+    await stage.settle(lambda: stage.app.screen is stage.app.main)
+    await stage.pilot.pause()
+    assert stage.app.is_running
+
+
+async def test_a_double_click_in_the_palette_runs_once(stage, monkeypatch):
+    ran = []
+    monkeypatch.setattr(type(stage.app), "action_leave", lambda app: ran.append("leave"))
+    await stage.press("ctrl+p", *"quit")
+    await stage.settle(lambda: stage.app.screen.query_one(OptionList).option_count)
+    region = stage.app.screen.query_one(OptionList).content_region
+    click_at_once(stage.app, region.x + 2, region.y)
+    await stage.settle(lambda: stage.app.screen is stage.app.main)
+    await stage.settle(lambda: ran)
+    await stage.pilot.pause()
+    assert ran == ["leave"]
