@@ -34,6 +34,6 @@ class Palette(AppScreen, CommandPalette):
     """Textual's palette; a double click outside it closes it once, and one on a command runs that once."""
 
     async def _on_message(self, message: Message) -> None:
-        """Leave out what was chosen when it had closed already."""
-        if self.is_active or not isinstance(message, Input.Submitted | OptionList.OptionSelected):
+        """Leave out what was typed or chosen when it had closed already."""
+        if self.is_active or not isinstance(message, Input.Changed | Input.Submitted | OptionList.OptionSelected):
             await super()._on_message(message)

@@ -294,7 +294,7 @@ class LogPane(Vertical):
             self.query_one(Input).focus()
             return
         field = Input(self.view.needle, placeholder=HINT, compact=True)
-        self.mount(field, before=self.view)
+        self.mount(field, before=self.view if self.view.parent else None)  # a pane just placed has no children yet
         field.focus()
 
     @on(Input.Changed)

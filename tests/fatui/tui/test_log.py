@@ -3,11 +3,12 @@
 import time
 
 import pytest
+from textual.widgets import Input
 
 from attention.core import events as on
 from attention.core.results import Ratio
 from fatui.tui.screens.dialogs import FullText
-from fatui.tui.widgets.log_pane import LogView
+from fatui.tui.widgets.log_pane import LogPane, LogView
 from tests.support.stage import impatient, make_app
 
 
@@ -138,3 +139,11 @@ async def test_a_run_with_a_refused_case_is_not_called_complete(stage):
     assert "1 of 2 cases complete" in text and "all cases complete" not in text
     seen = stage.seen()
     assert "1 of 2 cases complete, 0 s" in seen and "1 of 2 cases complete after 0 s" in seen and "done" not in seen
+
+
+async def test_the_search_opens_in_a_log_just_placed(stage):
+    pane = LogPane(stage.app.journal, id="fresh")
+    stage.app.main.mount(pane)
+    pane.ask()
+    await stage.settle(lambda: len(pane.children) == 2)
+    assert [type(child) for child in pane.children] == [Input, LogView]

@@ -2,7 +2,7 @@
 
 import pytest
 from textual import events
-from textual.widgets import OptionList
+from textual.widgets import Input, OptionList
 
 
 def click_at_once(app, x, y, times=2):
@@ -35,3 +35,14 @@ async def test_a_double_click_in_the_palette_runs_once(stage, monkeypatch):
     await stage.settle(lambda: ran)
     await stage.pilot.pause()
     assert ran == ["leave"]
+
+
+async def test_a_palette_that_closed_searches_nothing(stage, monkeypatch):
+    searched = []
+    await stage.press("ctrl+p")
+    palette = stage.app.screen
+    monkeypatch.setattr(palette, "_gather_commands", searched.append)
+    palette.dismiss()
+    palette.post_message(Input.Changed(palette.query_one(Input), "sweep"))
+    await stage.settle(lambda: not palette.is_attached)
+    assert searched == []
