@@ -1,10 +1,10 @@
 """What every screen of the app does otherwise than Textual's."""
 
-from typing import Any
+from typing import Any, Literal
 
 from textual import events
 from textual.await_complete import AwaitComplete
-from textual.command import CommandPalette
+from textual.command import CommandList, CommandPalette
 from textual.message import Message
 from textual.screen import Screen
 from textual.widgets import Input, OptionList
@@ -15,7 +15,8 @@ class AppScreen:
 
     Keys that were pressed before it was gone, such as a second escape, do nothing: Textual would close the screen below
     as well, or end the app with an error if there is none. Sizes that the terminal no longer has are left out: Textual
-    lays a screen out for each, and posts it to the screen again, so that two would follow each other for ever.
+    lays a screen out for each, and posts it to the screen again, so that two would follow each other for ever. A press
+    of the mouse on a widget that has gone, but not from the screen yet, is left out too: Textual looks for its parent.
     """
 
     def dismiss(self, result: Any = None) -> AwaitComplete:
@@ -29,11 +30,38 @@ class AppScreen:
         if event.size != self.app.size:
             event.prevent_default()
 
+    def _forward_event(self, event: events.Event) -> None:
+        """Keep Textual from starting a selection of text in a widget that has gone."""
+        assert isinstance(self, Screen)
+        if isinstance(event, events.MouseDown) and not self.app.mouse_captured:
+            pressed, _ = self.get_widget_and_offset_at(event.x, event.y)
+            if pressed is not None and pressed is not self and pressed.parent is None:
+                return
+        Screen._forward_event(self, event)
+
+
+class Options(OptionList):
+    """A list of options that fits any terminal: without room for a character Textual raises errors."""
+
+    DEFAULT_CSS = "Options { min-width: 16; }"
+
+    def _move_page(self, direction: Literal[-1, 1]) -> None:
+        """Move by a page, once there are lines."""
+        if self.scrollable_content_region:
+            super()._move_page(direction)
+
 
 class Palette(AppScreen, CommandPalette):
     """Textual's palette; a double click outside it closes it once, and one on a command runs that once."""
+
+    DEFAULT_CSS = "Palette CommandList { min-width: 16; }"
 
     async def _on_message(self, message: Message) -> None:
         """Leave out what was typed or chosen when it had closed already."""
         if self.is_active or not isinstance(message, Input.Changed | Input.Submitted | OptionList.OptionSelected):
             await super()._on_message(message)
+
+    def _action_command_list(self, action: str) -> None:
+        """Act on the list of commands; move by a page once it has lines."""
+        if not action.startswith("page") or self.query_one(CommandList).scrollable_content_region:
+            super()._action_command_list(action)

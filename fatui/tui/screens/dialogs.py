@@ -20,7 +20,7 @@ from fatui.report.comparison import RowChange
 from fatui.storage import own_presets, presets
 from fatui.storage.presets import Preset
 from fatui.trust import trust
-from fatui.tui.screens.base import AppScreen
+from fatui.tui.screens.base import AppScreen, Options
 from fatui.tui.terminal import literal
 from fatui.tui.view_models.row_details import figure_lines, hanging, sample_lines, sentences
 from fatui.tui.widgets.choice import Choice
@@ -223,7 +223,7 @@ class SortMenu(Dialog[str]):
             dialog.border_title = "Sort by"
             dialog.border_subtitle = "enter sorts, again reverses · [@click=screen.close]escape cancels[/]"
             arrow = "▼" if self._descending else "▲"
-            yield OptionList(
+            yield Options(
                 *(literal(f"{title} {arrow if name and name == self._by else ''}") for name, title in self._choices)
             )
 

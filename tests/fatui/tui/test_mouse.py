@@ -2,7 +2,8 @@
 
 import pytest
 from textual import events
-from textual.widgets import Input, OptionList
+from textual.geometry import Offset
+from textual.widgets import Input, OptionList, Static
 
 
 def click_at_once(app, x, y, times=2):
@@ -46,3 +47,26 @@ async def test_a_palette_that_closed_searches_nothing(stage, monkeypatch):
     palette.post_message(Input.Changed(palette.query_one(Input), "sweep"))
     await stage.settle(lambda: not palette.is_attached)
     assert searched == []
+
+
+@pytest.mark.parametrize("name", ["ctrl+p", "o"])
+async def test_a_list_in_a_tiny_terminal_raises_nothing(stage, name):
+    if name == "o":
+        await stage.run_to_the_end()
+        await stage.press("4")
+    await stage.press(name)
+    await stage.settle(lambda: stage.app.screen.query_one(OptionList).option_count)
+    for size in ((1, 1), (3, 2), (1, 40)):
+        await stage.pilot.resize_terminal(*size)
+        await stage.press("pagedown", "pageup")
+    await stage.pilot.resize_terminal(120, 40)
+    await stage.press("escape")
+    assert stage.app.screen is stage.app.main
+
+
+async def test_a_press_on_a_widget_that_has_gone_is_nothing(stage, monkeypatch):
+    gone = Static("gone")
+    monkeypatch.setattr(stage.app.main, "get_widget_and_offset_at", lambda x, y: (gone, Offset(0, 0)))
+    click_at_once(stage.app, 30, 20)
+    await stage.pilot.pause()
+    assert stage.app.is_running
