@@ -191,8 +191,9 @@ def attention(
         find_implementation,
         is_streaming,
     )
-    from attention.core.numbers import check_numbers
+    from attention.core.numbers import check_flag, check_numbers
 
+    check_flag("return_lse", return_lse)
     if key_layout is not None or not isinstance(layout, str):
         from attention.distributed.layout import check_is_whole
 

@@ -205,8 +205,12 @@ def check_streaming(mask: object, window: object, score_mod: object, max_error: 
     Raises:
         UsageError: it has more.
     """
-    given = {"window": window, "score_mod": score_mod, "max_error": max_error, "return_lse": return_lse or None}
-    problems = [f"{name}: got {shown_value(x)}; with a StreamingKV it takes None" for name, x in given.items() if x]
+    given = {"window": window, "score_mod": score_mod, "max_error": max_error}
+    problems = [
+        f"{name}: got {shown_value(x)}; with a StreamingKV it takes None" for name, x in given.items() if x is not None
+    ]
+    if return_lse:
+        problems.append("return_lse: got True; with a StreamingKV it takes False")
     if mask is not None and not (isinstance(mask, str) and mask == "causal"):
         problems.append("mask: got one; with a StreamingKV it takes None or 'causal': the state says what is kept")
     if problems:

@@ -10,6 +10,9 @@ import tomllib
 from pathlib import Path
 from typing import Any, Final
 
+from attention.core.errors import UsageError
+from attention.core.numbers import shown_value
+
 NEW_FILE_MODE: Final = 0o666
 NO_HOME: Final = Path("/nonexistent")
 """Home folder of an account without one, as in Debian."""
@@ -27,6 +30,18 @@ def home() -> Path:
     except RuntimeError:
         return NO_HOME
     return found if found.is_absolute() else NO_HOME
+
+
+def checked_path(path: object) -> Path:
+    """Return the path that a program passes as an argument.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        return Path(path)  # type: ignore[arg-type]  # which says what it does not take, bytes among them
+    except TypeError as error:
+        raise UsageError(f"path: got {shown_value(path)}; it takes a str or a pathlib.Path") from error
 
 
 def expand_home(path: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""Numbers among the arguments of a call: which are taken, and how others are shown in a message."""
+"""Numbers and flags among the arguments of a call: which are taken, and how others are shown in a message."""
 
 from typing import Final
 
@@ -36,6 +36,12 @@ def check_numbers(scale: object, softcap: object, head_dim: int) -> tuple[float,
 def is_number(value: object) -> bool:
     """Return whether a value is an int or a float, and not NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise UsageError unless a value is True or False: the text "no" would be taken as yes."""
+    if value is not True and value is not False:
+        raise UsageError(f"{name}: got {shown_value(value)}; it takes True or False")
 
 
 def shown_value(value: object) -> str:

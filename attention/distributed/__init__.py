@@ -103,7 +103,7 @@ def attention(
         check_support,
         find_implementation,
     )
-    from attention.core.numbers import check_numbers, shown_value
+    from attention.core.numbers import check_flag, check_numbers, shown_value
     from attention.distributed.attend import (
         Problem,
         attend,
@@ -114,6 +114,7 @@ def attention(
         with_a_row,
     )
 
+    check_flag("return_lse", return_lse)
     if not all(callable(getattr(group, name, None)) for name in ("size", "rank")):
         raise UsageError(f"group: got {shown_value(group)}; it takes a group, such as mx.distributed.init() returns")
     chosen = find_implementation(implementation)

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import structs
 
 from attention.core.errors import UsageError
-from attention.core.files import replace_file
+from attention.core.files import checked_path, replace_file
 from attention.core.results import Case, Ratio, Report, Row, flat_rows, sealed
 from attention.core.workload import Workload
 
@@ -79,9 +79,10 @@ class BenchResult:
         """Write the run as a JSON file, as a whole.
 
         Raises:
+            UsageError: the path is none.
             OSError: it cannot be written.
         """
-        replace_file(Path(path), self.to_json().encode(), 0o644)
+        replace_file(checked_path(path), self.to_json().encode(), 0o644)
 
     def to_dicts(self) -> list[dict[str, object]]:
         """Return a flat mapping for each row, with the names of columns of `flat_row`."""

@@ -281,6 +281,11 @@ class _LibraryRun:
         for name, whole in (("seed", seed), ("memory_limit_bytes", memory_limit_bytes)):
             if whole is not None and (isinstance(whole, bool) or not isinstance(whole, int) or not 0 <= whole < 2**63):
                 problems.append(f"{name}: got {whole!r:.60}; it takes a whole number from 0")
+        problems += [
+            f"{name}: got {flag!r:.60}; it takes True or False"
+            for name, flag in (("force", force), ("in_process", self._in_process))
+            if type(flag) is not bool
+        ]
         if problems:
             raise UsageError(*problems)
         return Plan(
@@ -290,7 +295,7 @@ class _LibraryRun:
             precision=float(precision),
             seed=seed,
             memory_limit_bytes=memory_limit_bytes,
-            force=bool(force),
+            force=force,
         )
 
     def measure(self, plan: Plan, listener: Listener, stop: threading.Event) -> BenchResult:

@@ -74,18 +74,25 @@ class StreamingCache:
     def is_trimmable(self) -> bool:
         """Return whether tokens can be removed from the end, so that the rest is as if they had never come.
 
-        They can while nothing was overwritten, and with `spare` slots; mlx-lm asks before it reuses a prompt's cache.
+        They can while nothing was overwritten, and with `spare` slots. mlx-lm asks before it reuses a prompt's cache,
+        and before speculative decoding, which would go on without a word once the ring is full: so an empty cache can
+        only with `spare`.
         """
-        return self.empty() or self.state_kv.removable_exactly() > 0
+        return self.state_kv.layout.spare > 0 if self.empty() else self.state_kv.removable_exactly() > 0
 
     def trim(self, n: int) -> int:
         """Remove up to n tokens from the end; return how many were removed: all, if there are fewer.
 
         Raises:
-            UsageError: the ring has no longer what would be left.
+            UsageError: the ring has no longer all of what would be left.
         """
-        seen = self.state_kv.position
+        seen, most = self.state_kv.position, self.state_kv.removable_exactly()
         removed = min(n, seen if isinstance(seen, int) else min(seen))
+        if removed > most:  # mlx-lm does not look at how many were removed
+            raise UsageError(
+                f"cache: got {removed} tokens to remove; its ring has overwritten what was before them, and takes up "
+                f"to {most}: make_prompt_cache(..., spare={removed})"
+            )
         self.state_kv.rewind(removed)
         return removed
 

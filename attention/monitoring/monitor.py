@@ -17,7 +17,7 @@ from msgspec import Struct, field, structs
 
 from attention.arguments import check_mask
 from attention.core.errors import UnsupportedError, UsageError
-from attention.core.files import write_whole
+from attention.core.files import checked_path, write_whole
 from attention.core.results import Case, Peaks, Report, Row, Run, Summary, sealed
 from attention.core.route import Needs, Route
 from attention.core.statistics import median_interval
@@ -269,9 +269,10 @@ class Monitor:
         """Write the report as JSON, in the format of a benchmark's result file; as a whole or not at all.
 
         Raises:
+            UsageError: the path is none.
             OSError: it cannot be written.
         """
-        write_whole(Path(path), msgspec.json.format(sealed(self.report()), indent=2))
+        write_whole(checked_path(path), msgspec.json.format(sealed(self.report()), indent=2))
 
     def summary(self) -> str:
         """Return the statistics as lines of text, the most frequent call first."""

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from attention.core.errors import UsageError, error_line
+from attention.core.files import checked_path
 from attention.streaming.slots import HeadKind
 
 SCHEMA: Final = 1
@@ -52,9 +53,10 @@ def save(path: str | os.PathLike[str], arrays: dict[str, mx.array], description:
     """Write a file as a whole: an earlier one stays until the new one is complete.
 
     Raises:
+        UsageError: the path is none.
         OSError: it cannot be written.
     """
-    target = Path(path)
+    target = checked_path(path)
     text = msgspec.json.encode(description).decode()
     metadata = {KEY: text, "sha256": digest(arrays, text)}
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as room:
@@ -70,10 +72,10 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, mx.array], Description
     """Return the arrays of a file and what they are.
 
     Raises:
-        UsageError: it is not a saved state, or was damaged: one line.
+        UsageError: the path is none, or the file is not a saved state, or was damaged: one line.
         OSError: it cannot be read.
     """
-    with Path(path).open("rb"):  # raises what is usual of missing files
+    with checked_path(path).open("rb"):  # raises what is usual of missing files
         pass
     try:
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from attention.core.errors import KernelUnavailable, UsageError, error_line
 from attention.core.forking import check_not_forked
 from attention.core.kv_format import DENSE, KVFormat, parse_kv_format
-from attention.core.numbers import check_numbers, shown_value
+from attention.core.numbers import check_flag, check_numbers, shown_value
 from attention.implementations import found_implementation
 from attention.implementations.protocol import Implementation
 from attention.masks import Mask, dtype_name
@@ -168,6 +168,7 @@ class StreamingKV:
 
     def append(self, k: mx.array, v: mx.array, *, lengths: Sequence[int] | None = None, rotated: bool = False) -> None:
         """Store keys and values (B, Hkv, L, ·); arguments as in `attend`."""
+        check_flag("rotated", rotated)
         self._flush()
         for group in self._groups(k, v, lengths):
             self._append(group, k, v, rotated)
@@ -179,6 +180,7 @@ class StreamingKV:
 
         They are stored by that call, or before anything else that needs them.
         """
+        check_flag("rotated", rotated)
         self._flush()
         self._groups(k, v, lengths)
         # what the caller changes in place from here on is not stored
@@ -226,6 +228,7 @@ class StreamingKV:
                     row.seen += 1
                     row.oldest += 1
                 return repeated
+        check_flag("rotated", rotated)
         shape = q.shape if isinstance(q, mx.array) else ()
         if len(shape) != 4:
             _check_query(q, k)
@@ -720,6 +723,7 @@ class StreamingKV:
         """Write the state to a file, as a whole or not at all.
 
         Raises:
+            UsageError: the path is none.
             OSError: it cannot be written.
         """
         files.save(path, *self.described())
@@ -729,7 +733,7 @@ class StreamingKV:
         """Return a saved state, which goes on bit for bit as the saved one would have.
 
         Raises:
-            UsageError: the file is not a saved state, or was damaged: one line.
+            UsageError: the path is none, or the file is not a saved state, or was damaged: one line.
             OSError: it cannot be read.
         """
         check_not_forked()

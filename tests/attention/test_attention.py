@@ -62,6 +62,7 @@ def test_a_window_implies_causal() -> None:
         ({"k": mx.ones((2, 2, 7, 9))}, "k: got width 9; it takes q's width, 8"),
         ({"v": V[:, :, :6]}, "v: got batch, heads and length (2, 2, 6); it takes k's, (2, 2, 7)"),
         ({"v": V[:, :, :0]}, "v: got shape (2, 2, 0, 3)"),
+        *(({"return_lse": each}, f"return_lse: got {each!r}; it takes True or False") for each in (1, "no", None)),
         ({"scale": float("nan")}, "scale: got nan; it takes a number from -1e+38 to 1e+38"),
         ({"scale": "big"}, "scale: got 'big'"),
         ({"softcap": 0}, "softcap: got 0; it takes a number from 1e-30 to 1e+30, or None"),

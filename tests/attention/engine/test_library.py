@@ -210,6 +210,8 @@ def test_names_are_forgotten_after_the_run():
         ({}, None, {"precision": True}, "precision: got True"),
         ({}, None, {"seed": -1}, "seed: got -1"),
         ({}, None, {"memory_limit_bytes": 1.5}, "memory_limit_bytes: got 1.5"),
+        ({}, None, {"force": "no"}, "force: got 'no'; it takes True or False"),
+        ({}, None, {"in_process": 1}, "in_process: got 1; it takes True or False"),
         ({}, [len], {"in_process": True}, "a function of q, k and v"),
     ],
 )

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from mlx_lm.generate import generate_step
+from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models import cohere2, smollm3
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
@@ -85,19 +85,47 @@ def test_the_end_can_be_trimmed_while_it_is_exact():
     """mlx-lm ignores how many tokens were removed: fewer than it asked for would be a wrong prompt."""
     k = mx.random.normal((1, 2, 20, 16))
     cache = StreamingCache(StreamingKV(2, 6))
-    assert cache.is_trimmable()
     cache.state_kv.append(k[:, :, :8], k[:, :, :8])
     assert cache.is_trimmable()
     assert cache.trim(3) == 3
     cache.state_kv.append(k, k)
     assert not cache.is_trimmable()
-    with pytest.raises(UsageError, match="tokens: got 7; this state can take back from 0 to 6"):
+    with pytest.raises(UsageError, match=r"cache: got 7 tokens to remove; .* takes up to 0: .*spare=7"):
         cache.trim(7)
     spare = StreamingCache(StreamingKV(2, 6, spare=3))
     spare.state_kv.append(k, k)
     assert spare.is_trimmable()
+    with pytest.raises(UsageError, match=r"cache: got 4 tokens to remove; .* takes up to 3: .*spare=4"):
+        spare.trim(4)
     assert spare.trim(3) == 3
     assert not spare.is_trimmable()
+
+
+class Unreliable:
+    """A draft model: every third token is another than the model's."""
+
+    def __init__(self, model):
+        self.model, self.layers, self.calls = model, model.layers, 0
+
+    def __call__(self, tokens, cache):
+        self.calls += 1
+        made = self.model(tokens, cache=cache)
+        return made if self.calls % 3 else mx.roll(made, 1, axis=-1)
+
+
+def test_speculative_decoding_takes_spare_slots(model):
+    """Rejected tokens are taken back from a full ring; without spare slots mlx-lm refuses the caches."""
+    with patch_mlx_lm("practical"):
+        caches = make_prompt_cache(model, first=4, window=24, spare=3)
+        wanted = [token for token, _ in generate_step(PROMPT[0], model, max_tokens=12, prompt_cache=caches)]
+        caches = [one for _ in range(2) for one in make_prompt_cache(model, first=4, window=24, spare=3)]
+        named = {"num_draft_tokens": 3, "max_tokens": 12, "prompt_cache": caches}
+        got = [*speculative_generate_step(PROMPT[0], model, Unreliable(model), **named)]
+        assert [token for token, *_ in got] == wanted
+        assert {drafted for *_, drafted in got} == {True, False}
+        caches = make_prompt_cache(model, first=4, window=24)
+        with pytest.raises(ValueError, match="requires a trimmable prompt cache"):
+            next(speculative_generate_step(PROMPT[0], model, model, prompt_cache=[*caches, *caches]))
 
 
 def test_deep_copies_are_forks():

@@ -164,6 +164,11 @@ def test_a_saved_run_is_shown_by_the_history(
     assert main(["history", "add", str(tmp_path / "missing.json")]) == 2
 
 
+def test_what_is_no_path_to_save_to_is_named() -> None:
+    with pytest.raises(attention.UsageError, match="path: got 3; it takes a str or a pathlib.Path"):
+        attention.monitor().save(3)  # type: ignore[arg-type]
+
+
 def test_a_full_disk_leaves_what_was_saved_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monitor = attention.monitor()
     path = tmp_path / "run.json"

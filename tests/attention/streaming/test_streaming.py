@@ -306,6 +306,14 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, damage):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("path", [3, None, b"state", ["state"]])
+def test_what_is_no_path_is_named(path):
+    """Neither loading nor saving takes it."""
+    for call in (StreamingKV.load, StreamingKV().save):
+        with pytest.raises(UsageError, match=r"path: got .*; it takes a str or a pathlib.Path"):
+            call(path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -347,6 +355,8 @@ def test_new_tokens_are_like_the_first_ones():
         state.append(k.astype(mx.float16), v.astype(mx.float16))
     with pytest.raises(UsageError, match=r"mask: got one; with a StreamingKV it takes None or 'causal'"):
         attention(k, *state.update(k, v), mask=mx.ones((3, 3)))
+    with pytest.raises(UsageError, match="window: got 0; with a StreamingKV it takes None\nreturn_lse: got True"):
+        attention(k, *state.update(k, v), window=0, return_lse=True)
 
 
 @pytest.mark.parametrize("rope", [None, ROPES["halves"]], ids=["none", "rope"])
@@ -416,6 +426,7 @@ def test_rows_that_do_not_exist():
         ({"scale": float("nan")}, "scale: got nan; it takes a number"),
         ({"scale": "x"}, "scale: got 'x'; it takes a number"),
         ({"lengths": 1}, "lengths: got 1; it takes 1 whole numbers"),
+        ({"rotated": "no"}, "rotated: got 'no'; it takes True or False"),
     ],
 )
 def test_invalid_arguments_of_a_call(arguments, message, tokens):
