@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import mlx.core as mx
 from msgspec import Struct
@@ -71,6 +71,10 @@ class QuantizedArray(Struct, frozen=True, eq=False):
         numbers, scales, *biases = arrays
         return QuantizedArray(numbers, scales, biases[0] if biases else None, self.format, self.dtype)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what deep copies and pickles are made of: the dtype's name, since MLX's dtypes cannot be pickled."""
+        return _restored, (self.arrays, self.format, str(self.dtype).rpartition(".")[2])
+
     def constant_integers(self) -> "QuantizedArray":
         """Return the array with its integer parts, scales of one byte included, as constants with a gradient of 0.
 
@@ -132,6 +136,37 @@ class QuantizedArray(Struct, frozen=True, eq=False):
                 f"{scales.dtype} of shape {tuple(scales.shape)}"
             )
         return found
+
+
+class PackedParts(tuple[mx.array, ...]):
+    """The arrays of `mx.quantize` for an array, with what mlx-lm's models read of keys and values beside attention.
+
+    Attributes:
+        format: how they are quantized.
+        dtype: of the array; not there if nobody said so, and the format has no scales of that dtype.
+    """
+
+    format: Format
+    dtype: mx.Dtype
+
+    @classmethod
+    def of(cls, arrays: Sequence[mx.array], form: Format, dtype: mx.Dtype | None) -> Self:
+        """Return the arrays with their format and the dtype of the array that was quantized."""
+        made = cls(arrays)
+        made.format = form
+        if form.has_biases or dtype is not None:
+            made.dtype = dtype or made[1].dtype
+        return made
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array."""
+        return (*self[1].shape[:-1], self[1].shape[-1] * self.format.group_size)
+
+
+def _restored(arrays: Sequence[mx.array], form: Format, dtype: str) -> QuantizedArray:
+    numbers, scales, *biases = arrays
+    return QuantizedArray(numbers, scales, biases[0] if biases else None, form, getattr(mx, dtype))
 
 
 KeyOrValue = mx.array | QuantizedArray

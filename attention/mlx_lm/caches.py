@@ -22,7 +22,7 @@ from mlx_lm.models import cache as mlx_caches
 from attention.core.errors import UsageError
 from attention.core.kv_format import DEFAULT_GROUP, DENSE, Format, KVFormat, parse_kv_format
 from attention.kernels.append import append_quantized, quantize
-from attention.quantized_kv import quantized
+from attention.quantized_kv import PackedParts, quantized
 
 LAYOUTS: Final = {
     layout.__name__: layout
@@ -85,12 +85,19 @@ class PackedKVCache:
         k, v = ([*one, one[1][..., :0]][: self._count] for one in made)
         return [*zip(k, v, strict=True)]
 
-    def _join(self, fetched: Sequence[tuple[mx.array, mx.array]]) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
-        """Return keys and values as `mx.quantize` returns them."""
+    def _join(
+        self, fetched: Sequence[tuple[mx.array, mx.array]], dtype: mx.Dtype | None = None
+    ) -> tuple[PackedParts, PackedParts]:
+        """Return keys and values as `mx.quantize` returns them; `dtype` is what they had, if it is known."""
         k, v = zip(*fetched, strict=True)
-        return k[: 2 + self.kv_format.key.has_biases], v[: 2 + self.kv_format.value.has_biases]
+        return self._packed(k[: 2 + self.kv_format.key.has_biases], v[: 2 + self.kv_format.value.has_biases], dtype)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
+    def _packed(
+        self, keys: Sequence[mx.array], values: Sequence[mx.array], dtype: mx.Dtype | None
+    ) -> tuple[PackedParts, PackedParts]:
+        return PackedParts.of(keys, self.kv_format.key, dtype), PackedParts.of(values, self.kv_format.value, dtype)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PackedParts, PackedParts]:
         """Quantize and store keys and values (B, Hkv, L, D); return all that are attended to, quantized.
 
         Raises:
@@ -100,9 +107,10 @@ class PackedKVCache:
         if row is not None:
             return self._append(keys, values, row)
         arrays = self._quantize(keys, values)
-        return self._join([part.update_and_fetch(*pair) for part, pair in zip(self.parts, arrays, strict=True)])
+        fetched = [part.update_and_fetch(*pair) for part, pair in zip(self.parts, arrays, strict=True)]
+        return self._join(fetched, values.dtype)
 
-    def _append(self, keys: mx.array, values: mx.array, row: int) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
+    def _append(self, keys: mx.array, values: mx.array, row: int) -> tuple[PackedParts, PackedParts]:
         """Store rows where `_row_in_place` says, and return what `update_and_fetch` does, in fewer operations."""
         count, first = keys.shape[2], self.parts[0]
         offset = first.offset + count  # in a batch one array for all parts
@@ -115,9 +123,9 @@ class PackedKVCache:
         held = self._join([(part.keys, part.values) for part in self.parts])
         stored, views = append_quantized(held, keys, values, self.kv_format, row=row, used=used)
         self.keys, self.values = stored
-        return views
+        return self._packed(*views, values.dtype)
 
-    def keys_and_values(self) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
+    def keys_and_values(self) -> tuple[PackedParts, PackedParts]:
         """Return all keys and values that are attended to, quantized."""
         return self._join([part.keys_and_values() for part in self.parts])
 
@@ -406,6 +414,11 @@ def to_quantized(cache: Any, kv_format: str | KVFormat = "int4") -> Any:
     return _of_parts(PackedKVCache(cache, formats).parts, formats)
 
 
+def caches_latents(model: Any) -> bool:
+    """Return whether a model, or the language model in it, has multi-head latent attention (DeepSeek's)."""
+    return any(hasattr(module, "kv_lora_rank") for _, module in model.named_modules())
+
+
 def make_prompt_cache(model: Any, max_kv_size: int | None = None, kv_format: str = "int4") -> list[Any]:
     """Return mlx-lm's `make_prompt_cache(model, max_kv_size)` with quantized keys and values.
 
@@ -427,7 +440,7 @@ def make_prompt_cache(model: Any, max_kv_size: int | None = None, kv_format: str
     made: list[Any] = mlx_caches.make_prompt_cache(model, max_kv_size)
     if formats is None:
         return made
-    if hasattr(getattr(model, "args", None), "kv_lora_rank"):
+    if caches_latents(model):
         kind = getattr(model, "model_type", type(model).__name__)
         raise UsageError(f"model: {kind} caches latent vectors instead of keys and values; it takes kv_format none")
     return quantize_prompt_cache(made, formats)

@@ -27,7 +27,7 @@ from attention.masks import Mask, Pattern
 from attention.measure.device import probe
 from attention.mlx_lm import gemma2
 from attention.monitoring import patch_points
-from attention.quantized_kv import QuantizedArray, quantized
+from attention.quantized_kv import PackedParts, QuantizedArray, quantized
 from attention.streaming import StreamingKV
 
 device = lru_cache(maxsize=1)(probe)
@@ -545,13 +545,15 @@ class ModelPatch(CallCounts):
         """Replacement of mlx-lm's function, with the same arguments."""
         if isinstance(keys, StreamingKV):
             return self._attend_streaming(keys, queries, scale, sinks)
-        call = ModelCall(queries, keys, values, scale, mask, sinks, _kv_format(cache))
+        call = ModelCall(queries, keys, values, scale, mask, sinks, _kv_format(cache, keys, values, queries.shape[3]))
         taken = self._try_attend(call)
         if taken is not None:
             return taken
         original = patch_points.models_sdpa().original
         if call.is_readable_by_mlx_lm:
-            return _call_original(original, queries, keys, values, cache, scale, mask, sinks)
+            form = call.kv_format and call.kv_format.shared_affine
+            read = ReadAs(form.bits, form.group_size) if form else cache
+            return _call_original(original, queries, keys, values, read, scale, mask, sinks)
         call = call.dequantized()
         return _call_original(original, queries, call.k, call.v, None, scale, mask, sinks)
 
@@ -561,7 +563,8 @@ class ModelPatch(CallCounts):
         softcap = float(layer.attn_logit_softcapping)
         if isinstance(keys, StreamingKV):
             return gemma2.joined(layer, self._attend_streaming(keys, queries, layer.scale, softcap=softcap))
-        call = ModelCall(queries, keys, values, layer.scale, mask, None, _kv_format(cache), softcap=softcap)
+        formats = _kv_format(cache, keys, values, queries.shape[3])
+        call = ModelCall(queries, keys, values, layer.scale, mask, None, formats, softcap=softcap)
         taken = self._try_attend(call)
         if taken is not None:
             return gemma2.joined(layer, taken)
@@ -584,7 +587,8 @@ class ModelPatch(CallCounts):
             chosen = _practical()[0]
         with in_implementation():
             take_path()
-            out = state.attend_pending(queries, chosen, scale, softcap, sinks)
+            same = queries.astype(state.dtype or queries.dtype)  # some models widen the query alone
+            out = state.attend_pending(same, chosen, scale, softcap, sinks).astype(queries.dtype)
         if chosen is self.implementation:
             self.count_taken(f"{take_path() or chosen.name}, {STREAMING}")
         return out
@@ -653,15 +657,29 @@ class ModelPatch(CallCounts):
         return patched
 
 
-def _kv_format(cache: Any) -> KVFormat | None:
-    """Return the formats of a cache of `attention.mlx_lm.caches`, or of mlx-lm's own quantized one."""
+def _kv_format(cache: Any, k: Any, v: Any, width: int) -> KVFormat | None:
+    """Return the formats of keys `width` wide and of values, as `mx.quantize` returns them; None if they are dense.
+
+    Those of a cache of `attention.mlx_lm.caches`, or of mlx-lm's own quantized one. Models whose layers share keys and
+    values also attend without the cache that they are from: then the parts tell.
+    """
+    if isinstance(k, mx.array):
+        return None
     own = getattr(cache, "kv_format", None)
     if isinstance(own, KVFormat):
         return own
-    if not hasattr(cache, "bits"):
-        return None
-    form = Format("affine", cache.bits, cache.group_size)
+    if isinstance(k, PackedParts):
+        return KVFormat(k.format, v.format)
+    bits, group = k[0].shape[3] * 32 // width, width // k[1].shape[3]  # mlx-lm's keys and values have one format
+    form = Format("affine", bits, group)
     return KVFormat(form, form)
+
+
+class ReadAs(NamedTuple):
+    """What mlx-lm's own attention reads of a quantized cache."""
+
+    bits: int
+    group_size: int
 
 
 def _call_original(function: Callable[..., mx.array], *args: Any) -> mx.array:
@@ -725,9 +743,9 @@ def _without_attention() -> Iterator[None]:
 def _query_only(q: mx.array, k: Any, v: Any, cache: Any = None, *rest: Any, **named: Any) -> mx.array:
     """Return the query (B, H, Lq, D) in the output's shape (B, H, Lq, Dv), depending on key and value.
 
-    Quantized ones are the arrays of `mx.quantize`, whose group size the cache has.
+    Quantized ones are the arrays of `mx.quantize`.
     """
-    formats = _kv_format(cache)
+    formats = _kv_format(cache, k, v, q.shape[3])
     width = v.shape[3] if formats is None else v[1].shape[3] * formats.value.group_size
     shaped = q if width == q.shape[3] else mx.broadcast_to(q[..., :1], (*q.shape[:3], width))
     parts = [part for each in (k, v) for part in ([each] if isinstance(each, mx.array) else each)]

@@ -11,13 +11,16 @@ from typing import Any, Final, Self
 import mlx.core as mx
 import msgspec
 from mlx_lm.models import cache as mlx_caches
-from mlx_lm.models import cohere2, smollm3
+from mlx_lm.models import cohere2, hunyuan, hunyuan_v1_dense, smollm3
 from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
 
 from attention.core.errors import UsageError, error_line
+from attention.mlx_lm.caches import caches_latents
 from attention.streaming import Rope, StreamingKV
 from attention.streaming.files import Description
 
+ROPES: Final = ("rope", "rotary_emb", "_rope_freqs")
+"""Names that mlx-lm's models give to a layer's rotary embedding, or to its frequencies if it is no module."""
 NEEDS_PATCH: Final = (
     "cache: mlx-lm's own attention cannot read a StreamingCache; it takes a model run inside "
     "attention.patch_mlx_lm(...)"
@@ -124,25 +127,33 @@ class StreamingCache:
         return made
 
 
-def _first_of(holder: Any, names: Sequence[str]) -> Any:
-    """Return the first attribute that there is; a module of MLX without parameters is false, but there."""
-    return next((found for name in names if (found := getattr(holder, name, None)) is not None), None)
+def _rotating(layer: Any) -> tuple[Any, Any]:
+    """Return the module of a layer that rotates queries and keys, and by what; None and None if there is none."""
+    for _, module in layer.named_modules():
+        for name in ROPES:
+            if name in module:
+                return module, module[name]
+    return None, None
 
 
 def rope_of(layer: Any) -> Rope | None:
     """Return the rotary embedding of a layer of a model; None if it has none, or does not use it.
 
     Raises:
-        UsageError: it depends on the length of the sequence.
+        UsageError: it depends on the length of the sequence, or queries and keys are changed after it.
     """
-    attention = _first_of(layer, ("self_attn", "attention", "attn"))
-    found = _first_of(attention, ("rope", "rotary_emb"))
+    attention, found = _rotating(layer)
     unused = isinstance(attention, cohere2.Attention) and not attention.use_sliding_window
     if found is None or unused or isinstance(found, smollm3.NoPE):
         return None
+    is_hunyuan = isinstance(attention, hunyuan.Attention | hunyuan_v1_dense.Attention)
+    if is_hunyuan and attention.use_qk_norm:
+        raise UsageError("model: it multiplies queries and keys by weights after rotating them; a stream rotates again")
+    if isinstance(found, mx.array):
+        return Rope(2 * found.size, freqs=found)
     if isinstance(found, DynamicNTKScalingRoPE):
         raise UsageError("model: its rotary positions depend on the length of the sequence; a stream has none")
-    dims = _first_of(found, ("dims", "dim"))
+    dims = getattr(found, "dims", None) or getattr(found, "dim", None)
     freqs = getattr(found, "_freqs", None)
     if type(dims) is not int:
         raise UsageError(f"model: got rotary positions by {type(found).__name__}; it takes those of mlx-lm")
@@ -164,12 +175,18 @@ def make_prompt_cache(
     """
     made: list[Any] = mlx_caches.make_prompt_cache(model)
     layers: Sequence[Any] = model.layers
-    if len(layers) != len(made) or hasattr(getattr(model, "args", None), "kv_lora_rank"):
+    if len(layers) != len(made) or caches_latents(model):
         raise UsageError("model: got one that caches something else than the keys and values of each layer")
+    if any(name.rpartition(".")[2] == "wpe" for name, _ in model.named_modules()):
+        raise UsageError("model: its learned positions are those of the whole sequence; a stream has none")
     caches: list[Any] = []
     for cache, layer in zip(made, layers, strict=True):
         if type(cache) is mlx_caches.KVCache:
             caches.append(StreamingCache(StreamingKV(first, window, format, rope=rope_of(layer), spare=spare)))
+        elif type(cache) is mlx_caches.ArraysCache and _rotating(layer)[1] is not None:
+            raise UsageError(
+                "model: its linear attention rotates to positions of the whole sequence; a stream has none"
+            )
         elif type(cache) in (mlx_caches.RotatingKVCache, mlx_caches.ArraysCache):
             caches.append(cache)
         else:

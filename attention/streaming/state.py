@@ -122,6 +122,13 @@ class StreamingKV:
         return DENSE if self.formats is None else self.formats.text
 
     @property
+    def dtype(self) -> mx.Dtype | None:
+        """Dtype of keys and values as they come; None before the first."""
+        if self._pending is not None:
+            return self._pending[1].dtype
+        return next((one.values.dtype for one in self._kept.values()), None)
+
+    @property
     def position(self) -> int | list[int]:
         """Number of tokens seen; a list if the rows of the batch differ."""
         seen = self._seen_with_pending()
@@ -609,6 +616,10 @@ class StreamingKV:
     def __deepcopy__(self, memo: dict[int, Any]) -> "StreamingKV":
         """Return a fork; mlx-lm copies the caches of prompts."""
         return self.fork()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what a pickle is made of: the parts of a saved file."""
+        return type(self).of_description, self.described()
 
     def removable_exactly(self) -> int:
         """Return how many tokens `rewind` can take back from all rows so that the window stays full."""

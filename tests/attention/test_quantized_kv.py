@@ -1,6 +1,8 @@
 """Quantized keys and values as arguments: what `quantized` makes, its exact values, and what is refused."""
 
+import copy
 import doctest
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +50,14 @@ def test_what_mx_quantize_returns_is_taken():
     assert quantized(packed("mxfp4").arrays, mode="mxfp4").dtype == mx.bfloat16
     assert quantized(made) is made
     assert quantized(K).format.text == "int4"
+
+
+@pytest.mark.parametrize("form", ["int4:32", "mxfp8"])
+def test_copies_and_pickles_are_equal(form):
+    x = packed(form, dtype=mx.bfloat16)
+    for again in (copy.copy(x), copy.deepcopy(x), pickle.loads(pickle.dumps(x))):
+        assert (again.format, again.dtype, again.shape) == (x.format, x.dtype, x.shape)
+        assert all(map(mx.array_equal, again.arrays, x.arrays))
 
 
 def test_it_is_indexed_along_all_axes_but_the_last():

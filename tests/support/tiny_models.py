@@ -1,5 +1,6 @@
 """mlx-lm models with a few thousand random weights: a Qwen2, a Llama, a DeepSeek-V3 with dense layers, a GPT-OSS."""
 
+import importlib
 from typing import Any
 
 import mlx.core as mx
@@ -55,6 +56,15 @@ def tiny(name: str, dtype: mx.Dtype = mx.float32, **sizes: Any) -> Any:
         for layer in model.layers:
             layer.self_attn.sinks = mx.random.normal((SIZES["num_attention_heads"],))
     model.set_dtype(dtype)
+    mx.eval(model.parameters())
+    return model
+
+
+def built(name: str, **fields: Any) -> Any:
+    """Return a model of any of mlx-lm's modules with reproducible weights; `fields` are its configuration."""
+    module = importlib.import_module(f"mlx_lm.models.{name}")
+    mx.random.seed(7)
+    model = module.Model(module.ModelArgs.from_dict({"model_type": name, **fields}))
     mx.eval(model.parameters())
     return model
 

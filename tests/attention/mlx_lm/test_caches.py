@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx_lm.generate import BatchGenerator, generate_step
@@ -32,7 +33,7 @@ from attention.implementations.bounded.implementation import Practical
 from attention.mlx_lm import caches
 from attention.mlx_lm.generation import why_unread
 from tests.support.marks import slow, thorough
-from tests.support.tiny_models import LAYERS, tiny, tokens
+from tests.support.tiny_models import LAYERS, SIZES, VOCABULARY, built, tiny, tokens
 
 WINDOW = 24
 LONGEST = 340
@@ -208,12 +209,15 @@ def test_what_nobody_else_takes_practical_computes() -> None:
     assert_close(got, wanted)
 
 
+class Refusing(Practical):
+    """An implementation that takes nothing."""
+
+    def route(self, *_: Any, **__: Any) -> Route:
+        return unsupported("a test")
+
+
 @pytest.mark.parametrize(("kv_format", "recipient"), [("int8:32", "MLX's own"), ("int8:32+int4:32", "practical")])
 def test_mlx_lm_gets_what_it_can_read(kv_format: str, recipient: str) -> None:
-    class Refusing(Practical):
-        def route(self, *_: Any, **__: Any) -> Route:
-            return unsupported("a test")
-
     model = tiny("qwen2", num_hidden_layers=1)
     wanted = logits(model, [dense("plain", kv_format)], [29, 1])
     with attention.patch_mlx_lm(Refusing()) as patch:
@@ -232,6 +236,59 @@ def test_dense_copies_for_an_implementation_are_counted() -> None:
         got = logits(model, [packed("plain", "nvfp4")], [29, 1])
     assert patch.taken == {"MLX SDPA, unfused, dequantized K and V": 2}
     np.testing.assert_allclose(got, wanted, atol=TOLERANCE[mx.float32])
+
+
+SHARING: dict[str, dict[str, Any]] = {
+    "gemma4_text": {
+        **SIZES,
+        "head_dim": 32,
+        "global_head_dim": 32,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 16,
+        "num_kv_shared_layers": 1,
+        "sliding_window": 12,
+        "layer_types": ["full_attention"] * LAYERS,
+    },
+    "afm7": {
+        "vocab_size": VOCABULARY,
+        "hidden_dim": 128,
+        "num_layers": LAYERS,
+        "num_kv_reuse_layers": 1,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+    },
+    "phi": {**SIZES, "num_key_value_heads": 4},
+}
+"""Models that read more of keys and values than attention does: a shape, a dtype; or attend without the cache."""
+
+
+@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.parametrize("kv_format", ["int8:32", "mxfp8"])
+def test_models_may_share_keys_and_read_their_shape(name: str, kv_format: str) -> None:
+    model, formats = built(name, **SHARING[name]), parse_kv_format(kv_format)
+    assert formats is not None
+    made = make_prompt_cache(model)
+    for one in made:
+        store: Any = one.update_and_fetch
+        one.update_and_fetch = lambda k, v, store=store: store(rounded(k, formats.key), rounded(v, formats.value))
+    wanted = logits(model, made, CHUNKS)
+    for implementation in ("practical", Refusing()):
+        with attention.patch_mlx_lm(implementation) as patch:
+            got = logits(model, caches.make_prompt_cache(model, kv_format=kv_format), CHUNKS)
+        assert patch.calls_taken + patch.calls_handed >= LAYERS * len(CHUNKS)
+        assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "qwen2"])
+def test_kv_bits_in_mid_generation_are_read_packed(name: str) -> None:
+    """mlx-lm quantizes its caches after some steps; layers that share them attend without."""
+    model = built(name, **SHARING[name]) if name in SHARING else tiny(name)
+    options: dict[str, Any] = {"max_tokens": 6, "kv_bits": 8, "kv_group_size": 32}
+    with attention.patch_mlx_lm("practical") as patch:
+        for start in (0, 32):
+            list(generate_step(tokens(30), model, quantized_kv_start=start, **options))
+    assert patch.calls_handed == 0
+    assert patch.taken["packed keys and values"] > LAYERS * 6
 
 
 @pytest.mark.sampled(0.4)
@@ -501,6 +558,15 @@ def test_layers_without_keys_keep_their_caches() -> None:
     assert listed[1] is state
 
 
+class Whole(nn.Module):
+    """A model with a language model in it."""
+
+    def __init__(self, language_model: Any) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.layers = language_model.layers
+
+
 def test_mistakes_are_one_clear_line() -> None:
     model = tiny("qwen2")
     for line, mistake in {
@@ -510,6 +576,7 @@ def test_mistakes_are_one_clear_line() -> None:
         "got 'int7'; it takes int8, ": lambda: caches.make_prompt_cache(model, kv_format="int7"),
         "max_kv_size: got 4; it takes a whole number from 5": lambda: caches.make_prompt_cache(model, 4),
         "deepseek_v3 caches latent vectors instead of keys": lambda: caches.make_prompt_cache(tiny("deepseek_v3")),
+        "Whole caches latent vectors instead of keys": lambda: caches.make_prompt_cache(Whole(tiny("deepseek_v3"))),
         "got one in int8:32; only a dense one can be quantized": lambda: caches.quantize_prompt_cache(
             filled(model, "plain", "int8:32"), "int4:32"
         ),

@@ -1,9 +1,9 @@
 """Models of mlx-lm with streaming caches."""
 
 from copy import deepcopy
-from types import SimpleNamespace
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models import cohere2, smollm3
@@ -14,6 +14,7 @@ from attention.mlx_lm.configuration import find_model
 from attention.mlx_lm.network import Network
 from attention.mlx_lm.streaming import StreamingCache, make_prompt_cache, rope_of
 from tests.support.marks import thorough
+from tests.support.tiny_models import built
 
 PROMPT = mx.array([[(7 * i) % 41 for i in range(60)]])
 
@@ -72,13 +73,59 @@ def test_unpatched_mlx_lm_is_reported_what_is_missing(model):
 def test_rope_that_a_layer_of_cohere2_does_not_use(sliding):
     """Its layers with full attention have a rotary embedding, and do not rotate."""
     arguments = cohere2.ModelArgs("cohere2", hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=1)
-    layer = SimpleNamespace(self_attn=cohere2.Attention(arguments, layer_idx=0 if sliding else 3))
+    layer = cohere2.TransformerBlock(arguments, layer_idx=0 if sliding else 3)
     assert (rope_of(layer) is not None) == sliding
 
 
 def test_layers_of_smollm3_without_positions():
     """Layers whose positions were taken out have none."""
-    assert rope_of(SimpleNamespace(self_attn=SimpleNamespace(rope=smollm3.NoPE()))) is None
+    layer = nn.Module()
+    layer.self_attn = nn.Module()
+    layer.self_attn.rope = smollm3.NoPE()
+    assert rope_of(layer) is None
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 50}
+GROUPED = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5}
+PHIXTRAL = {"model_dim": 32, "num_layers": 1, "num_heads": 2, "num_vocab": 50, "rotary_dim": 8, "num_local_experts": 2}
+HUNYUAN = {**SIZES, **GROUPED, "max_position_embeddings": 99}
+GPT2 = {"n_ctx": 9, "n_embd": 32, "n_head": 2, "n_layer": 1, "n_positions": 9, "vocab_size": 50}
+GPT2 |= {"layer_norm_epsilon": 1e-5}
+BAILING = {**HUNYUAN, "num_hidden_layers": 2, "layer_group_size": 2, "group_norm_size": 1, "moe_intermediate_size": 32}
+BAILING |= {"num_experts_per_tok": 1, "num_experts": 2, "norm_topk_prob": True, "num_shared_experts": 1}
+BAILING |= {"rope_theta": 1000, "first_k_dense_replace": 0}
+OTHER_PLACES = {
+    "nanochat": {**SIZES, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "phixtral": PHIXTRAL,
+}
+"""Models whose rotary embedding is no `self_attn.rope`: frequencies alone, a layer's `mixer`."""
+
+
+@pytest.mark.parametrize("name", OTHER_PLACES)
+def test_rotary_positions_in_other_places_are_found(name):
+    """Tokens one by one give what they give at once, although the ring is filled three times."""
+    model = built(name, **OTHER_PLACES[name])
+    prompt = mx.array([[(7 * i) % 41 for i in range(30)]])
+    with patch_mlx_lm("practical"):
+        at_once = model(prompt, cache=make_prompt_cache(model, first=2, window=8))
+        caches = make_prompt_cache(model, first=2, window=8)
+        steps = [model(prompt[:, t : t + 1], cache=caches) for t in range(30)]
+    assert caches[0].state_kv.rope is not None
+    assert mx.allclose(at_once, mx.concatenate(steps, 1), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("hunyuan_v1_dense", HUNYUAN, "after rotating them"),
+        ("gpt2", GPT2, "learned positions"),
+        ("bailing_moe_linear", BAILING, "linear attention rotates"),
+    ],
+)
+def test_models_without_bounded_positions_are_refused(name, fields, message):
+    """Weights after the rotation, and positions that are added once for all."""
+    with pytest.raises(UsageError, match=message):
+        make_prompt_cache(built(name, **fields))
 
 
 def test_the_end_can_be_trimmed_while_it_is_exact():

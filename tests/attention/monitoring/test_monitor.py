@@ -165,7 +165,7 @@ def test_a_saved_run_is_shown_by_the_history(
 
 
 def test_what_is_no_path_to_save_to_is_named() -> None:
-    with pytest.raises(attention.UsageError, match="path: got 3; it takes a str or a pathlib.Path"):
+    with pytest.raises(attention.UsageError, match=r"path: got 3; it takes a str or a pathlib\.Path"):
         attention.monitor().save(3)  # type: ignore[arg-type]
 
 
