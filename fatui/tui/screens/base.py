@@ -61,6 +61,12 @@ class Palette(AppScreen, CommandPalette):
         if self.is_active or not isinstance(message, Input.Changed | Input.Submitted | OptionList.OptionSelected):
             await super()._on_message(message)
 
+    def _forward_event(self, event: events.Event) -> None:
+        """Leave out the further clicks of a double click on a command: the first empties the list."""
+        if isinstance(event, events.Click) and event.chain > 1 and isinstance(event.widget, CommandList):
+            return
+        super()._forward_event(event)
+
     def _action_command_list(self, action: str) -> None:
         """Act on the list of commands; move by a page once it has lines."""
         if not action.startswith("page") or self.query_one(CommandList).scrollable_content_region:

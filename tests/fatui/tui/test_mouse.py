@@ -2,6 +2,7 @@
 
 import pytest
 from textual import events
+from textual.command import CommandList
 from textual.geometry import Offset
 from textual.widgets import Input, OptionList, Static
 
@@ -47,6 +48,17 @@ async def test_a_palette_that_closed_searches_nothing(stage, monkeypatch):
     palette.post_message(Input.Changed(palette.query_one(Input), "sweep"))
     await stage.settle(lambda: not palette.is_attached)
     assert searched == []
+
+
+async def test_a_second_click_never_reaches_the_emptied_list(stage):
+    await stage.press("ctrl+p")
+    palette = stage.app.screen
+    commands = palette.query_one(CommandList)
+    await stage.settle(lambda: commands.option_count)
+    x, y = commands.content_region.offset
+    palette._forward_event(events.Click(commands, x, y, 0, 0, 1, False, False, False, x, y, chain=2))
+    await stage.pilot.pause()
+    assert stage.app.screen is palette and commands.option_count
 
 
 @pytest.mark.parametrize("name", ["ctrl+p", "o"])
