@@ -4,14 +4,30 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Final
+from types import UnionType
+from typing import Any, Final, get_args
 
 import msgspec
+from msgspec import structs
 
 from attention.core.errors import UsageError
-from attention.core.results import ORIGIN, AnyCase, Case, Report, Row, flat_row, flat_rows, origin, sealed
+from attention.core.results import (
+    ORIGIN,
+    AnyCase,
+    Case,
+    Environment,
+    FineTuningRow,
+    ModelRow,
+    Report,
+    Row,
+    StreamRow,
+    flat_row,
+    flat_rows,
+    origin,
+    sealed,
+)
 from attention.core.stream import Stream
-from attention.core.workload import FineTuning, Generation
+from attention.core.workload import FineTuning, Generation, Workload
 from fatui import formatting
 from fatui.report.scaling import references_text
 from fatui.report.table import (
@@ -237,6 +253,20 @@ def _table(heads: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(markdown_cell(cell) for cell in line)} |" for line in (heads, rule, *lines))
 
 
+DECLARED: Final = {
+    field.encode_name: field.type
+    for struct in (Environment, Workload, Generation, FineTuning, Stream, Row, ModelRow, FineTuningRow, StreamRow)
+    for field in structs.fields(struct)
+}
+"""The types of columns that are a field."""
+ENDINGS: Final[Mapping[str, type]] = {
+    **dict.fromkeys(("value", "median", "low", "high", "floor", "s"), float),
+    **dict.fromkeys(("bytes", "count", "tokens", "case"), int),
+    "significant": bool,
+}
+"""Those of further columns, by the last word of their names."""
+
+
 def to_json_lines(report: Report) -> str:
     """Write a line of JSON for each row, flat, with the run's origin."""
     return "".join(map(_json_line, flat_rows(escape_all(report))))
@@ -312,7 +342,7 @@ def check_parquet() -> None:
 
 
 def to_parquet(report: Report) -> bytes:
-    """Write the rows as a Parquet file, with the columns of the CSV.
+    """Write the rows as a Parquet file, with the columns of the CSV; those of several runs can be read together.
 
     Raises:
         UsageError: pyarrow is not installed.
@@ -320,10 +350,24 @@ def to_parquet(report: Report) -> bytes:
     pyarrow, parquet = _pyarrow()
     report = escape_all(report)
     records = flat_rows(report)
-    columns = {name: [_plain(record.get(name)) for record in records] for name in columns_of(report)}
+    types = {float: pyarrow.float64(), bool: pyarrow.bool_(), int: pyarrow.int64(), str: pyarrow.string()}
+    columns = {
+        name: pyarrow.array([_plain(record.get(name)) for record in records], types[column_type(name)])
+        for name in columns_of(report)
+    }
     out = io.BytesIO()
     parquet.write_table(pyarrow.table(columns), out)
     return out.getvalue()
+
+
+def column_type(column: str) -> type:
+    """Return the type of a column's values, also where none is known: float, bool, int or str."""
+    if column in DECLARED:
+        kinds = get_args(DECLARED[column]) if isinstance(DECLARED[column], UnionType) else (DECLARED[column],)
+        return next((kind for kind in (float, bool, int) if kind in kinds), str)
+    if column.startswith("rank_"):
+        return str  # lists, as JSON
+    return ENDINGS.get(column.rpartition("_")[2], str)
 
 
 def _plain(value: object) -> object:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from msgspec import structs
 
-from attention.core.results import Conditions, Environment, Report
+from attention.core.results import Conditions, Environment, Report, flat_rows
 from attention.core.workload import Workload
 from fatui.cli import output
 from fatui.cli import run as cli_run
@@ -96,6 +96,28 @@ def test_parquet_has_the_rows(kind, tmp_path):
     table = parquet.read_table(path)
     assert table.num_rows == sum(len(case.rows) for case in report.all_cases)
     assert {"implementation", "call_s_median"} <= set(table.column_names)
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_columns_have_the_declared_types(kind):
+    report = hostile.report(kind, "a") if kind else report_of(plan_of(CASES))
+    for record in flat_rows(report):
+        for column in export.columns_of(report):
+            value = export._plain(record.get(column))
+            kind = export.column_type(column)
+            assert value is None or type(value) is kind or (kind is float and type(value) is int), column
+
+
+def test_parquet_files_of_several_runs_are_read_together(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    run = report_of(plan_of(CASES))
+    case = run.cases[0]
+    unknown = structs.replace(case, rows=tuple(structs.replace(row, call_s=None, speedup=None) for row in case.rows))
+    paths = [tmp_path / "a.parquet", tmp_path / "b.parquet"]
+    for path, report in zip(paths, (run, structs.replace(run, cases=(unknown,))), strict=True):
+        path.write_bytes(export.to_parquet(report))
+    for files in (paths, paths[::-1]):
+        assert parquet.read_table(list(map(str, files))).num_rows == len(flat_rows(run)) + len(case.rows)
 
 
 @pytest.fixture
