@@ -183,15 +183,31 @@ def _of_mlx(
     mask: mx.array | str | None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """Call MLX's SDPA; on CUDA, arrays in a layout that it fails on are copied first."""
-    if current_backend() != "cuda" or not mx.cuda.is_available():
+    """Call MLX's SDPA; on CUDA, arrays in a layout that it fails on are copied first.
+
+    With a mask of these lengths, as MLX makes one of "causal" where it has no kernel, the lengths are bound to it.
+    """
+    backend = current_backend()
+    is_bound = isinstance(mask, mx.array) or (mask is not None and backend == "cpu")
+    if backend != "cuda" or not mx.cuda.is_available():
+        q, k = _bound(q, k) if is_bound else (q, k)
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
     from attention.kernels.cuda.runtime.launcher import laid_out, of_sdpa
 
     q, k, v = laid_out(q, k, v)
     if isinstance(mask, mx.array):
         (mask,) = laid_out(mask)
+    q, k = _bound(q, k) if is_bound else (q, k)
     return of_sdpa(mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks))
+
+
+def _bound(q: mx.array, k: mx.array) -> tuple[mx.array, mx.array]:
+    """Return views of query and key for which a graph of `mx.compile(shapeless=True)` refuses other lengths.
+
+    Such a graph keeps the mask that it was traced with, and MLX would read beyond the shorter of the two.
+    """
+    query, key = (mx.squeeze(x.reshape(1, *x.shape), 0) for x in (q, k))
+    return query, key
 
 
 def _plain_mask(mask: Mask, seq: int, kv_seq: int) -> mx.array | str | None:

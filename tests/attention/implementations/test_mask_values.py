@@ -240,3 +240,23 @@ def test_a_bias_of_one_thread_is_for_all():
     with ThreadPoolExecutor(1) as pool:
         of_thread = pool.submit(attend).result()
     assert of_thread == attend()
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize(
+    "mask", ["causal", masks.prefix(9), mx.ones((33, 33), mx.bool_)], ids=["causal", "value", "array"]
+)
+@pytest.mark.parametrize("name", ["mlx", "practical"])
+def test_a_shapeless_graph_takes_the_lengths_of_its_mask(name, mask):
+    """MLX would compute with the mask of the traced lengths, and read beyond the arrays."""
+    q, k = (mx.random.normal((1, heads, 33, 16), key=mx.random.key(heads)) for heads in (2, 1))
+    attend = mx.compile(lambda q, k: attention(q, k, k, mask=mask, implementation=name), shapeless=True)
+    try:
+        found = attend(q, k)
+    except ValueError as error:  # blocks of `practical`
+        assert "cannot infer output shapes" in str(error)
+    else:
+        assert mx.allclose(found, attention(q, k, k, mask=mask, implementation="baseline"), atol=1e-5).item()
+    for query, key in ((q[:, :, :20], k), (q, mx.concatenate([k, k], axis=2)), (q[:, :, :1], k)):
+        with pytest.raises(ValueError, match=r"reshape|output shapes"):
+            mx.eval(attend(query, key))
