@@ -48,7 +48,7 @@ DEVICE float reciprocal_fast(float x) {
 // Softmax results of each query row, for the caller and for the backward pass. Both pointers may be null.
 struct RowResults {
   float* logsumexp;  // natural logarithm; -inf for a fully masked row
-  float2* stats;     // row maximum, before multiplication by `factor`, and log2 of the row sum; (0, -inf) if fully masked.
+  float2* stats;     // row maximum or a little less, before multiplication by `factor`, and log2 of the row sum; (0, -inf) if fully masked.
                      // Separate, because with a large maximum a float32 logsumexp would lose the sum
 
   DEVICE RowResults from(i64 row) const {

@@ -77,7 +77,7 @@ struct Consumer : Position {
     release_keys();
     mask_scores(scores, problem, row(), n * BLOCK_N + from);
     softmax(scores, rows, problem.scale_log2);
-    scale_output(out, rows.rescale);
+    rescale_output(out, rows);
     pack_weights(weights, scores);
     const u32 value = await_values();
     if (n > least()) key = await_keys();
@@ -122,7 +122,7 @@ DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Outpu
     Weights weights;
     start_scores(scores, consumer.query, consumer.await_keys());
     consumer.weigh<0>(scores, problem, rows);
-    if constexpr (HALVES) scale_output(out, rows.rescale);  // of a half before
+    if constexpr (HALVES) rescale_output(out, rows);  // of a half before
     u32 value = consumer.await_values();
     pack_weights(weights, scores);
 #pragma unroll 1
@@ -140,7 +140,7 @@ DEVICE void attend_overlapping(Consumer& consumer, const Problem& problem, Outpu
       wgmma_wait<0>();
       settle(out);
       release(used);
-      scale_output(out, rows.rescale);
+      rescale_output(out, rows);
       pack_weights(weights, scores);
     }
     start_output(out, weights, value);
@@ -179,7 +179,7 @@ DEVICE void attend_in_turns(Consumer& consumer, const Problem& problem, Output& 
       consumer.pass_turn();
       if (consumer.n < last) consumer.release_values();
       consumer.weigh<0>(scores, problem, rows);
-      scale_output(out, rows.rescale);
+      rescale_output(out, rows);
       pack_weights(weights, scores);
       const u32 value = consumer.await_values();
       // before the turn, so that nothing delays the next scores

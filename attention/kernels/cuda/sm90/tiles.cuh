@@ -58,11 +58,13 @@ struct Problem {
   }
 };
 
-// Softmax state of a thread's two rows. `sum` covers only the thread's columns until `finish_rows`.
+// Softmax state of a thread's two rows. Weights are relative to `max`: the maximum so far, or a little less (WEIGHT_HEADROOM). `sum`
+// covers only the thread's columns until `finish_rows`.
 struct Rows {
   float max[2] = {MINUS_INFINITY, MINUS_INFINITY};
   float sum[2] = {0, 0};
-  float rescale[2] = {1, 1};  // factor of the output, from the last softmax step
+  bool raised = true;         // by the last softmax step, in any row of the warp
+  float rescale[2] = {1, 1};  // if raised: factor of the output
 };
 
 using Scores = float[BLOCK_N / 2];
@@ -186,10 +188,31 @@ DEVICE void mask_listed(Scores& scores, const Problem& problem, const Listed& li
   if (first_key + BLOCK_N > problem.keys) mask_scores(scores, problem, row, first_key);
 }
 
-// Online softmax: converts scores to weights relative to the running row maximum; updates sum and rescale.
+// Weights may reach 2 to this power before their row's maximum is raised (FlashAttention 4): most tiles need neither maxima over lanes
+// nor a rescaled output.
+constexpr float WEIGHT_HEADROOM = 8;
+constexpr bool LAZY = HEAD_DIM < 256 || CONSUMERS > 1;  // else two words would be spilled, and maxima are raised in every tile
+
+// The larger of a thread's scores of each row and 0. Floats that are not negative are ordered as integers, of which an instruction
+// compares three; of negative ones it is only known that they are.
 template <int COUNT>
-DEVICE void softmax(float (&scores)[COUNT], Rows& rows, float scale_log2) {
-  float base[2], shift[2];
+DEVICE void largest_or_zero(float (&largest)[2], const float (&scores)[COUNT]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    int found[2] = {0, 0};  // two chains take less time
+#pragma unroll
+    for (int i = 2 * r; i < COUNT; i += 4) {
+      int& of = found[i / 4 % 2];
+      of = max(of, max(__float_as_int(scores[i]), __float_as_int(scores[i + 1])));
+    }
+    largest[r] = __int_as_float(max(found[0], found[1]));
+  }
+}
+
+// Raises the maxima of a thread's rows. Scores become differences from large ones, whose `shift` is then 0 (see LARGE_EXPONENT).
+template <int COUNT>
+DEVICE void raise_maxima(float (&scores)[COUNT], Rows& rows, float (&shift)[2], float scale_log2) {
+  float base[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float largest = rows.max[r];
@@ -199,6 +222,7 @@ DEVICE void softmax(float (&scores)[COUNT], Rows& rows, float scale_log2) {
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
     base[r] = largest == MINUS_INFINITY ? 0 : largest;  // fully masked so far
     rows.rescale[r] = exp2_fast((rows.max[r] - base[r]) * scale_log2);
+    rows.sum[r] *= rows.rescale[r];
     rows.max[r] = largest;
     shift[r] = base[r] * scale_log2;
   }
@@ -208,6 +232,23 @@ DEVICE void softmax(float (&scores)[COUNT], Rows& rows, float scale_log2) {
     for (int i = 0; i < COUNT; ++i) scores[i] -= base[i / 2 % 2];
     shift[0] = shift[1] = 0;
   }
+}
+
+// Online softmax: converts scores to weights; updates the rows. A row's maximum beyond LARGE_EXPONENT is exact, also if it is of joined
+// parts: the backward pass takes no score above it.
+template <int COUNT>
+DEVICE void softmax(float (&scores)[COUNT], Rows& rows, float scale_log2) {
+  float largest[2], shift[2];
+  largest_or_zero(largest, scores);
+  bool within = true;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    shift[r] = rows.max[r] * scale_log2;
+    const float excess = (largest[r] - rows.max[r]) * scale_log2;
+    within = within && excess <= WEIGHT_HEADROOM && fabsf(shift[r]) <= LARGE_EXPONENT / 2;  // not if either is NaN
+  }
+  rows.raised = !LAZY || !__all_sync(~0u, within);
+  if (rows.raised) raise_maxima(scores, rows, shift, scale_log2);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     float even = 0, odd = 0;
@@ -216,8 +257,13 @@ DEVICE void softmax(float (&scores)[COUNT], Rows& rows, float scale_log2) {
       even += scores[i] = exp2_fast(scores[i] * scale_log2 - shift[r]);
       odd += scores[i + 1] = exp2_fast(scores[i + 1] * scale_log2 - shift[r]);
     }
-    rows.sum[r] = rows.sum[r] * rows.rescale[r] + (even + odd);
+    rows.sum[r] += even + odd;
   }
+}
+
+// Multiplies the output by the factors of the last softmax step.
+DEVICE void rescale_output(Output& output, const Rows& rows) {
+  if (rows.raised) scale_output(output, rows.rescale);
 }
 
 // Accumulators of S already have the layout of a wgmma left operand in registers and only need packing.

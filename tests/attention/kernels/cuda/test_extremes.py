@@ -66,6 +66,48 @@ def test_equal_scores_of_any_size_weigh_the_same(dim, size, dtype, kernels):
     assert error_of(output, right) < 5e-3
 
 
+# factors of the keys, by key from 0 to 1: the kernels take keys from the last to the first
+RISES = {
+    "by little": lambda place: 1 + 2 * place,
+    "to the first": lambda place: 40 - 39.9 * place,
+    "to the last": lambda place: 0.1 + 39.9 * place,
+    "in steps": lambda place: np.where(place * 16 % 3 < 1, 12, 1),
+}
+
+
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize("rise", RISES)
+@pytest.mark.parametrize("window", [None, 200])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_maxima_that_rise_from_tile_to_tile(dim, window, rise, negative):
+    made, call = arrays(SIZES["many"], dim, 1.0), CallParams(dim**-0.5, True, window, None)
+    made[1] *= mx.array(RISES[rise](np.linspace(0, 1, 523)).astype(np.float32)).astype(made[1].dtype)[:, None]
+    if negative:
+        made[0], made[1] = mx.abs(made[0]), -mx.abs(made[1])
+    output, gradients = mx.vjp(lambda *x: found(x, call), made[:3], made[3:])
+    numbers = [exact(x) for x in made]
+    assert error_of(output[0], reference(*numbers[:3], call)[0]) < 0.03
+    for name, gradient, wanted in zip("qkv", gradients, reference_gradients(*numbers, call), strict=True):
+        assert error_of(gradient, wanted) < 0.03 * (1 + np.abs(wanted).max()), name
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_parts_of_a_row_about_the_largest_exponent(dim):
+    """A part's maximum may be less than its largest score, unless the maximum of the whole row is a large one."""
+    made, call = arrays(SIZES["parts"], dim, 0.0), CallParams(float(np.log(2)), False, None, None)
+    exponents = np.where(np.arange(9000) < 4500, -4, 1)
+    exponents[256:384] = 3  # beyond the first tile of the first part, which has the last of its keys
+    keys = np.zeros((1, 1, 9000, dim), np.float32)
+    keys[..., 0], keys[..., 1] = 16384, exponents
+    made[0] = mx.broadcast_to((mx.arange(dim) < 2).astype(made[0].dtype), made[0].shape)
+    made[1] = mx.array(keys).astype(made[1].dtype)
+    output, gradients = mx.vjp(lambda *x: found(x, call), made[:3], made[3:])
+    numbers = [exact(x) for x in made]
+    assert error_of(output[0], reference(*numbers[:3], call)[0]) < 0.01
+    wanted = reference_gradients(*numbers, call)[2]
+    assert error_of(gradients[2], wanted) < 0.02 * np.abs(wanted).max()
+
+
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
 def test_large_logits_give_no_nan(dtype):
     random = np.random.default_rng(0)
