@@ -294,6 +294,13 @@ def test_demo_is_predicted_as_the_fastest_that_it_tries():
     assert made["demo"].predicted_s == min(made["poc"].predicted_s, made["mlx"].predicted_s)
 
 
+def test_demo_is_not_predicted_where_poc_is_not():
+    few = Workload(batch=2, seq=64, heads=4, head_dim=128)  # the split-K kernel, which has rows of decoding alone
+    assert at(H200, few, "mlx").predicted_s
+    for name in ("poc", "demo"):
+        assert at(H200, few, name).reason == at(H200, few).reason is not None
+
+
 def test_the_shipped_calibration_predicts_every_backend():
     families = calibration().families
     assert {key.split()[0] for key in families} == {"cuda", "cpu"}
