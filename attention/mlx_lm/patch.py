@@ -593,7 +593,7 @@ class ModelPatch(CallCounts):
             self.count_taken(f"{take_path() or chosen.name}, {STREAMING}")
         return out
 
-    def _attend_directly(self, q: mx.array, k: mx.array, v: mx.array, **kwargs: Any) -> mx.array:
+    def _attend_directly(self, q: mx.array, k: Any, v: Any, **kwargs: Any) -> mx.array:
         """Replacement of `mx.fast.scaled_dot_product_attention`: only calls from mlx-lm's modules are intercepted."""
         if _thread.in_implementation:
             return cast("mx.array", patch_points.fast_sdpa().original(q, k, v, **kwargs))
@@ -601,10 +601,15 @@ class ModelPatch(CallCounts):
             known = {name: value for name, value in kwargs.items() if name in ("scale", "mask", "sinks")}
             if len(known) < len(kwargs) or "scale" not in known:
                 self.count_passed_on("a stream or force_fused")
+            elif isinstance(k, StreamingKV):
+                return self._attend_streaming(k, q, known["scale"], known.get("sinks"))
             else:
-                taken = self._try_attend(ModelCall(q, k, v, **{"mask": None, **known}))
+                call = ModelCall(q, k, v, **{"mask": None, "kv_format": _kv_format(None, k, v, q.shape[3]), **known})
+                taken = self._try_attend(call)
                 if taken is not None:
                     return taken
+                call = call.dequantized()
+                k, v = call.k, call.v
         return cast("mx.array", patch_points.fast_sdpa().observed(q, k, v, **kwargs))
 
     def _try_attend(self, call: ModelCall) -> mx.array | None:

@@ -258,8 +258,9 @@ SHARING: dict[str, dict[str, Any]] = {
         "num_kv_heads": 2,
     },
     "phi": {**SIZES, "num_key_value_heads": 4},
+    "plamo2": {**SIZES, "hidden_size_per_head": 32, "mamba_enabled": False},
 }
-"""Models that read more of keys and values than attention does: a shape, a dtype; or attend without the cache."""
+"""Models that read more of keys and values than attention does, share them among layers, or call MLX themselves."""
 
 
 @pytest.mark.parametrize("name", SHARING)

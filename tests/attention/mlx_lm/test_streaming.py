@@ -97,6 +97,7 @@ BAILING |= {"rope_theta": 1000, "first_k_dense_replace": 0}
 OTHER_PLACES = {
     "nanochat": {**SIZES, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1},
     "phixtral": PHIXTRAL,
+    "plamo2": {**SIZES, **GROUPED, "num_hidden_layers": 2, "hidden_size_per_head": 16, "mamba_enabled": False},
 }
 """Models whose rotary embedding is no `self_attn.rope`: frequencies alone, a layer's `mixer`."""
 
