@@ -38,6 +38,8 @@ LAYOUTS: Final = {
 """The classes of mlx-lm that cache one array of keys and one of values, by the name that a file has."""
 KEPT: Final = 4
 """Number of first tokens that the rotating caches of mlx-lm's `make_prompt_cache` keep."""
+COMPUTE_WITH_KEYS: Final = ("phi3small", "plamo", "stablelm")
+"""Models of mlx-lm that do more with cached keys and values than handing them to attention."""
 NOT_READ_BY_MLX_LM: Final = (
     "cache: mlx-lm's own attention cannot read {format}; it takes one int format for keys and values, "
     "or a model run inside attention.patch_mlx_lm(...)"
@@ -414,6 +416,13 @@ def to_quantized(cache: Any, kv_format: str | KVFormat = "int4") -> Any:
     return _of_parts(PackedKVCache(cache, formats).parts, formats)
 
 
+def check_keys_are_for_attention(model: Any) -> None:
+    """Raise UsageError if a model computes with the cached keys before attention, or attends by itself."""
+    kind = getattr(model, "model_type", None)
+    if kind in COMPUTE_WITH_KEYS or (kind == "gear" and model.args.attn_logit_softcapping):
+        raise UsageError(f"model: {kind} computes with cached keys outside attention; it takes mlx-lm's dense caches")
+
+
 def caches_latents(model: Any) -> bool:
     """Return whether a model, or the language model in it, has multi-head latent attention (DeepSeek's)."""
     return any(hasattr(module, "kv_lora_rank") for _, module in model.named_modules())
@@ -443,6 +452,7 @@ def make_prompt_cache(model: Any, max_kv_size: int | None = None, kv_format: str
     if caches_latents(model):
         kind = getattr(model, "model_type", type(model).__name__)
         raise UsageError(f"model: {kind} caches latent vectors instead of keys and values; it takes kv_format none")
+    check_keys_are_for_attention(model)
     return quantize_prompt_cache(made, formats)
 
 

@@ -15,7 +15,7 @@ from mlx_lm.models import cohere2, hunyuan, hunyuan_v1_dense, smollm3
 from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
 
 from attention.core.errors import UsageError, error_line
-from attention.mlx_lm.caches import caches_latents
+from attention.mlx_lm.caches import caches_latents, check_keys_are_for_attention
 from attention.streaming import Rope, StreamingKV
 from attention.streaming.files import Description
 
@@ -177,6 +177,7 @@ def make_prompt_cache(
     layers: Sequence[Any] = model.layers
     if len(layers) != len(made) or caches_latents(model):
         raise UsageError("model: got one that caches something else than the keys and values of each layer")
+    check_keys_are_for_attention(model)
     if any(name.rpartition(".")[2] == "wpe" for name, _ in model.named_modules()):
         raise UsageError("model: its learned positions are those of the whole sequence; a stream has none")
     caches: list[Any] = []

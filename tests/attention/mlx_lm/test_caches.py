@@ -30,7 +30,7 @@ from attention.core.errors import UsageError
 from attention.core.kv_format import Format, parse_kv_format
 from attention.core.route import Route, unsupported
 from attention.implementations.bounded.implementation import Practical
-from attention.mlx_lm import caches
+from attention.mlx_lm import caches, streaming
 from attention.mlx_lm.generation import why_unread
 from tests.support.marks import slow, thorough
 from tests.support.tiny_models import LAYERS, SIZES, VOCABULARY, built, tiny, tokens
@@ -559,6 +559,9 @@ def test_layers_without_keys_keep_their_caches() -> None:
     assert listed[1] is state
 
 
+STABLELM = {**SIZES, "rope_theta": 1e4, "use_qkv_bias": False, "partial_rotary_factor": 0.25, "layer_norm_eps": 1e-5}
+
+
 class Whole(nn.Module):
     """A model with a language model in it."""
 
@@ -569,7 +572,7 @@ class Whole(nn.Module):
 
 
 def test_mistakes_are_one_clear_line() -> None:
-    model = tiny("qwen2")
+    model, stable = tiny("qwen2"), built("stablelm", **STABLELM)
     for line, mistake in {
         "keys: got heads of width 32; int4 takes multiples of its group size, 64; int4:32 takes 32": lambda: logits(
             model, caches.make_prompt_cache(model), [3]
@@ -577,6 +580,8 @@ def test_mistakes_are_one_clear_line() -> None:
         "got 'int7'; it takes int8, ": lambda: caches.make_prompt_cache(model, kv_format="int7"),
         "max_kv_size: got 4; it takes a whole number from 5": lambda: caches.make_prompt_cache(model, 4),
         "deepseek_v3 caches latent vectors instead of keys": lambda: caches.make_prompt_cache(tiny("deepseek_v3")),
+        "stablelm computes with cached keys outside attention": lambda: caches.make_prompt_cache(stable),
+        "model: stablelm computes with cached keys": lambda: streaming.make_prompt_cache(stable),
         "Whole caches latent vectors instead of keys": lambda: caches.make_prompt_cache(Whole(tiny("deepseek_v3"))),
         "got one in int8:32; only a dense one can be quantized": lambda: caches.quantize_prompt_cache(
             filled(model, "plain", "int8:32"), "int4:32"
