@@ -319,7 +319,7 @@ def best_of(case: AnyCase) -> tuple[str, ...]:
     best = min(rows, key=lambda row: row.call_s.median if row.call_s else 0.0)
     if not _is_narrow(best):
         return ()
-    equal = {row.implementation for row in rows if _equals(row, best, case)}
+    equal = {row.implementation for row in rows if equals(row, best, case)}
     for row in rows:
         chosen = chosen_row(row, case)
         if chosen and {row.implementation, chosen.implementation} & equal:
@@ -459,7 +459,8 @@ def _is_narrow(row: Row) -> bool:
     return half is not None and half <= WIDE
 
 
-def _equals(row: Row, best: Row, case: AnyCase) -> bool:
+def equals(row: Row, best: Row, case: AnyCase) -> bool:
+    """Whether a row is as fast as a case's fastest: within the noise floor, or by its interval, which is not wide."""
     if _are_within_floor(row, best, case):
         return True  # however wide its interval: a lead inside the floor is none
     if row.call_s is None or best.call_s is None:

@@ -129,7 +129,9 @@ def _throughput(evidence: Evidence) -> Claim | None:
     if not lines:
         return None
     top = max(lines, key=lambda each: each.row.tokens_per_second or 0.0)
-    names = formatting.best_of(top.case) or tuple(row.implementation for row in sound_rows(top.case))
+    names = formatting.best_of(top.case) or tuple(
+        row.implementation for row in sound_rows(top.case) if formatting.equals(row, top.row, top.case)
+    )
     rate = f"{formatting.tokens_per_second(top.row.tokens_per_second)} tokens/s on {top.case.workload.label}"
     return Claim(f"Highest throughput: {rate}, by {joined(names)}.")
 

@@ -54,6 +54,19 @@ def test_a_significant_speedup_is_claimed_with_its_interval():
     assert "practical is 1.50 ±0.10x as fast as baseline over 1 case (B=1 L=128 D=64 H=8 float16)." in reported
 
 
+def test_a_slow_row_did_not_reach_the_throughput_of_a_noisy_best():
+    def change(row):
+        wide = Interval(median=1e-3, low=0.5e-3, high=4e-3)  # no row is called the best
+        slow = Interval(median=50e-3, low=49e-3, high=51e-3)
+        return structs.replace(row, **timed(wide if row.implementation == "poc" else slow))
+
+    def timed(call_s):
+        return {"call_s": call_s, "tokens_per_second": 128 / call_s.median}
+
+    (claim,) = [text for text in texts(compose([with_rows(report_of(), change)])) if text.startswith("Highest")]
+    assert claim.endswith(", by poc.")
+
+
 def test_a_slowdown_is_reported_as_one():
     reported = texts(compose([planted(0.5, 0.49, 0.51, significant=True)]), "Where it pays")
     assert any(text.startswith("practical is slower than baseline in 1 of 1 case") for text in reported)
