@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 from textual import events
+from textual.app import ComposeResult
 from textual.await_complete import AwaitComplete
 from textual.command import CommandList, CommandPalette
 from textual.message import Message
@@ -41,9 +42,14 @@ class AppScreen:
 
 
 class Options(OptionList):
-    """A list of options that fits any terminal: without room for a character Textual raises errors."""
+    """A list of options that takes what came too soon or too late, and any terminal: Textual's raises errors."""
 
     DEFAULT_CSS = "Options { min-width: 16; }"
+
+    async def _on_click(self, event: events.Click) -> None:
+        """Leave out a click on an option that has gone."""
+        if event.style.meta.get("option", -1) >= self.option_count:
+            event.prevent_default()
 
     def _move_page(self, direction: Literal[-1, 1]) -> None:
         """Move by a page, once there are lines."""
@@ -51,23 +57,21 @@ class Options(OptionList):
             super()._move_page(direction)
 
 
+class Commands(CommandList, Options):
+    """The commands of a palette."""
+
+    DEFAULT_CSS = "Commands { min-width: 16; }"
+
+
 class Palette(AppScreen, CommandPalette):
     """Textual's palette; a double click outside it closes it once, and one on a command runs that once."""
 
-    DEFAULT_CSS = "Palette CommandList { min-width: 16; }"
+    def compose(self) -> ComposeResult:
+        """Yield what Textual's palette is made of."""
+        for widget in super().compose():
+            yield Commands() if type(widget) is CommandList else widget
 
     async def _on_message(self, message: Message) -> None:
         """Leave out what was typed or chosen when it had closed already."""
         if self.is_active or not isinstance(message, Input.Changed | Input.Submitted | OptionList.OptionSelected):
             await super()._on_message(message)
-
-    def _forward_event(self, event: events.Event) -> None:
-        """Leave out the further clicks of a double click on a command: the first empties the list."""
-        if isinstance(event, events.Click) and event.chain > 1 and isinstance(event.widget, CommandList):
-            return
-        super()._forward_event(event)
-
-    def _action_command_list(self, action: str) -> None:
-        """Act on the list of commands; move by a page once it has lines."""
-        if not action.startswith("page") or self.query_one(CommandList).scrollable_content_region:
-            super()._action_command_list(action)

@@ -54,7 +54,7 @@ def test_a_significant_speedup_is_claimed_with_its_interval():
     assert "practical is 1.50 ±0.10x as fast as baseline over 1 case (B=1 L=128 D=64 H=8 float16)." in reported
 
 
-def test_a_slow_row_did_not_reach_the_throughput_of_a_noisy_best():
+def test_a_slow_row_did_not_reach_a_noisy_best():
     def change(row):
         wide = Interval(median=1e-3, low=0.5e-3, high=4e-3)  # no row is called the best
         slow = Interval(median=50e-3, low=49e-3, high=51e-3)
