@@ -143,7 +143,7 @@ class PackedParts(tuple[mx.array, ...]):
 
     Attributes:
         format: how they are quantized.
-        dtype: of the array; not there if nobody said so, and the format has no scales of that dtype.
+        dtype: of the array: that of the scales, or what was said; not there if neither is known.
     """
 
     format: Format
@@ -154,8 +154,9 @@ class PackedParts(tuple[mx.array, ...]):
         """Return the arrays with their format and the dtype of the array that was quantized."""
         made = cls(arrays)
         made.format = form
-        if form.has_biases or dtype is not None:
-            made.dtype = dtype or made[1].dtype
+        known = made[1].dtype if form.has_biases else dtype
+        if known is not None:
+            made.dtype = known
         return made
 
     @property

@@ -2,15 +2,16 @@
 
     python -m benchmarks.streaming --tokens 1000000                    # on this machine's default device
     python -m benchmarks.streaming --heads 32 --kv-heads 8 --head-dim 128 --window 4096 --dtype bfloat16
-    python -m benchmarks.streaming --batch 16 --ahead 2 --heads 32 --kv-heads 8 --head-dim 128 --window 4096 \\
+    python -m benchmarks.streaming --batch 16 --ahead 6 --heads 32 --kv-heads 8 --head-dim 128 --window 4096 \\
         --dtype bfloat16 --tokens 1000000
     python -m benchmarks.streaming queued --window 32768 --format none --format int4
 
 `run` evaluates every token. Blocks of tokens alternate with blocks of a bare loop: on a CPU a plain loop that reads as
-many bytes on all threads, elsewhere an addition that reads and writes as many together. Its time is the bound of a
-step, and its histogram what the system does to any loop. With `--ahead N` a step and a pass of the bare loop wait for
-the one N before instead of for themselves, and a time is the mean of N, so that on a GPU with enough work (`--batch`)
-the host's share of a step is hidden behind the GPU's. `queued` evaluates 64 tokens at a time, for throughput.
+many bytes on all threads, elsewhere an addition that reads and writes as many together. Its time is what a step is
+compared with, and its histogram what the system does to any loop. With `--ahead N` a step and a pass of the bare loop
+wait for the one N before instead of for themselves, and a time is the mean of N, so that on a GPU with enough work
+(`--batch`) the host's share of a step is hidden behind the GPU's. `queued` evaluates 64 tokens at a time, for
+throughput.
 """
 
 import argparse
@@ -80,11 +81,12 @@ def bare_loop(state: StreamingKV) -> Step:
 def timed(call: Step, times: Times, ahead: int = 0) -> None:
     """Fill an array with the seconds of calls, each of which waits until all but `ahead` of them are evaluated.
 
-    With `ahead` a call may end at once and the next one wait for two, so that a time is the mean of the last `ahead`.
+    With `ahead` a call may end at once and the next one wait for two, so that a time is the mean of the last `ahead`;
+    as many calls begin before those that are timed.
     """
     begun = collections.deque[object]()
-    starts = collections.deque[float]()
-    for i in range(len(times)):
+    starts = collections.deque[float](maxlen=max(1, ahead))
+    for i in range(-ahead, len(times)):
         starts.append(time.perf_counter())
         output = call(i)
         if ahead:
@@ -92,9 +94,8 @@ def timed(call: Step, times: Times, ahead: int = 0) -> None:
             begun.append(output)
             output = begun.popleft() if len(begun) > ahead else None
         mx.eval(output)
-        times[i] = (time.perf_counter() - starts[0]) / len(starts)
-        if len(starts) >= ahead:
-            starts.popleft()
+        if i >= 0:
+            times[i] = (time.perf_counter() - starts[0]) / len(starts)
     mx.eval(list(begun))
 
 
@@ -188,6 +189,8 @@ def main() -> None:
     parser.add_argument("--format", action="append", help="none, int8, int4, ...; may be given several times")
     parser.add_argument("--rope", action="store_true", help="with rotary positions")
     options = parser.parse_args()
+    if options.ahead < 0 or (options.ahead and options.mode == "queued"):
+        parser.error("--ahead takes 0 or more, and is for run")
     found = [(run if options.mode == "run" else queued)(options, one) for one in options.format or [DENSE]]
     seconds = [one for one in found if one is not None]
     if len(seconds) > 1:

@@ -214,7 +214,7 @@ def _unfused(workload: Workload, chip: Chip, memory: float | None, resident: flo
     item = 4 if workload.dtype in ("float32", "float16") else 2
     scores = workload.scores * item
     in_cache = chip.cache_bytes is not None and 2 * scores < WARM * chip.cache_bytes
-    passes = _over(scores, chip.bytes_per_s)
+    passes = _over(scores, chip.bytes_per_s)  # of the whole chip: MLX's elementwise operations take one thread of a CPU
     if passes is not None and chip.cycles_per_s:
         passes = max(passes, scores / (PASS_BYTES[chip.backend] * chip.cycles_per_s))
     return Costs(

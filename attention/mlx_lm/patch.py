@@ -599,10 +599,10 @@ class ModelPatch(CallCounts):
             return cast("mx.array", patch_points.fast_sdpa().original(q, k, v, **kwargs))
         if not _thread.in_original and _calling_module().partition(".")[0] == patch_points.PACKAGE:
             known = {name: value for name, value in kwargs.items() if name in ("scale", "mask", "sinks")}
-            if len(known) < len(kwargs) or "scale" not in known:
-                self.count_passed_on("a stream or force_fused")
-            elif isinstance(k, StreamingKV):
+            if isinstance(k, StreamingKV):
                 return self._attend_streaming(k, q, known["scale"], known.get("sinks"))
+            if isinstance(k, mx.array) and (len(known) < len(kwargs) or "scale" not in known):
+                self.count_passed_on("a stream or force_fused")
             else:
                 call = ModelCall(q, k, v, **{"mask": None, "kv_format": _kv_format(None, k, v, q.shape[3]), **known})
                 taken = self._try_attend(call)

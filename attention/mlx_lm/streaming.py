@@ -78,8 +78,8 @@ class StreamingCache:
         """Return whether tokens can be removed from the end, so that the rest is as if they had never come.
 
         They can while nothing was overwritten, and with `spare` slots. mlx-lm asks before it reuses a prompt's cache,
-        and before speculative decoding, which would go on without a word once the ring is full: so an empty cache can
-        only with `spare`.
+        and before speculative decoding, which ignores how many tokens were removed: so an empty cache can only with
+        `spare`.
         """
         return self.state_kv.layout.spare > 0 if self.empty() else self.state_kv.removable_exactly() > 0
 
@@ -93,8 +93,8 @@ class StreamingCache:
         removed = min(n, seen if isinstance(seen, int) else min(seen))
         if removed > most:  # mlx-lm does not look at how many were removed
             raise UsageError(
-                f"cache: got {removed} tokens to remove; its ring has overwritten what was before them, and takes up "
-                f"to {most}: make_prompt_cache(..., spare={removed})"
+                f"cache: got {removed} tokens to remove; its ring still has what it takes to remove "
+                f"{most}; for more, make_prompt_cache(..., spare={removed})"
             )
         self.state_kv.rewind(removed)
         return removed

@@ -5,7 +5,7 @@ on bfloat16 and on each format, MLX's SDPA on bfloat16, and for decoding mlx-lm'
 quantized products), which is marked if its result is not that of attention. A decoding step is timed in five ways:
 
     repeated      20 calls are made and evaluated together (8 of long ones), start and end of the queue included, all
-                  of them over the same keys and values, of which a part stays in the L2 cache
+                  of them over the same keys and values, of which the L2 cache holds a part, or all
     queued        the same over several sets of keys and values in turn, which are read from memory
     sustained     so many that a sample takes 30 ms: start and end no longer count
     chained       as many, each with the output of the one before as its query, as the layers of a model are: none

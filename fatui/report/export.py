@@ -98,6 +98,18 @@ HEADS: Final = (
 SQL_TABLES: Final = ("attention", "models", "fine_tunings", "streams")
 """Names of the SQL tables, by kind of run."""
 MAX_INTEGER: Final = 2**63 - 1
+DECLARED: Final = {
+    field.encode_name: field.type
+    for struct in (Environment, Workload, Generation, FineTuning, Stream, Row, ModelRow, FineTuningRow, StreamRow)
+    for field in structs.fields(struct)
+}
+"""The types of columns that are a field."""
+ENDINGS: Final[Mapping[str, type]] = {
+    **dict.fromkeys(("value", "median", "low", "high", "floor", "s"), float),
+    **dict.fromkeys(("bytes", "count", "tokens", "case"), int),
+    "significant": bool,
+}
+"""Those of further columns, by the last word of their names."""
 
 
 def to_json(report: Report, study: Mapping[str, Any] | None = None) -> str:
@@ -251,20 +263,6 @@ def _table(heads: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
     }
     rule = ("---:" if head in right else "---" for head in heads)
     return "\n".join(f"| {' | '.join(markdown_cell(cell) for cell in line)} |" for line in (heads, rule, *lines))
-
-
-DECLARED: Final = {
-    field.encode_name: field.type
-    for struct in (Environment, Workload, Generation, FineTuning, Stream, Row, ModelRow, FineTuningRow, StreamRow)
-    for field in structs.fields(struct)
-}
-"""The types of columns that are a field."""
-ENDINGS: Final[Mapping[str, type]] = {
-    **dict.fromkeys(("value", "median", "low", "high", "floor", "s"), float),
-    **dict.fromkeys(("bytes", "count", "tokens", "case"), int),
-    "significant": bool,
-}
-"""Those of further columns, by the last word of their names."""
 
 
 def to_json_lines(report: Report) -> str:

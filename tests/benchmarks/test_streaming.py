@@ -33,8 +33,8 @@ def test_calls_wait_for_the_one_so_many_before(ahead, monkeypatch):
     times = np.zeros(4)
     streaming.timed(lambda i: i, times, ahead)
     waited = [output for kind, output in evaluated if kind == "waited"]
-    assert waited == ([0, 1, 2, 3, []] if ahead == 0 else [None, None, 0, 1, [2, 3]])
-    assert [output for kind, output in evaluated if kind == "begun"] == ([] if ahead == 0 else [0, 1, 2, 3])
+    assert waited == ([0, 1, 2, 3, []] if ahead == 0 else [None, None, -2, -1, 0, 1, [2, 3]])
+    assert [output for kind, output in evaluated if kind == "begun"] == ([] if ahead == 0 else [-2, -1, 0, 1, 2, 3])
     assert (times > 0).all()
 
 
@@ -50,6 +50,6 @@ def test_times_ahead_are_means_of_the_last_ones(monkeypatch):
 
     times = np.zeros(6)
     streaming.timed(call, times, 2)
-    assert times.tolist() == [1, 2, 2, 2, 2, 2]
+    assert times.tolist() == [2, 2, 2, 2, 2, 2]
     streaming.timed(call, times)
     assert times.tolist() == [1, 3, 1, 3, 1, 3]

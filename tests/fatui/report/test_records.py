@@ -104,8 +104,8 @@ def test_columns_have_the_declared_types(kind):
     for record in flat_rows(report):
         for column in export.columns_of(report):
             value = export._plain(record.get(column))
-            kind = export.column_type(column)
-            assert value is None or type(value) is kind or (kind is float and type(value) is int), column
+            declared = export.column_type(column)
+            assert value is None or type(value) is declared or (declared is float and type(value) is int), column
 
 
 def test_parquet_files_of_several_runs_are_read_together(tmp_path):

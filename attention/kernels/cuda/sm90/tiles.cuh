@@ -63,8 +63,8 @@ struct Problem {
 struct Rows {
   float max[2] = {MINUS_INFINITY, MINUS_INFINITY};
   float sum[2] = {0, 0};
-  bool raised = true;         // by the last softmax step, in any row of the warp
-  float rescale[2] = {1, 1};  // if raised: factor of the output
+  bool raised = true;         // whether the last softmax step raised the maximum of any row of the warp
+  float rescale[2] = {1, 1};  // factor of the output; valid if `raised`
 };
 
 using Scores = float[BLOCK_N / 2];
@@ -191,10 +191,10 @@ DEVICE void mask_listed(Scores& scores, const Problem& problem, const Listed& li
 // Weights may reach 2 to this power before their row's maximum is raised (FlashAttention 4): most tiles need neither maxima over lanes
 // nor a rescaled output.
 constexpr float WEIGHT_HEADROOM = 8;
-constexpr bool LAZY = HEAD_DIM < 256 || CONSUMERS > 1;  // else two words would be spilled, and maxima are raised in every tile
+constexpr bool LAZY = HEAD_DIM < 256 || CONSUMERS > 1;  // otherwise maxima are raised in every tile: the lazy form would spill two registers
 
-// The larger of a thread's scores of each row and 0. Floats that are not negative are ordered as integers, of which an instruction
-// compares three; of negative ones it is only known that they are.
+// The larger of 0 and a thread's largest score, for each row. The bits of floats that are not negative compare as signed integers do,
+// for which one instruction takes the maximum of three; negative scores are only known to be below 0.
 template <int COUNT>
 DEVICE void largest_or_zero(float (&largest)[2], const float (&scores)[COUNT]) {
 #pragma unroll
@@ -209,7 +209,8 @@ DEVICE void largest_or_zero(float (&largest)[2], const float (&scores)[COUNT]) {
   }
 }
 
-// Raises the maxima of a thread's rows. Scores become differences from large ones, whose `shift` is then 0 (see LARGE_EXPONENT).
+// Raises the running maxima of a thread's rows. A large maximum (LARGE_EXPONENT) is subtracted from the scores here, and `shift` is
+// then 0.
 template <int COUNT>
 DEVICE void raise_maxima(float (&scores)[COUNT], Rows& rows, float (&shift)[2], float scale_log2) {
   float base[2];
@@ -234,8 +235,8 @@ DEVICE void raise_maxima(float (&scores)[COUNT], Rows& rows, float (&shift)[2], 
   }
 }
 
-// Online softmax: converts scores to weights; updates the rows. A row's maximum beyond LARGE_EXPONENT is exact, also if it is of joined
-// parts: the backward pass takes no score above it.
+// Online softmax: converts scores to weights; updates the rows. Above LARGE_EXPONENT a row's maximum has to be exact, also once the
+// parts of split keys are merged, since the backward pass assumes that no score exceeds it; hence half of it here.
 template <int COUNT>
 DEVICE void softmax(float (&scores)[COUNT], Rows& rows, float scale_log2) {
   float largest[2], shift[2];
