@@ -121,6 +121,7 @@ class Poc:
         self._sdpa = MlxSdpa()
         self._practical = Practical()
         self._attends = BoundedDict[object, tuple[Attend, str] | None]()
+        self._routed = BoundedDict[tuple[Workload, Needs], Route](16)
         self._with_logsumexp = BoundedDict[object, tuple[KernelWithLogsumexp, str] | None]()
 
     @property
@@ -136,6 +137,7 @@ class Poc:
         needs = needs_with_mask(workload, needs)
         own = _kernel_route(device.backend, workload, needs)
         if own.supported:
+            self._routed[workload, needs] = own
             if self._variant is None:
                 return own
             if _variant_for(_kernel(device.backend), self._variant, workload) is None:
@@ -171,6 +173,8 @@ class Poc:
         self, q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
         """Compute attention; shapes as in `Implementation.__call__`."""
+        if mask.array is None:  # at once, and without a closure
+            return self._attend(q, k, v, scale, mask, softcap)
 
         def attend(q: mx.array, k: KeyOrValue, v: KeyOrValue, mask: Mask) -> mx.array:
             return self._attend(q, k, v, scale, mask, softcap)
@@ -232,7 +236,8 @@ class Poc:
         kernel = _kernel(current_backend())
         workload, needs = call_signature(q, k, v, mask, softcap)
         form = None if self._variant is None else _variant_for(kernel, self._variant, workload)
-        route = _kernel_route(current_backend(), workload, needs)
+        # a model's call asks for its route just before; at each length of decoding that would be the longer part
+        route = self._routed.pop((workload, needs), None) or _kernel_route(current_backend(), workload, needs)
         path = route.path if form is None else _variant_path(route.path, self._variant)
         self._attends[key] = known = (form or kernel.attend, path) if route.supported else None
         return known
@@ -279,8 +284,7 @@ def _needs_practical(workload: Workload, needs: Needs) -> bool:
 
 def _kernel_route(backend: Backend, workload: Workload, needs: Needs) -> Route:
     """Return the route of a backend's kernel; unsupported if the call has a feature that it does not declare."""
-    kernel = _kernel(backend)
-    takes = kernel.TAKES if isinstance(kernel, TakesMore) else frozenset()
+    kernel, takes = _kernel(backend), _taken_by(backend)
     missing = [what for name, what in FEATURES.items() if getattr(needs, name) and name not in takes]
     missing += [QUANTIZED] if workload.quantized and "quantized" not in takes else []
     if missing:
@@ -303,6 +307,13 @@ def _sdpa_path(q: mx.array, k: KeyOrValue, v: KeyOrValue, mask: Mask) -> str:
 def _variant_for(kernel: Kernel, variant: str, workload: Workload) -> Attend | None:
     """Return a variant of a kernel, or None if it does not change the kernel for a workload."""
     return kernel.variants(workload).get(variant) if isinstance(kernel, HasVariants) else None
+
+
+@cache
+def _taken_by(backend: Backend) -> frozenset[str]:
+    """Return what a backend's kernel declares to take."""
+    kernel = _kernel(backend)
+    return kernel.TAKES if isinstance(kernel, TakesMore) else frozenset()
 
 
 @cache

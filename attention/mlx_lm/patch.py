@@ -269,6 +269,8 @@ class Acceptance(Struct, frozen=True):
 
     path: str | None
     reason: str = ""
+    mask: Mask | None = None
+    """The mask of every call of the kind; None if it has an array or a pattern of its own."""
 
 
 class ArgumentAdapter:
@@ -292,13 +294,10 @@ class ArgumentAdapter:
         verdict = self._acceptance(call)
         if verdict.path is None:
             raise UnsupportedError(verdict.reason)
-        k, v = self._keys_and_values(call)
-        if call.pattern is not None:
-            mask = masks.of_pattern(call.pattern)
-        else:
-            array = None if isinstance(call.mask, str) else call.mask
-            mask = Mask(causal=isinstance(call.mask, str), window=call.window, array=array)
-        return CallArguments(k, v, mask, verdict.path, self._must_dequantize(call))
+        mask = verdict.mask or _own_mask(call)
+        if call.kv_format is None:
+            return CallArguments(call.k, call.v, mask, verdict.path, False)
+        return CallArguments(*self._keys_and_values(call), mask, verdict.path, self._must_dequantize(call))
 
     def _must_dequantize(self, call: ModelCall) -> bool:
         return call.kv_format is not None and not self._takes_quantized
@@ -311,11 +310,13 @@ class ArgumentAdapter:
 
     def _acceptance(self, call: ModelCall) -> Acceptance:
         """Return the verdict, cached per kind of call: in decoding every layer makes the same call."""
-        mask = call.mask
-        array = (mask.shape, mask.dtype) if isinstance(mask, mx.array) else (mask, call.window)
-        kinds = _kind(call.q), _kind(call.k), _kind(call.v)
-        given = call.sinks is None, call.softcap is None, call.pattern is None
-        key = (kinds, call.kv_format, array, given)
+        q, k, v, _, mask, sinks, kv_format, window, pattern, softcap = call
+        array = (mask.shape, mask.dtype) if isinstance(mask, mx.array) else (mask, window)
+        if kv_format is None:
+            kinds: tuple[object, ...] = q.shape, q.dtype, k.shape, k.dtype, v.shape, v.dtype
+        else:
+            kinds = q.shape, q.dtype, _kinds(k), _kinds(v), kv_format
+        key = (kinds, array, sinks is None, softcap is None, pattern is None)
         verdict = self._acceptances.get(key)
         if verdict is None:
             verdict = self._acceptances[key] = self._check(call)
@@ -336,12 +337,22 @@ class ArgumentAdapter:
             return Acceptance(None, str(error))
         if not route.supported:
             return Acceptance(None, route.reason)
-        return Acceptance(route.path)
+        alike = call.pattern is None and not isinstance(call.mask, mx.array)
+        return Acceptance(route.path, mask=_own_mask(call) if alike else None)
 
 
-def _kind(array: Any) -> object:
-    """Return shape and dtype, of each array of quantized keys or values."""
-    return (array.shape, array.dtype) if isinstance(array, mx.array) else tuple(map(_kind, array))
+def _own_mask(call: ModelCall) -> Mask:
+    """Return the mask of a call as an implementation takes it."""
+    if call.pattern is not None:
+        return masks.of_pattern(call.pattern)
+    if isinstance(call.mask, str):
+        return Mask(causal=True, window=call.window)
+    return Mask(window=call.window, array=call.mask)
+
+
+def _kinds(arrays: Sequence[mx.array]) -> tuple[object, ...]:
+    """Return shapes and dtypes of the arrays of quantized keys or values."""
+    return tuple((array.shape, array.dtype) for array in arrays)
 
 
 def _route_arguments(call: ModelCall, k: Any, v: Any, mask: Mask) -> tuple[Any, Any, Any]:
@@ -438,8 +449,9 @@ def _attend_by(implementation: Implementation, adapter: ArgumentAdapter, call: M
         UnsupportedError: it does not support the call.
     """
     arguments = adapter.adapt(call)
-    given = {"sinks": call.sinks, "softcap": call.softcap}
-    more = {name: value for name, value in given.items() if value is not None}
+    more: dict[str, Any] = {} if call.sinks is None else {"sinks": call.sinks}
+    if call.softcap is not None:
+        more["softcap"] = call.softcap
     take_path()  # clear what an earlier call left
     out: mx.array = call_through_hooks(
         implementation, call.q, arguments.k, arguments.v, scale=call.scale, mask=arguments.mask, **more
@@ -615,14 +627,16 @@ class ModelPatch(CallCounts):
     def _try_attend(self, call: ModelCall) -> mx.array | None:
         """Return the implementation's output, or practical's if mlx-lm has none; None if there is no support for it."""
         call = self._masks.by_position(call)
-        with in_implementation():
-            try:
-                out, path = _attend_by(self.implementation, self._adapter, call)
-            except UnsupportedError as error:
-                if call.is_readable_by_mlx_lm:
-                    self.count_passed_on(str(error))
-                    return None
-                return self._attend_by_practical(call, str(error))
+        before, _thread.in_implementation = _thread.in_implementation, True  # `in_implementation` takes a microsecond
+        try:
+            out, path = _attend_by(self.implementation, self._adapter, call)
+        except UnsupportedError as error:
+            if call.is_readable_by_mlx_lm:
+                self.count_passed_on(str(error))
+                return None
+            return self._attend_by_practical(call, str(error))
+        finally:
+            _thread.in_implementation = before
         self.count_taken(path)
         return out
 

@@ -17,7 +17,12 @@ RETRY_CALLS: Final = 4
 """Calls until the next check whether another candidate may be tried."""
 UNDECIDED_REASON: Final = "its trial left open whether another is faster"
 MIN_CHECK_INTERVAL_S: Final = 0.005
-"""Seconds between two timed calls: a wait for the device, some tens of microseconds, is then 1 % at most."""
+"""Minimum seconds between two timed calls: a wait for an idle device, tens of microseconds, is then 1 % at most."""
+WAIT_SHARE: Final = 0.01
+"""Maximum share of the time that may be spent waiting for the inputs of timed calls.
+
+In a model they are results of what was queued before: the wait empties the queue, and the device is then idle until
+the program has queued more."""
 
 Attempt = Callable[[Implementation], Any]
 """Runs a candidate once, evaluates and returns its result."""
@@ -45,6 +50,8 @@ class ActiveChoice(Struct, eq=False, kw_only=True):
     """Number of the next call that is not merely dispatched."""
     last_check_s: float = -math.inf
     """Time of the latest observation, by the clock."""
+    pause_s: float = MIN_CHECK_INTERVAL_S
+    """Seconds from one observation to the next."""
     choice_first: bool = False
     """Which of the two goes first in the next pair."""
 
@@ -52,10 +59,14 @@ class ActiveChoice(Struct, eq=False, kw_only=True):
         """Return whether a call is to be observed; set when to check next."""
         trying = self.drift.trying
         self.next_check = self.calls + (RETRY_CALLS if trying else CALLS_PER_SAMPLE)
-        if 0 <= now_s - self.last_check_s < MIN_CHECK_INTERVAL_S or (trying and not self.drift.may_try(self.calls)):
+        if 0 <= now_s - self.last_check_s < self.pause_s or (trying and not self.drift.may_try(self.calls)):
             return False
         self.last_check_s = now_s
         return True
+
+    def waited(self, seconds: float) -> None:
+        """Record how long the inputs of an observed call took to arrive; the next observation is later by as much."""
+        self.pause_s = max(MIN_CHECK_INTERVAL_S, seconds / WAIT_SHARE)
 
     def give_up(self, candidates: Mapping[str, Implementation], fallback: str) -> None:
         """Replace the choice by the best alternative for good, or by `fallback` if there is none."""

@@ -427,7 +427,8 @@ class Demo:
         softcap: float | None,
     ) -> mx.array:
         """Make a call; time it if its inputs are not traced and a timing is due."""
-        due = active.is_due(self.clock())
+        began = self.clock()
+        due = active.is_due(began)
 
         def attempt(candidate: Implementation) -> mx.array:
             out = candidate(q, k, v, scale=scale, mask=mask, softcap=softcap)
@@ -440,6 +441,7 @@ class Demo:
 
         if not due or not try_evaluate(q, k, v, mask.array):
             return active.call(q, k, v, scale=scale, mask=mask, softcap=softcap)
+        active.waited(self.clock() - began)
         out: mx.array = active.timed_call(attempt, check_accuracy, self.candidates, self.clock)
         return out
 

@@ -14,9 +14,12 @@ import pytest
 
 import attention
 from attention.core.errors import KernelUnavailable, UnsupportedError, UsageError
+from attention.core.route import Needs, Route
+from attention.core.workload import Workload
 from attention.implementations.baseline import Baseline
 from attention.implementations.bounded.implementation import Practical
-from attention.implementations.fused import Poc
+from attention.implementations.calls import current_backend
+from attention.implementations.fused import KERNELS, Poc
 from attention.masks import Mask
 
 pytest.importorskip("mlx_lm", reason="mlx-lm is not installed")
@@ -167,6 +170,25 @@ def test_a_fallback_in_mid_call_is_counted_as_one(monkeypatch: pytest.MonkeyPatc
     with attention.patch_mlx_lm(chosen) as patch:
         llama.scaled_dot_product_attention(q, q, q, None, 0.25, "causal")
     assert patch.taken == {"falls back: MLX SDPA": 1}
+
+
+def test_a_new_length_asks_the_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = importlib.import_module(KERNELS[current_backend()])
+    asked: list[int] = []
+
+    def route(workload: Workload, needs: Needs) -> Route:
+        asked.append(workload.kv_seq)
+        return original(workload, needs)
+
+    original = kernel.route
+    monkeypatch.setattr(kernel, "route", route)
+    q = mx.zeros((1, 2, 1, 16))
+    with attention.patch_mlx_lm(Poc()) as patch:
+        for length in (31, 31, 32, 31, 33):
+            k = mx.zeros((1, 1, length, 16))
+            llama.scaled_dot_product_attention(q, k, k, cache=None, scale=0.25, mask=None)
+    assert patch.calls_taken == 5
+    assert asked == [31, 32, 33]
 
 
 def test_demo_counts_the_choice_that_ran() -> None:

@@ -10,7 +10,7 @@ from msgspec import structs
 
 from attention.core import events as on
 from attention.core.workload import Workload
-from attention.implementations.autotune.active_choice import active_choice_of
+from attention.implementations.autotune.active_choice import WAIT_SHARE, active_choice_of
 from attention.implementations.autotune.drift_detector import MAX_PAIRS, DriftDetector
 from attention.implementations.autotune.implementation import Demo
 from attention.implementations.autotune.store import Store
@@ -94,6 +94,21 @@ def test_while_nothing_slows_down_no_other_is_called(tmp_path: Path) -> None:
     before = machine.b.calls
     machine.run(1000)
     assert machine.b.calls == before
+
+
+def test_waits_for_pending_inputs_take_1_percent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, waits = Machine(tmp_path), list[float]()
+    machine.run(200)
+
+    def inputs_of_a_model(*arrays: object) -> bool:
+        waits.append(2e-3)
+        machine.clock.now += 2e-3
+        return True
+
+    monkeypatch.setattr("attention.implementations.autotune.implementation.try_evaluate", inputs_of_a_model)
+    began = machine.clock.now
+    machine.run(4000)
+    assert 10 < len(waits) <= 1 + WAIT_SHARE * (machine.clock.now - began) / 2e-3
 
 
 def test_when_all_slow_down_alike_nothing_changes(tmp_path: Path, switches: list[on.Switched]) -> None:
