@@ -39,9 +39,15 @@ def is_number(value: object) -> bool:
 
 
 def check_flag(name: str, value: object) -> None:
-    """Raise UsageError unless a value is True or False: the text "no" would be taken as yes."""
-    if value is not True and value is not False:
-        raise UsageError(f"{name}: got {shown_value(value)}; it takes True or False")
+    """Raise UsageError unless a value is True or False."""
+    problem = flag_problem(name, value)
+    if problem:
+        raise UsageError(problem)
+
+
+def flag_problem(name: str, value: object) -> str | None:
+    """Return what is wrong unless a value is True or False: the text "no" would be taken as yes."""
+    return None if value is True or value is False else f"{name}: got {shown_value(value)}; it takes True or False"
 
 
 def shown_value(value: object) -> str:

@@ -26,6 +26,7 @@ import msgspec
 
 from attention.core import events as on
 from attention.core.errors import NoBackendError, UsageError, error_line
+from attention.core.numbers import flag_problem
 from attention.core.plan import MAX_CASES, Assignment, Plan, expand
 from attention.core.results import Peaks, Run
 from attention.core.workload import Workload
@@ -281,11 +282,8 @@ class _LibraryRun:
         for name, whole in (("seed", seed), ("memory_limit_bytes", memory_limit_bytes)):
             if whole is not None and (isinstance(whole, bool) or not isinstance(whole, int) or not 0 <= whole < 2**63):
                 problems.append(f"{name}: got {whole!r:.60}; it takes a whole number from 0")
-        problems += [
-            f"{name}: got {flag!r:.60}; it takes True or False"
-            for name, flag in (("force", force), ("in_process", self._in_process))
-            if type(flag) is not bool
-        ]
+        flags = (flag_problem("force", force), flag_problem("in_process", self._in_process))
+        problems += [problem for problem in flags if problem]
         if problems:
             raise UsageError(*problems)
         return Plan(

@@ -212,6 +212,7 @@ def test_names_are_forgotten_after_the_run():
         ({}, None, {"memory_limit_bytes": 1.5}, "memory_limit_bytes: got 1.5"),
         ({}, None, {"force": "no"}, "force: got 'no'; it takes True or False"),
         ({}, None, {"in_process": 1}, "in_process: got 1; it takes True or False"),
+        ({}, None, {"force": 10**5000, "in_process": "no"}, "(?s)force: got a number of .*in_process: got 'no'"),
         ({}, [len], {"in_process": True}, "a function of q, k and v"),
     ],
 )
