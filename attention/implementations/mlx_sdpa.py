@@ -188,17 +188,17 @@ def _of_mlx(
     With a mask of these lengths, as MLX makes one of "causal" where it has no kernel, the lengths are bound to it.
     """
     backend = current_backend()
-    is_bound = isinstance(mask, mx.array) or (mask is not None and backend == "cpu")
-    if backend != "cuda" or not mx.cuda.is_available():
-        q, k = _bound(q, k) if is_bound else (q, k)
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
-    from attention.kernels.cuda.runtime.launcher import laid_out, of_sdpa
+    on_cuda = backend == "cuda" and mx.cuda.is_available()
+    if on_cuda:
+        from attention.kernels.cuda.runtime.launcher import laid_out, of_sdpa
 
-    q, k, v = laid_out(q, k, v)
-    if isinstance(mask, mx.array):
-        (mask,) = laid_out(mask)
-    q, k = _bound(q, k) if is_bound else (q, k)
-    return of_sdpa(mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks))
+        q, k, v = laid_out(q, k, v)
+        if isinstance(mask, mx.array):
+            (mask,) = laid_out(mask)
+    if isinstance(mask, mx.array) or (mask is not None and backend == "cpu"):
+        q, k = _bound(q, k)
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+    return of_sdpa(out) if on_cuda else out
 
 
 def _bound(q: mx.array, k: mx.array) -> tuple[mx.array, mx.array]:
