@@ -175,6 +175,19 @@ def test_steps_of_a_full_ring_are_repeated():
     assert state._fused.again is None
 
 
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("flag", ["no", 0, 0.0, 1, np.bool_(False), None])
+def test_repeated_steps_take_flags_only(flag):
+    """What merely equals the flag of the step before is refused as in other steps, and nothing is stored."""
+    state, tokens = StreamingKV(1, 4), [mx.array(x) for x in made(1)]
+    for _ in range(9):
+        state.attend(*tokens)
+    assert state._fused.again is not None
+    with pytest.raises(UsageError, match=r"rotated: got .*; it takes True or False"):
+        state.attend(*tokens, rotated=flag)
+    assert state.position == 9
+
+
 def test_cpu_steps_wait_for_those_of_cuda():
     """A step on the CPU evaluates what steps on CUDA left in the slots, and is repeated as a step on the CPU."""
     if mx.default_device() != mx.Device(mx.cpu):
