@@ -1,6 +1,6 @@
 """What every screen of the app does otherwise than Textual's."""
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from textual import events
 from textual.app import ComposeResult
@@ -10,8 +10,13 @@ from textual.message import Message
 from textual.screen import Screen
 from textual.widgets import Input, OptionList
 
+if TYPE_CHECKING:
+    _Screen = Screen[Any]
+else:  # at runtime no widget: Textual takes a screen's styles from the first of its bases that is one
+    _Screen = object
 
-class AppScreen:
+
+class AppScreen(_Screen):
     """A screen that closes once, and is laid out for the size that the terminal has.
 
     Keys that were pressed before it was gone, such as a second escape, do nothing: Textual would close the screen below
@@ -22,23 +27,20 @@ class AppScreen:
 
     def dismiss(self, result: Any = None) -> AwaitComplete:
         """Close the screen with a result, unless it has closed already."""
-        assert isinstance(self, Screen)
-        return Screen.dismiss(self, result) if self.is_active else AwaitComplete()
+        return super().dismiss(result) if self.is_active else AwaitComplete()
 
     async def _on_resize(self, event: events.Resize) -> None:
         """Keep Textual's handler from a size that is out of date."""
-        assert isinstance(self, Screen)
         if event.size != self.app.size:
             event.prevent_default()
 
     def _forward_event(self, event: events.Event) -> None:
         """Keep Textual from starting a selection of text in a widget that has gone."""
-        assert isinstance(self, Screen)
         if isinstance(event, events.MouseDown) and not self.app.mouse_captured:
             pressed, _ = self.get_widget_and_offset_at(event.x, event.y)
             if pressed is not None and pressed is not self and pressed.parent is None:
                 return
-        Screen._forward_event(self, event)
+        super()._forward_event(event)
 
 
 class Options(OptionList):
