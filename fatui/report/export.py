@@ -4,11 +4,10 @@ import csv
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from types import UnionType
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 import msgspec
-from msgspec import structs
+from msgspec import inspect, structs
 
 from attention.core.errors import UsageError
 from attention.core.results import (
@@ -104,6 +103,7 @@ DECLARED: Final = {
     for field in structs.fields(struct)
 }
 """The types of columns that are a field."""
+NUMBERS: Final[Mapping[type, type]] = {inspect.FloatType: float, inspect.BoolType: bool, inspect.IntType: int}
 ENDINGS: Final[Mapping[str, type]] = {
     **dict.fromkeys(("value", "median", "low", "high", "floor", "s"), float),
     **dict.fromkeys(("bytes", "count", "tokens", "case"), int),
@@ -361,11 +361,20 @@ def to_parquet(report: Report) -> bytes:
 def column_type(column: str) -> type:
     """Return the type of a column's values, also where none is known: float, bool, int or str."""
     if column in DECLARED:
-        kinds = get_args(DECLARED[column]) if isinstance(DECLARED[column], UnionType) else (DECLARED[column],)
-        return next((kind for kind in (float, bool, int) if kind in kinds), str)
+        return _number_type(inspect.type_info(DECLARED[column])) or str
     if column.startswith("rank_"):
         return str  # lists, as JSON
     return ENDINGS.get(column.rpartition("_")[2], str)
+
+
+def _number_type(found: inspect.Type) -> type | None:
+    """Return float, bool or int, if a declared type is one of them, or one of them or None; otherwise None."""
+    if isinstance(found, inspect.UnionType):
+        kinds = [_number_type(each) for each in found.types]
+        return next((kind for kind in (float, bool, int) if kind in kinds), None)
+    if isinstance(found, inspect.Metadata):
+        return _number_type(found.type)
+    return NUMBERS.get(type(found))
 
 
 def _plain(value: object) -> object:

@@ -6,10 +6,11 @@ import json
 import os
 import sqlite3
 import sys
+from typing import Annotated, Literal, NewType, Optional, Union
 
 import msgspec
 import pytest
-from msgspec import structs
+from msgspec import Meta, structs
 
 from attention.core.results import Conditions, Environment, Report, flat_rows
 from attention.core.workload import Workload
@@ -106,6 +107,20 @@ def test_columns_have_the_declared_types(kind):
             value = export._plain(record.get(column))
             declared = export.column_type(column)
             assert value is None or type(value) is declared or (declared is float and type(value) is int), column
+
+
+@pytest.mark.parametrize(
+    ("declared", "expected"),
+    [
+        *((float | None, float), (None | int, int), (Optional[bool], bool), (Union[None, int, float], float)),  # noqa: UP007, UP045
+        *((Annotated[int, Meta(ge=0)], int), (Annotated[float, "s"] | None, float), (Annotated[int | None, "s"], int)),
+        (Annotated[int, Meta(extra_json_schema={"unit": "bytes"})] | None, int),
+        *((NewType("Bytes", int), int), (Literal["a"] | None, str), (tuple[int, ...] | None, str)),
+    ],
+)
+def test_columns_of_every_way_to_declare_a_type(monkeypatch, declared, expected):
+    monkeypatch.setitem(export.DECLARED, "figure", declared)
+    assert export.column_type("figure") is expected
 
 
 def test_parquet_files_of_several_runs_are_read_together(tmp_path):
