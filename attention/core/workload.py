@@ -78,14 +78,13 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
 
     def __post_init__(self) -> None:
         """Resolve the defaulted fields, then validate all fields."""
-        if self.pass_ == "decode":
-            self._become_decode()
+        problems = self._become_decode() if self.pass_ == "decode" else []
         if cast("int | None", self.seq) is None:
             structs.force_setattr(self, "seq", SEQ)
         for name, source in DEFAULTS_FROM.items():
             if getattr(self, name) is None:
                 structs.force_setattr(self, name, getattr(self, source))
-        problems = [*_size_problems(self), *_choice_problems(self)]
+        problems += [*_size_problems(self), *_choice_problems(self)]
         try:
             structs.force_setattr(self, "mask", parse_mask(self.mask).text)
         except UsageError as error:
@@ -115,14 +114,15 @@ class Workload(Struct, frozen=True, kw_only=True, rename={"pass_": "pass"}, forb
         }
         return list(problems)[: 1 if self.value_dim == self.head_dim else 2]
 
-    def _become_decode(self) -> None:
-        """Use a seq without kv_seq as the length of the cache, with a query of one row."""
+    def _become_decode(self) -> list[str]:
+        """Use a seq without kv_seq as the length of the cache, with a query of one row; return what is wrong."""
         seq, kv_seq = cast("int | None", self.seq), cast("int | None", self.kv_seq)
         if kv_seq is None:
             structs.force_setattr(self, "kv_seq", SEQ if seq is None else seq)
-        elif seq not in (None, 1, kv_seq):
-            raise UsageError(f"seq: got {seq}; a decode pass has one query a sequence: seq 1, or kv_seq alone")
         structs.force_setattr(self, "seq", 1)
+        if kv_seq is None or seq in (None, 1, kv_seq):
+            return []
+        return [f"seq: got {seq}; a decode pass has one query a sequence: seq 1, or kv_seq alone"]
 
     @property
     def quantized(self) -> bool:

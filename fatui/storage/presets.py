@@ -209,24 +209,32 @@ class _Reader:
 
     def _group(self, shared: Table, table: Table, where: str) -> tuple[Workload, ...]:
         given = {**shared, **table}
-        axes = {field: value for field, value in given.items() if isinstance(value, list)}
-        empty = [field for field, values in axes.items() if not values]
+        empty = [field for field, value in given.items() if value == []]
+        named = [field for field in empty if field in table]
+        self.problems.extend(f"{where}{field}: got an empty list; it takes at least one value" for field in named)
+        axes = {field: value for field, value in given.items() if isinstance(value, list) and value}
         count = math.prod(len(values) for values in axes.values())
-        if empty:
-            named = [field for field in empty if field in table]
-            self.problems.extend(f"{where}{field}: got an empty list; it takes at least one value" for field in named)
-            return ()
+        sweeps = [axes]
         if count > MAX_CASES:
             self.problems.append(f"{where}makes {count:,} cases; at most {MAX_CASES:,} are taken")
-            return ()
-        try:
-            return workloads({field: value for field, value in given.items() if field not in axes}, axes)
-        except UsageError as error:
-            for problem in error.problems:
-                located_problem = f"{where if problem.partition(':')[0] in table else '[workload] '}{problem}"
-                if located_problem not in self.problems:
-                    self.problems.append(located_problem)
-            return ()
+            firsts = {field: values[:1] for field, values in axes.items()}
+            sweeps = [{**firsts, field: values[:MAX_CASES]} for field, values in axes.items()]
+        fixed = {field: value for field, value in given.items() if field not in axes}
+        cases: list[Workload] = []
+        for sweep in sweeps:
+            try:
+                cases.extend(workloads(fixed, sweep))
+            except UsageError as error:
+                self._locate(error, table, where, empty)
+        return tuple(cases)
+
+    def _locate(self, error: UsageError, table: Table, where: str, reported: Sequence[str]) -> None:
+        """Add problems of cases, with the table that each field stands in; leave out fields reported already."""
+        for problem in error.problems:
+            field = problem.partition(":")[0]
+            located = f"{where if field in table else '[workload] '}{problem}"
+            if field not in reported and located not in self.problems:
+                self.problems.append(located)
 
 
 def workloads(shared: Table, axes: Mapping[str, Sequence[Any]]) -> tuple[Workload, ...]:

@@ -102,6 +102,33 @@ def test_a_list_in_workload_hides_no_other_mistake():
     assert keys == {"[workload] seq", "[workload] head_dim", "[workload] mask", "[sweep] heads"}
 
 
+def keys_of(text: str) -> list[str]:
+    return [problem.split(": ")[1] for problem in problems(f"schema = 1\n{text}")]
+
+
+@pytest.mark.parametrize("field", presets.FIELDS)
+def test_an_empty_list_hides_no_other_mistake_and_makes_none(field):
+    """Among them are values that do not fit the default of the field that has none."""
+    fitting = {"kv_heads": "16", "kv_format": "'int4:128'", "value_dim": "128", "batch": "2"}
+    given = "".join(f"{name} = {value}\n" for name, value in fitting.items() if name != field)
+    sizes = "".join(f"{name} = {value}\n" for name, value in (("heads", 16), ("head_dim", 128)) if name != field)
+    swept = f"[sweep]\n{field} = []\n"
+    assert keys_of(f"[workload]\n{given}{sizes}{swept}") == [f"[sweep] {field}"]
+    wrong = "dtype = ['fp16']\n" if field != "dtype" else "seq = [0]\n"
+    assert keys_of(f"[workload]\n{given}{sizes}{swept}{wrong}") == [f"[sweep] {field}", f"[sweep] {wrong.split()[0]}"]
+
+
+def test_too_many_cases_hide_no_other_mistake():
+    numbers = list(range(1, 101))
+    text = f"[workload]\nhead_dim = 0\n[sweep]\nseq = {numbers}\nbatch = {[*numbers, -1]}\n"
+    assert keys_of(text)[1:] == ["[workload] head_dim", "[sweep] batch"]
+
+
+def test_queries_of_a_decode_pass_hide_no_other_mistake():
+    text = "[workload]\npass = 'decode'\nseq = 4\nkv_seq = 64\ndtype = 'fp16'\nheads = 0\n"
+    assert keys_of(text) == ["[workload] seq", "[workload] heads", "[workload] dtype"]
+
+
 def test_a_syntax_error_is_reported_with_line_and_column():
     (reported,) = problems("schema = 1\nseconds = = 3\n")
     assert "line 2, column 11" in reported
