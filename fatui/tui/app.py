@@ -19,6 +19,7 @@ from textual.filter import LineFilter
 from textual.screen import Screen
 from textual.theme import ThemeProvider
 from textual.timer import Timer, TimerCallback
+from textual.widget import AwaitMount
 
 from attention.core.errors import UsageError
 from attention.core.results import Report
@@ -275,6 +276,12 @@ class FatuiApp(Lab):
         """Begin or end a sweep."""
         self.set_draft(self.draft.toggle_sweep())
 
+    def push_screen(self, screen: Any, *arguments: Any, **options: Any) -> Any:
+        """Open a screen, unless one of its kind is open on top: clicks that are read at once open it once."""
+        if self.screen_stack and type(self.screen) is type(screen):
+            return AwaitMount(screen, ())
+        return super().push_screen(screen, *arguments, **options)
+
     def action_open(self, name: str) -> None:
         """Open one of the other screens, unless one is open."""
         if len(self.screen_stack) == 1:
@@ -516,8 +523,7 @@ class FatuiApp(Lab):
 
     def action_command_palette(self) -> None:
         """Open the palette of actions."""
-        if not isinstance(self.screen, Palette):
-            self.push_screen(Palette())
+        self.push_screen(Palette())
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """Yield every action for the command palette."""

@@ -19,7 +19,7 @@ from fatui.storage import settings
 from fatui.telemetry import Reading
 from fatui.tui import actions
 from fatui.tui.advisor import Advice
-from fatui.tui.key_order import OrderedKeys
+from fatui.tui.input_order import OrderedInput
 from fatui.tui.painting import RepaintBudget
 from fatui.tui.view_models import cost
 from fatui.tui.view_models.availability import names_for
@@ -96,7 +96,7 @@ class MainView(Protocol):
         """Draw the last run on this machine."""
 
 
-class Lab(OrderedKeys):
+class Lab(OrderedInput):
     """The state of the app, and what its screens do with it.
 
     Attributes:

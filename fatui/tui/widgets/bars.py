@@ -65,6 +65,8 @@ class KeyBar(Widget):
         self.keys = keys
         self._pressed: tuple[tuple[str, str, str], ...] | None = None
         """The keys at which the mouse button went down."""
+        self._clicked: tuple[tuple[str, str, str], ...] | None = None
+        """Those of the latest click, or of the first of a double click."""
 
     def show(self, keys: tuple[tuple[str, str, str], ...]) -> None:
         """Set the keys, each a tuple of key, label and action."""
@@ -112,8 +114,9 @@ class KeyBar(Widget):
 
     async def on_click(self, event: events.Click) -> None:
         """Run the clicked action; nothing if other keys came under the mouse meanwhile, as at the end of a run."""
-        pressed, self._pressed = self._pressed, None
-        if pressed is not None and pressed != self.keys:
+        if event.chain == 1:
+            self._clicked = self._pressed
+        if self._clicked is not None and self._clicked != self.keys:
             return
         at = 0
         for key, label, action in self._fitting():

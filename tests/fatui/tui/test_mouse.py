@@ -1,16 +1,22 @@
 """The mouse, quicker than the app: clicks that are read at once."""
 
 import pytest
+from rich.cells import cell_len
 from rich.style import Style
 from textual import events
 from textual.command import CommandList
 from textual.geometry import Offset
 from textual.widgets import Input, OptionList, Static
 
+from fatui.tui.input_order import OrderedInput
+from fatui.tui.screens.dialogs import RowDetails
+from fatui.tui.widgets.row_table import RowTable
+from fatui.tui.widgets.slider import Slider
 
-def click_at_once(app, x, y, times=2):
+
+def click_at_once(app, x, y, times=2, button=1):
     """Hand clicks to the app at once, as it reads them while it is busy."""
-    where = {"widget": None, "x": x, "y": y, "delta_x": 0, "delta_y": 0, "button": 1}
+    where = {"widget": None, "x": x, "y": y, "delta_x": 0, "delta_y": 0, "button": button}
     where |= {"shift": False, "meta": False, "ctrl": False}
     for _ in range(times):
         app.post_message(events.MouseDown(**where))
@@ -84,3 +90,74 @@ async def test_a_press_on_a_widget_that_has_gone_is_nothing(stage, monkeypatch):
     click_at_once(stage.app, 30, 20)
     await stage.pilot.pause()
     assert stage.app.is_running
+
+
+def place_of(app, words):
+    """Return the first cell of some words on the screen."""
+    for y, strip in enumerate(app.screen._compositor.render_strips()):
+        if words in strip.text:
+            return cell_len(strip.text[: strip.text.index(words)]), y
+    raise AssertionError(words)
+
+
+@pytest.mark.parametrize("words", ["? Help", "^p Palette", "w Save as", "p Presets", "Save as"])
+async def test_a_double_click_opens_a_screen_once(stage, words):
+    click_at_once(stage.app, *place_of(stage.app, words))
+    await stage.settle(lambda: stage.app.screen is not stage.app.main and stage.app.screen.is_mounted)
+    await stage.pilot.pause()
+    assert len(stage.app.screen_stack) == 2
+
+
+async def test_a_triple_click_opens_a_row_once(stage):
+    await stage.run_to_the_end()
+    table = stage.find("#comparison-table", RowTable)
+    click_at_once(stage.app, table.content_region.x + 2, table.content_region.y + 2, times=4)
+    await stage.settle(lambda: isinstance(stage.app.screen, RowDetails))
+    await stage.pilot.pause()
+    assert len(stage.app.screen_stack) == 2
+
+
+@pytest.fixture
+def slow_double_clicks(monkeypatch):
+    monkeypatch.setattr(OrderedInput, "CLICK_CHAIN_TIME_THRESHOLD", 60)
+
+
+@pytest.mark.usefixtures("slow_double_clicks")
+async def test_a_double_click_is_for_the_screen_it_began_on(stage):
+    """The second click on what closes a dialog changes nothing below it."""
+    slider = stage.find("#axis-seq", Slider)
+    x, y, before = slider.region.right - 12, slider.region.y, slider.values
+    await stage.press("question_mark")
+    click_at_once(stage.app, x, y, times=1)
+    await stage.pilot.pause()
+    await stage.press("escape")
+    click_at_once(stage.app, x, y, times=1)
+    await stage.pilot.pause()
+    assert slider.values == before
+    click_at_once(stage.app, x + 1, y, times=1)
+    await stage.pilot.pause()
+    assert slider.values != before
+
+
+@pytest.mark.usefixtures("slow_double_clicks")
+async def test_a_double_click_on_run_does_not_stop_it(stage):
+    at = place_of(stage.app, "r Run")
+    click_at_once(stage.app, *at, times=1)
+    await stage.settle(lambda: stage.app.runs.active and "x Stop" in stage.seen())
+    assert place_of(stage.app, "x Stop") == at
+    click_at_once(stage.app, *at, times=1)
+    await stage.pilot.pause()
+    assert stage.app.session.phase == "starting"
+
+
+@pytest.mark.parametrize("button", [2, 3])
+async def test_only_the_left_button_clicks(stage, button):
+    """On everything that takes clicks: sliders, choices, links, the list, headings, rows, tabs and the key bar."""
+    await stage.run_to_the_end()
+    app, draft = stage.app, stage.app.draft
+    seen, focused = stage.seen(), app.focused
+    for y in range(app.size.height):
+        for x in range(0, app.size.width, 7):
+            click_at_once(app, x, y, button=button)
+    await stage.pilot.pause()
+    assert (app.draft, app.focused, app.screen, stage.seen()) == (draft, focused, app.main, seen)

@@ -511,7 +511,7 @@ async def test_a_click_does_not_hit_a_key_that_came_under_the_mouse(stage):
     bar.show((("e", "Export", "export"),))
     await stage.pilot.mouse_down(bar, offset=(3, 0))
     bar.show((("q", "Quit", "quit"),))
-    await bar.on_click(SimpleNamespace(x=3))  # the pilot makes no click of a press and a release
+    await bar.on_click(SimpleNamespace(x=3, chain=1))  # the pilot makes no click of a press and a release
     assert not done
     await stage.pilot.click(bar, offset=(3, 0))
     assert done == ["quit"]

@@ -6,7 +6,7 @@ import pytest
 from textual import events
 
 from attention.core.errors import UsageError
-from fatui.tui.key_order import OrderedKeys
+from fatui.tui.input_order import OrderedInput
 from fatui.tui.screens.models import ModelScreen
 from fatui.tui.view_models import mask_editor
 from fatui.tui.widgets.choice import Choice
@@ -108,8 +108,8 @@ async def test_keys_read_at_once_act_where_the_ones_before_led(size):
 
 
 async def test_keys_go_on_after_one_that_got_lost(stage, monkeypatch):
-    monkeypatch.setattr("fatui.tui.key_order.MAX_WAIT_S", 0.05)
-    monkeypatch.setattr(OrderedKeys, "on_key_done", lambda app, event: None)
+    monkeypatch.setattr("fatui.tui.input_order.MAX_WAIT_S", 0.05)
+    monkeypatch.setattr(OrderedInput, "on_key_done", lambda app, event: None)
     type_ahead(stage.app, "2", "3", "enter")
     await stage.settle(lambda: stage.app.draft.axes["batch"] == (3,))
 

@@ -1,4 +1,4 @@
-"""Keys in their order: each acts on what the one before it has brought into focus, however fast they come."""
+"""Input in its order: a key acts on what the one before it has brought into focus, a click on what was in view."""
 
 import time
 from collections import deque
@@ -6,23 +6,26 @@ from typing import Final
 
 from textual import events
 from textual.app import App
+from textual.geometry import Offset
 from textual.message import Message
 from textual.screen import Screen
 from textual.widget import Widget
 
 MAX_WAIT_S: Final = 0.3
 """Seconds after which a key counts as done whose widget has gone, or is busy."""
+LEFT_BUTTON: Final = 1
 
 
 class KeyDone(Message, bubble=True):
     """Posted to where a key went, so that it takes the same way to the app: it arrives when the key has acted."""
 
 
-class OrderedKeys(App[int]):
-    """App that holds a key back while an earlier one is on its way.
+class OrderedInput(App[int]):
+    """App that holds a key back while an earlier one is on its way, and in which clicks are those of the left button.
 
     Textual hands a key to the widget that has the focus as it is read: of keys that are typed fast or pasted, those
-    after one that moves the focus went to where the focus was before.
+    after one that moves the focus went to where the focus was before. The second click of a double click went to what
+    the first had brought into view, and clicks of any button acted alike.
     """
 
     _acting_since: float | None = None
@@ -31,6 +34,10 @@ class OrderedKeys(App[int]):
     """The screen that it went to."""
     _to_focus: Widget | None = None
     """The widget that gets the focus with the next layout."""
+    _clicked_on: Screen[object] | None = None
+    """The screen on which the latest click was, or the first of a double click."""
+    _clicked_at: Offset | None = None
+    _clicked_s: float = 0.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +53,9 @@ class OrderedKeys(App[int]):
         widget.screen.set_focus(widget)
 
     async def on_event(self, event: events.Event) -> None:
-        """Handle an event; hold a key that was read while another is on its way."""
+        """Handle an event; hold keys while another is on its way, and leave out presses that are for no one here."""
+        if isinstance(event, events.MouseDown | events.MouseUp) and not event.is_forwarded and not self._takes(event):
+            return
         if not isinstance(event, events.Key) or event.is_forwarded:
             await super().on_event(event)
         elif self._acting_since is not None and time.monotonic() - self._acting_since < MAX_WAIT_S:
@@ -56,6 +65,16 @@ class OrderedKeys(App[int]):
         else:
             self._held.append(event)
             await self._act()
+
+    def _takes(self, event: events.MouseDown | events.MouseUp) -> bool:
+        """Return whether a press or release is of the left button, and of a click that began on the current screen."""
+        if event.button != LEFT_BUTTON or not self.screen_stack:
+            return False
+        if isinstance(event, events.MouseUp):
+            self._clicked_at, self._clicked_s = event.screen_offset, event.time
+        elif event.screen_offset != self._clicked_at or event.time - self._clicked_s > self.CLICK_CHAIN_TIME_THRESHOLD:
+            self._clicked_on = self.screen
+        return self.screen is self._clicked_on
 
     async def _act(self) -> None:
         """Hand out the next key that is held, if any is."""
