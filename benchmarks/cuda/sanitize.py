@@ -71,11 +71,11 @@ def calls(dim: int) -> None:
                 raise RuntimeError(refusal)
         mx.eval(mx.vjp(_listed, primals, [cotangent])[1])
         mx.eval(mx.vjp(_sloped, primals, [cotangent])[1])
-    many_works(dim)
+    many_work_items(dim)
 
 
-def many_works(dim: int) -> None:
-    """Run the forward kernels for large problems, whose blocks take several works, at a head dimension."""
+def many_work_items(dim: int) -> None:
+    """Run the forward kernels for large problems, whose blocks take several work items, at a head dimension."""
     import mlx.core as mx
 
     from attention.kernels.cuda.runtime import selfcheck

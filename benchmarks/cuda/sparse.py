@@ -283,7 +283,7 @@ def _pairs(call: CallParams, shape: CallShape) -> int:
 
 
 def _row(label: str, seconds: float, dense: float, work: int, dense_work: int) -> dict[str, Any]:
-    """Print and return a row; works are in FLOPs of visible pairs."""
+    """Print and return a row; `work` is in FLOPs of visible pairs."""
     rate, dense_rate = work / seconds / 1e12, dense_work / dense / 1e12
     rates = f"{rate:6.1f} TFLOP/s (dense {dense_rate:.0f})"
     print(f"{label:50} {1e3 * seconds:8.3f} ms {rates}, {seconds / dense:.4f} of dense", flush=True)

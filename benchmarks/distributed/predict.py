@@ -15,7 +15,7 @@ from attention.distributed import decide, make_layout
 from attention.distributed.exchange import Seen, make_exchange
 from attention.distributed.one_launch import Arrangement, arrange, head_groups
 from attention.kernels.cuda.sm90.forward import Forward, fewer_consumers, specialise
-from attention.kernels.cuda.sm90.schedule import TILE_OVERHEAD, make_works
+from attention.kernels.cuda.sm90.schedule import TILE_OVERHEAD, make_work_items
 
 MULTIPROCESSORS: Final = 132
 
@@ -101,14 +101,14 @@ def _steps(workload: Workload, kv_heads: int, rows: int, keys: int, position: Ca
         ranges = kernel.tile_ranges(rows, keys, workload.window or 0, position)
         planes = kv_heads * workload.heads // workload.kv_heads
         plane_bytes = 4 * keys * workload.head_dim * workload.kv_heads // workload.heads
-        table, _ = make_works(MULTIPROCESSORS, planes, ranges, plane_bytes, kernel.joining)
+        table, _ = make_work_items(MULTIPROCESSORS, planes, ranges, plane_bytes, kernel.joining)
         return max(map(_load, table)) * kernel.step_time
 
     return min(map(steps, [largest, *fewer_consumers(largest)]))
 
 
-def _load(works: Sequence[Sequence[int]]) -> float:
-    return sum(work[3] - work[2] + TILE_OVERHEAD for work in works if work[0] >= 0)
+def _load(items: Sequence[Sequence[int]]) -> float:
+    return sum(work[3] - work[2] + TILE_OVERHEAD for work in items if work[0] >= 0)
 
 
 def prediction_line(row: dict[str, Any]) -> str:

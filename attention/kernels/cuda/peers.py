@@ -32,11 +32,11 @@ from attention.kernels.cuda.sm90.launch import (
     PARTS,
     decode_stages,
     forward_kernel,
-    launch_of_works,
+    launch_of_work_items,
     make_key_split,
     unwritten,
 )
-from attention.kernels.cuda.sm90.schedule import make_works
+from attention.kernels.cuda.sm90.schedule import make_work_items
 
 MAX_HEAD_DIM: Final = 128
 TILE: Final = 128
@@ -129,9 +129,9 @@ def _stage(
     planes = shape.batch * shape.heads
     ranges = kernel.tile_ranges(shape.queries, shape.keys, call.window or 0, placement.position)
     plane_bytes = 4 * shape.keys * shape.head_dim // shape.group
-    table, parts = make_works(gpu().multiprocessors, planes, ranges, plane_bytes, kernel.joining)
+    table, parts = make_work_items(gpu().multiprocessors, planes, ranges, plane_bytes, kernel.joining)
     places = (placement.second, *placement.shifts)
-    made = launch_of_works(shape, call, kernel, table, parts, tables=(placement.tiles,), scalars=places)
+    made = launch_of_work_items(shape, call, kernel, table, parts, tables=(placement.tiles,), scalars=places)
     own_parts = [f"{name} of heads from {first}" for name in PARTS]
     omitted = {own_parts[PARTS.index(name)] if name in PARTS else name for name in unwritten(made, with_logsumexp)}
     queries, all_rows = (0, first * shape.group), (whole.batch, whole.heads, whole.queries)

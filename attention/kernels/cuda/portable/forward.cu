@@ -239,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
                 const float* slopes,
 #endif
 #if LISTS
-                const int4* works, const int2* entries, const u32* bits,
+                const int4* items, const int2* entries, const u32* bits,
 #endif
                 char* output,
 #if !SPLIT
@@ -274,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
   const Problem problem{heads, group, queries, keys, __int_as_float(score_factor_bits), __int_as_float(into_cap_bits), window,
                         alibi};
 #if LISTS
-  const Work work(problem, works[blockIdx.x], splits);
+  const Work work(problem, items[blockIdx.x], splits);
   const Listed listed{entries, bits};
 #else
   const Work work(problem, first_key, split_keys, splits);

@@ -85,8 +85,8 @@ def _lists(shape: CallShape, call: CallParams, kernel: PortableForward) -> Block
     return block_list(call.pattern, shape.scores, kernel.tiles.block_m, kernel.tiles.block_n)
 
 
-def list_works(shape: CallShape, made: BlockList, splits: int) -> NDArray[np.int32]:
-    """Return the works of the blocks, longest lists first: plane, row tile, first and end entry of each split."""
+def list_work_items(shape: CallShape, made: BlockList, splits: int) -> NDArray[np.int32]:
+    """Return the work items of the blocks, longest lists first: plane, row tile, first and end entry of each split."""
     lists = (list_planes(shape, made.batches, made.heads)[:, None] * made.row_tiles + np.arange(made.row_tiles)).ravel()
     first, count = made.offsets[lists].astype(np.int64), np.diff(made.offsets)[lists].astype(np.int64)
     order = np.argsort(-count, kind="stable")
@@ -132,7 +132,7 @@ def forward(shape: CallShape, call: CallParams, divided: WorkDivision, program: 
     constants: tuple[mx.array, ...] = ()
     if call.pattern is not None:
         made = _lists(shape, call, divided.kernel)
-        constants = on_device(list_works(shape, made, divided.splits), made.entries, made.bits)
+        constants = on_device(list_work_items(shape, made, divided.splits), made.entries, made.bits)
     return prepare(program or divided.kernel.program, divided.blocks * divided.splits, outputs, numbers, constants)
 
 

@@ -1,6 +1,6 @@
 // A consumer warpgroup's part of the pipeline: its waits, releases and turns, and its work.
 
-// A consumer's position in the rings and in its work: key tile `n`, counted down to `least()`, the first that it sees.
+// A consumer's position in the rings and in its work item: key tile `n`, counted down to `least()`, the first that it sees.
 struct Position {
   const Memory memory;
   const int index;
@@ -9,7 +9,7 @@ struct Position {
   Work work;
   u32 query = 0;
   int n = 0, first = 0;
-  int skips = 0;  // trailing key tiles of the work, which come first, that are masked for all queries of this consumer
+  int skips = 0;  // trailing key tiles of the work item, which come first, that are masked for all queries of this consumer
 
   DEVICE Position(const Memory& memory, int index, const Schedule& schedule)
       : memory(memory), index(index), schedule(schedule) {
@@ -53,10 +53,10 @@ struct Position {
       release_values();
     }
   }
-  // Number of leading key tiles of the work that are masked for all queries of this consumer.
+  // Number of leading key tiles of the work item that are masked for all queries of this consumer.
   DEVICE int earlier() const { return least() - work.first; }
 
-  // Starts the next work once its queries are loaded; returns false at the end of the list.
+  // Starts the next work item once its queries are loaded; returns false at the end of the list.
   DEVICE bool next_work(const Problem& problem) {
     if (!schedule.next(work)) return false;
     const int buffer = work.query_buffer(index);

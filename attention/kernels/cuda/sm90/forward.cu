@@ -27,7 +27,7 @@ struct Results {
 };
 
 struct Consumer : Position {
-  float slope = 0;  // with ALIBI: of the work's head
+  float slope = 0;  // with ALIBI: of the work item's head
 
   using Position::Position;
   DEVICE bool next_work(const Problem& problem) {
@@ -90,7 +90,7 @@ struct Consumer : Position {
   }
 #endif
 
-  // Writes the rows of the work before `place`, or their part of a split tile; the last part to finish combines them.
+  // Writes the rows of the work item before `place`, or their part of a split tile; the last part to finish combines them.
   DEVICE void finish(Output& out, Rows& rows, const Schedule& place, const Problem& problem, const Results& results) const {
     const Part part(same_in_warp(place.part()));
     if (part.count > 0) {
@@ -197,7 +197,7 @@ DEVICE void attend_in_turns(Consumer& consumer, const Problem& problem, Output& 
   consumer.pass_turn();
 }
 
-// Processes a work, of which every consumer has the key tiles that it sees.
+// Processes a work item, of which every consumer has the key tiles that it sees.
 DEVICE void attend(Consumer& consumer, const Problem& problem, Output& out, Rows& rows) {
   if (consumer.sees_nothing()) consumer.release_query();
   else if constexpr (OVERLAP) attend_overlapping(consumer, problem, out, rows);
@@ -205,8 +205,8 @@ DEVICE void attend(Consumer& consumer, const Problem& problem, Output& out, Rows
 }
 
 #if WINDOW
-// Rows are written while other consumers compute: before the turns for tiles of this work that only others see or, if there are
-// none, after those for tiles of the next work.
+// Rows are written while other consumers compute: before the turns for tiles of this work item that only others see or, if
+// there are none, after those for tiles of the next work item.
 DEVICE void consume(Consumer& consumer, const Problem& problem, const Results& results) {
   bool more = consumer.next_work(problem);
   while (more) {

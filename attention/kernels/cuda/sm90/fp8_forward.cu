@@ -211,7 +211,7 @@ struct Consumer : Position {
     return unit;
   }
 
-  // Writes the rows of the work, or their part of a split tile; the last part to finish combines them.
+  // Writes the rows of the work item, or their part of a split tile; the last part to finish combines them.
   DEVICE void finish(Output& out, Rows& rows, const Problem& problem, const Results& results) const {
     float unit = power_of_two(value_exponent);
     const Part part(same_in_warp(schedule.part()));

@@ -24,7 +24,7 @@ from attention.kernels.cuda.runtime.program import Program
 from attention.kernels.cuda.sm90.forward import WARPGROUP_ROWS
 from attention.kernels.cuda.sm90.fp8 import QUANTIZED_ROWS, WIDTHS, Fp8Forward, Quantize, specialise
 from attention.kernels.cuda.sm90.launch import least_makespan
-from attention.kernels.cuda.sm90.schedule import make_works
+from attention.kernels.cuda.sm90.schedule import make_work_items
 
 QUANTIZED: Final = ("k8", "v8", "kv_exponents")
 """Arrays written by the quantization: e4m3 as uint8, and the exponents of their scales."""
@@ -58,7 +58,7 @@ def forward(shape: CallShape, call: CallParams, kernel: Fp8Forward) -> Launch:
     planes = shape.batch * shape.heads
     plane_bytes = 2 * shape.keys * kernel.head_dim // shape.group
     ranges = kernel.tile_ranges(shape.queries, shape.keys, call.window or 0)
-    table, parts = make_works(gpu().multiprocessors, planes, ranges, plane_bytes, kernel.joining)
+    table, parts = make_work_items(gpu().multiprocessors, planes, ranges, plane_bytes, kernel.joining)
     numbers, marks = kernel.part_shapes
     return prepare(
         kernel.program,

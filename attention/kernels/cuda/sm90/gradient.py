@@ -139,7 +139,7 @@ def plane_bytes(shape: CallShape) -> int:
 def cleared_planes(shape: CallShape, kernel: Backward) -> int:
     """Return how many key planes' sums of dQ the first launch clears; the main launch clears that many planes ahead.
 
-    Two of the schedule's groups of planes: works of the first start at once, those of the second before all of the
+    Two of the schedule's groups of planes: work items of the first start at once, those of the second before all of the
     first are far enough to clear.
     """
     planes = shape.batch * shape.kv_heads

@@ -37,7 +37,7 @@ from attention.kernels.cuda.sm90.forward import (
     specialise,
     specialise_lists,
 )
-from attention.kernels.cuda.sm90.schedule import list_works, make_works, makespan
+from attention.kernels.cuda.sm90.schedule import list_work_items, make_work_items, makespan
 from attention.masks import Pattern
 
 MOST: Final = 0.9
@@ -84,7 +84,7 @@ def forward(shape: CallShape, call: CallParams, kernel: Forward) -> Launch:
     plane_bytes = 4 * shape.keys * shape.head_dim // shape.group
     if call.pattern is not None:
         made = block_list(call.pattern, shape.scores, kernel.block_m, kernel.block_n)
-        listed, parts = list_works(
+        listed, parts = list_work_items(
             gpu().multiprocessors,
             made.offsets,
             list_planes(shape, made.batches, made.heads),
@@ -92,17 +92,17 @@ def forward(shape: CallShape, call: CallParams, kernel: Forward) -> Launch:
             plane_bytes,
             kernel.joining,
         )
-        return launch_of_works(shape, call, kernel, listed, parts, tables=(made.entries, made.bits))
+        return launch_of_work_items(shape, call, kernel, listed, parts, tables=(made.entries, made.bits))
     ranges = kernel.tile_ranges(shape.queries, shape.keys, call.window or 0)
-    table, parts = make_works(gpu().multiprocessors, planes, ranges, plane_bytes, kernel.joining)
-    return launch_of_works(shape, call, kernel, table, parts)
+    table, parts = make_work_items(gpu().multiprocessors, planes, ranges, plane_bytes, kernel.joining)
+    return launch_of_work_items(shape, call, kernel, table, parts)
 
 
-def launch_of_works(
+def launch_of_work_items(
     shape: CallShape,
     call: CallParams,
     kernel: Forward,
-    works: Any,
+    items: Any,
     parts: int,
     tables: Sequence[Any] = (),
     scalars: Sequence[int] = (),
@@ -113,7 +113,7 @@ def launch_of_works(
         shape: shapes of the call.
         call: parameters of the call.
         kernel: the specialisation.
-        works: the work table, blocks x rounds.
+        items: their table, blocks x rounds.
         parts: tile parts in it.
         tables: further int32 tables that the specialisation takes.
         scalars: further scalars that it takes.
@@ -123,7 +123,7 @@ def launch_of_works(
     problem = [shape.batch * shape.heads, shape.heads, shape.group, shape.queries, shape.keys, shape.head_dim]
     return prepare(
         kernel.program,
-        len(works),
+        len(items),
         [
             ((*rows, shape.head_dim), dtype_of(shape)),
             (rows, mx.float32),
@@ -131,8 +131,8 @@ def launch_of_works(
             ((parts, *numbers), mx.float32),
             ((parts, *marks), mx.int64),
         ],
-        [*problem, *scalars_of(call), call.window or 0, len(works[0]), *scalars],
-        on_device(works, *tables),
+        [*problem, *scalars_of(call), call.window or 0, len(items[0]), *scalars],
+        on_device(items, *tables),
     )
 
 

@@ -4,8 +4,8 @@
 //   consumer 0      64 queries    \  of the same BLOCK_M queries: all consumers use every K and V tile
 //   consumer 1, 2   64 queries    /
 //
-// With LISTS, a work's key tiles are entries of a block list instead of a range: the producer reads the entries and, with each
-// K tile, leaves what the consumers need to mask it, so that these read nothing from device memory.
+// With LISTS, a work item's key tiles are entries of a block list instead of a range: the producer reads the entries and, with
+// each K tile, leaves what the consumers need to mask it, so that these read nothing from device memory.
 //
 // Shared memory:  | barriers: 1 KiB | Q: QUERY_STAGES x consumers | K: STAGES tiles | V: STAGES tiles | bits: STAGES |
 
@@ -80,7 +80,7 @@ struct Scales {
 // A unit of work: a query tile against the key tiles, with LISTS the entries, [first, end).
 struct Work {
   int block = 0, first = 0, end = 0;
-  int index = -1;  // index among the works of this block
+  int index = -1;  // index among the work items of this block
 
   // Query buffer of a consumer, and the parity of its barriers.
   DEVICE int query_buffer(int consumer) const { return index % QUERY_STAGES * CONSUMERS + consumer; }
@@ -100,8 +100,8 @@ struct Schedule {
     entry += 2;
     return true;
   }
-  // Fields of the work that need not stay in registers: its plane, its query tile, and its part if the keys of the tile are
-  // split over several blocks (see sm90/join.cuh), else 0.
+  // Fields of the work item that need not stay in registers: its plane, its query tile, and its part if the keys of the tile
+  // are split over several blocks (see sm90/join.cuh), else 0.
   DEVICE int plane() const { return entry[-2].x; }
   DEVICE int block() const { return entry[-2].y; }
   DEVICE int part() const { return entry[-1].x; }
@@ -109,7 +109,7 @@ struct Schedule {
 
 // ---- the producer ------------------------------------------------------------------------------------------------
 
-// Loads the queries of a work, once the buffers are free; with FP8 in 16 bits, of which the consumers make 8.
+// Loads the queries of a work item, once the buffers are free; with FP8 in 16 bits, of which the consumers make 8.
 DEVICE void load_queries(const Memory& memory, const Work& work, const TensorMap& map, int head, int batch) {
   for (int consumer = 0; consumer < CONSUMERS; ++consumer) {
     const int buffer = work.query_buffer(consumer), row = work.block * BLOCK_M + consumer * WARPGROUP_ROWS;
@@ -157,7 +157,7 @@ DEVICE void produce(const Memory& memory, const Problem& problem, Schedule sched
     const int batch = schedule.plane() / problem.heads, head = schedule.plane() % problem.heads;
     const int key_head = head / problem.heads_per_key;
     const int2* key_scales = scales.key + (batch * (problem.heads / problem.heads_per_key) + key_head) * ((problem.keys + 127) / 128);
-    if constexpr (LISTS) prefetch(schedule.entry);  // the next work
+    if constexpr (LISTS) prefetch(schedule.entry);  // the next work item
     auto load_key = [&](int n) {
       int2 entry;
       if constexpr (LISTS) entry = lists.entries[n];

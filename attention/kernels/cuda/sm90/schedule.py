@@ -60,10 +60,10 @@ def _simulate(blocks: int, planes: int, costs: tuple[int, ...], group: int) -> t
 
 
 @functools.lru_cache(maxsize=256)
-def make_works(
+def make_work_items(
     blocks: int, planes: int, ranges: tuple[tuple[int, int], ...], plane_bytes: int, joining: float
 ) -> tuple[tuple[tuple[Work, ...], ...], int]:
-    """Return the work table of the forward kernel (blocks x rounds), and the number of tile parts in it.
+    """Return the table of work items of the forward kernel (blocks x rounds), and the number of tile parts in it.
 
     If all tiles cost the same and the last round is not full, the tiles of that round are split along their keys.
 
@@ -84,13 +84,13 @@ def make_works(
     return _table(lists, len(ranges)), 0
 
 
-def list_works(
+def list_work_items(
     blocks: int, offsets: Ints, planes: Ints, tiles: int, plane_bytes: int, joining: float
 ) -> tuple[NDArray[np.int32], int]:
-    """Return the work table of block lists (blocks x rounds x 8), and the number of tile parts in it.
+    """Return the table of work items of block lists (blocks x rounds x 8), and the number of tile parts in it.
 
     Works are ranges of entries. Planes are processed in groups whose keys and values fit in the L2 cache; within a
-    group the longest works come first, each assigned to the block that is free first. Lists longer than a block's
+    group the longest work items come first, each assigned to the block that is free first. Lists longer than a block's
     share, or those of the last round, are split into parts if that ends earlier.
 
     Args:
@@ -139,14 +139,14 @@ def list_schedule(blocks: int, offsets: Ints, planes: Ints, tiles: int, plane_by
 
 
 def _places(block: Ints) -> tuple[Ints, Ints]:
-    """Return the order of the works by block, and the position of each in its block's list."""
+    """Return the order of the work items by block, and the position of each in its block's list."""
     per_block = np.bincount(block)
     place = np.arange(len(block)) - np.repeat(np.cumsum(per_block) - per_block, per_block)
     return np.argsort(block, kind="stable"), place
 
 
 def _assign(blocks: int, cost: Ints, counts: Ints, joining: float) -> tuple[float, Ints, Ints, Ints]:
-    """Return the makespan of works in `counts` parts, and of each part its work, its index and its block."""
+    """Return the makespan of work items in `counts` parts, and of each part its work item, its index and its block."""
     owner = np.repeat(np.arange(len(cost)), counts)
     index = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
     costs = cost[owner] / counts[owner] + TILE_OVERHEAD + joining * (counts[owner] > 1)
@@ -154,9 +154,9 @@ def _assign(blocks: int, cost: Ints, counts: Ints, joining: float) -> tuple[floa
     return makespan, owner, index, block
 
 
-def _list_table(works: tuple[Ints, ...], owner: Ints, index: Ints, block: Ints) -> tuple[NDArray[np.int32], int]:
-    """Return the table of works (plane, tile, first entry, entries) in parts, and the number of parts."""
-    plane, tile, first, cost = (column[owner] for column in works)
+def _list_table(items: tuple[Ints, ...], owner: Ints, index: Ints, block: Ints) -> tuple[NDArray[np.int32], int]:
+    """Return the table of work items (plane, tile, first entry, entries) in parts, and the number of parts."""
+    plane, tile, first, cost = (column[owner] for column in items)
     counts = np.bincount(owner)
     several = np.where(counts > 1, counts, 0)
     count, earlier = counts[owner], (np.cumsum(several) - several)[owner]
@@ -170,9 +170,9 @@ def _list_table(works: tuple[Ints, ...], owner: Ints, index: Ints, block: Ints) 
 
 
 def _by_load(blocks: int, costs: NDArray[np.float64]) -> tuple[Ints, float]:
-    """Assign works to blocks in order, each to one with little load, many at once; return the blocks and the makespan.
+    """Assign work items in order, each to a block with little load, many at once; return the blocks and the makespan.
 
-    A block takes part in a round if its load does not exceed the least by more than the next work's cost.
+    A block takes part in a round if its load does not exceed the least by more than the next work item's cost.
     """
     made, loads, done = np.empty(len(costs), np.int64), np.zeros(blocks), 0
     while done < len(costs):
@@ -209,7 +209,7 @@ def _distribute(blocks: int, tiles: int, keys: tuple[int, int], joining: float) 
         return [], 0
     used = blocks if whole else sharing
     rounds = [[(turn * blocks + block, *keys, 0) for turn in range(whole)] for block in range(used)]
-    return [works + pieces.get(block, []) for block, works in enumerate(rounds)], parts
+    return [items + pieces.get(block, []) for block, items in enumerate(rounds)], parts
 
 
 def tile_ranges(

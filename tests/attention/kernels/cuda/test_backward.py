@@ -65,7 +65,7 @@ def test_the_schedule_counts_the_tiles_that_see_a_key(kernel, queries, keys):
 
 @pytest.mark.parametrize("size", [(1, 16, 16, 32768), (8, 16, 4, 2048), (1, 2, 2, 300)])
 def test_a_window_clears_its_sums_ahead(size):
-    """The first launch clears what works that start at once add to, and all of it for other masks."""
+    """The first launch clears what work items that start at once add to, and all of it for other masks."""
     batch, heads, kv_heads, length = size
     shape = CallShape(batch, heads, kv_heads, length, length, 128, "bf16")
     planes = batch * kv_heads

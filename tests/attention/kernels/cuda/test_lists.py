@@ -20,7 +20,7 @@ from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.launch import NOTHING, POINTER, list_planes
 from attention.kernels.cuda.sm90 import gradient
 from attention.kernels.cuda.sm90.backward import SIGHT_BITS
-from attention.kernels.cuda.sm90.schedule import NO_WORK, list_schedule, list_works
+from attention.kernels.cuda.sm90.schedule import NO_WORK, list_schedule, list_work_items
 from benchmarks.cuda.measure_portable import portable_only
 from tests.support import kernel_oracle
 from tests.support.cuda_planted import planted, signature
@@ -75,11 +75,11 @@ def lists_of(size, name, block_q=128):
 @pytest.mark.parametrize("size", SHAPES)
 def test_every_entry_of_every_plane_is_one_blocks_work(size, name):
     shape, made, planes = lists_of(size, name)
-    table, parts = list_works(BLOCKS, made.offsets, planes, made.row_tiles, 4 * shape.keys * 64, 4.0)
+    table, parts = list_work_items(BLOCKS, made.offsets, planes, made.row_tiles, 4 * shape.keys * 64, 4.0)
     assert (table[:, -1, 0] == NO_WORK[0]).all()
-    works = table[table[:, :, 0] >= 0]
+    items = table[table[:, :, 0] >= 0]
     covered = {}
-    for plane, tile, first, end, word, *_ in works.tolist():
+    for plane, tile, first, end, word, *_ in items.tolist():
         covered.setdefault((plane, tile), []).append((first, end, word))
     assert covered.keys() == {(plane, tile) for plane in range(len(planes)) for tile in range(made.row_tiles)}
     places = []
@@ -100,11 +100,11 @@ def test_every_entry_of_every_plane_is_one_blocks_work(size, name):
 
 def test_long_lists_are_shared_out_and_blocks_end_together():
     offsets = np.cumsum([0, 2000, *[10] * 200])
-    table, parts = list_works(BLOCKS, offsets, np.zeros(1, int), 201, 1, 4.0)
+    table, parts = list_work_items(BLOCKS, offsets, np.zeros(1, int), 201, 1, 4.0)
     loads = (table[:, :, 3] - table[:, :, 2]).sum(axis=1)
     assert parts > 5
     assert loads.max() < 200
-    equal, _ = list_works(BLOCKS, np.arange(0, 257 * 64, 64), np.zeros(4, int), 256, 1, 4.0)
+    equal, _ = list_work_items(BLOCKS, np.arange(0, 257 * 64, 64), np.zeros(4, int), 256, 1, 4.0)
     loads = (equal[:, :, 3] - equal[:, :, 2]).sum(axis=1)
     assert loads.max() <= 1.1 * loads.mean()
 
@@ -268,11 +268,11 @@ def test_a_pattern_with_an_array_mask_is_general(recorder):
 @pytest.mark.parametrize("splits", [1, 3])
 def test_general_work_covers_every_entry_longest_first(name, splits):
     shape, made, planes = lists_of((2, 4, 2, 300, 300), name)
-    works = portable_launch.list_works(shape, made, splits)
-    lengths = (works[:, 3] - works[:, 2]).reshape(-1, splits).sum(axis=1)
+    items = portable_launch.list_work_items(shape, made, splits)
+    lengths = (items[:, 3] - items[:, 2]).reshape(-1, splits).sum(axis=1)
     assert (np.diff(lengths) <= 0).all()
-    by_tile = works.reshape(-1, splits, 4)
-    assert {tuple(work[:2]) for work in works.tolist()} == {
+    by_tile = items.reshape(-1, splits, 4)
+    assert {tuple(work[:2]) for work in items.tolist()} == {
         (plane, tile) for plane in range(len(planes)) for tile in range(made.row_tiles)
     }
     for pieces in by_tile.tolist():

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 WINDOWS = [1, 64, 100, 129, 320, 1000]
 """Multiples of the tiles of keys and of the rows of a consumer, and not."""
-SIZES = [  # batch, heads, kv_heads, queries, keys: a block takes up to three works, of one tile of keys and of several
+SIZES = [  # batch, heads, kv_heads, queries, keys: a block has up to three work items, of one or several tiles of keys
     (1, 280, 140, 80, 300),
     (1, 100, 25, 330, 400),
     (1, 8, 8, 1100, 1500),
