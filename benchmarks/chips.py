@@ -167,7 +167,7 @@ def _two_cores_of(key: str, name: str) -> Chip:
 
 CPU_CHIPS: Final = {
     "Intel(R) Xeon(R) Processor": _two_cores_of("xeon-8580", "two cores of an Intel Xeon Platinum 8580"),
-    "AMD EPYC": _two_cores_of("epyc-7763", "two cores of an AMD EPYC 7763"),
+    "AMD EPYC (family 25, model 1)": _two_cores_of("epyc-7763", "two cores of an AMD EPYC 7763"),
 }
 """What rows of a CPU are measured on, by the name that the virtual machine has for it."""
 UNCHANGED: Final = ("baseline", "mlx", "torch")

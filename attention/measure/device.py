@@ -3,8 +3,11 @@
 import math
 import os
 import platform
+import re
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -19,6 +22,10 @@ MAX_CPU_RANKS: Final = 8
 NOT_MLX: Final = ("numpy", "scipy", "torch")
 NUMPY_BLAS: Final = "numpy-openblas"
 """Start of the file name of the library that forwards MLX's products to numpy's OpenBLAS."""
+PRODUCT_NUMBER: Final = re.compile(r"\d{3}|\d[A-Z]\d")
+"""What distinguishes a processor's name, as in "EPYC 9654", "EPYC 9R14" or "i7-8700K"; "AMD EPYC" is of all of them."""
+MODEL_NUMBERS: Final = {"cpu family": "family", "model": "model", "CPU implementer": "implementer", "CPU part": "part"}
+"""Fields of /proc/cpuinfo, on x86 and on ARM, and their names in a processor's."""
 
 
 class Device(Struct, frozen=True, kw_only=True):
@@ -26,7 +33,7 @@ class Device(Struct, frozen=True, kw_only=True):
 
     backend: Backend
     name: str
-    """Product name: "Apple M3 Max", "NVIDIA H200", "AMD EPYC 9R14"."""
+    """Product name: "Apple M3 Max", "NVIDIA H200", "AMD EPYC 9R14", "AMD EPYC (family 25, model 17)"."""
     cores: int
     """Number of CPU cores that this process may use."""
     memory_bytes: int
@@ -135,17 +142,28 @@ def usable_cores() -> int:
 
 
 def processor_name() -> str:
-    """Return the CPU's product name."""
-    try:
-        if sys.platform == "darwin":
-            import subprocess
+    """Return the CPU's product name; with family and model if it names no product, as in virtual machines."""
+    if sys.platform == "darwin":
+        import subprocess
 
-            command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        with suppress(OSError, subprocess.SubprocessError):
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration, ValueError):
-        return platform.processor() or platform.machine()
+    fields = first_processor()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    numbers = [f"{words} {fields[field]}" for field, words in MODEL_NUMBERS.items() if field in fields]
+    return name if PRODUCT_NUMBER.search(name) or not numbers else f"{name} ({', '.join(numbers)})"
+
+
+@cache
+def first_processor() -> Mapping[str, str]:
+    """Return the first processor's entry of /proc/cpuinfo; empty on other systems."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    fields = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in fields}
 
 
 def blas() -> str | None:

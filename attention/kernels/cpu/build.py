@@ -20,7 +20,7 @@ from pathlib import Path
 
 from attention.core.errors import KernelUnavailable
 from attention.kernels.common import cache
-from attention.measure.device import processor_name
+from attention.measure.device import first_processor, processor_name
 
 _MODEL = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU variant", "CPU part", "CPU revision")
 """Fields of /proc/cpuinfo: the first four on x86, the others on ARM."""
@@ -147,34 +147,23 @@ def check_abi(tools: Toolchain, module: Path | None = None) -> None:
         raise KernelUnavailable(f"nanobind's ABI is {ours}, MLX was built with {theirs}")
 
 
-@functools.cache
-def _first_processor() -> dict[str, str]:
-    """Return the first processor's entry of /proc/cpuinfo; empty on other systems."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return {}
-    fields = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    return {name.strip(): value.strip() for name, _, value in fields}
-
-
 def cpu_features() -> frozenset[str]:
     """Return the processor's instruction sets by Linux's names; on ARM just `neon`."""
     if platform.machine() in ("arm64", "aarch64"):
         return frozenset({"neon"})
-    return frozenset(_first_processor().get("flags", "").split())
+    return frozenset(first_processor().get("flags", "").split())
 
 
 @functools.cache
 def cpu_name() -> str:
     """Return the processor's model, down to the stepping."""
-    fields = _first_processor()
+    fields = first_processor()
     return " ".join(fields[name] for name in _MODEL if name in fields) or processor_name()
 
 
 def cpu_fingerprint() -> str:
     """Return what machine code depends on: the model, and the instruction sets (a virtual machine may hide some)."""
-    fields = _first_processor()
+    fields = first_processor()
     return f"{cpu_name()} {fields.get('flags') or fields.get('Features', '')}"
 
 

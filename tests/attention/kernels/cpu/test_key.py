@@ -16,6 +16,7 @@ from attention.core.workload import Workload
 from attention.kernels import cpu
 from attention.kernels.common import cache
 from attention.kernels.cpu import build, library, path
+from attention.measure import device
 
 pytestmark = pytest.mark.usefixtures("compiled_kernel")
 
@@ -70,6 +71,29 @@ def test_arm_processors_differ_by_part_and_by_features(places):
     one, other, more = (places(ARM.format(*x), "aarch64") for x in (("", "0xd0c"), ("", "0xd40"), (" sve", "0xd0c")))
     assert not set(one) & set(other)
     assert not set(one) & set(more)
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"),
+    [
+        ("model name\t: AMD EPYC\ncpu family\t: 25\nmodel\t: 17\n", "AMD EPYC (family 25, model 17)"),
+        ("model name\t: AMD EPYC\ncpu family\t: 25\nmodel\t: 1\n", "AMD EPYC (family 25, model 1)"),
+        ("model name\t: AMD EPYC 7763\ncpu family\t: 25\nmodel\t: 1\n", "AMD EPYC 7763"),
+        ("model name\t: AMD EPYC 9R14\ncpu family\t: 25\nmodel\t: 17\n", "AMD EPYC 9R14"),
+        (
+            "model name\t: Intel(R) Xeon(R) CPU @ 2.20GHz\ncpu family\t: 6\nmodel\t: 79\n",
+            "Intel(R) Xeon(R) CPU @ 2.20GHz (family 6, model 79)",
+        ),
+        (ARM.format("", "0xd40"), "aarch64 (implementer 0x41, part 0xd40)"),
+        ("", "aarch64"),
+    ],
+)
+def test_processors_of_one_name_are_told_apart(places, monkeypatch, cpuinfo, name):
+    """A virtual machine may hide the product; what is measured on one is not another's."""
+    monkeypatch.setattr(device.sys, "platform", "linux")
+    monkeypatch.setattr(device.platform, "processor", lambda: "")
+    places(cpuinfo, "aarch64")
+    assert device.processor_name() == name
 
 
 def test_another_nanobind_in_the_same_place_is_compiled_anew(places, tmp_path):
