@@ -130,14 +130,19 @@ def group_verdicts(
     cases: Sequence[Case], models: Sequence[ModelCase], tunings: Sequence[FineTuningCase], *, interrupted: bool = False
 ) -> list[tuple[Sequence[AnyCase], Verdict]]:
     """Return each group of cases that can be ranked together, with its verdict."""
-    tried = [case.workload.model for case in models] + [case.workload.model for case in tunings]
-    model = short_name(tried[0]) if tried else ""
+    by_phase = {phase: [case for case in models if case.workload.phase == phase] for phase in PHASES}
     groups: list[tuple[str, Sequence[AnyCase]]] = [
         ("", cases),
-        *((f"{model} {phase}", [case for case in models if case.workload.phase == phase]) for phase in PHASES),
-        (f"{model} fine-tuning", tunings),
+        *((f"{_models_of(group)} {phase}", group) for phase, group in by_phase.items()),
+        (f"{_models_of(tunings)} fine-tuning", tunings),
     ]
     return [(group, verdict_of(group, title, interrupted=interrupted)) for title, group in groups if group]
+
+
+def _models_of(cases: Sequence[ModelCase | FineTuningCase]) -> str:
+    """Name the models of cases, or count them if they are many."""
+    names = list(dict.fromkeys(short_name(case.workload.model) for case in cases))
+    return ", ".join(names) if len(names) <= MAX_NAMED else f"{len(names)} models'"
 
 
 def verdict_of(cases: Sequence[AnyCase], title: str = "", *, interrupted: bool = False) -> Verdict:

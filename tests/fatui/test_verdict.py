@@ -3,11 +3,19 @@
 import pytest
 from msgspec import structs
 
-from attention.core.results import Case, Conditions, Interval, NoiseFloor, Ratio, Report
-from attention.core.workload import Workload
+from attention.core.results import Case, Conditions, Interval, ModelCase, NoiseFloor, Ratio, Report
+from attention.core.workload import Generation, Workload
 from fatui.formatting import best_of, word
 from fatui.trust import TrustFinding, trust, trust_line, worst
-from fatui.verdict import Verdict, confidence_text, headline, loss_lines, verdict_of, verdicts
+from fatui.verdict import (
+    Verdict,
+    confidence_text,
+    group_verdicts,
+    headline,
+    loss_lines,
+    verdict_of,
+    verdicts,
+)
 from tests.support.sample_runs import ENVIRONMENT, plan_of, report_of
 
 SWEEP = tuple(Workload(seq=seq) for seq in (64, 128, 256, 512))
@@ -237,6 +245,19 @@ def test_a_reference_of_few_cases_is_not_mixed_into_the_mean():
 
 def test_an_inaccurate_row_never_wins():
     assert verdict_of([row_with(case_of(), "poc", status="inaccurate")]).winner == "practical"
+
+
+@pytest.mark.parametrize(
+    ("models", "title"),
+    [
+        (["m", "m"], "m prefill"),
+        (["hub/first", "second", "third"], "first, second, third prefill"),
+        (["a", "b", "c", "d"], "4 models' prefill"),
+    ],
+)
+def test_the_title_of_a_verdict_is_of_all_its_models(models: list[str], title: str):
+    cases = [ModelCase(workload=Generation(model=each, phase="prefill", prompt=8, layers=2)) for each in models]
+    assert [verdict.title for _, verdict in group_verdicts([], cases, [])] == [title]
 
 
 def test_an_interrupted_run_is_doubted():
