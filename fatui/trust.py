@@ -46,15 +46,22 @@ class TrustFinding(Struct, frozen=True, kw_only=True):
 
 def trust(report: Report) -> tuple[TrustFinding, ...]:
     """Return the findings of a run, the most serious first."""
-    found = [
-        *_noise(report.all_cases),
-        *_throttling(report.all_cases),
+    return ranked([*of_cases(report.all_cases), *of_machine(report)])
+
+
+def of_cases(cases: Sequence[AnyCase]) -> list[TrustFinding]:
+    """Return what the rows of some cases show of noise and throttling."""
+    return [*_noise(cases), *_throttling(cases)]
+
+
+def of_machine(report: Report) -> list[TrustFinding]:
+    """Return what the conditions of a run say of its figures."""
+    return [
         *(_processes(report.conditions) if report.conditions else _unrecorded()),
         *_blas(report),
         *(_clock(report.conditions) if report.conditions else ()),
         *_tf32(report),
     ]
-    return ranked(found)
 
 
 def ranked(findings: Iterable[TrustFinding]) -> tuple[TrustFinding, ...]:

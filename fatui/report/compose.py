@@ -46,7 +46,7 @@ from fatui.report.sections import (
 )
 from fatui.report.streaming import stream_blocks, stream_charts
 from fatui.report.study import origin_blocks
-from fatui.trust import TrustFinding, ranked, trust
+from fatui.trust import TrustFinding, of_cases, of_machine, ranked
 from fatui.untrusted_text import escape_all, html
 from fatui.verdict import Verdict, confidence_text, group_verdicts, headline, loss_lines, mean_speedup
 
@@ -229,24 +229,24 @@ def summary_blocks(evidence: Evidence, command: str) -> list[Block]:
     """
     interrupted = any(run.run.interrupted for run in evidence.runs)
     groups = group_verdicts(evidence.cases, evidence.models, evidence.fine_tunings, interrupted=interrupted)
-    found = _worst(evidence)
+    machine = _worst(evidence)
     blocks: list[Block] = []
     for cases, verdict in groups:
-        blocks.append(_card(verdict, found))
+        blocks.append(_card(verdict, ranked([*of_cases(cases), *machine])))
         if chart := speedup_chart(cases, verdict):
             blocks.append(chart)
     return blocks or [MissingData("No implementations were compared.", command)]
 
 
-def _worst(evidence: Evidence) -> tuple[TrustFinding, ...]:
-    """Return the findings of all runs, of each topic the most serious."""
+def _worst(evidence: Evidence) -> list[TrustFinding]:
+    """Return what the conditions of all runs say, of each topic the most serious."""
     found: dict[str, TrustFinding] = {}
     for run in evidence.runs:
-        for each in trust(run):
+        for each in of_machine(run):
             before = found.get(each.topic)
             if before is None or each.rank >= before.rank:
                 found[each.topic] = each
-    return ranked(found.values())
+    return list(found.values())
 
 
 def _card(verdict: Verdict, found: Sequence[TrustFinding]) -> Card:

@@ -353,6 +353,17 @@ def test_the_verdict_and_the_first_chart_come_before_any_prose():
     assert text.index("Use poc") < text.index("█") < text.index("Measured on")
 
 
+def test_a_verdict_has_the_noise_of_all_its_cases_alone():
+    def run(run_id, length, value):
+        floor = NoiseFloor(value=1.0, low=1 / (1 + value), high=1 + value, floor=value)
+        report = report_of(plan_of([Workload(seq=length)]))
+        cases = tuple(structs.replace(case, noise_floor=floor) for case in report.cases)
+        return structs.replace(report, cases=cases, run=structs.replace(report.run, id=run_id))
+
+    (card,) = blocks(compose([run("a", 64, 0.79), run("b", 128, 0.19)]), Card, "Verdict")
+    assert "noise floor at most 79 %" in " ".join(card.grounds)
+
+
 def test_a_report_without_a_verdict_says_what_to_run():
     (block,) = compose([structs.replace(report_of(), cases=())]).sections[0].blocks
     assert isinstance(block, MissingData) and block.command
