@@ -171,7 +171,7 @@ CPU_CHIPS: Final = {
 }
 """What rows of a CPU are measured on, by the name that the virtual machine has for it."""
 UNCHANGED: Final = ("baseline", "mlx", "torch")
-"""Implementations whose rows on an H200 in tests/data are of today's code; poc and practical have changed since."""
+"""Implementations whose rows in tests/data are of the same code on an H100 and on an H200."""
 TARGET: Final = 0.08
 """Of the median error."""
 MARK: Final = "<!-- python -m benchmarks.chips check --markdown docs/chips.md writes what follows -->"
