@@ -382,7 +382,15 @@ class MainScreen(HasTable, AppScreen, SparingScreen[None]):
         return self.query_one(PaneTabs).tab
 
     def open_tab(self, tab: str) -> None:
-        """Open a tab; without effect where all panes are visible."""
+        """Open a tab, and focus its first pane unless one has the focus; without effect where all panes are visible."""
+        self._show_tab(tab)
+        pane = self._focused_pane()
+        if self.has_class("-narrow") and (pane is None or PANES.get(pane.id or "", "results") != tab):
+            first = next((name for name in self._reachable_panes if PANES[name] == tab), None)
+            if first is not None:
+                self.app.focus_after_layout(self._focusable(first))
+
+    def _show_tab(self, tab: str) -> None:
         self.query_one(PaneTabs).show(tab)
         full = self._maximised
         if full is not None and self.has_class("-narrow") and PANES.get(full.id or "", "results") != tab:
@@ -434,12 +442,16 @@ class MainScreen(HasTable, AppScreen, SparingScreen[None]):
         """Focus a pane; while one is maximised, this one instead."""
         if self._maximised is not None:
             self._maximise(self.query_one(f"#{name}"))
-        self.open_tab(PANES[name])
-        target = self.query_one("#home" if name == "comparison" and self._is_home else FOCUS[name])
+        self._show_tab(PANES[name])
+        target = self._focusable(name)
         if target.region.area and not self.has_class("-narrow"):
             self.set_focus(target)
         else:
             self.app.focus_after_layout(target)
+
+    def _focusable(self, name: str) -> Widget:
+        """Return the widget to focus in a pane."""
+        return self.query_one("#home" if name == "comparison" and self._is_home else FOCUS[name])
 
     def _focused_pane(self) -> Widget | None:
         node = self.focused

@@ -7,6 +7,7 @@ import pytest
 from textual import events, timer
 from textual.geometry import Size
 
+from fatui.tui.screens.dialogs import RowDetails
 from fatui.tui.screens.doctor import Doctor
 from fatui.tui.screens.jump import Jump
 from fatui.tui.screens.main import FOCUS
@@ -122,6 +123,18 @@ async def test_a_maximised_pane_follows_the_focus(stage):
     await stage.pilot.pause()
     assert stage.find("#comparison").display and stage.find("#left").display
     assert "All panes" not in stage.seen()
+
+
+async def test_a_tab_that_opens_by_itself_has_the_focus():
+    """As the results at the end of a run, whose frame says that enter opens a row."""
+    async with on_stage(size=(80, 24)) as stage:
+        await stage.press("2", "r")
+        await stage.settle(lambda: stage.app.focused is stage.find("#live"))
+        stage.engine.play()
+        await stage.end()
+        await stage.settle(lambda: stage.app.focused is stage.find("#comparison-table"))
+        await stage.press("enter")
+        assert isinstance(stage.app.screen, RowDetails)
 
 
 @pytest.mark.slow
