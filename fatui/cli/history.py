@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from fatui.storage.history import RunHistory
 
 ACTIONS: Final = ("list", "show", "rm", "add")
-MAX_PRESET_WIDTH: Final = 24
-"""Columns of a preset's name in the list, so that a long one hides no id."""
+PRESET_OR_CASE: Final = "preset or case"
+MAX_NAME_WIDTH: Final = 26
+"""Columns of what was run in the list, so that a long preset's name hides no id."""
 EXAMPLE: Final = """examples:
   fatui history
   fatui history show last
@@ -90,15 +91,17 @@ def _list(history: "RunHistory") -> int:
         cli.print_line("no runs yet; `fatui bench quick` makes one")
         return cli.DONE
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
-    for head in ("id", "started", "preset", "cases", "finding"):
-        widest = MAX_PRESET_WIDTH if head == "preset" else None
+    for head in ("id", "started", PRESET_OR_CASE, "cases", "finding"):
+        widest = MAX_NAME_WIDTH if head == PRESET_OR_CASE else None
         table.add_column(
             head, no_wrap=head != "finding", justify="right" if head == "cases" else "left", max_width=widest
         )
     for line in runs:
         state = "interrupted; " if line.interrupted else ""
         started = formatting.started_text(line.started)
-        table.add_row(line.id, started, one_line(line.preset or "-"), str(line.cases), state + line.finding)
+        table.add_row(
+            line.id, started, one_line(line.preset or line.shape or "-"), str(line.cases), state + line.finding
+        )
     show(table)
     return cli.DONE
 

@@ -110,7 +110,7 @@ def home_text(past: Past | None, keys: dict[str, str], where: str = "this machin
     cases = report.cases[0].workload.label if len(report.cases) == 1 else counted(len(report.cases), "case")
     found = verdicts(report)
     lines = [
-        f"The last run on {where}: {run.preset or UNNAMED}, {formatting.started_text(run.started)}",
+        f"The last run on {where}: {f'{run.preset}, ' if run.preset else ''}{formatting.started_text(run.started)}",
         cases,
         "",
         *(headline(verdict) for verdict in found),

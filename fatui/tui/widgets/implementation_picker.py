@@ -18,7 +18,7 @@ from fatui.untrusted_text import one_line
 
 NAME_WIDTH: Final = 9
 FIGURE_WIDTH: Final = 8
-"""Characters of the columns of memory and time."""
+"""Minimum characters of the columns of memory and time."""
 TITLES: Final = {"memory": "memory", "time": "a call"}
 WHOLE: Final = " E: all"
 """What follows a reason that is cut."""
@@ -125,7 +125,7 @@ class ImplementationPicker(KeepsStyles, can_focus=True):
     def render_line(self, y: int) -> Strip:
         """Draw one implementation, or a line of the reason below the list."""
         if y < HEAD:
-            titles = "".join(f"{TITLES[each]:>{FIGURE_WIDTH}}" for each in self._figures)
+            titles = "".join(f"{TITLES[each]:>{width}}" for each, width in self._figures.items())
             head = f"{'':<{NAME_WIDTH + 3}}{titles}  path"
             return self._strip([Segment(head, self.part_style("picker--reason"))])
         index = y - HEAD + self._top
@@ -138,7 +138,7 @@ class ImplementationPicker(KeepsStyles, can_focus=True):
 
     def _row_strip(self, row: PickerRow, at_cursor: bool) -> Strip:
         name = f"{'✓' if row.chosen else '·'} {short_name(one_line(row.name), NAME_WIDTH):<{NAME_WIDTH}} "
-        figures = "".join(f"{getattr(row, each):>{FIGURE_WIDTH}}" for each in self._figures)
+        figures = "".join(f"{getattr(row, each):>{width}}" for each, width in self._figures.items())
         if row.able:
             name += f"{figures}  "
         path = clip(row.path, self.size.width - len(name))
@@ -157,12 +157,14 @@ class ImplementationPicker(KeepsStyles, can_focus=True):
 
     @property
     def _path_width(self) -> int:
-        return self.size.width - NAME_WIDTH - 3 - len(self._figures) * FIGURE_WIDTH - 2
+        return self.size.width - NAME_WIDTH - 3 - sum(self._figures.values()) - 2
 
     @property
-    def _figures(self) -> tuple[str, ...]:
-        """The columns beside the name: a time is known after the first run."""
-        return ("memory", "time") if any(row.time for row in self.rows) else ("memory",)
+    def _figures(self) -> dict[str, int]:
+        """The columns beside the name, with their widths: a time is known after the first run."""
+        memory = max([FIGURE_WIDTH, *(len(row.memory) for row in self.rows)])
+        time = max([FIGURE_WIDTH, *(len(row.time) + 1 for row in self.rows)])
+        return {"memory": memory, "time": time} if any(row.time for row in self.rows) else {"memory": memory}
 
     def _strip(self, segments: list[Segment]) -> Strip:
         return Strip(segments).adjust_cell_length(self.size.width, self.part_style())

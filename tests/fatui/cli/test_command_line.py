@@ -19,6 +19,7 @@ from fatui.cli.options import split_masks
 from fatui.storage.history import RunHistory
 from tests.support.fake_engine import FakeEngine
 from tests.support.patience import patient
+from tests.support.sample_runs import report_of
 
 ROOT = Path(__file__).parents[3]
 FAKE = ROOT / "tests" / "support" / "fake_engine.py"
@@ -215,6 +216,12 @@ def test_sequences_follow_the_pass(arguments, shapes, capsys):
     assert main(["bench", *arguments, "--json", "-"]) == 0
     workloads = [case["workload"] for case in json.loads(capsys.readouterr().out)["cases"]]
     assert {(workload["seq"], workload["kv_seq"]) for workload in workloads} == shapes
+
+
+def test_a_run_without_a_preset_is_listed_by_its_case(capsys):
+    RunHistory().add(report_of())
+    assert main(["history"]) == 0
+    assert "  B=1 L=128 D=64 H=8 float16  " in capsys.readouterr().out
 
 
 def test_every_run_is_kept_and_can_be_shown_and_removed(capsys):

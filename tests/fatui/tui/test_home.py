@@ -91,7 +91,7 @@ async def test_the_last_verdict_is_opened_and_run_again():
     async with on_stage() as stage:
         stage.app.set_draft(stage.app.draft.set_axis("seq", (64,)))
         advise(stage.app)
-        await stage.settle(lambda: "The last run on this machine: unnamed" in stage.seen())
+        await stage.settle(lambda: "The last run on this machine: 20" in stage.seen())
         assert "Use poc · 49" in stage.seen()
         await stage.press("4", "enter")
         await stage.settle(lambda: f"run {first.run.id} is open" in stage.seen())

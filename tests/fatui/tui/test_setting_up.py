@@ -494,6 +494,17 @@ async def test_a_reason_that_is_cut_is_shown_as_a_whole():
         assert "word59" in stage.seen() and "a path" in stage.seen()
 
 
+@pytest.mark.parametrize(("memory", "time"), [("16.3 MiB", "~39.6 ms"), ("≤8.01 MiB", ""), ("≤8.01 MiB", "~120 ms")])
+async def test_long_figures_of_an_implementation_stand_apart(stage, memory, time):
+    picker = stage.find("#implementations", ImplementationPicker)
+    short = structs.replace(picker.rows[0], path="a path", memory="8 KiB", time="1 ms", able=True)
+    picker.show((structs.replace(short, memory=memory, time=time), short))
+    await stage.pilot.pause()
+    first, second = (line for line in stage.seen().splitlines() if "a path" in line)
+    assert f" {memory} " in first and f" {time} " in first
+    assert first.index("a path") == second.index("a path")
+
+
 async def test_parts_of_a_second_of_a_preset_are_shown(stage):
     stage.app.set_draft(stage.app.draft.set_seconds(0.3))
     await stage.pilot.pause()
