@@ -62,6 +62,7 @@ def _mlx_computes_on_cuda() -> bool:
     return hasattr(mx, "cuda") and bool(mx.cuda.is_available())
 
 
+@functools.lru_cache(maxsize=256)
 def shape_and_call(workload: Workload, needs: Needs = NO_NEEDS) -> tuple[CallShape, CallParams]:
     """Return the shape and call of a workload: padded head dims; an array mask, of unknown dtype, counts as bool.
 
@@ -128,12 +129,10 @@ def _packed_refusal(workload: Workload, needs: Needs) -> str | None:
 def workspace_bytes(workload: Workload, needs: Needs = NO_NEEDS) -> int:
     """Return the bytes of a forward call above inputs and output: intermediate arrays, and zero-padded copies.
 
-    Raises:
-        KernelUnavailable: the workload is not supported on this machine.
+    Args:
+        workload: one that the kernels support on this machine.
+        needs: features that it does not describe.
     """
-    reason = refusal_here(workload, needs)
-    if reason:
-        raise KernelUnavailable(reason)
     from attention.kernels.cuda.choice import path_of, stages
 
     shape, call = shape_and_call(workload, needs)
@@ -147,6 +146,7 @@ def workspace_bytes(workload: Workload, needs: Needs = NO_NEEDS) -> int:
         made = stages(shape, call, path_of(shape, call)[0])
     arrays = {name: math.prod(size) * dtype.size for stage in made for name, (size, dtype) in stage.outputs.items()}
     written = sum(arrays.values())
-    wide = structs.replace(workload, head_dim=shape.head_dim, value_dim=shape.value_dim)
-    copies = 0 if wide == workload else wide.input_bytes
+    copies = 0
+    if (shape.head_dim, shape.value_dim) != (workload.head_dim, workload.value_dim):
+        copies = structs.replace(workload, head_dim=shape.head_dim, value_dim=shape.value_dim).input_bytes
     return written + copies - workload.result_bytes

@@ -1,9 +1,10 @@
 """Launch parameters of the Hopper forward and split-K kernels, and kernel launches through MLX."""
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, cast
 
 import mlx.core as mx
@@ -159,7 +160,7 @@ class Stage:
     scratch: frozenset[str] = frozenset()
     """Arrays of `writes` whose contents no other launch reads: memory of the launcher, not arrays of a call."""
 
-    @property
+    @functools.cached_property
     def outputs(self) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
         """Shape and dtype of the arrays that the launch creates, by name."""
         keywords = self.launch.keywords
@@ -207,7 +208,7 @@ def plan_label(
     `formats` are those of quantized keys and values.
     """
     fields = {**vars(call), "pattern": None if call.pattern is None else _keep(call.pattern)}
-    return json.dumps([kind, asdict(shape), fields, with_logsumexp, list(formats)])
+    return json.dumps([kind, vars(shape), fields, with_logsumexp, list(formats)])
 
 
 _MAX_PATTERNS: Final = 256

@@ -41,7 +41,7 @@ class Decode:
     spans: bool = False
     """Whether query i of a head sees the i-th of three runs of keys, whose bounds each launch gets."""
 
-    @property
+    @functools.cached_property
     def warps(self) -> int:
         """Warps per block: at most `max_warps`, with two buffers each in the block's share of shared memory."""
         warps = self.max_warps
@@ -49,7 +49,7 @@ class Decode:
             warps //= 2
         return warps
 
-    @property
+    @functools.cached_property
     def stages(self) -> int:
         """Buffers per warp: as many as shared memory permits, 2 to 8."""
         return max(stages for stages in range(2, 9) if stages == 2 or self._ring(self.warps, stages) <= self._share)
@@ -104,7 +104,7 @@ class Decode:
             shared_memory=self.shared_memory,
         )
 
-    @property
+    @functools.cached_property
     def alone(self) -> "Decode":
         """This specialisation with one block per multiprocessor and twice the warps."""
         return replace(self, resident_blocks=1, max_warps=2 * self.max_warps)

@@ -27,7 +27,7 @@ from attention.kernels.cuda.runtime.launch import (
     prepare,
     scalars_of,
 )
-from attention.kernels.cuda.runtime.program import Program
+from attention.kernels.cuda.runtime.program import Element, Program
 from attention.kernels.cuda.sm90.decode import LONG_KEYS, ROWS, Decode
 from attention.kernels.cuda.sm90.forward import (
     WARPGROUP_ROWS,
@@ -170,6 +170,14 @@ class KeySplit(Generic[Kernel]):
     split_keys: int
 
 
+@functools.cache
+def _decode(
+    width: int, causal: bool, element: Element, window: bool, softcap: bool, architecture: str, shared: int, alibi: bool
+) -> Decode:
+    """Return a specialisation, the same one for all lengths: its source and what follows from it are made once."""
+    return Decode(width, causal, element, window, softcap, architecture, shared, alibi=alibi)
+
+
 @functools.lru_cache(maxsize=1024)
 def make_key_split(shape: CallShape, call: CallParams) -> KeySplit[Decode]:
     """Return the split-K specialisation for a call, and its splits."""
@@ -179,7 +187,7 @@ def make_key_split(shape: CallShape, call: CallParams) -> KeySplit[Decode]:
     window, causal = call.window is not None and not alone, call.causal and not alone
     first_seen = max(0, shape.keys - shape.queries + 1 - call.window) if call.window is not None else 0
     softcap, found = call.softcap is not None, gpu()
-    kernel = Decode(
+    kernel = _decode(
         width,
         causal,
         shape.element,
@@ -187,7 +195,7 @@ def make_key_split(shape: CallShape, call: CallParams) -> KeySplit[Decode]:
         softcap,
         found.architecture,
         found.shared_memory_limit,
-        alibi=call.alibi,
+        call.alibi,
     )
     tiles = shape.batch * shape.kv_heads * math.ceil(shape.group * shape.queries / ROWS)
     splits, keys = kernel.splits(tiles, shape.keys - first_seen, found.multiprocessors)
