@@ -1,5 +1,6 @@
 """Input in its order: a key acts on what the one before it has brought into focus, a click on what was in view."""
 
+import asyncio
 import time
 from collections import deque
 from typing import Final
@@ -13,6 +14,9 @@ from textual.widget import Widget
 
 MAX_WAIT_S: Final = 0.3
 """Seconds after which a key counts as done whose widget has gone, or is busy."""
+MIN_WAIT_S: Final = 0.01
+MIN_TURNS: Final = 40
+"""Turns of the event loop that it has besides: on a busy machine the app may have had no time for it."""
 LEFT_BUTTON: Final = 1
 
 
@@ -58,10 +62,11 @@ class OrderedInput(App[int]):
             return
         if not isinstance(event, events.Key) or event.is_forwarded:
             await super().on_event(event)
-        elif self._acting_since is not None and time.monotonic() - self._acting_since < MAX_WAIT_S:
+        elif self._acting_since is not None:
             self._held.append(event)
             if len(self._held) == 1:
-                self.set_timer(MAX_WAIT_S, self._release_late)
+                waited_s = time.monotonic() - self._acting_since
+                self.set_timer(max(MAX_WAIT_S - waited_s, MIN_WAIT_S), self._release_late)
         else:
             self._held.append(event)
             await self._act()
@@ -99,7 +104,11 @@ class OrderedInput(App[int]):
         else:
             self.call_later(self._act)  # after a focus that was requested
 
-    async def _release_late(self) -> None:
+    async def _release_late(self, turns: int = MIN_TURNS) -> None:
         """Hand out the next key if the one before it got lost."""
         if self._held and self._acting_since is not None and time.monotonic() - self._acting_since >= MAX_WAIT_S:
-            await self._act()
+            if turns:
+                await asyncio.sleep(0)
+                self.call_later(self._release_late, turns - 1)
+            else:
+                await self._act()

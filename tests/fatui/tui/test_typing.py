@@ -114,6 +114,14 @@ async def test_keys_go_on_after_one_that_got_lost(stage, monkeypatch):
     await stage.settle(lambda: stage.app.draft.axes["batch"] == (3,))
 
 
+async def test_keys_keep_their_order_while_the_app_has_no_time(stage, monkeypatch):
+    """A busy machine may let the app wait for longer than a key may take: the run has what was marked before it."""
+    monkeypatch.setattr("fatui.tui.input_order.MAX_WAIT_S", 0)
+    type_ahead(stage.app, "s", "2", "down", "right", "space", "r")
+    await stage.settle(lambda: stage.app.runs.active)
+    assert len(stage.app.session.plan.cases) == 2
+
+
 @pytest.mark.thorough
 async def test_keys_read_at_once_reach_what_they_open(stage):
     type_ahead(stage.app, "w", *"mine", "enter")
