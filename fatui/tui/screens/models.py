@@ -546,7 +546,7 @@ class FineTunings(ModelScreen):
         rates = tuple(_per_iteration(trend, tokens, session) for trend in rate_trends(session))
         self.query_one("#tuning-rates", TrendChart).show(from_zero("it/s", top, session), rates)
         highest = max((series.highest or 0.0 for series in session.losses.values()), default=0.0)
-        scale = Scale("loss", highest, f"0 to {highest:.2f}", columns=(latest(session), "first"))
+        scale = Scale("loss", highest, f"0 to {highest:.2f}" if highest else "", columns=(latest(session), "first"))
         self.query_one("#losses", TrendChart).show(scale, tuple(_loss(name, session) for name in session.plan.ordered))
 
 

@@ -73,6 +73,9 @@ async def test_fine_tuning_shows_loss_curves_beside_rates(stage):
     await stage.press("r")
     stage.engine.begin()
     stage.engine.tell(on.CaseStarted(case=0), on.ReferenceChosen(case=0, implementation="baseline"))
+    stage.app.screen._show()
+    await stage.pilot.pause()
+    assert "0 to 0.00" not in stage.seen(), "no scale before a loss"
     play_iterations(stage.engine, ["baseline", "mlx"], 6)
     stage.app.screen._show()
     await stage.pilot.pause()
