@@ -342,7 +342,11 @@ class ModelScreen(HasTable, AppScreen, SparingScreen[None]):
         if self.is_mounted and self._cost_of is not None:
             shown = not (self.session is not None and self.session.active)
             lines = cost.model_lines(self._cost_of, self.app.costs.of(self._cost_of)) if shown else []
-            self.query_one(CostBlock).show(lines)
+            self.query_one(CostBlock).show([*lines, *self.notes()] if shown else [])
+
+    def notes(self) -> list[str]:
+        """Return what else is to be known of the set-up, in lines."""
+        return []
 
     def action_back(self) -> None:
         """Close the filter, hide the folder input, or close the screen; a run continues."""

@@ -8,6 +8,7 @@ from textual.binding import BindingType
 from textual.strip import Strip
 from textual.widget import Widget
 
+from attention.core.errors import UsageError
 from attention.core.plan import ModelPlan, StreamPlan
 from attention.core.results import StreamCase
 from attention.core.stream import ATTENTION_ROWS, STREAM_ROWS, Stream
@@ -162,8 +163,17 @@ class Streaming(ModelScreen):
             kv_format=self.chosen("kv_format"),
             **shape,
         )
-        rows = self.implementations if case.model else ATTENTION_ROWS
-        return StreamPlan(cases=(case,), implementations=tuple(name for name in rows if name in self.implementations))
+        rows = tuple(name for name in self.implementations if case.model or name in ATTENTION_ROWS)
+        if not rows:
+            raise UsageError(*self.notes())
+        return StreamPlan(cases=(case,), implementations=rows)
+
+    def notes(self) -> list[str]:
+        """Name the rows that are left out without a model."""
+        left_out = [name for name in self.implementations if name not in ATTENTION_ROWS]
+        if self.chosen("model") != ALONE or not left_out:
+            return []
+        return [f"{' and '.join(left_out)}: only with a model"]
 
     def command(self, plan: ModelPlan) -> str:
         """Return the command that runs a plan."""

@@ -5,7 +5,7 @@ import pytest
 from attention.core.stream import FULL, STREAM_ROWS, STREAMING
 from fatui.storage.history import RunHistory
 from fatui.tui.screens.streaming import StreamCurves, Streaming
-from fatui.tui.widgets.choice import Choice
+from fatui.tui.widgets.choice import Choice, Toggles
 from fatui.tui.widgets.row_table import RowTable
 from tests.support.stage import on_stage
 from tests.support.streams import stream_events, stream_report
@@ -57,6 +57,19 @@ async def test_a_model_has_all_rows_and_its_own_heads(stage):
     await end(stage)
     assert stage.find("#stream-losses", StreamCurves).display
     assert "loss inside" in stage.seen()
+
+
+async def test_rows_that_take_a_model_are_named_without_one(stage):
+    await stage.press("a")
+    await stage.settle(lambda: "recomputed and window: only with a model" in stage.seen())
+    toggles = stage.find("#implementations", Toggles)
+    toggles.focus()
+    for row in (FULL, "window", STREAMING):
+        toggles._cursor = toggles.options.index(row)
+        await stage.press("space")
+    await stage.settle(lambda: "cannot run: recomputed: only with a model" in stage.seen())
+    await stage.press("r")
+    assert not stage.app.runs.active
 
 
 @pytest.mark.thorough
