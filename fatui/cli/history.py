@@ -1,6 +1,7 @@
 """`fatui history`: list, show and remove past runs, or add one that a program saved."""
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Final
 
 from attention.core.errors import UsageError
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 ACTIONS: Final = ("list", "show", "rm", "add")
 PRESET_OR_CASE: Final = "preset or case"
 MAX_NAME_WIDTH: Final = 26
-"""Columns of what was run in the list, so that a long preset's name hides no id."""
+"""Columns of what was run in the list, on narrow terminals fewer: a long name hides no id, and findings have room."""
 EXAMPLE: Final = """examples:
   fatui history
   fatui history show last
@@ -83,7 +84,7 @@ def _list(history: "RunHistory") -> int:
     from rich.table import Table
 
     from fatui import formatting
-    from fatui.cli.output import show
+    from fatui.cli.output import console, show
     from fatui.untrusted_text import one_line
 
     runs = history.runs()
@@ -92,7 +93,7 @@ def _list(history: "RunHistory") -> int:
         return cli.DONE
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
     for head in ("id", "started", PRESET_OR_CASE, "cases", "finding"):
-        widest = MAX_NAME_WIDTH if head == PRESET_OR_CASE else None
+        widest = min(MAX_NAME_WIDTH, console(sys.stdout).width // 5) if head == PRESET_OR_CASE else None
         table.add_column(
             head, no_wrap=head != "finding", justify="right" if head == "cases" else "left", max_width=widest
         )

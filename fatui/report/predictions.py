@@ -40,19 +40,15 @@ def chip_line(chip: Chip) -> str:
 def predictions_table(case: str, made: Sequence[Prediction]) -> RenderableType:
     """Build the table of one case: a row for each chip and implementation, with what limits it."""
     title = Text(f"{case} · ").append(PREDICTED, style="bold italic").append(", not measured", style="dim")
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
-    for head in ("chip", "", "path", "tokens/s", f"{PREDICTED} call", "90 % interval", "limited by"):
-        right = head in ("tokens/s", f"{PREDICTED} call", "90 % interval")
-        table.add_column(head, justify="right" if right else "left", no_wrap=head != "limited by", overflow="fold")
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
+    call, limit = f"{PREDICTED}\ncall", "limited by"
+    for head in ("chip", "", "path", "tokens/s", call, "90 % interval", limit):
+        right = head in ("tokens/s", call, "90 % interval")
+        table.add_column(head, justify="right" if right else "left", no_wrap=head != limit)
     previous = ""
     for each in made:
         chip = "" if each.chip == previous else each.chip
         previous = each.chip
-        if each.predicted_s is None:
-            table.add_row(
-                chip, each.implementation, each.path or "", "n/a", "n/a", "n/a", each.reason or "", style="dim"
-            )
-            continue
         table.add_row(
             chip,
             each.implementation,
@@ -61,9 +57,18 @@ def predictions_table(case: str, made: Sequence[Prediction]) -> RenderableType:
             formatting.seconds(each.predicted_s),
             range_text(each),
             each.limit or "",
-            style="italic",
+            style="dim" if each.predicted_s is None else "italic",
         )
-    return Group(title, table)
+    return Group(title, table, *(Text(line, style="dim") for line in _unknown_lines(made)))
+
+
+def _unknown_lines(made: Sequence[Prediction]) -> list[str]:
+    """Say why some times are not predicted, a line for each reason."""
+    why: dict[tuple[str, str], list[str]] = {}
+    for each in made:
+        if each.predicted_s is None and each.reason:
+            why.setdefault((each.chip, each.reason), []).append(each.implementation)
+    return [f"{chip}, {', '.join(names)}: {reason}" for (chip, reason), names in why.items()]
 
 
 def basis_lines(made: Sequence[Prediction], chips: Sequence[Chip]) -> list[str]:

@@ -218,7 +218,8 @@ def test_sequences_follow_the_pass(arguments, shapes, capsys):
     assert {(workload["seq"], workload["kv_seq"]) for workload in workloads} == shapes
 
 
-def test_a_run_without_a_preset_is_listed_by_its_case(capsys):
+def test_a_run_without_a_preset_is_listed_by_its_case(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
     RunHistory().add(report_of())
     assert main(["history"]) == 0
     assert "  B=1 L=128 D=64 H=8 float16  " in capsys.readouterr().out

@@ -22,6 +22,16 @@ def test_the_table_says_predicted_and_what_it_was_calibrated_on(capsys):
     assert "the same chip" in out and "another vendor" in out
 
 
+def test_a_table_of_80_columns_breaks_no_word(capsys, monkeypatch):
+    """Why a time is not predicted stands below the table, once for all rows with the same reason."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["predict", *PREFILL, "--impl", "baseline,poc,demo", "--chip", "m4-max,epyc-9654"]) == 0
+    table, _, notes = capsys.readouterr().out.partition("epyc-9654, ")
+    assert "…" not in table and " matrix\n" in table and " products\n" in table
+    assert "n/a" in table and "to calibrate on" not in table
+    assert notes.startswith("baseline: no rows of baseline by the path 'unfused'")
+
+
 def test_json_has_each_prediction_with_its_interval(capsys):
     assert main(["predict", *PREFILL, "--impl", "poc", "--chip", "h100,h200", "--json", "-"]) == 0
     made = json.loads(capsys.readouterr().out)["predictions"]
