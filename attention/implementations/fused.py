@@ -42,6 +42,11 @@ Attend = Callable[..., mx.array]
 class Kernel(Protocol):
     """Interface of a backend's kernel module."""
 
+    TAKES: frozenset[str]
+    """What it takes beyond bounds, array masks and softcap, among "pattern" (`Mask.pattern`, as block lists), "alibi"
+    (`Mask.alibi`), "logsumexp" (`with_logsumexp`) and "quantized" (k and v as `QuantizedArray`, wherever the kernel
+    takes arrays)."""
+
     def route(self, workload: Workload, needs: Needs) -> Route:
         """Return the kernel's route, or an unsupported route with the reason."""
         ...
@@ -59,15 +64,6 @@ class Kernel(Protocol):
     ) -> mx.array:
         """Compute attention; shapes as in `Implementation.__call__`. Raises KernelUnavailable."""
         ...
-
-
-@runtime_checkable
-class TakesMore(Protocol):
-    """A kernel that takes more than bounds, array masks and softcap."""
-
-    TAKES: frozenset[str]
-    """Among "pattern" (`Mask.pattern`, as block lists), "alibi" (`Mask.alibi`), "logsumexp" (`with_logsumexp`) and
-    "quantized" (k and v as `QuantizedArray`, wherever the kernel takes arrays)."""
 
 
 @runtime_checkable
@@ -284,9 +280,9 @@ def _needs_practical(workload: Workload, needs: Needs) -> bool:
 
 def _kernel_route(backend: Backend, workload: Workload, needs: Needs) -> Route:
     """Return the route of a backend's kernel; unsupported if the call has a feature that it does not declare."""
-    kernel, takes = _kernel(backend), _taken_by(backend)
-    missing = [what for name, what in FEATURES.items() if getattr(needs, name) and name not in takes]
-    missing += [QUANTIZED] if workload.quantized and "quantized" not in takes else []
+    kernel = _kernel(backend)
+    missing = [what for name, what in FEATURES.items() if getattr(needs, name) and name not in kernel.TAKES]
+    missing += [QUANTIZED] if workload.quantized and "quantized" not in kernel.TAKES else []
     if missing:
         return unsupported(f"the kernel for {backend} takes no {' and no '.join(missing)}")
     return kernel.route(workload, needs)
@@ -307,13 +303,6 @@ def _sdpa_path(q: mx.array, k: KeyOrValue, v: KeyOrValue, mask: Mask) -> str:
 def _variant_for(kernel: Kernel, variant: str, workload: Workload) -> Attend | None:
     """Return a variant of a kernel, or None if it does not change the kernel for a workload."""
     return kernel.variants(workload).get(variant) if isinstance(kernel, HasVariants) else None
-
-
-@cache
-def _taken_by(backend: Backend) -> frozenset[str]:
-    """Return what a backend's kernel declares to take."""
-    kernel = _kernel(backend)
-    return kernel.TAKES if isinstance(kernel, TakesMore) else frozenset()
 
 
 @cache
