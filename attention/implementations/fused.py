@@ -117,7 +117,8 @@ class Poc:
         self._sdpa = MlxSdpa()
         self._practical = Practical()
         self._attends = BoundedDict[object, tuple[Attend, str] | None]()
-        self._routed = BoundedDict[tuple[Workload, Needs], Route](16)
+        self._routed = BoundedDict[tuple[Backend, Workload, Needs], Route](16)
+        """Routes of the kernel that no call has used yet; a call uses one once, so that it does not grow old."""
         self._with_logsumexp = BoundedDict[object, tuple[KernelWithLogsumexp, str] | None]()
 
     @property
@@ -133,7 +134,7 @@ class Poc:
         needs = needs_with_mask(workload, needs)
         own = _kernel_route(device.backend, workload, needs)
         if own.supported:
-            self._routed[workload, needs] = own
+            self._routed[device.backend, workload, needs] = own
             if self._variant is None:
                 return own
             if _variant_for(_kernel(device.backend), self._variant, workload) is None:
@@ -169,7 +170,7 @@ class Poc:
         self, q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None = None
     ) -> mx.array:
         """Compute attention; shapes as in `Implementation.__call__`."""
-        if mask.array is None:  # at once, and without a closure
+        if mask.array is None:  # no gradient of a mask: called directly, as each layer of each decoding step does it
             return self._attend(q, k, v, scale, mask, softcap)
 
         def attend(q: mx.array, k: KeyOrValue, v: KeyOrValue, mask: Mask) -> mx.array:
@@ -215,6 +216,7 @@ class Poc:
                 out = attend(q, k, v, scale=scale, mask=mask, softcap=softcap)
             except KernelUnavailable:
                 self._attends.clear()
+                self._routed.clear()
             else:
                 record_path(path)
                 return out
@@ -229,11 +231,12 @@ class Poc:
         self, key: object, q: mx.array, k: KeyOrValue, v: KeyOrValue, mask: Mask, softcap: float | None
     ) -> tuple[Attend, str] | None:
         """Return the kernel's function and path for a kind of call, cached; None if the kernel does not support it."""
-        kernel = _kernel(current_backend())
+        backend = current_backend()
+        kernel = _kernel(backend)
         workload, needs = call_signature(q, k, v, mask, softcap)
         form = None if self._variant is None else _variant_for(kernel, self._variant, workload)
-        # a model's call asks for its route just before; at each length of decoding that would be the longer part
-        route = self._routed.pop((workload, needs), None) or _kernel_route(current_backend(), workload, needs)
+        # patch_mlx_lm asks for the route just before a call, in decoding at each length: not found twice
+        route = self._routed.pop((backend, workload, needs), None) or _kernel_route(backend, workload, needs)
         path = route.path if form is None else _variant_path(route.path, self._variant)
         self._attends[key] = known = (form or kernel.attend, path) if route.supported else None
         return known

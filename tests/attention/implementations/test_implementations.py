@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from attention.core.errors import UnsupportedError
-from attention.core.route import Needs
+from attention.core.errors import KernelUnavailable, UnsupportedError
+from attention.core.route import Needs, Route, unsupported
 from attention.core.workload import Workload
 from attention.implementations import load_implementation
 from attention.implementations.autotune.implementation import Demo
@@ -19,10 +19,12 @@ from attention.implementations.bounded.blocks import Blocks
 from attention.implementations.bounded.blockwise_gradient import Attend
 from attention.implementations.bounded.implementation import Practical
 from attention.implementations.bounded.policy import Method, Strategy
+from attention.implementations.calls import call_signature, current_backend, take_path
+from attention.implementations.fused import Poc
 from attention.implementations.protocol import Implementation
 from attention.implementations.torch_sdpa import TorchSdpa
 from attention.masks import Mask
-from attention.measure.device import Backend
+from attention.measure.device import Backend, probe
 from tests.support.attention_examples import CPU, EXAMPLES, INSTALLED, TOLERANCE, Example, to_numpy
 
 
@@ -259,6 +261,55 @@ def test_poc_says_that_it_falls_back() -> None:
     route = load_implementation("poc").route(Workload(head_dim=513), CPU)
     assert (route.path, route.fallback) == ("falls back: MLX SDPA", True)
     assert "takes head dims to 512, not 513" in route.reason
+
+
+class KernelOf:
+    """A kernel named as its backend, which fails once `error` is set."""
+
+    TAKES = frozenset[str]()
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend, self.error, self.attempts = backend, "", 0
+
+    def route(self, workload: Workload, needs: Needs) -> Route:
+        if self.attempts and self.error:
+            return unsupported(self.error)
+        return Route(path=self.backend, fused=True, reason="a test")
+
+    def attend(self, q: mx.array, *arguments: Any, **more: Any) -> mx.array:
+        self.attempts += 1
+        if self.error:
+            raise KernelUnavailable(self.error)
+        return q
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[Backend, KernelOf]:
+    made: dict[Backend, KernelOf] = {"cpu": KernelOf("cpu"), "cuda": KernelOf("cuda"), "metal": KernelOf("metal")}
+    monkeypatch.setattr("attention.implementations.fused._kernel", made.__getitem__)
+    return made
+
+
+def route_and_call(poc: Poc, lengths: Iterable[int], backend: Backend) -> None:
+    """Ask for the routes of some lengths on a backend, then make a call of each on the current one."""
+    calls = [mx.zeros((1, 1, length, 8)) for length in lengths]
+    for q in calls:
+        poc.route(call_signature(q, q, q, Mask(), None)[0], structs.replace(probe(), backend=backend))
+    for q in calls:
+        poc(q, q, q, scale=1.0, mask=Mask())
+
+
+def test_a_call_runs_by_the_route_of_its_own_device(kernels: dict[Backend, KernelOf]) -> None:
+    other: Backend = "metal" if current_backend() == "cuda" else "cuda"
+    route_and_call(Poc(), [3], other)
+    assert take_path() == current_backend()
+
+
+def test_routes_from_before_a_kernel_failed_are_dropped(kernels: dict[Backend, KernelOf]) -> None:
+    kernel = kernels[current_backend()]
+    kernel.error = "it failed its self-check"
+    route_and_call(Poc(), [3, 4], current_backend())
+    assert kernel.attempts == 1
 
 
 def test_torch_says_how_to_get_it_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
