@@ -19,7 +19,7 @@ UNDECIDED_REASON: Final = "its trial left open whether another is faster"
 MIN_CHECK_INTERVAL_S: Final = 0.005
 """Minimum seconds between two timed calls: a wait for an idle device, tens of microseconds, is then 1 % at most."""
 WAIT_SHARE: Final = 0.01
-"""Maximum share of the time that may be spent waiting for the inputs of timed calls.
+"""Maximum share of the time that a choice may spend waiting for the inputs of its timed calls.
 
 In a model they are results of what was queued before: the wait empties the queue, and the device is then idle until
 the program has queued more."""
@@ -51,7 +51,7 @@ class ActiveChoice(Struct, eq=False, kw_only=True):
     last_check_s: float = -math.inf
     """Time of the latest observation, by the clock."""
     pause_s: float = MIN_CHECK_INTERVAL_S
-    """Seconds from one observation to the next."""
+    """Minimum seconds from one observation to the next."""
     choice_first: bool = False
     """Which of the two goes first in the next pair."""
 
@@ -65,7 +65,7 @@ class ActiveChoice(Struct, eq=False, kw_only=True):
         return True
 
     def waited(self, seconds: float) -> None:
-        """Record how long the inputs of an observed call took to arrive; the next observation is later by as much."""
+        """Record how long an observed call waited for its inputs, of which the time until the next one follows."""
         self.pause_s = max(MIN_CHECK_INTERVAL_S, seconds / WAIT_SHARE)
 
     def give_up(self, candidates: Mapping[str, Implementation], fallback: str) -> None:

@@ -87,8 +87,8 @@ struct Work {
   DEVICE u32 query_parity() const { return index / QUERY_STAGES % 2; }
 };
 
-// Works of this block: its row of the host's table (blocks x rounds x 8 integers) of plane, query tile, first, end and part;
-// a negative plane ends it.
+// Work items of this block: its row of the host's table (blocks x rounds x 8 integers) of plane, query tile, first, end and
+// part; a negative plane ends it.
 struct Schedule {
   const int4* entry;
 

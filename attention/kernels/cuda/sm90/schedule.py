@@ -89,7 +89,7 @@ def list_work_items(
 ) -> tuple[NDArray[np.int32], int]:
     """Return the table of work items of block lists (blocks x rounds x 8), and the number of tile parts in it.
 
-    Works are ranges of entries. Planes are processed in groups whose keys and values fit in the L2 cache; within a
+    Work items are ranges of entries. Planes are processed in groups whose keys and values fit in the L2 cache; within a
     group the longest work items come first, each assigned to the block that is free first. Lists longer than a block's
     share, or those of the last round, are split into parts if that ends earlier.
 
