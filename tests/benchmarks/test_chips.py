@@ -11,6 +11,7 @@ from attention.chips.prediction import Prediction, calibration
 from attention.chips.table import chips
 from attention.core.results import Interval, digest_of
 from attention.core.workload import Workload
+from attention.measure.device import processor_name
 from benchmarks import chips as benchmark
 from tests.support.sample_runs import plan_of, report_of
 
@@ -100,6 +101,14 @@ def test_a_grid_that_would_end_after_the_limit_is_left_out(tmp_path, monkeypatch
     made.clear()
     benchmark.measure("cpu", tmp_path, 150.0, None, passes=2)  # again: what is missing
     assert made == [["b"]]
+
+
+@pytest.mark.parametrize(("name", "family", "model"), [("Intel(R) Xeon(R) Processor", 6, 207), ("AMD EPYC", 25, 1)])
+def test_rows_of_today_are_of_a_known_cpu(monkeypatch, name, family, model):
+    fields = {"model name": name, "cpu family": str(family), "model": str(model)}
+    monkeypatch.setattr("attention.measure.device.first_processor", lambda: fields)
+    monkeypatch.setattr("sys.platform", "linux")
+    assert processor_name() in benchmark.CPU_CHIPS
 
 
 def test_rows_of_two_machines_are_kept_apart(tmp_path):
