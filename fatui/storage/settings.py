@@ -63,6 +63,8 @@ class SavedState(msgspec.Struct, kw_only=True):
     """The device that they belong to."""
     export_folder: str = ""
     pace: RunSpeed = msgspec.field(default_factory=RunSpeed)
+    cores: int = 0
+    """Of a CPU: the cores that could be used when `peaks` and `pace` were measured; 0 before they were kept."""
 
 
 def config_path() -> Path:

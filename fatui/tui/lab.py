@@ -266,7 +266,7 @@ class Lab(OrderedInput):
         """Read the last run on a device, for the first screen."""
         from fatui.tui.view_models.home import find_past
 
-        self.past = await asyncio.to_thread(find_past, device)
+        self.past = await asyncio.to_thread(find_past, device, cores=self._cores)
         if self.is_running and self.main.is_mounted:
             self.main.show_past()
 
@@ -287,9 +287,23 @@ class Lab(OrderedInput):
     def _advised(self) -> None:
         if self.device_name and self.device_name != self._sought:
             self._sought = self.device_name
+            self._keep_cores()
             self.run_worker(self.find_past(self.device_name), name="past", exit_on_error=False)
             self.ask_cost()
         self._show_draft()
+
+    def _keep_cores(self) -> None:
+        """Note how many cores of a CPU can be used; forget rates and times of another number of them."""
+        kept = self.remembered
+        if self._cores and kept.cores not in (0, self._cores):
+            kept.peaks, kept.peaks_of, kept.pace = Peaks(), "", settings.RunSpeed()
+        kept.cores = self._cores or kept.cores
+
+    @property
+    def _cores(self) -> int | None:
+        """Cores of the CPU that computes which the engine may use; None if that is not known, or a GPU computes."""
+        device = self.advice.device
+        return device.cores if device is not None and device.backend == "cpu" else None
 
 
 class CostMeter:

@@ -10,6 +10,7 @@ from attention.core.workload import Workload
 from fatui import formatting
 from fatui.draft import UNNAMED
 from fatui.report.document import counted
+from fatui.report.evidence import cpu_cores
 from fatui.tui.view_models.plot import area
 
 if TYPE_CHECKING:
@@ -45,29 +46,30 @@ class Past(Struct, frozen=True):
     """Runs on the machine before the latest, of whatever cases."""
 
 
-def find_past(device: str, history: "RunHistory | None" = None) -> Past | None:
+def find_past(device: str, history: "RunHistory | None" = None, *, cores: int | None = None) -> Past | None:
     """Read the latest complete run over attention shapes on a device, and those of the same cases before it.
 
-    None without one, or if the history cannot be read. It is for a thread: reading takes a while.
+    `cores`: those of a CPU that can be used; runs with another number are left out. None without a run, or if the
+    history cannot be read. It is for a thread: reading takes a while.
     """
     from fatui.storage.history import HistoryError, RunHistory
 
     history = history or RunHistory()
     try:
         lines = [line for line in history.runs() if line.device == device and not line.interrupted]
-        return _past(history, lines)
+        return _past(history, lines, cores)
     except HistoryError:
         return None
 
 
-def _past(history: "RunHistory", lines: "Sequence[RunSummary]") -> Past | None:
+def _past(history: "RunHistory", lines: "Sequence[RunSummary]", cores: int | None) -> Past | None:
     latest: Report | None = None
     earlier: list[Report] = []
     for line in lines[:MAX_READ]:
         if latest is not None and line.cases != len(latest.cases):
             continue
         report = history.get(line.id)
-        if not report.cases:
+        if not report.cases or (cores and cpu_cores(report) not in (None, cores)):
             continue
         if latest is None:
             latest = report

@@ -3,11 +3,14 @@
 import pytest
 from msgspec import structs
 
+from attention.core.results import Conditions
 from attention.core.workload import Workload
 from fatui.storage.history import RunHistory
+from fatui.storage.settings import RunSpeed
 from fatui.tui.view_models.home import find_past, home_text, trend
 from tests.support.sample_runs import ENVIRONMENT, plan_of, report_of, run_of
-from tests.support.stage import advise, on_stage
+from tests.support.stage import DEVICE as CPU
+from tests.support.stage import PEAKS, advise, on_stage
 
 KEYS = {"run": "r", "run_again": "R", "presets": "p", "history": "h"}
 DEVICE = ENVIRONMENT.device
@@ -56,6 +59,27 @@ def test_runs_with_another_reference_are_no_part_of_a_trend():
     plan = plan_of((Workload(seq=128),))
     alone = structs.replace(plan, implementations=("poc", "mlx"))
     assert not find_past(DEVICE, kept(alone, plan)).earlier
+
+
+def test_runs_with_other_cores_of_a_cpu_do_not_count():
+    history = RunHistory()
+    for number, cores in enumerate((2, None, 8)):
+        report = report_of(plan_of(), run_of(identity=f"{number:08x}"))
+        history.add(structs.replace(report, conditions=Conditions(cores=cores)))
+    past = find_past(DEVICE, history, cores=2)
+    assert [report.run.id for report in (past.report, *past.earlier)] == ["00000001", "00000000"]
+    assert find_past(DEVICE, history).report.run.id == "00000002"
+
+
+async def test_rates_and_times_with_other_cores_are_forgotten():
+    for cores in (0, CPU.cores, CPU.cores + 1):
+        async with on_stage() as stage:
+            kept = stage.app.remembered
+            kept.peaks, kept.peaks_of, kept.cores = PEAKS, CPU.name, cores
+            kept.pace = RunSpeed(device=CPU.name, set_up_s=1.0)
+            advise(stage.app)
+            known = cores <= CPU.cores
+            assert (stage.app.peaks == PEAKS, kept.pace.set_up_s == 1.0, kept.cores) == (known, known, CPU.cores)
 
 
 def test_interrupted_and_foreign_runs_do_not_count():
