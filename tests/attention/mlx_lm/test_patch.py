@@ -178,10 +178,10 @@ def test_a_new_length_asks_the_kernel_once(monkeypatch: pytest.MonkeyPatch) -> N
 
     def route(workload: Workload, needs: Needs) -> Route:
         asked.append(workload.kv_seq)
-        return original(workload, needs)
+        return Route(path="the kernel", fused=True, reason="it needs no compiler here")
 
-    original = kernel.route
     monkeypatch.setattr(kernel, "route", route)
+    monkeypatch.setattr(kernel, "attend", lambda q, k, v, **more: q)
     q = mx.zeros((1, 2, 1, 16))
     with attention.patch_mlx_lm(Poc()) as patch:
         for length in (31, 31, 32, 31, 33):
