@@ -20,6 +20,7 @@ from attention.engine.peaks import measure_peaks
 from attention.measure.device import Device, blas, installed_version, probe
 from attention.measure.energy import POWERCAP, energy_counter
 from fatui import REINSTALL_ENGINE, __version__, formatting, storage
+from fatui.report.document import counted
 from fatui.storage import presets, settings
 from fatui.storage.history import HistoryError, RunHistory
 from fatui.trust import PRELOAD
@@ -91,7 +92,7 @@ def _packages() -> Iterator[DiagnosisItem]:
 
 def _machine(device: Device) -> Iterator[DiagnosisItem]:
     yield DiagnosisItem(topic="backend", text=device.backend)
-    cores = f", {device.cores} cores" if device.backend == "cpu" else ""
+    cores = f", {counted(device.cores, 'core')}" if device.backend == "cpu" else ""
     yield DiagnosisItem(
         topic="device", text=f"{device.name}{cores}" + (f", {device.architecture}" if device.architecture else "")
     )

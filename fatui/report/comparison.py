@@ -33,6 +33,7 @@ from attention.core.stream import Stream
 from attention.core.workload import FineTuning, Generation, Workload
 from attention.engine.record import UNITY, summarise
 from fatui import formatting
+from fatui.report.document import counted
 from fatui.report.evidence import cpu_cores
 from fatui.trust import MANY_SHARE
 from fatui.untrusted_text import markdown_cell
@@ -463,8 +464,9 @@ def machine_key(report: Report) -> tuple[str, ...]:
     """Return what runs of one machine have in common."""
     if report.environment.backend != "cpu":
         return (machine_name(report),)
-    cores = f"{cpu_cores(report) or 'unknown'} cores"
-    return machine_name(report), cores, formatting.size(report.environment.memory_bytes)
+    cores = cpu_cores(report)
+    known = counted(cores, "core") if cores else "unknown cores"
+    return machine_name(report), known, formatting.size(report.environment.memory_bytes)
 
 
 def machine_names(reports: Sequence[Report]) -> dict[tuple[str, ...], str]:

@@ -15,6 +15,7 @@ from attention.core.results import Case, Report, Row
 from attention.core.workload import Workload
 from fatui import formatting
 from fatui.draft import UNNAMED
+from fatui.report.document import counted
 from fatui.telemetry import Reading
 from fatui.tui import actions
 from fatui.tui.lab import TABLE_TICKS, Lab, command_of
@@ -350,7 +351,7 @@ class MainScreen(HasTable, AppScreen, SparingScreen[None]):
         parts = [session.preset or UNNAMED if session and session.active else self.app.draft.title()]
         if advice.device is not None:
             device = advice.device
-            cores = f", {device.cores} cores" if device.backend == "cpu" else ""
+            cores = f", {counted(device.cores, 'core')}" if device.backend == "cpu" else ""
             parts += [f"{self.app.device_name}{cores}"]
             parts += [f"MLX {device.mlx}"] if device.mlx else []
         else:

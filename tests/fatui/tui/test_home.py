@@ -5,6 +5,7 @@ from msgspec import structs
 
 from attention.core.results import Conditions
 from attention.core.workload import Workload
+from fatui import diagnosis
 from fatui.storage.history import RunHistory
 from fatui.storage.settings import RunSpeed
 from fatui.tui.view_models.home import find_past, home_text, trend
@@ -69,6 +70,16 @@ def test_runs_with_other_cores_of_a_cpu_do_not_count():
     past = find_past(DEVICE, history, cores=2)
     assert [report.run.id for report in (past.report, *past.earlier)] == ["00000001", "00000000"]
     assert find_past(DEVICE, history).report.run.id == "00000002"
+
+
+async def test_a_single_core_is_counted_as_one(stage):
+    stage.app.advice.device = structs.replace(CPU, cores=1)
+    stage.app.main.show_draft()
+    await stage.pilot.pause()
+    assert ", 1 core ·" in stage.seen()
+    assert ", 1 core," in next(
+        item.text for item in diagnosis._machine(stage.app.advice.device) if item.topic == "device"
+    )
 
 
 async def test_rates_and_times_with_other_cores_are_forgotten():
