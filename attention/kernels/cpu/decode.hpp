@@ -20,11 +20,14 @@ int64_t decode_keys(const Problem& p) {
 }
 static_assert(score_line <= max_quantized_rows);
 
-constexpr int64_t most_cached = 8 << 20;  // bytes of K and V of a call that come from the L3 if they were read before
+// Bytes of K and V of a call whose one row is computed key by key: with 16 registers those that come from the L3 if they were read
+// before, since from memory that is slower there.
+constexpr int64_t most_by_key = lanes == 16 ? std::numeric_limits<int64_t>::max() : 8 << 20;
 
 // Keys of a tile where one row is computed key by key: its scores take the place of the transposed ones. The weights of some keys at a
-// time are computed before their values are read, so that reading goes on meanwhile; a tile's first values are prefetched.
-constexpr int64_t row_keys = 2048, weighed_together = 64, first_values = 8;
+// time are computed before their values are read, so that reading goes on meanwhile; a tile's first values are prefetched. With 32
+// registers, whose vectors are wider, all weights take less time than changing between the two.
+constexpr int64_t row_keys = 2048, weighed_together = registers == 32 ? row_keys : 64, first_values = registers == 32 ? 32 : 8;
 static_assert(row_keys <= score_line * query_tile);
 
 // Calls f(row, R) for groups of 4, 2 and 1 rows.
@@ -120,7 +123,7 @@ struct FewRows {
   float* transposed = scores + query_tile * score_line;    // transposed scores for the masks: [key][row]
   int64_t rows = item.rows(), dv = round_up(p.value_dim, lanes);
   bool alone = by_key && reading == Reading::in_place && rows == 1 &&
-               p.batch * p.kv_heads * p.keys * (p.head_dim + p.value_dim) * int64_t(sizeof(T)) <= most_cached;
+               p.batch * p.kv_heads * p.keys * (p.head_dim + p.value_dim) * int64_t(sizeof(T)) <= most_by_key;
   int64_t key_length = round_up(p.head_dim, lanes) / (in_pairs ? 2 : 1), value_length = dv / (in_pairs ? 2 : 1);
 
   void attend(KeyRuns& runs) {
@@ -207,7 +210,7 @@ struct FewRows {
     });
   }
 
-  // One row whose keys and values are in the caches.
+  // One row, key by key.
   void attend_by_key(KeyRuns& runs, KeyRun run) {
     for (int64_t query_read = run.query; !run.empty(); run = runs.next()) {
       if (run.query != query_read) read_queries(query_read = run.query);
@@ -217,15 +220,19 @@ struct FewRows {
         const int64_t count = std::min(tile, run.end - key);
         const Lines<Element> k = lines(p.key, key, count, p.head_dim, key_length, key_copy);
         if (k.length == 8 * lanes) score_by_key<8 * lanes>(query, k, scores);
+        else if (lanes == 16 && k.length == 4 * lanes) score_by_key<lanes == 16 ? 4 * lanes : 0>(query, k, scores);
         else score_by_key<0>(query, k, scores);
         const float factor = finished({transposed, key, count, 0, lanes, bounds.whole,
                                        run.bits == nullptr ? nullptr : run.bits + (key - run.begin)});
-        Ahead(lines(p.value, key, std::min(first_values, count), p.value_dim, value_length, value_copy)).ask_for_all();
+        const Lines<Element> v = lines(p.value, key, count, p.value_dim, value_length, value_copy);
+        // Not by Ahead: used here too, its loop would become a function, whose calls make the kernel for more rows keep no registers.
+        for (int64_t j = 0; j < std::min(first_values, count); j++)
+          for (int64_t d = 0; d < value_length; d += 64 / int64_t(sizeof(Element))) __builtin_prefetch(v.line(j) + d);
         const float m = reference(0, count, factor);
         for (int64_t j = 0; j < count; j += weighed_together) {
           const int64_t some = std::min(weighed_together, count - j);
           weigh(0, j, j + some, factor, m);
-          add_values(lines(p.value, key + j, some, p.value_dim, value_length, value_copy), scores + j);
+          add_values({v.line(j), v.stride, v.length, some}, scores + j);
         }
       }
     }
@@ -233,9 +240,10 @@ struct FewRows {
   }
 
   void add_values(const Lines<Element>& v, const float* weights) {
-    constexpr int most = 8, least = halved ? 2 : 1;
+    constexpr int most = 8, some = most / 2, least = halved ? 2 : 1;
     int64_t c = 0;
     for (; c + most * lanes <= value_length; c += most * lanes) add_by_key<most>(weights, v, c, output);
+    for (; c + some * lanes <= value_length; c += some * lanes) add_by_key<some>(weights, v, c, output);
     for (; c < value_length; c += least * lanes) add_by_key<least>(weights, v, c, output);
   }
 

@@ -172,21 +172,21 @@ void add_lines(const float* s, const Lines<E>& values, int64_t d, float* output,
   ahead = next;
 }
 
-// One row of queries, with 16 registers, in the caches: keys and values are read one after the other, as by a plain loop, for which the
-// CPU's own prefetchers are enough. The fewer instructions there are beside the reading, the further ahead the CPU reads.
-constexpr bool by_key = registers == 16;
+// One row of queries: keys and values are read one after the other, as by a plain loop, for which the CPU's own
+// prefetchers are enough. The fewer instructions there are beside the reading, the further ahead the CPU reads. Not with 32 short
+// registers, where nobody has measured it.
+constexpr bool by_key = registers == 16 || lanes == 16;
 
 // S[key] of one row; entries after the last key, up to a multiple of lanes, are undefined. `width`: dims if they are known when this is
 // compiled, so that the query stays in registers, or 0.
 template <int width, class E>
 void score_by_key(const float* query, const Lines<E>& keys, float* s) {
-  constexpr int most = 8, least = even_and_odd<E> ? 2 : 1;  // vectors at once
+  constexpr int most = width > 0 ? width / lanes : 8, least = even_and_odd<E> ? 2 : 1;  // vectors at once
   Vector q[most];
   if constexpr (width > 0) FATUI_UNROLL for (int i = 0; i < most; i++) q[i] = load(query + i * lanes);
   const auto product = [&](const E* line) __attribute__((always_inline)) {
     Vector x{};
     if constexpr (width > 0) {
-      static_assert(width == most * lanes);
       x = dims_of(line, 0) * q[0];
       FATUI_UNROLL for (int i = 1; i < most; i++) x = fused(x, dims_of(line, i), q[i]);
       return x;

@@ -119,7 +119,7 @@ def test_few_rows_against_many_keys(dtype, rows, layout):
 
 @dtypes
 def test_a_row_against_more_keys_than_a_cache_keeps(dtype):
-    """With 16 registers keys and values of more than 8 MiB are prefetched in another way than fewer."""
+    """With 16 registers keys and values of more than 8 MiB are prefetched, and fewer read key by key."""
     assert_few_right(*qkv(1, 2, 2, 1, 8300, 128, 128, dtype), kernel_oracle.Options(scale=128**-0.5))
 
 
