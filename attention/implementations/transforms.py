@@ -247,8 +247,10 @@ def _dependent_gradients(kind: _Kind) -> Callable[..., Arrays]:
 
         wide = [x.astype(mx.float32) for x in cotangents]
         of_mask = mx.vjp(gradients, [mask[0].astype(mx.float32)], wide)[1][0].astype(mask[0].dtype)
-        others = [[mx.zeros_like(x) for x in xs] for xs in (carried, [q, k, v], mask[1:], sinks)]
-        return cotangents, others[0], *others[1], [of_mask, *others[2]], others[3]
+        constant = [mx.stop_gradient(x) for x in (*carried, q, k, v, *sinks)]
+        zeros = cast("Arrays", _zeros_without_mask_gradient(mask[0], constant))
+        of_carried, of_qkv, of_sinks = zeros[: len(carried)], zeros[len(carried) :][:3], zeros[len(carried) + 3 :]
+        return cotangents, of_carried, *of_qkv, [of_mask, *map(mx.zeros_like, mask[1:])], of_sinks
 
     pass_on.vjp(pull_back)
     pass_on.jvp(_refuse)
@@ -258,6 +260,21 @@ def _dependent_gradients(kind: _Kind) -> Callable[..., Arrays]:
 
 def _refuse(primals: object, tangents: object) -> None:
     raise UnsupportedError("under an additive mask only implementation='baseline' has forward-mode derivatives (jvp)")
+
+
+@mx.custom_function
+def _zeros_without_mask_gradient(mask: mx.array, like: Arrays) -> Arrays:
+    """Return zeros added to second derivatives, whose own dependence on the mask nothing computes."""
+    return [mx.zeros_like(x) for x in like]
+
+
+@_zeros_without_mask_gradient.vjp
+def _refuse_third(*_: object) -> None:
+    raise UnsupportedError("only implementation='baseline' has third derivatives that depend on an additive mask")
+
+
+_zeros_without_mask_gradient.jvp(_refuse)
+_zeros_without_mask_gradient.vmap(lambda inputs, axes: (_zeros_without_mask_gradient(*inputs), axes[1]))
 
 
 def _node(kind: _Kind) -> Callable[..., Arrays]:

@@ -231,6 +231,28 @@ def test_gradients_depend_on_an_additive_mask(implementation: Practical, inner: 
     assert mx.allclose(second(implementation), wanted, atol=1e-4 * max(1.0, mx.abs(wanted).max().item()))
 
 
+@pytest.mark.parametrize("implementation", [Practical(), Practical(1 << 14)], ids=["whole", "blocks"])
+def test_third_derivatives_by_a_mask_are_right_or_refused(implementation: Practical) -> None:
+    arrays = normal(1, 2, 5, 8), normal(1, 2, 6, 8, key=1), normal(1, 2, 6, 8, key=2), normal(5, 6, key=3)
+
+    def third(implementation: object, inner: int, outer: int) -> mx.array:
+        def loss(*arrays: mx.array) -> mx.array:
+            out: mx.array = attention(*arrays[:3], mask=arrays[3], implementation=implementation)  # type: ignore[call-overload]
+            return mx.square(out).sum()
+
+        def second(*arrays: mx.array) -> mx.array:
+            return mx.square(mx.grad(lambda *x: mx.square(mx.grad(loss)(*x)).sum(), inner)(*arrays)).sum()
+
+        found: mx.array = mx.grad(second, outer)(*arrays)
+        return found
+
+    for inner, outer in ((3, 1), (0, 1)):
+        wanted = third("baseline", inner, outer)
+        assert mx.allclose(third(implementation, inner, outer), wanted, atol=1e-3 * mx.abs(wanted).max().item())
+    with pytest.raises(UnsupportedError, match="only implementation='baseline' has third derivatives"):
+        third(implementation, 0, 3)
+
+
 def test_a_kernels_gradients_by_a_mask_are_right_or_refused() -> None:
     """A loss that is linear in the output: no gradient of its passes through the kernel again."""
     q, k, v, mask = normal(1, 4, 9, 16), normal(1, 2, 12, 16, key=1), normal(1, 2, 12, 16, key=2), normal(9, 12, key=3)
