@@ -352,7 +352,7 @@ def _accumulate(
 ) -> OnlineSoftmax:
     """Add one block of keys to the running softmax."""
     scores = scores.astype(mx.float32)
-    top = scores.max(axis=-1, keepdims=True)
+    top = mx.stop_gradient(scores.max(axis=-1, keepdims=True))  # of which the result does not depend
     if state is not None:
         top = mx.maximum(top, state.row_max)
     # A row without a visible key so far has maximum -inf: any finite initial value could exceed all of its scores.

@@ -206,6 +206,8 @@ def test_second_derivatives_and_tangents_are_those_of_float64(implementation: ob
     assert second == pytest.approx(wanted, rel=2e-2)
     _, (tangent,) = mx.jvp(loss, [q], [way])
     assert tangent.item() == pytest.approx(along(q).item(), rel=1e-3)
+    of_tangent = mx.grad(lambda q: mx.jvp(loss, [q], [way])[1][0])(q)
+    assert (of_tangent * way).sum().item() == pytest.approx(second, rel=1e-3)
 
 
 @pytest.mark.parametrize("logsumexp", [False, True])
