@@ -333,7 +333,9 @@ def logsumexp_of(statistics: mx.array, shifts: mx.array | None) -> mx.array:
     """Return the logsumexp of rows (B, H, Lq) from their statistics and `row_shifts`; -inf for fully masked rows."""
     top, logarithm = statistics[..., 0], statistics[..., 1]
     whole = top + logarithm if shifts is None else top + logarithm + shifts
-    return mx.where(top == number(mx.inf, top), number(-mx.inf, top), whole)
+    # an infinite score has the maximum of a fully masked row, but a NaN for a logarithm
+    empty = mx.logical_and(top == number(mx.inf, top), logarithm == number(0.0, logarithm))
+    return mx.where(empty, number(-mx.inf, top), whole)
 
 
 def with_blockwise_backward(whole: Attend, backward: BlockwiseParams) -> Attend:

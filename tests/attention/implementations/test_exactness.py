@@ -186,6 +186,17 @@ def test_a_batch_larger_than_a_benchmark_takes_is_taken(implementation: str) -> 
     assert mx.allclose(attention(q, q, q, implementation=implementation), q)
 
 
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize("implementation", ["poc", Practical(), Practical(1 << 16)], ids=["poc", "whole", "blocks"])
+def test_a_row_with_an_infinite_score_is_not_an_empty_one(implementation: object, value: float) -> None:
+    q, k, v = (normal(1, 1, 40, 8, key=key) for key in range(3))
+    q[0, 0, 5, 0] = value * mx.sign(k[0, 0, 2, 0])
+    out, logsumexp = attention(q, k, v, mask="causal", return_lse=True, implementation=implementation)  # type: ignore[call-overload]
+    assert mx.isnan(out[0, 0, 5]).all()
+    assert mx.isneginf(logsumexp).sum() == 0
+    assert mx.isfinite(logsumexp).sum() == 39
+
+
 @pytest.mark.sampled(0.4)
 @pytest.mark.parametrize(
     "implementation", ["baseline", Practical(), Practical(1 << 16)], ids=["baseline", "whole", "blocks"]
