@@ -300,7 +300,7 @@ def _call_of(workload: Workload, place: str, scale: float | None = None) -> Flex
         (w.batch, w.kv_heads, w.kv_seq, w.head_dim),
         (w.batch, w.kv_heads, w.kv_seq, w.value_dim),
     )
-    return FlexCall(shapes, w.dtype, w.mask_spec, scale or w.scale, w.pass_ == "training", place)
+    return FlexCall(shapes, w.dtype, w.mask_spec, w.scale if scale is None else scale, w.pass_ == "training", place)
 
 
 def _obstacle(workload: Workload, device: Device, needs: Needs) -> str | None:

@@ -66,6 +66,11 @@ def test_a_block_mask_allocates_nothing_of_the_scores_size() -> None:
     assert made.kv_indices.numel() == (32_768 // flex.BLOCK) ** 2
 
 
+def test_a_scale_of_zero_is_not_the_default() -> None:
+    assert flex._call_of(Workload(), "cpu", 0.0).scale == 0
+    assert flex._call_of(Workload(), "cpu").scale == Workload().scale
+
+
 def test_routes_say_what_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     route = Flex().route
     assert route(Workload(mask="blocks:0.1"), CPU, NO_NEEDS).supported
