@@ -55,7 +55,7 @@ def of_cases(cases: Sequence[AnyCase]) -> list[TrustFinding]:
 
 
 def of_machine(report: Report) -> list[TrustFinding]:
-    """Return what the conditions of a run say of its figures."""
+    """Return what a run's machine and settings say of its figures, whichever the cases."""
     return [
         *(_processes(report.conditions) if report.conditions else _unrecorded()),
         *_blas(report),

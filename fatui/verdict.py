@@ -140,9 +140,12 @@ def group_verdicts(
 
 
 def _models_of(cases: Sequence[ModelCase | FineTuningCase]) -> str:
-    """Name the models of cases, or count them if they are many."""
-    names = list(dict.fromkeys(short_name(case.workload.model) for case in cases))
-    return ", ".join(names) if len(names) <= MAX_NAMED else f"{len(names)} models'"
+    """Name the models of cases, in full where short names are alike, or count them if they are many."""
+    models = list(dict.fromkeys(case.workload.model for case in cases))
+    if len(models) > MAX_NAMED:
+        return f"{len(models)} models'"
+    names = list(map(short_name, models))
+    return ", ".join(names if len(set(names)) == len(names) else models)
 
 
 def verdict_of(cases: Sequence[AnyCase], title: str = "", *, interrupted: bool = False) -> Verdict:

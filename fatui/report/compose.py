@@ -239,7 +239,7 @@ def summary_blocks(evidence: Evidence, command: str) -> list[Block]:
 
 
 def _worst(evidence: Evidence) -> list[TrustFinding]:
-    """Return what the conditions of all runs say, of each topic the most serious."""
+    """Return what the machine and settings of all runs say, of each topic the most serious."""
     found: dict[str, TrustFinding] = {}
     for run in evidence.runs:
         for each in of_machine(run):

@@ -252,7 +252,8 @@ def test_an_inaccurate_row_never_wins():
     [
         (["m", "m"], "m prefill"),
         (["hub/first", "second", "third"], "first, second, third prefill"),
-        (["a", "b", "c", "d"], "4 models' prefill"),
+        (["hub/m", "other/m"], "hub/m, other/m prefill"),
+        (["a/m", "b/m", "c/m", "d/m"], "4 models' prefill"),
     ],
 )
 def test_the_title_of_a_verdict_is_of_all_its_models(models: list[str], title: str):

@@ -108,7 +108,7 @@ async def test_a_double_click_opens_a_screen_once(stage, words):
     assert len(stage.app.screen_stack) == 2
 
 
-async def test_a_triple_click_opens_a_row_once(stage):
+async def test_quick_clicks_open_a_row_once(stage):
     await stage.run_to_the_end()
     table = stage.find("#comparison-table", RowTable)
     click_at_once(stage.app, table.content_region.x + 2, table.content_region.y + 2, times=4)
