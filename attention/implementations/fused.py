@@ -165,6 +165,7 @@ class Poc:
         """Compile what the workload's calls need; if that fails, they fall back and the route has the reason."""
         with suppress(KernelUnavailable):
             _kernel(current_backend()).build(workload, on_message)
+        self._routed.clear()
 
     def __call__(
         self, q: mx.array, k: KeyOrValue, v: KeyOrValue, *, scale: float, mask: Mask, softcap: float | None = None

@@ -264,17 +264,20 @@ def test_poc_says_that_it_falls_back() -> None:
 
 
 class KernelOf:
-    """A kernel named as its backend, which fails once `error` is set."""
+    """A kernel whose path is named as its backend, and otherwise once it is built; it fails once `error` is set."""
 
     TAKES = frozenset[str]()
 
     def __init__(self, backend: Backend) -> None:
-        self.backend, self.error, self.attempts = backend, "", 0
+        self.path, self.error, self.attempts = str(backend), "", 0
 
     def route(self, workload: Workload, needs: Needs) -> Route:
         if self.attempts and self.error:
             return unsupported(self.error)
-        return Route(path=self.backend, fused=True, reason="a test")
+        return Route(path=self.path, fused=True, reason="a test")
+
+    def build(self, workload: Workload, on_message: Any) -> None:
+        self.path = "as built"
 
     def attend(self, q: mx.array, *arguments: Any, **more: Any) -> mx.array:
         self.attempts += 1
@@ -303,6 +306,15 @@ def test_a_call_runs_by_the_route_of_its_own_device(kernels: dict[Backend, Kerne
     other: Backend = "metal" if current_backend() == "cuda" else "cuda"
     route_and_call(Poc(), [3], other)
     assert take_path() == current_backend()
+
+
+def test_routes_from_before_a_kernel_was_built_are_dropped(kernels: dict[Backend, KernelOf]) -> None:
+    poc, q = Poc(), mx.zeros((1, 1, 3, 8))
+    workload = call_signature(q, q, q, Mask(), None)[0]
+    poc.route(workload, structs.replace(probe(), backend=current_backend()))
+    poc.build_for(workload, print)
+    poc(q, q, q, scale=1.0, mask=Mask())
+    assert take_path() == "as built"
 
 
 def test_routes_from_before_a_kernel_failed_are_dropped(kernels: dict[Backend, KernelOf]) -> None:
