@@ -23,6 +23,8 @@ WAIT_SHARE: Final = 0.01
 
 In a model they are results of what was queued before: the wait empties the queue, and the device is then idle until
 the program has queued more."""
+MAX_CHECK_INTERVAL_S: Final = 60.0
+"""Maximum seconds between two timed calls: most of a wait of seconds is work that has to be done anyway."""
 
 Attempt = Callable[[Implementation], Any]
 """Runs a candidate once, evaluates and returns its result."""
@@ -66,7 +68,7 @@ class ActiveChoice(Struct, eq=False, kw_only=True):
 
     def waited(self, seconds: float) -> None:
         """Record how long an observed call waited for its inputs, of which the time until the next one follows."""
-        self.pause_s = max(MIN_CHECK_INTERVAL_S, seconds / WAIT_SHARE)
+        self.pause_s = min(max(MIN_CHECK_INTERVAL_S, seconds / WAIT_SHARE), MAX_CHECK_INTERVAL_S)
 
     def give_up(self, candidates: Mapping[str, Implementation], fallback: str) -> None:
         """Replace the choice by the best alternative for good, or by `fallback` if there is none."""

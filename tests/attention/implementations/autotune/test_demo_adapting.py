@@ -10,7 +10,7 @@ from msgspec import structs
 
 from attention.core import events as on
 from attention.core.workload import Workload
-from attention.implementations.autotune.active_choice import WAIT_SHARE, active_choice_of
+from attention.implementations.autotune.active_choice import MAX_CHECK_INTERVAL_S, WAIT_SHARE, active_choice_of
 from attention.implementations.autotune.drift_detector import MAX_PAIRS, DriftDetector
 from attention.implementations.autotune.implementation import Demo
 from attention.implementations.autotune.store import Store
@@ -109,6 +109,23 @@ def test_waits_for_pending_inputs_take_1_percent(tmp_path: Path, monkeypatch: py
     began = machine.clock.now
     machine.run(4000)
     assert 10 < len(waits) <= 1 + WAIT_SHARE * (machine.clock.now - began) / 2e-3
+
+
+def test_one_long_wait_does_not_end_the_observation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, waits = Machine(tmp_path), list[float]()
+    machine.run(200)
+
+    def inputs_of_a_long_prefill(*arrays: object) -> bool:
+        waits.append(0.0 if waits else 30.0)
+        machine.clock.now += waits[-1]
+        return True
+
+    monkeypatch.setattr("attention.implementations.autotune.implementation.try_evaluate", inputs_of_a_long_prefill)
+    machine.run(100)
+    assert waits == [30.0]
+    machine.clock.now += MAX_CHECK_INTERVAL_S
+    machine.run(100)
+    assert len(waits) > 1
 
 
 def test_when_all_slow_down_alike_nothing_changes(tmp_path: Path, switches: list[on.Switched]) -> None:
