@@ -270,3 +270,14 @@ async def test_a_tick_without_news_computes_neither_rows_nor_trends(stage, monke
     stage.engine.rounds()
     main.show_run()
     assert {"rate_chart", "memory_chart", "case_lines", "timed_row"} == set(made)
+
+
+async def test_words_below_the_roofline_end_on_small_terminals():
+    async with on_stage(size=(80, 24)) as stage:
+        await stage.run_to_the_end()
+        await stage.press("3", "i")
+        await stage.settle(lambda: stage.find("#roofline-words").region.height)
+        words = stage.find("#roofline-words")
+        words.update("\n".join(f"line {number}" for number in range(9)))
+        await stage.pilot.pause()
+        assert "line 8" in stage.seen() and stage.find("#roofline").region.height >= 6
