@@ -59,6 +59,14 @@ class Ahead {
     at_ += 64 * count, here_ -= count;
   }
 
+  // The first of some lines that the caller prefetches itself, where that takes no branch. If they are not one after the other,
+  // they are asked for here, and what the caller prefetches is `instead`.
+  FATUI_INLINE const char* take(int64_t count, const void* instead) {
+    if (here_ < count) return ask_instead(count, instead);
+    at_ += 64 * count, here_ -= count;
+    return at_ - 64 * count;
+  }
+
   // A line of each of two streams, or two lines of one.
   FATUI_INLINE void ask_two() {
     if (here_ < taken_) return ask_two_of_rows();
@@ -68,6 +76,10 @@ class Ahead {
   }
 
  private:
+  [[gnu::noinline]] const char* ask_instead(int64_t count, const void* instead) {
+    ask_one_by_one(count);
+    return static_cast<const char*>(instead);
+  }
   void ask_two_of_rows() {
     if (taken_ == 2) return ask_one_by_one(2);
     if (lines_ == 0 || --lines_ == 0) return;

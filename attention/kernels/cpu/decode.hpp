@@ -252,20 +252,29 @@ struct FewRows {
     constexpr int64_t tile = score_line;
     IntegerQueries integers;
     const auto to_integers = [&] {
-      return sizeof(T) == 2 && IntegerQueries::take(p.key_packing, p.head_dim) &&
+      return sizeof(T) == 2 && IntegerQueries::take(p.key_packing, p.head_dim, rows) &&
              integers.read(query, key_length, rows, p.head_dim, p.key_packing, max_share<T>, query + few_rows * key_length);
     };
+    // bfloat16's rounding of weights is that of the type; queries are exact.
+    PairQueries pairs;
+    constexpr int terms = std::is_same_v<T, bfloat16_t> ? 1 : 2;
+    const bool sums_in_pairs = sizeof(T) == 2 && PairQueries::take(p.value_packing, terms, rows);
+    const auto to_pairs = [&] {
+      const float unit = terms == 1 ? float(p.scale) : 0.0f;
+      return sizeof(T) == 2 && PairQueries::take(p.key_packing, terms, rows) &&
+             pairs.read(query, key_length, rows, p.head_dim, unit, query + few_rows * key_length);
+    };
     int64_t query_read = run.query;
-    bool in_integers = to_integers();
-    const bool sums_in_integers = sizeof(T) == 2 && IntegerSums::take(p.value_packing, p.value_dim);
-    const int64_t whole = round_up(rows, rows_together), padded = rows == 1 && !sums_in_integers ? 1 : whole;
+    bool in_integers = to_integers(), scores_in_pairs = to_pairs();
+    const bool sums_in_integers = sizeof(T) == 2 && IntegerSums::take(p.value_packing, p.value_dim, rows);
+    const int64_t whole = round_up(rows, rows_together), padded = rows == 1 && !sums_in_integers && !sums_in_pairs ? 1 : whole;
     std::fill_n(query + rows * key_length, (whole - rows) * key_length, 0.0f);
     std::fill_n(scores, few_rows * score_line, 0.0f);
     std::fill_n(output, padded * dv, 0.0f);
     for (KeyRun after; !run.empty(); run = after) {
       if (run.query != query_read) {
         read_queries(query_read = run.query);
-        in_integers = to_integers();
+        in_integers = to_integers(), scores_in_pairs = to_pairs();
       }
       after = runs.next();
       for (int64_t key = run.begin; key < run.end; key += tile) {
@@ -277,10 +286,12 @@ struct FewRows {
         const QuantizedRows next = quantized(p.key, p.key_packing, first, std::min(tile, end - first), p.head_dim);
         Ahead values(packed_lines(v)), keys(packed_lines(next));
         if (in_integers) integers.scores(k, scores, score_line, values);
-        if (!in_integers || !finite_scores(count))  // sums of integers may overflow before they get their unit
+        else if (scores_in_pairs) pairs.scores(k, scores, score_line, values);
+        if ((!in_integers && !scores_in_pairs) || !finite_scores(count))  // sums of integers may overflow before they get their unit
           score_quantized(k, query, key_length, rows == 1 ? 1 : whole, scores, score_line, values);
         softmax(key, count, run.bits == nullptr ? nullptr : run.bits + (key - run.begin));
         if (sums_in_integers) IntegerSums::add(v, scores, score_line, rows, output, dv, keys);
+        else if (sums_in_pairs) add_in_pairs(v, terms, scores, score_line, rows, output, dv, keys);
         else add_quantized(v, scores, score_line, padded, output, dv, keys);
       }
     }
@@ -304,7 +315,38 @@ struct FewRows {
 
   void softmax(int64_t key, int64_t keys, const uint64_t* bits) {
     const float factor = finished({transposed, key, keys, 0, round_up(rows, lanes), bounds.whole, bits});
-    for (int64_t r = 0; r < rows; r++) softmax_row(r, keys, factor);
+    int64_t row = 0;
+    if constexpr (reading == Reading::copied)
+      for (; is_quantized(p) && row + 4 <= rows; row += 4) softmax_four(row, keys, factor);
+    for (; row < rows; row++) softmax_row(row, keys, factor);
+  }
+
+  // Four rows of a tile at once: in a row alone most steps wait for the one before.
+  void softmax_four(int64_t row, int64_t keys, float factor) {
+    float* s = scores + row * score_line;
+    const int64_t end = round_up(keys, lanes), last = end - lanes;
+    Vector top[4], sum[4] = {};
+    FATUI_UNROLL for (int r = 0; r < 4; r++) {
+      float* edge = s + r * score_line + last;
+      top[r] = lane_numbers() < int32_t(keys - last) ? load(edge) : broadcast(-infinity);
+      store(edge, top[r]);
+    }
+    for (int64_t j = 0; j < last; j += lanes)
+      FATUI_UNROLL for (int r = 0; r < 4; r++) top[r] = larger(load(s + r * score_line + j), top[r]);
+    const Vector highest = fold_four(top, Larger{}) * factor;
+    float m[4];
+    FATUI_UNROLL for (int r = 0; r < 4; r++) {
+      if (highest[r] > state.maximum[row + r] + max_outgrown) move_reference(row + r, highest[r]);
+      m[r] = std::max(state.maximum[row + r], -largest);
+    }
+    for (int64_t j = 0; j < end; j += lanes) {
+      Vector p[4];
+      FATUI_UNROLL for (int r = 0; r < 4; r++) p[r] = (in_register(load(s + r * score_line + j) * factor) - m[r]) * log2_e;
+      exp2_together(p);
+      FATUI_UNROLL for (int r = 0; r < 4; r++) store(s + r * score_line + j, p[r]), sum[r] += p[r];
+    }
+    const Vector sums_of_rows = fold_four(sum);
+    FATUI_UNROLL for (int r = 0; r < 4; r++) state.sum[row + r] += sums_of_rows[r];
   }
 
   // Applies softcap and masks to the transposed scores, if there are any; returns the remaining factor of the scores.

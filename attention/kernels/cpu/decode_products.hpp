@@ -23,23 +23,39 @@ constexpr int addend(int i) {  // index of the first or second lane summed into 
   return i % half / 4 * 8 + (second ? 4 : 0) + k + i / half * lanes;
 }
 
-template <Step step, int... I>
-FATUI_INLINE Vector add_lanes(Vector a, Vector b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, addend<step, false>(I)...) +
-         __builtin_shufflevector(a, b, addend<step, true>(I)...);
+struct Plus {
+  FATUI_INLINE Vector operator()(Vector a, Vector b) const { return a + b; }
+};
+struct Larger {
+  FATUI_INLINE Vector operator()(Vector a, Vector b) const { return larger(a, b); }
+};
+
+template <Step step, class Both, int... I>
+FATUI_INLINE Vector join_lanes(Vector a, Vector b, Both both, std::integer_sequence<int, I...>) {
+  return both(__builtin_shufflevector(a, b, addend<step, false>(I)...), __builtin_shufflevector(a, b, addend<step, true>(I)...));
 }
 
-// Lane i of the result is the sum of x[i]'s lanes.
-template <int N = lanes>
-FATUI_INLINE Vector fold(const Vector* x) {
+// Lane i of the result is the sum of x[i]'s lanes, or their maximum; of four vectors, of a quarter of these: lanes 4 g + i together.
+template <int N = lanes, class Both = Plus>
+FATUI_INLINE Vector fold(const Vector* x, Both both = {}) {
   constexpr auto all = std::make_integer_sequence<int, lanes>{};
   if constexpr (N == 4) {
-    const Vector a = add_lanes<Step::alternating>(x[0], x[1], all);
-    const Vector b = add_lanes<Step::alternating>(x[2], x[3], all);
-    return add_lanes<Step::in_order>(a, b, all);
+    const Vector a = join_lanes<Step::alternating>(x[0], x[1], both, all);
+    const Vector b = join_lanes<Step::alternating>(x[2], x[3], both, all);
+    return join_lanes<Step::in_order>(a, b, both, all);
   } else {
-    return add_lanes<Step::groups>(fold<N / 2>(x), fold<N / 2>(x + N / 2), all);
+    return join_lanes<Step::groups>(fold<N / 2>(x, both), fold<N / 2>(x + N / 2, both), both, all);
   }
+}
+
+// Lane i of the first four is the sum, or the maximum, of x[i]'s lanes, for four vectors.
+template <class Both = Plus>
+FATUI_INLINE Vector fold_four(const Vector* x, Both both = {}) {
+  constexpr auto all = std::make_integer_sequence<int, lanes>{};
+  Vector y = fold<4>(x, both);
+  if constexpr (lanes >= 16) y = both(y, rotated<8>(y, all));
+  if constexpr (lanes >= 8) y = both(y, rotated<4>(y, all));
+  return y;
 }
 
 // Cache lines of a number of vectors of a type.

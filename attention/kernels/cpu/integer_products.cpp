@@ -1,21 +1,24 @@
-// Products of few query rows with packed numbers in integers.
+// Products of few query rows with packed numbers in integers; with those in e4m3 in pairs of bfloat16.
 //
-//   scores   A vector has the bytes of 16 dims for each of 4 rows, so that a key's bytes, repeated for each row, give the sums
-//            of all rows at once:
+//   scores   With VNNI a lane is a key, whose words are transposed; a word of a row's query, once of high and once of low bytes, is
+//            broadcast:
 //
-//              q   row 0, dims 0..15 | row 1, dims 0..15 | row 2 | row 3    S += scale (256 q_high n + q_low n) + bias sum(q)
-//              n   dims 0..15        | dims 0..15        | ...   | ...
+//              n   4 dims of key 0       | 4 dims of key 1 | ... key 15     S += scale (256 q_high n + q_low n) + bias sum(q)
+//              q   the same 4 of a row   | the same        | ...
 //
-//   output   Words of two adjacent keys, as 16-bit numbers: lane i of vector v is dim v of word i, on AVX2 a dim of a 16-bit part.
-//            The weights p * scale of a tile's keys are integers of 16 bits, too, in a unit of their own for each row and group:
+//            On AVX-512 without VNNI and on AVX2, scores are sums of 16-bit numbers: 8 words of a key, for 4 rows or for 2.
 //
-//              n   dim v of word 0, keys j and j + 1 | of word 1 | ...      O[row] += unit (w n) + sum of p * bias
-//              w   keys j and j + 1                  | the same  | ...
+//   output   Parts of 16 bits of two adjacent keys' words in turns, of which a field is taken. The weights p * scale of a tile's
+//            keys are integers of 16 bits, too, in a unit of their own for each row and group:
 //
-// On AVX-512 without VNNI and on AVX2, scores are sums of 16-bit numbers as well: 8 words of a key, for 4 rows or for 2.
+//              n   a dim of keys j and j + 1 | of the next part | ...       O[row] += unit (w n) + sum of p * bias
+//              w   keys j and j + 1          | the same         | ...
+//
+//   pairs    A number in e4m3 is looked up as the two bytes of a bfloat16, which holds it exactly; its scale, a power of two, is
+//            that of the sums, or of the weights. Queries and weights are one bfloat16 or, where that is too coarse, two.
 //
 // Numbers of other widths than 4 and 8 bits are spread to bytes first, a tile at a time, in the L1; without VNNI so are keys in
-// mxfp4.
+// mxfp4. With AVX-512 numbers in e2m1 are looked up as integers, of which they are halves.
 #include "decode_products.hpp"
 #include "packed.hpp"
 
@@ -25,7 +28,6 @@ namespace fatui {
 namespace {
 
 typedef uint16_t Shorts __attribute__((vector_size(lanes * 4)));
-typedef int16_t SignedShorts __attribute__((vector_size(lanes * 4)));
 typedef int16_t HalfShorts __attribute__((vector_size(lanes * 2)));
 
 constexpr int row_vectors = 16 / lanes, rows_of_vector = lanes / 4;  // of four query rows
@@ -69,15 +71,46 @@ FATUI_INLINE __m256i sixteen(const uint8_t* p) {
   return _mm256_srli_epi16(_mm256_mullo_epi16(bytes, _mm256_load_si256((const __m256i*)at.factor)), 16 - bits);
 }
 
+#if defined(__AVX512VBMI__)
+// For each of 64 numbers: the byte that it gets, of eight with its own, and where it begins in these.
+struct Gathering {
+  alignas(64) uint8_t bytes[64], first_bit[64];
+};
+template <int bits>
+constexpr Gathering gathering() {
+  Gathering all{};
+  for (int i = 0; i < 64; i++) all.bytes[i] = uint8_t(i / 8 * bits + std::min(i % 8, bits - 1)), all.first_bit[i] = uint8_t(i % 8 * bits);
+  return all;
+}
+
+// Sixty-four numbers as bytes.
+template <int bits>
+FATUI_INLINE __m512i sixty_four(const uint8_t* p) {
+  static constexpr Gathering at = gathering<bits>();
+  const __m512i packed = _mm512_maskz_loadu_epi8((uint64_t(1) << 8 * bits) - 1, p);
+  const __m512i eights = _mm512_permutexvar_epi8(_mm512_load_si512(at.bytes), packed);
+  const __m512i shifted = _mm512_multishift_epi64_epi8(_mm512_load_si512(at.first_bit), eights);
+  return _mm512_and_si512(shifted, _mm512_set1_epi8((1 << bits) - 1));
+}
+#endif
+
 // Rows of numbers as bytes: integers plus an offset; twice e2m1 plus an offset.
 template <int bits, Number number>
 void to_bytes(const Packed& from, int offset, uint8_t* out) {
   const __m256i plus = _mm256_set1_epi8(char(offset));
   const __m256i twice =
       _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
-  for (int64_t r = 0; r < from.rows; r++) {
+  int64_t rows = from.rows, dims = from.groups * from.group;
+  if (from.stride * 8 == dims * bits) dims *= rows, rows = 1;  // contiguous: one long row
+  for (int64_t r = 0; r < rows; r++) {
     const uint8_t* p = from.data + r * from.stride;
-    for (int64_t d = 0; d < from.groups * from.group; d += 32, p += 4 * bits, out += 32) {
+    int64_t d = 0;
+#if defined(__AVX512VBMI__)
+    if constexpr (number == Number::integer)
+      for (; d + 64 <= dims; d += 64, p += 8 * bits, out += 64)
+        _mm512_storeu_si512(out, _mm512_add_epi8(sixty_four<bits>(p), _mm512_set1_epi8(char(offset))));
+#endif
+    for (; d < dims; d += 32, p += 4 * bits, out += 32) {
       __m256i x = _mm256_packus_epi16(sixteen<bits>(p), sixteen<bits>(p + 2 * bits));
       x = _mm256_permute4x64_epi64(x, 0xd8);
       if constexpr (number == Number::e2m1) x = _mm256_shuffle_epi8(twice, x);
@@ -113,93 +146,209 @@ struct Spread {
   }
 };
 
-// Field i of each 16-bit number, from 0 on; and as a signed number.
+// Field i of each 16-bit number, from 0 on.
 template <int bits>
 FATUI_INLINE Words field_of(Words x, int i) {
   const auto moved = as<Shorts>(x) >> (bits * i);
   return as<Words>(bits * (i + 1) == 16 ? moved : moved & uint16_t((1 << bits) - 1));
 }
-template <int bits>
-FATUI_INLINE Words signed_field_of(Words x, int i) {
-  return as<Words>(as<SignedShorts>(as<Shorts>(x) << (16 - bits * (i + 1))) >> (16 - bits));
+
+template <int first, int... I>
+FATUI_INLINE Vector every_second(Vector a, Vector b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I + first)...);
 }
+constexpr auto all_lanes = std::make_integer_sequence<int, lanes>{};
 
-#if defined(__AVX512VNNI__)
-constexpr int64_t unit = 32;  // dims of two vectors
+// Scales and biases of a tile by groups, in whole vectors of keys; zeros after the last key.
+struct Columns {
+  struct Group {
+    alignas(64) float scale[max_quantized_rows], bias[max_quantized_rows];
+  };
+  Group of[max_groups];
 
-// The two vectors of 32 numbers, each with the 16 bytes of its dims four times: once for each row.
-template <int bits, Number number>
-FATUI_INLINE void unit_of(const uint8_t* p, __m512i (&x)[2]) {
-  const __m512i first = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
-  if constexpr (bits == 8) {
-    x[0] = first, x[1] = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)(p + 16)));
-  } else {
-    const __m512i low = _mm512_set1_epi8(15);
-    x[0] = _mm512_and_si512(first, low), x[1] = _mm512_and_si512(_mm512_srli_epi16(first, 4), low);
-    if constexpr (number == Number::e2m1) {  // twice the number, plus 12
-      const __m128i shifted = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
-      const __m512i values = _mm512_broadcast_i32x4(shifted);
-      x[0] = _mm512_shuffle_epi8(values, x[0]), x[1] = _mm512_shuffle_epi8(values, x[1]);
+  void read(const Packed& from) { read_scales(from), read(from.biases, from, of[0].bias); }
+  void read_scales(const Packed& from) { read(from.scales, from, of[0].scale); }
+  // Of numbers that are twice the values of e2m1, plus an offset.
+  void read_doubled(const Packed& from, float offset) {
+    read_scales(from);
+    for (int64_t g = 0; g < from.groups; g++)
+      for (int64_t j = 0; j < from.rows; j += lanes) {
+        const Vector half = load(of[g].scale + j) * 0.5f;
+        store(of[g].scale + j, half), store(of[g].bias + j, half * -offset);
+      }
+  }
+
+ private:
+  static constexpr int64_t line = sizeof(Group) / sizeof(float);
+
+  [[gnu::noinline]] static void read(const float* x, const Packed& from, float* out) {
+    int64_t done = 0;
+    switch (from.groups) {
+      case 1: done = whole<1>(x, from.rows, out); break;
+      case 2: done = whole<2>(x, from.rows, out); break;
+      case 4: done = whole<4>(x, from.rows, out); break;
+      case 8: done = whole<8>(x, from.rows, out); break;
+      default: break;
+    }
+    for (int64_t g = 0; g < from.groups && done < from.rows; g++) {
+      float* to = out + g * line;
+      std::fill(to + done, to + round_up(from.rows, lanes), 0.0f);
+      for (int64_t j = done; j < from.rows; j++) to[j] = x[j * from.groups + g];
     }
   }
-}
 
-// Four rows against all keys, four at a time.
-template <int bits, Number number>
-struct Scores4 {
-  static constexpr int together = 4;
-
-  static void run(const Packed& keys, const uint8_t* query, const float* sums, const float* units, float* s, int64_t line,
-                  Ahead& ahead) {
-    Ahead next = ahead;
-    for (int64_t j = 0; j < keys.rows; j += together) {
-      Vector total[together] = {};
-      const uint8_t* p[together];
-      int64_t at[together];
-      FATUI_UNROLL for (int n = 0; n < together; n++) {
-        const int64_t key = std::min(j + n, keys.rows - 1);
-        p[n] = keys.data + key * keys.stride, at[n] = key * keys.groups;
-      }
-      const uint8_t* q = query;
-      for (int64_t g = 0; g < keys.groups; g++) {
-        __m512i high[together] = {}, low[together] = {};
-        for (int64_t d = 0; d < keys.group; d += unit, q += 4 * 64) {
-          __m512i y[4];
-          FATUI_UNROLL for (int i = 0; i < 4; i++) y[i] = _mm512_load_si512(q + 64 * i);
-          next.ask<bits * together * unit / 8 / 64>();
-          FATUI_UNROLL for (int n = 0; n < together; n++) {
-            __m512i x[2];
-            unit_of<bits, number>(p[n], x);
-            high[n] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(high[n], x[0], y[0]), x[1], y[2]);
-            low[n] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(low[n], x[0], y[1]), x[1], y[3]);
-            p[n] += unit * bits / 8;
-          }
+  // Those of whole vectors of keys.
+  template <int groups>
+  static int64_t whole(const float* x, int64_t rows, float* out) {
+    int64_t j = 0;
+    for (; j + lanes <= rows; j += lanes) {
+      Vector all[groups];
+      FATUI_UNROLL for (int i = 0; i < groups; i++) all[i] = load(x + j * groups + i * lanes);
+      FATUI_UNROLL for (int step = 1; step < groups; step *= 2) {
+        Vector half[groups];
+        FATUI_UNROLL for (int i = 0; i < groups / 2; i++) {
+          half[i] = every_second<0>(all[2 * i], all[2 * i + 1], all_lanes);
+          half[i + groups / 2] = every_second<1>(all[2 * i], all[2 * i + 1], all_lanes);
         }
-        const Vector sum = load(sums + g * lanes);
-        FATUI_UNROLL for (int n = 0; n < together; n++) {
-          const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high[n], 8), low[n]);
-          const Vector product = (Vector)_mm512_cvtepi32_ps(both);
-          const float scale = keys.scales[at[n] + g];
-          total[n] = fused(total[n], product, broadcast(number == Number::e2m1 ? 0.5f * scale : scale));
-          total[n] = fused(total[n], sum, broadcast(number == Number::e2m1 ? -6 * scale : keys.biases[at[n] + g]));
-        }
+        FATUI_UNROLL for (int i = 0; i < groups; i++) all[i] = half[i];
       }
-      const Vector all = fold<together>(total) * load(units);
-      FATUI_UNROLL for (int r = 0; r < rows_together; r++)
-        std::memcpy(s + r * line + j, reinterpret_cast<const float*>(&all) + r * together, together * sizeof(float));
+      FATUI_UNROLL for (int i = 0; i < groups; i++) store(out + i * line + j, all[i]);
     }
-    ahead = next;
+    return j;
   }
 };
 
-// Integers of a row as high and low bytes.
+#if defined(__AVX512VNNI__)
+constexpr int64_t keys_together = 32;  // two vectors
+
+// Where rows are from the first of eight on; all of these take one instruction's address.
+struct Strides {
+  int64_t one, three, five, seven;
+
+  explicit Strides(int64_t stride) : one(stride), three(3 * stride), five(5 * stride), seven(7 * stride) {
+    asm("" : "+r"(one), "+r"(three), "+r"(five), "+r"(seven));  // not computed anew for each row
+  }
+  FATUI_INLINE int64_t operator()(int row) const {
+    return row == 3 ? three : row == 5 ? five : row == 6 ? 2 * three : row == 7 ? seven : row * one;
+  }
+};
+
+// Rows [j, j + keys_together), in place, or copies of them with the last key repeated.
+struct KeysTogether {
+  alignas(64) uint8_t copies[keys_together * 512];
+  const uint8_t* data;
+  int64_t stride;
+
+  KeysTogether(const Packed& keys, int64_t j, int64_t row_bytes) : data(keys.data + j * keys.stride), stride(keys.stride) {
+    if (j + keys_together <= keys.rows) return;
+    for (int64_t k = 0; k < keys_together; k++)
+      std::memcpy(copies + k * row_bytes, keys.data + std::min(j + k, keys.rows - 1) * keys.stride, size_t(row_bytes));
+    data = copies, stride = row_bytes;
+  }
+};
+
+// Words of 16 keys, from `first` and `ninth` on: x[i] has word i of each.
+FATUI_INLINE void transposed(const uint8_t* first, const uint8_t* ninth, const Strides& by, __m512i (&x)[4]) {
+  // Halves of vectors are put together by two instructions of 32 bytes: masked loads of whole ones use the ports of the products.
+  const auto half = [&](const uint8_t* p, int row) __attribute__((always_inline)) {
+    const __m256i low = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)(p + by(row))));
+    return _mm256_inserti128_si256(low, _mm_loadu_si128((const __m128i*)(p + by(row + 4))), 1);
+  };
+  __m512i y[4];
+  FATUI_UNROLL for (int i = 0; i < 4; i++) y[i] = _mm512_inserti64x4(_mm512_castsi256_si512(half(first, i)), half(ninth, i), 1);
+  const __m512i low[2] = {_mm512_unpacklo_epi32(y[0], y[1]), _mm512_unpacklo_epi32(y[2], y[3])};
+  const __m512i high[2] = {_mm512_unpackhi_epi32(y[0], y[1]), _mm512_unpackhi_epi32(y[2], y[3])};
+  x[0] = _mm512_unpacklo_epi64(low[0], low[1]), x[1] = _mm512_unpackhi_epi64(low[0], low[1]);
+  x[2] = _mm512_unpacklo_epi64(high[0], high[1]), x[3] = _mm512_unpackhi_epi64(high[0], high[1]);
+}
+
+FATUI_INLINE __m512i word_of(const uint8_t* p) {
+  int32_t word;
+  std::memcpy(&word, p, sizeof word);
+  return _mm512_set1_epi32(word);
+}
+
+// Four rows against all keys, 32 at a time.
+template <int bits, Number number>
+struct Scores4 {
+  static constexpr int vectors = 2;  // of keys
+
+  static void run(const Packed& keys, const Columns& columns, const uint8_t* query, const float* sums, const float* units, float* s,
+                  int64_t line, Ahead& ahead) {
+    Ahead next = ahead;
+    const int64_t pieces = keys.groups * keys.group * bits / 128, words = keys.group * bits / 32;
+    for (int64_t j = 0; j < keys.rows; j += keys_together) {
+      const KeysTogether some(keys, j, 16 * pieces);
+      const Strides by(some.stride);
+      const uint8_t* p[2 * vectors];
+      FATUI_UNROLL for (int i = 0; i < 2 * vectors; i++) p[i] = some.data + 8 * i * some.stride;
+      const uint8_t* q = query;
+      const char* ask = next.take(pieces * keys_together / 4, query);
+      Integers high[vectors][rows_together] = {}, low[vectors][rows_together] = {};
+      int64_t group = 0, left = words;
+      const auto finish_group = [&]() __attribute__((always_inline)) {
+        FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
+          const Vector sum = broadcast(sums[group * 16 + 4 * r]), unit = broadcast(units[4 * r]);
+          FATUI_UNROLL for (int v = 0; v < vectors; v++) {
+            float* to = s + r * line + j + v * lanes;
+            const Vector product = __builtin_convertvector((high[v][r] << 8) + low[v][r], Vector);
+            Vector total = group == 0 ? Vector{} : load(to);
+            total = fused(total, product, load(columns.of[group].scale + j + v * lanes));
+            total = fused(total, sum, load(columns.of[group].bias + j + v * lanes));
+            store(to, group == keys.groups - 1 ? total * unit : total);
+            high[v][r] = low[v][r] = Integers{};
+          }
+        }
+        group++, left = words;
+      };
+      for (int64_t piece = 0; piece < pieces; piece++) {
+        __m512i x[vectors][4];
+        FATUI_UNROLL for (int v = 0; v < vectors; v++) transposed(p[2 * v], p[2 * v + 1], by, x[v]);
+        FATUI_UNROLL for (int i = 0; i < 2 * vectors; i++) p[i] += 16;
+        FATUI_UNROLL for (int word = 0; word < 4; word++) {
+          FATUI_UNROLL for (int i = 0; i < vectors; i++) __builtin_prefetch(ask + 64 * i);
+          ask += 64 * vectors;
+          FATUI_UNROLL for (int i = 0; i < 8 / bits; i++, q += 32) {
+            __m512i y[vectors];
+            FATUI_UNROLL for (int v = 0; v < vectors; v++) y[v] = numbers_of(x[v][word], i);
+            FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
+              const __m512i of_row[2] = {word_of(q + 8 * r), word_of(q + 8 * r + 4)};
+              FATUI_UNROLL for (int v = 0; v < vectors; v++) {
+                high[v][r] = in_register((Integers)_mm512_dpbusd_epi32((__m512i)high[v][r], y[v], of_row[0]));
+                low[v][r] = in_register((Integers)_mm512_dpbusd_epi32((__m512i)low[v][r], y[v], of_row[1]));
+              }
+            }
+          }
+          in_order(high[vectors - 1][rows_together - 1], ask);  // lines are asked for between the products, not all before them
+          constexpr int least_group = number == Number::e2m1 ? 2 : 4;  // words
+          if (word % least_group == least_group - 1 && (left -= least_group) == 0) finish_group();
+        }
+      }
+    }
+    ahead = next;
+  }
+
+ private:
+  // Number i of each byte; twice e2m1, plus 12.
+  FATUI_INLINE static __m512i numbers_of(__m512i x, int i) {
+    if constexpr (bits == 8) return x;
+    x = _mm512_and_si512(i == 0 ? x : _mm512_srli_epi16(x, 4), _mm512_set1_epi8(15));
+    if constexpr (number == Number::e2m1)
+      x = _mm512_shuffle_epi8(
+          _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0)), x);
+    return x;
+  }
+};
+
+// Integers of a row as high and low bytes: 4 of each, the rows side by side.
 void place(const int32_t* integers, int64_t row, int64_t columns, int bits, uint8_t* query) {
-  uint8_t* to = query + row * 16;
-  for (int64_t d = 0; d < columns; d += unit, to += 4 * 64)
-    for (int vector = 0; vector < 2; vector++)
-      for (int b = 0; b < 16; b++) {
-        const int32_t number = integers[d + (bits == 8 ? 16 * vector + b : 2 * b + vector)], high = (number + 128) >> 8;
-        to[128 * vector + b] = uint8_t(high), to[128 * vector + 64 + b] = uint8_t(number - 256 * high);
+  uint8_t* to = query + row * 8;
+  const int64_t fields = 8 / bits;  // of a byte
+  for (int64_t d = 0; d < columns; d += 4 * fields)
+    for (int64_t field = 0; field < fields; field++, to += 32)
+      for (int64_t b = 0; b < 4; b++) {
+        const int32_t number = integers[d + b * fields + field], high = (number + 128) >> 8;
+        to[b] = uint8_t(high), to[4 + b] = uint8_t(number - 256 * high);
       }
 }
 constexpr bool takes_e2m1 = true;
@@ -227,8 +376,8 @@ template <int bits, Number>
 struct Scores4 {
   static constexpr int together = 4, fields = 16 / bits;
 
-  static void run(const Packed& keys, const uint8_t* query, const float* sums, const float* units, float* s, int64_t line,
-                  Ahead& ahead) {
+  static void run(const Packed& keys, const Columns&, const uint8_t* query, const float* sums, const float* units, float* s,
+                  int64_t line, Ahead& ahead) {
     switch (keys.group) {
       case 32: return run<bits / 4>(keys, query, sums, units, s, line, ahead);
       case 64: return run<bits / 2>(keys, query, sums, units, s, line, ahead);
@@ -262,7 +411,7 @@ struct Scores4 {
                 sum[v] = dot_pairs(sum[v], field_of<bits>(x, f), load_words(of_query));
               }
             // Otherwise the compiler multiplies all before it adds, and stores the products in between.
-            FATUI_UNROLL for (int v = 0; v < row_vectors; v++) sum[v] = as<Integers>(in_register(as<Vector>(sum[v])));
+            FATUI_UNROLL for (int v = 0; v < row_vectors; v++) sum[v] = in_register(sum[v]);
           }
           p[n] += 16 * pieces;
           const Vector scale = broadcast(keys.scales[at[n] + g]);
@@ -309,8 +458,10 @@ int score_bits(const Packing& packing) {
 }
 }  // namespace
 
-bool IntegerQueries::take(const Packing& packing, int64_t columns) {
-  return (packing.mode == Mode::affine || packing.mode == Mode::mxfp4) && columns % 32 == 0;
+bool IntegerQueries::take(const Packing& packing, int64_t columns, int64_t rows) {
+  const bool takes_nvfp4 = takes_e2m1 && rows > 1;
+  const bool takes = packing.mode == Mode::affine || packing.mode == Mode::mxfp4 || (takes_nvfp4 && packing.mode == Mode::nvfp4);
+  return takes && columns % 32 == 0;
 }
 
 bool IntegerQueries::read(const float* query, int64_t line, int64_t rows, int64_t columns, const Packing& packing,
@@ -324,23 +475,28 @@ bool IntegerQueries::read(const float* query, int64_t line, int64_t rows, int64_
   std::memset(bytes, 0, size_t(row_groups_ * rows_together * columns * 2));
   for (int64_t r = 0; r < rows; r++) {
     const float* q = query + r * line;
-    float largest = 0, mean = 0;  // of square roots, in which a few large numbers weigh less
-    for (int64_t d = 0; d < columns; d++) largest = std::max(largest, std::abs(q[d])), mean += std::sqrt(std::abs(q[d]));
-    mean /= float(columns);
+    alignas(64) float roots[512];
+    for (int64_t d = 0; d < columns; d++) roots[d] = std::sqrt(std::abs(q[d]));
+    Vector top{}, total{};
+    for (int64_t d = 0; d < columns; d += lanes) top = larger(magnitude(load(q + d)), top), total += load(roots + d);
+    const float largest = max_of(top), mean = sum_of(total) / float(columns);  // of square roots, in which a few large numbers weigh less
     if (!(largest <= largest_share * mean * mean) || largest > 0x1p100f) return false;
     if (largest < 0x1p-110f) {
       if (largest > 0) return false;
       continue;
     }
     const int64_t four = r / rows_together, lane = r % rows_together * 4;  // of 16, in one vector or in two
-    const float inverse = largest_integer / largest;
+    const Vector inverse = broadcast(largest_integer / largest), shifter = broadcast(12582912.0f);  // rounds to an integer
     std::fill_n(units + four * 16 + lane, 4, largest / largest_integer);
     alignas(64) int32_t integers[512];
-    for (int64_t d = 0; d < columns; d++) integers[d] = int32_t(std::nearbyint(q[d] * inverse));
     for (int64_t g = 0; g < groups; g++) {
-      float sum = 0;
-      for (int64_t d = g * packing.group; d < (g + 1) * packing.group; d++) sum += float(integers[d]);
-      std::fill_n(sums + (four * groups + g) * 16 + lane, sum_lanes, sum);
+      Vector sum{};
+      for (int64_t d = g * packing.group; d < (g + 1) * packing.group; d += lanes) {
+        const Vector whole = (load(q + d) * inverse + shifter) - shifter;
+        store(reinterpret_cast<float*>(integers + d), as<Vector>(__builtin_convertvector(whole, Integers)));
+        sum += whole;
+      }
+      std::fill_n(sums + (four * groups + g) * 16 + lane, sum_lanes, sum_of(sum));
     }
     place(integers, r % rows_together, columns, score_bits(packing), bytes + four * rows_together * columns * 2);
   }
@@ -353,36 +509,31 @@ void IntegerQueries::scores(const QuantizedRows& keys, float* s, int64_t line, A
     Spread buffer;
     const bool spread = score_bits(packing) != packing.bits;
     const Packed packed = spread ? buffer.of(given, packing, packing.mode == Mode::mxfp4 ? 12 : 0) : given;
+    [[maybe_unused]] Columns columns;
+    if constexpr (takes_e2m1) {
+      if (packing.mode == Mode::affine) columns.read(packed);
+      else columns.read_doubled(packed, 12);
+    }
     for (int64_t four = 0; four < row_groups_; four++) {
       const auto* bytes = bytes_ + four * rows_together * keys.columns * 2;
       const float *sums = sums_ + four * packed.groups * 16, *units = units_ + four * 16;
       float* to = s + four * rows_together * line;
       if (score_bits(packing) == 4 && packing.mode != Mode::affine)
-        Scores4<4, Number::e2m1>::run(packed, bytes, sums, units, to, line, next);
-      else if (score_bits(packing) == 4) Scores4<4, Number::integer>::run(packed, bytes, sums, units, to, line, next);
-      else Scores4<8, Number::integer>::run(packed, bytes, sums, units, to, line, next);
+        Scores4<4, Number::e2m1>::run(packed, columns, bytes, sums, units, to, line, next);
+      else if (score_bits(packing) == 4) Scores4<4, Number::integer>::run(packed, columns, bytes, sums, units, to, line, next);
+      else Scores4<8, Number::integer>::run(packed, columns, bytes, sums, units, to, line, next);
     }
   });
 }
 namespace {
 
-template <int... I>
-FATUI_INLINE Vector every_second(Vector a, Vector b, int64_t first, std::integer_sequence<int, I...>) {
-  return first == 0 ? __builtin_shufflevector(a, b, (2 * I)...) : __builtin_shufflevector(a, b, (2 * I + 1)...);
-}
-
-constexpr auto all_lanes = std::make_integer_sequence<int, lanes>{};
-constexpr int64_t max_value_groups = 512 / 32;
 constexpr float largest_weight = 32767;
-#if defined(__AVX512BW__)
-constexpr bool signed_numbers = true;
-#else
-constexpr bool signed_numbers = false;
-#endif
 
-// Lanes [i lanes / groups, (i + 1) lanes / groups) are those of x[i * stride].
+// Lanes [i lanes / groups, (i + 1) lanes / groups) are those of x[i * stride]. Of eight groups of 16 numbers of 4 bits, the parts of
+// every other one are in a vector.
 template <int groups>
 FATUI_INLINE Words by_groups(const void* x, int64_t stride) {
+  if constexpr (groups == 8) return by_groups<4>(x, 2 * stride);
   Words all{};
   FATUI_UNROLL for (int i = 0; i < groups; i++) {
     uint32_t word;
@@ -394,118 +545,116 @@ FATUI_INLINE Words by_groups(const void* x, int64_t stride) {
 }
 
 // The weights p * scale of a tile: 4 rows, groups, keys; their units; and the sums of p * bias. Numbers count from -centre on,
-// which leaves less to the rounding of the weights; the biases are those of the number at the centre. Where numbers are not read
-// as signed, the centre's part is subtracted from the sums.
+// which leaves less to the rounding of the weights: the biases are those of the number at the centre, and the offset has the
+// centre's part of the sums of products, whose numbers are not negative.
 struct Weights {
-  alignas(64) int16_t number[rows_together][max_value_groups][max_quantized_rows];
-  float unit[rows_together][max_value_groups], offset[rows_together][max_value_groups];
-  int32_t sum_of_numbers[rows_together][max_value_groups];
+  // Groups outermost, so that those that there are lie together: rows 4 KiB apart would share sets of the L1, and displace keys.
+  alignas(64) int16_t number[max_groups][rows_together][max_quantized_rows];
+  float unit[max_groups][rows_together], offset[max_groups][rows_together];
 
-  void read(const Packed& values, float centre, const float* p, int64_t p_line, int64_t rows) {
-    for (int64_t g = 0; g < values.groups; g++) {
-      alignas(64) float scale[max_quantized_rows], bias[max_quantized_rows];
-      of_group(values.scales, g, values.groups, values.rows, scale);
-      of_group(values.biases, g, values.groups, values.rows, bias);
-      read(g, centre, scale, bias, p, p_line, rows, round_up(values.rows, lanes));
-    }
+  void read(const Packed& values, const Columns& columns, float centre, const float* p, int64_t p_line, int64_t rows) {
+    const float* row[rows_together];  // of rows that are not there, the first one is read
+    FATUI_UNROLL for (int r = 0; r < rows_together; r++) row[r] = p + (r < rows ? r : 0) * p_line;
+    const int64_t keys = round_up(values.rows, lanes);
+    // Each step for all groups: a step waits for the one before.
+    for (int64_t g = 0; g < values.groups; g++) measure(g, centre, columns.of[g].scale, columns.of[g].bias, row, keys);
+    for (int64_t g = 0; g < values.groups; g++) to_integers(g, centre, columns.of[g].scale, row, keys);
   }
 
   // Those of two adjacent keys, of some groups from one on.
   template <int groups>
   FATUI_INLINE Words of_pair(int r, int64_t group, int64_t pair) const {
-    return by_groups<groups>(number[r][group] + 2 * pair, sizeof number[r][group]);
+    return by_groups<groups>(number[group][r] + 2 * pair, sizeof number[group]);
   }
 
  private:
-  static Vector of_two(const float* x, int64_t g) { return every_second(load(x), load(x + lanes), g, all_lanes); }
+  float inverse[max_groups][rows_together];
 
-  // Every `groups`-th number, and zeros up to whole vectors.
-  static void of_group(const float* x, int64_t g, int64_t groups, int64_t keys, float* out) {
-    const int64_t end = round_up(keys, lanes);
-    std::fill(out + keys, out + end, 0.0f);
-    int64_t j = 0;
-    for (; groups == 2 && j + lanes <= keys; j += lanes) store(out + j, of_two(x + 2 * j, g));
-    for (; groups == 4 && j + lanes <= keys; j += lanes)
-      store(out + j, every_second(of_two(x + 4 * j, g % 2), of_two(x + 4 * j + 2 * lanes, g % 2), g / 2, all_lanes));
-    for (; j < keys; j++) out[j] = x[j * groups + g];
-  }
-
-  void read(int64_t g, float centre, const float* scale, const float* bias, const float* p, int64_t p_line, int64_t rows,
-            int64_t keys) {
+  void measure(int64_t g, float centre, const float* scale, const float* bias, const float* const* row, int64_t keys) {
     Vector top[rows_together] = {}, sum[rows_together] = {};
-    const float* row[rows_together];  // of rows that are not there, the first one is read
-    FATUI_UNROLL for (int r = 0; r < rows_together; r++) row[r] = p + (r < rows ? r : 0) * p_line;
     for (int64_t j = 0; j < keys; j += lanes) {
       const Vector s = load(scale + j), at_centre = fused(load(bias + j), s, broadcast(centre));
       FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
         const Vector weight = load(row[r] + j);
-        top[r] = larger(magnitude(weight * s), top[r]), sum[r] = fused(sum[r], weight, at_centre);
+        top[r] = larger(in_register(magnitude(weight * s)), top[r]), sum[r] = fused(sum[r], weight, at_centre);
       }
     }
-    Vector inverse[rows_together];
-    FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
-      const float largest = max_of(top[r]);
-      inverse[r] = broadcast(largest > 0x1p-100f ? largest_weight / largest : 0.0f);
-      unit[r][g] = largest / largest_weight, offset[r][g] = sum_of(sum[r]);
-    }
-    Vector total[rows_together] = {};  // of integers, exactly
+    const Vector most = fold_four(top, Larger{}), offsets = fold_four(sum);
+    const Vector units = most / largest_weight, all_inverse = most > 0x1p-100f ? largest_weight / most : Vector{};
+    std::memcpy(unit[g], &units, sizeof unit[g]);
+    std::memcpy(offset[g], &offsets, sizeof offset[g]);
+    std::memcpy(inverse[g], &all_inverse, sizeof inverse[g]);
+  }
+
+  void to_integers(int64_t g, float centre, const float* scale, const float* const* row, int64_t keys) {
+    const Vector shifter = broadcast(12582912.0f);  // adding it rounds to an integer, in the low bits
+    Words total[rows_together] = {};
     for (int64_t j = 0; j < keys; j += lanes) {
-      const Vector s = load(scale + j), shifter = broadcast(12582912.0f);  // adding it rounds to an integer, in the low bits
+      const Vector s = load(scale + j);
       FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
-        const Vector shifted = fused(shifter, load(row[r] + j) * s, inverse[r]);
-        if constexpr (!signed_numbers) total[r] += shifted - shifter;
-        const HalfShorts numbers = __builtin_convertvector(as<Integers>(shifted), HalfShorts);
-        std::memcpy(number[r][g] + j, &numbers, sizeof numbers);
+        const auto shifted = as<Integers>(fused(shifter, load(row[r] + j) * s, broadcast(inverse[g][r])));
+        total[r] += as<Words>(shifted);
+        const HalfShorts numbers = __builtin_convertvector(shifted, HalfShorts);
+        std::memcpy(number[g][r] + j, &numbers, sizeof numbers);
       }
     }
-    if constexpr (!signed_numbers)
-      FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
-        const float all = sum_of(total[r]);
-        sum_of_numbers[r][g] = all == all ? int32_t(all) : 0;  // NaN comes with the offset
-      }
+    Vector whole[rows_together];
+    const Words of_shifters = as<Words>(shifter) * uint32_t(keys / lanes);  // modulo 2^32, as the totals are
+    FATUI_UNROLL for (int r = 0; r < rows_together; r++) whole[r] = __builtin_convertvector(as<Integers>(total[r] - of_shifters), Vector);
+    const Vector totals = fold_four(whole) * centre;
+    FATUI_UNROLL for (int r = 0; r < rows_together; r++) offset[g][r] -= unit[g][r] * totals[r];
   }
 };
 
-#if defined(__AVX512BW__)
-// Numbers of words of two adjacent keys, as signed ones of 16 bits with others in them: the lower or upper halves of the words.
-template <int bits, bool upper>
-FATUI_INLINE Words halves_of(const uint8_t* p, const Packed& values, int64_t j) {
-  Words a, b;
-  std::memcpy(&a, p + j * values.stride, sizeof a);
-  std::memcpy(&b, p + std::min(j + 1, values.rows - 1) * values.stride, sizeof b);
-  constexpr uint32_t tops = bits == 4 ? 0x88888888u : 0x80808080u;  // n - centre: the top bit becomes a sign
-  return (upper ? (a >> 16) | (b & 0xffff0000u) : (a & 0xffffu) | (b << 16)) ^ tops;
-}
+// Some vectors of a block of `lanes` words, 4 rows: fields of the 16-bit parts of the words, of the four lower parts of each 16
+// bytes or of the upper ones:
+//
+//   part i of key j | of key j + 1 | part i + 1 of key j | of key j + 1 | ...
+//
+// A pair's weights are broadcast when they are used: kept as vectors, they would take 4 KiB of the L1, and as many instructions.
+template <int bits, Number number, int first, int groups>
+struct Fields {
+  static constexpr int vectors = registers == 32 ? 4 : 2, fields = 16 / bits, runs = 32 / bits / vectors;  // of a block
 
-constexpr int block_vectors = 4;  // that are summed at once
-
-// Some vectors of a block of `lanes` words: 4 rows x 4 vectors.
-template <int bits, int first, int groups>
-struct Block {
-  static constexpr int count = block_vectors, fields = 16 / bits;
-  static constexpr bool low = first < fields, high = first + count > fields;
-
-  static void run(const Packed& values, const Weights& weights, int64_t block, float* output, int64_t line, Ahead& ahead) {
+  [[gnu::noinline]] static void run(const Packed& values, const Weights& weights, int64_t block, float* output, int64_t line,
+                                    Ahead& ahead) {
     Ahead next = ahead;
     const uint8_t* p = values.data + block * lanes * 4;
-    const int64_t group = block * lanes * (32 / bits) / values.group;
-    Integers sum[rows_together][count] = {};
-    for (int64_t pair = 0; 2 * pair < values.rows; pair++) {
-      Words halves[2], weight[rows_together];
-      if constexpr (first == 0) next.ask<lanes / 8>();
-      if constexpr (low) halves[0] = halves_of<bits, false>(p, values, 2 * pair);
-      if constexpr (high) halves[1] = halves_of<bits, true>(p, values, 2 * pair);
-      FATUI_UNROLL for (int r = 0; r < rows_together; r++) weight[r] = weights.of_pair<groups>(r, group, pair);
-      FATUI_UNROLL for (int v = 0; v < count; v++) {
-        const Words x = signed_field_of<bits>(halves[(first + v) / fields], (first + v) % fields);
-        FATUI_UNROLL for (int r = 0; r < rows_together; r++) sum[r][v] = dot_pairs(sum[r][v], x, weight[r]);
+    const int64_t group = block * lanes * (32 / bits) / values.group + (groups == 8 ? first / fields : 0), stride = values.stride;
+    Integers sum[rows_together][vectors] = {};
+    const auto add = [&](int64_t pair, const uint8_t* a, const uint8_t* b) __attribute__((always_inline)) {
+      Words x[vectors];
+      read(a, b, x);
+      FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
+        const Words w = in_register(weights.of_pair<groups>(r, group, pair));
+        FATUI_UNROLL for (int v = 0; v < vectors; v++) sum[r][v] = dot_pairs(sum[r][v], x[v], w);
+        // Otherwise the compiler multiplies all before it adds, and stores the products in between.
+        FATUI_UNROLL for (int v = 0; v < vectors; v++) sum[r][v] = in_register(sum[r][v]);
       }
+    };
+    const int64_t pairs = values.rows / 2;
+    int64_t pair = 0;
+    if constexpr (registers == 32) {
+      const char* ask = next.take(2 * pairs / runs, &weights);
+      for (; 2 * pair < values.rows; pair++, p += 2 * stride, ask += 128 / runs) {
+        FATUI_UNROLL for (int i = 0; i < 2 / runs; i++) __builtin_prefetch(ask + 64 * i);
+        add(pair, p, 2 * pair + 1 < values.rows ? p + stride : p);  // the weight of a key that is not there is zero
+      }
+    } else {
+      constexpr int some = 4;  // pairs, whose numbers in a block are four cache lines
+      for (; pair + some <= pairs; pair += some) {
+        if constexpr (first % fields == 0) next.ask_two();  // in two of the block's sums
+        FATUI_UNROLL for (int i = 0; i < some; i++, p += 2 * stride) add(pair + i, p, p + stride);
+      }
+      for (; pair < pairs; pair++, p += 2 * stride) add(pair, p, p + stride);
+      if (values.rows % 2 != 0) add(pair, p, p);
     }
     float* out = output + block * lanes * (32 / bits) + first * lanes;
+    finish(sum);
     FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
-      const Vector unit = as<Vector>(by_groups<groups>(weights.unit[r] + group, sizeof(float)));
-      const Vector offset = as<Vector>(by_groups<groups>(weights.offset[r] + group, sizeof(float)));
-      FATUI_UNROLL for (int v = 0; v < count; v++) {
+      const Vector unit = as<Vector>(by_groups<groups>(&weights.unit[group][r], sizeof weights.unit[0]));
+      const Vector offset = as<Vector>(by_groups<groups>(&weights.offset[group][r], sizeof weights.offset[0]));
+      FATUI_UNROLL for (int v = 0; v < vectors; v++) {
         float* to = out + r * line + v * lanes;
         store(to, load(to) + fused(offset, __builtin_convertvector(sum[r][v], Vector), unit));
       }
@@ -515,101 +664,66 @@ struct Block {
 
   static void all(const Packed& values, const Weights& weights, int64_t block, float* output, int64_t line, Ahead& next) {
     run(values, weights, block, output, line, next);
-    if constexpr (first + count < 32 / bits)
-      Block<bits, first + count, groups>::all(values, weights, block, output, line, next);
-  }
-};
-
-template <int bits>
-void add_blocks(const Packed& values, const Weights& weights, float* output, int64_t line, Ahead& next) {
-  constexpr int dims = lanes * 32 / bits;
-  for (int64_t block = 0; block < values.groups * values.group / dims; block++)
-    if (values.group >= dims) Block<bits, 0, 1>::all(values, weights, block, output, line, next);
-    else if (values.group == dims / 2) Block<bits, 0, 2>::all(values, weights, block, output, line, next);
-    else if constexpr (dims > 64) Block<bits, 0, 4>::all(values, weights, block, output, line, next);
-}
-
-// Which dim of a block lane i of its vector v holds.
-int64_t dim_of(int64_t vectors, int64_t v, int64_t i) { return i * vectors + v; }
-#else
-// Two vectors of a block of 8 words, 4 rows: two fields of the 16-bit parts of the words, of the four lower parts of each half or
-// of the upper ones:
-//
-//   part i of key j | of key j + 1 | part i + 1 of key j | of key j + 1 | ...
-//
-// A pair's weights are broadcast when they are used: kept as vectors, they would take 4 KiB of the L1, and as many instructions.
-template <int bits, bool upper, int field, int groups>
-struct Fields {
-  [[gnu::noinline]] static void run(const Packed& values, const Weights& weights, int64_t block, float* output, int64_t line,
-                                    Ahead& ahead) {
-    Ahead next = ahead;
-    const uint8_t* p = values.data + block * lanes * 4;
-    const int64_t group = block * lanes * (32 / bits) / values.group, stride = values.stride;
-    Integers sum[rows_together][2] = {};
-    const auto add = [&](int64_t pair, const uint8_t* a, const uint8_t* b) __attribute__((always_inline)) {
-      Words x[2];
-      read(a, b, x);
-      FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
-        const auto w = as<Words>(in_register(as<Vector>(weights.of_pair<groups>(r, group, pair))));
-        sum[r][0] = dot_pairs(sum[r][0], x[0], w);
-        sum[r][1] = dot_pairs(sum[r][1], x[1], w);
-        // Otherwise the compiler multiplies all before it adds, and stores the products in between.
-        FATUI_UNROLL for (int v = 0; v < 2; v++) sum[r][v] = as<Integers>(in_register(as<Vector>(sum[r][v])));
-      }
-    };
-    constexpr int some = 4;  // pairs, whose numbers in a block are four cache lines
-    const int64_t pairs = values.rows / 2;
-    int64_t pair = 0;
-    for (; pair + some <= pairs; pair += some) {
-      if constexpr (field == 0) next.ask_two();  // in two of the block's sums
-      FATUI_UNROLL for (int i = 0; i < some; i++, p += 2 * stride) add(pair + i, p, p + stride);
-    }
-    for (; pair < pairs; pair++, p += 2 * stride) add(pair, p, p + stride);
-    if (values.rows % 2 != 0) add(pair, p, p);  // the weight of the key that is not there is zero
-    float* out = output + block * lanes * (32 / bits) + (upper * (16 / bits) + field) * lanes;
-    FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
-      const Vector unit = as<Vector>(by_groups<groups>(weights.unit[r] + group, sizeof(float)));
-      const Vector offset = as<Vector>(by_groups<groups>(weights.offset[r] + group, sizeof(float)));
-      const Words weight = by_groups<groups>(weights.sum_of_numbers[r] + group, sizeof(int32_t));
-      const auto at_centre = as<Integers>(weight << (bits - 1));
-      finish(sum[r]);
-      FATUI_UNROLL for (int v = 0; v < 2; v++) {
-        float* to = out + r * line + v * lanes;
-        store(to, load(to) + fused(offset, __builtin_convertvector(sum[r][v] - at_centre, Vector), unit));
-      }
-    }
-    ahead = next;
+    if constexpr (first + vectors < 32 / bits)
+      Fields<bits, number, first + vectors, groups>::all(values, weights, block, output, line, next);
   }
 
  private:
   // Numbers of two keys, or what sums of them can be made of by `finish`, with an instruction for each.
-  FATUI_INLINE static void read(const uint8_t* a, const uint8_t* b, Words (&x)[2]) {
-    const __m256i of_a = _mm256_loadu_si256((const __m256i*)a), of_b = _mm256_loadu_si256((const __m256i*)b);
-    const auto both = as<Shorts>(upper ? _mm256_unpackhi_epi16(of_a, of_b) : _mm256_unpacklo_epi16(of_a, of_b));
-    if constexpr (bits == 8) x[0] = as<Words>(both & 255), x[1] = as<Words>(both >> 8);
-    else if constexpr (field == 0) x[0] = as<Words>(both & 15), x[1] = as<Words>(both & 240);  // 16 times the number
-    else x[0] = as<Words>(both >> 8), x[1] = as<Words>(both >> 12);  // the number and 16 times the next; the next
+  FATUI_INLINE static void read(const uint8_t* a, const uint8_t* b, Words (&x)[vectors]) {
+    FATUI_UNROLL for (int v = 0; v < vectors; v++) {
+      const auto both = as<Shorts>(parts_of(a, b, (first + v) / fields));
+      const int field = (first + v) % fields;
+#if defined(__AVX512BW__)
+      if constexpr (number == Number::e2m1) {
+        x[v] = (Words)_mm512_permutexvar_epi16((__m512i)(both >> 4 * field), twice_e2m1());
+        continue;
+      }
+#endif
+      if (bits == 8) x[v] = as<Words>(field == 0 ? both & 255 : both >> 8);
+      else if (field == 0) x[v] = as<Words>(both & 15);
+      else if (field == 1) x[v] = as<Words>(both & 240);  // 16 times the number
+      else x[v] = as<Words>(both >> 4 * field);           // the number and 16 times the next; the next
+    }
   }
-  FATUI_INLINE static void finish(Integers (&sum)[2]) {
-    if constexpr (bits == 4 && field == 0) sum[1] >>= 4;
-    if constexpr (bits == 4 && field == 2) sum[0] = as<Integers>(as<Words>(sum[0]) - (as<Words>(sum[1]) << 4));  // modulo 2^32
+#if defined(__AVX512BW__)
+  // Looked up by the lowest five bits, of which the highest is another number's.
+  FATUI_INLINE static __m512i twice_e2m1() {
+    alignas(64) static constexpr int16_t values[32] = {0, 1,  2,  3,  4,  6,  8,  12, 0, -1, -2, -3, -4, -6, -8, -12,
+                                                       0, 1,  2,  3,  4,  6,  8,  12, 0, -1, -2, -3, -4, -6, -8, -12};
+    return _mm512_load_si512(values);
+  }
+#endif
+  FATUI_INLINE static Words parts_of(const uint8_t* a, const uint8_t* b, int upper) {
+#if defined(__AVX512BW__)
+    const __m512i of_a = _mm512_loadu_si512(a), of_b = _mm512_loadu_si512(b);
+    return (Words)(upper ? _mm512_unpackhi_epi16(of_a, of_b) : _mm512_unpacklo_epi16(of_a, of_b));
+#else
+    const __m256i of_a = _mm256_loadu_si256((const __m256i*)a), of_b = _mm256_loadu_si256((const __m256i*)b);
+    return (Words)(upper ? _mm256_unpackhi_epi16(of_a, of_b) : _mm256_unpacklo_epi16(of_a, of_b));
+#endif
+  }
+  FATUI_INLINE static void finish(Integers (&sum)[rows_together][vectors]) {
+    if constexpr (bits == 4 && number == Number::integer)
+      FATUI_UNROLL for (int r = 0; r < rows_together; r++)
+        FATUI_UNROLL for (int v = 0; v < vectors; v++) {
+          const int field = (first + v) % fields;
+          if (field == 1) sum[r][v] >>= 4;
+          if (field == 2) sum[r][v] = as<Integers>(as<Words>(sum[r][v]) - (as<Words>(sum[r][v + 1]) << 4));  // modulo 2^32
+        }
   }
 };
 
-template <int bits, int groups>
-void add_block(const Packed& values, const Weights& weights, int64_t block, float* output, int64_t line, Ahead& next) {
-  Fields<bits, false, 0, groups>::run(values, weights, block, output, line, next);
-  if constexpr (bits == 4) Fields<bits, false, 2, groups>::run(values, weights, block, output, line, next);
-  Fields<bits, true, 0, groups>::run(values, weights, block, output, line, next);
-  if constexpr (bits == 4) Fields<bits, true, 2, groups>::run(values, weights, block, output, line, next);
-}
-
-template <int bits>
+template <int bits, Number number>
 void add_blocks(const Packed& values, const Weights& weights, float* output, int64_t line, Ahead& next) {
-  constexpr int dims = lanes * 32 / bits;
+  constexpr int64_t dims = lanes * 32 / bits, least_group = number == Number::e2m1 ? 16 : 32;
   for (int64_t block = 0; block < values.groups * values.group / dims; block++)
-    if (values.group >= dims) add_block<bits, 1>(values, weights, block, output, line, next);
-    else if constexpr (dims > 32) add_block<bits, 2>(values, weights, block, output, line, next);
+    switch (dims / values.group) {
+      case 8: if constexpr (dims >= 8 * least_group) Fields<bits, number, 0, 8>::all(values, weights, block, output, line, next); break;
+      case 4: if constexpr (dims >= 4 * least_group) Fields<bits, number, 0, 4>::all(values, weights, block, output, line, next); break;
+      case 2: if constexpr (dims >= 2 * least_group && number == Number::integer) Fields<bits, number, 0, 2>::all(values, weights, block, output, line, next); break;
+      default: if constexpr (number != Number::e2m1) Fields<bits, number, 0, 1>::all(values, weights, block, output, line, next);
+    }
 }
 
 // Which dim of a block lane i of its vector v holds.
@@ -617,29 +731,34 @@ int64_t dim_of(int64_t vectors, int64_t v, int64_t i) {
   const int64_t fields = vectors / 2;
   return (i / 4 * 8 + v / fields * 4 + i % 4) * fields + v % fields;
 }
-#endif
 
 // Bits of the numbers that the output is summed from.
 int sum_bits(const Packing& packing) { return packing.bits == 4 ? 4 : 8; }
 }  // namespace
 
-bool IntegerSums::take(const Packing& packing, int64_t columns) {
-  return packing.mode == Mode::affine && columns % (lanes * 32 / sum_bits(packing)) == 0;
+bool IntegerSums::take(const Packing& packing, int64_t columns, int64_t rows) {
+  const bool of_four = lanes == 16 && (packing.mode == Mode::mxfp4 || (packing.mode == Mode::nvfp4 && rows > 1));
+  return (packing.mode == Mode::affine || of_four) && columns % (lanes * 32 / sum_bits(packing)) == 0;
 }
 
 void IntegerSums::add(const QuantizedRows& values, const float* p, int64_t p_line, int64_t count, float* output,
                       int64_t output_line, Ahead& next) {
   with_packed(values, [&](const Packed& given) {
     const Packing& packing = values.packing;
-    const int centre = 1 << (packing.bits - 1);
+    const bool doubled = packing.mode != Mode::affine;
+    const float centre = doubled ? 0 : float(1 << (packing.bits - 1));
     Weights weights;
+    Columns columns;
     Spread buffer;
-    const Packed packed = sum_bits(packing) == packing.bits ? given : buffer.of(given, packing, 128 - centre);
+    const Packed packed = sum_bits(packing) == packing.bits ? given : buffer.of(given, packing, 0);
+    if (doubled) columns.read_doubled(packed, 0);
+    else columns.read(packed);
     for (int64_t row = 0; row < count; row += rows_together) {
-      weights.read(packed, float(centre), p + row * p_line, p_line, count - row);
+      weights.read(packed, columns, centre, p + row * p_line, p_line, count - row);
       float* to = output + row * output_line;
-      if (sum_bits(packing) == 4) add_blocks<4>(packed, weights, to, output_line, next);
-      else add_blocks<8>(packed, weights, to, output_line, next);
+      if (sum_bits(packing) == 8) add_blocks<8, Number::integer>(packed, weights, to, output_line, next);
+      else if (lanes < 16 || !doubled) add_blocks<4, Number::integer>(packed, weights, to, output_line, next);
+      else if constexpr (lanes == 16) add_blocks<4, Number::e2m1>(packed, weights, to, output_line, next);
     }
   });
 }
@@ -653,13 +772,234 @@ void IntegerSums::order(const Packing& packing, int64_t columns, float* output) 
     std::copy_n(ordered, dims, block);
   }
 }
+
+#if defined(FATUI_PAIRS_OF_E4M3)
+namespace {
+
+// The magnitudes of e4m3 in bfloat16, exactly.
+struct Magnitudes {
+  alignas(64) uint8_t low[128], high[128];
+};
+constexpr Magnitudes magnitudes() {
+  Magnitudes all{};
+  for (int i = 0; i < 128; i++) {
+    int exponent = i >> 3, fraction = i & 7;
+    if (exponent == 0 && fraction > 0)
+      for (exponent = 1; fraction < 8; exponent--) fraction *= 2;
+    const int number = i == 0 ? 0 : i == 127 ? 0x7fc0 : (exponent + 120) << 7 | (fraction & 7) << 4;
+    all.low[i] = uint8_t(number), all.high[i] = uint8_t(number >> 8);
+  }
+  return all;
+}
+
+// Numbers in e4m3 as the two bytes of a bfloat16.
+struct Lookup {
+  __m512i low[2], high[2];
+
+  Lookup() {
+    static constexpr Magnitudes all = magnitudes();
+    FATUI_UNROLL for (int i = 0; i < 2; i++)
+      low[i] = _mm512_load_si512(all.low + 64 * i), high[i] = _mm512_load_si512(all.high + 64 * i);
+  }
+  FATUI_INLINE void bytes_of(__m512i x, __m512i& low_byte, __m512i& high_byte) const {
+    low_byte = _mm512_permutex2var_epi8(low[0], x, low[1]);
+    high_byte = _mm512_permutex2var_epi8(high[0], x, high[1]);
+    high_byte = _mm512_ternarylogic_epi64(high_byte, x, _mm512_set1_epi8(char(0x80)), 0xf8);  // a | (b & c)
+  }
+};
+
+// The bfloat16 nearest to numbers, and that nearest to what is left.
+FATUI_INLINE Words two_terms(Vector x) {
+  const Words high = rounded_to_bfloat16(x), low = rounded_to_bfloat16(x - as<Vector>(high << 16));
+  return high | low << 16;
+}
+
+// Four rows against all keys, 32 at a time, with `terms` bfloat16 for a number of the query.
+template <int terms>
+void score_pairs(const Packed& keys, const Columns& columns, const uint8_t* query, float unit, float* s, int64_t line, Ahead& ahead) {
+  constexpr int vectors = 2;
+  const Lookup lookup;
+  Ahead next = ahead;
+  for (int64_t j = 0; j < keys.rows; j += keys_together) {
+    const KeysTogether some(keys, j, 32 * keys.groups);
+    const Strides by(some.stride);
+    const uint8_t* p[2 * vectors];
+    FATUI_UNROLL for (int i = 0; i < 2 * vectors; i++) p[i] = some.data + 8 * i * some.stride;
+    const uint8_t* q = query;
+    const char* ask = next.take(keys.groups * keys_together / 2, query);
+    for (int64_t group = 0; group < keys.groups; group++) {
+      Vector sum[vectors][rows_together] = {};
+      for (int piece = 0; piece < 2; piece++) {
+        __m512i x[vectors][4];
+        FATUI_UNROLL for (int v = 0; v < vectors; v++) transposed(p[2 * v], p[2 * v + 1], by, x[v]);
+        FATUI_UNROLL for (int i = 0; i < 2 * vectors; i++) p[i] += 16;
+        FATUI_UNROLL for (int word = 0; word < 4; word++) {
+          __builtin_prefetch(ask), __builtin_prefetch(ask + 64);
+          ask += 128;
+          __m512i pairs[2][vectors];
+          FATUI_UNROLL for (int v = 0; v < vectors; v++) {
+            const __m512i lower = _mm512_set1_epi16(0xff);
+            __m512i low, high;
+            lookup.bytes_of(x[v][word], low, high);
+            pairs[0][v] = _mm512_ternarylogic_epi64(lower, low, _mm512_slli_epi16(high, 8), 0xea);   // (a & b) | c
+            pairs[1][v] = _mm512_ternarylogic_epi64(lower, high, _mm512_srli_epi16(low, 8), 0xae);  // (b & ~a) | c
+          }
+          FATUI_UNROLL for (int i = 0; i < 2 * terms; i++, q += 16)
+            FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
+              const __m512i of_row = word_of(q + 4 * r);
+              FATUI_UNROLL for (int v = 0; v < vectors; v++)
+                sum[v][r] = in_register(
+                    (Vector)_mm512_dpbf16_ps((__m512)sum[v][r], (__m512bh)pairs[i / terms][v], (__m512bh)of_row));
+            }
+          in_order(sum[vectors - 1][rows_together - 1], ask);
+        }
+      }
+      FATUI_UNROLL for (int r = 0; r < rows_together; r++)
+        FATUI_UNROLL for (int v = 0; v < vectors; v++) {
+          float* to = s + r * line + j + v * lanes;
+          const Vector product = sum[v][r] * (load(columns.of[group].scale + j + v * lanes) * unit);
+          store(to, group == 0 ? product : load(to) + product);
+        }
+    }
+  }
+  ahead = next;
+}
+
+// Of two keys' 32 numbers in turns: four dims of the first 16, and four of the others, in each 16 bytes.
+struct Turns {
+  alignas(64) uint8_t bytes[64];
+};
+constexpr Turns turns() {
+  Turns all{};
+  for (int i = 0; i < 64; i++) all.bytes[i] = uint8_t(i % 2 * 64 + i % 16 / 8 * 16 + i / 16 * 4 + i % 8 / 2);
+  return all;
+}
+
+// The weights p * scale of a tile: pairs of keys.
+template <int terms>
+struct PairWeights {
+  alignas(64) uint16_t number[max_groups][terms][rows_together][max_quantized_rows];
+
+  void read(const Packed& values, const Columns& columns, const float* p, int64_t p_line, int64_t rows) {
+    for (int64_t g = 0; g < values.groups; g++)
+      for (int64_t j = 0; j < values.rows; j += lanes)
+        for (int64_t r = 0; r < rows_together; r++) {
+          const Vector weight = load(p + (r < rows ? r : 0) * p_line + j) * load(columns.of[g].scale + j);
+          const auto high = (__m256i)_mm512_cvtneps_pbh((__m512)weight);
+          _mm256_store_si256((__m256i*)(number[g][0][r] + j), high);
+          if constexpr (terms == 2) {
+            const auto left = (__m512)weight - (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
+            _mm256_store_si256((__m256i*)(number[g][1][r] + j), (__m256i)_mm512_cvtneps_pbh(left));
+          }
+        }
+  }
+
+  // Adds the products of a group's 32 values.
+  [[gnu::noinline]] void add(const Packed& values, int64_t group, float* output, int64_t line, Ahead& ahead) const {
+    const Lookup lookup;
+    static constexpr Turns in_turns = turns();
+    const __m512i order = _mm512_load_si512(in_turns.bytes);
+    const uint8_t* p = values.data + 32 * group;
+    const char* ask = ahead.take(values.rows / 2, this);
+    Vector sum[rows_together][2] = {};
+    const auto add_pair = [&](int64_t pair, const uint8_t* a, const uint8_t* b) __attribute__((always_inline)) {
+      const __m256i of_a = _mm256_loadu_si256((const __m256i*)a), of_b = _mm256_loadu_si256((const __m256i*)b);
+      __m512i low, high;
+      lookup.bytes_of(_mm512_permutex2var_epi8(_mm512_castsi256_si512(of_a), order, _mm512_castsi256_si512(of_b)), low, high);
+      const __m512i x[2] = {_mm512_unpacklo_epi8(low, high), _mm512_unpackhi_epi8(low, high)};
+      FATUI_UNROLL for (int t = 0; t < terms; t++)
+        FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
+          const __m512i w = word_of(reinterpret_cast<const uint8_t*>(number[group][t][r] + 2 * pair));
+          FATUI_UNROLL for (int v = 0; v < 2; v++)
+            sum[r][v] = in_register((Vector)_mm512_dpbf16_ps((__m512)sum[r][v], (__m512bh)x[v], (__m512bh)w));
+        }
+    };
+    for (int64_t pair = 0; 2 * pair < values.rows; pair++, p += 2 * values.stride) {
+      __builtin_prefetch(ask + 64 * pair);
+      add_pair(pair, p, 2 * pair + 1 < values.rows ? p + values.stride : p);  // the weight of a key that is not there is zero
+    }
+    FATUI_UNROLL for (int r = 0; r < rows_together; r++)
+      FATUI_UNROLL for (int v = 0; v < 2; v++) {
+        float* to = output + r * line + 32 * group + v * lanes;
+        store(to, load(to) + sum[r][v]);
+      }
+  }
+};
+
+template <int terms>
+void add_pairs_of(const Packed& packed, const float* p, int64_t p_line, int64_t count, float* output, int64_t output_line, Ahead& next) {
+  Columns columns;
+  columns.read_scales(packed);
+  PairWeights<terms> weights;
+  for (int64_t row = 0; row < count; row += rows_together) {
+    weights.read(packed, columns, p + row * p_line, p_line, count - row);
+    for (int64_t g = 0; g < packed.groups; g++) weights.add(packed, g, output + row * output_line, output_line, next);
+  }
+}
+
+}  // namespace
+
+bool PairQueries::take(const Packing& packing, int terms, int64_t rows) {
+  return packing.mode == Mode::mxfp8 && (terms == 1 || rows > 1);
+}
+
+bool PairQueries::read(const float* query, int64_t line, int64_t rows, int64_t columns, float exact_unit, float* buffer) {
+  row_groups_ = ceil_div(rows, rows_together), terms_ = exact_unit != 0 ? 1 : 2, unit_ = exact_unit != 0 ? exact_unit : 1;
+  bytes_ = reinterpret_cast<const uint8_t*>(buffer);
+  auto* out = reinterpret_cast<uint16_t*>(buffer);
+  std::fill_n(buffer, row_groups_ * rows_together * columns, 0.0f);
+  const int64_t of_four = rows_together * columns * terms_;
+  for (int64_t r = 0; r < rows; r++) {
+    Vector top{};
+    for (int64_t d = 0; d < columns; d += lanes) top = larger(magnitude(load(query + r * line + d)), top);
+    const float largest = max_of(top);
+    if (largest > 0 && largest < 0x1p-80f) return false;
+    for (int64_t d = 0; d < columns; d += lanes) {
+      const Words both = two_terms(load(query + r * line + d) / unit_);
+      for (int64_t i = 0; i < lanes; i++)
+        for (int64_t term = 0; term < terms_; term++) {  // words of dims 4 n and 4 n + 2, and of those after them
+          const int64_t word = ((d + i) / 4 * 2 + i % 2) * terms_ + term;
+          out[r / rows_together * of_four + (word * rows_together + r % rows_together) * 2 + i / 2 % 2] = uint16_t(both[i] >> 16 * term);
+        }
+    }
+  }
+  return true;
+}
+
+void PairQueries::scores(const QuantizedRows& keys, float* s, int64_t line, Ahead& next) const {
+  with_packed<false>(keys, [&](const Packed& packed) {
+    Columns columns;
+    columns.read_scales(packed);
+    for (int64_t four = 0; four < row_groups_; four++) {
+      const uint8_t* query = bytes_ + four * rows_together * keys.columns * 2 * terms_;
+      float* to = s + four * rows_together * line;
+      if (terms_ == 1) score_pairs<1>(packed, columns, query, unit_, to, line, next);
+      else score_pairs<2>(packed, columns, query, unit_, to, line, next);
+    }
+  });
+}
+
+void add_in_pairs(const QuantizedRows& values, int terms, const float* p, int64_t p_line, int64_t count, float* output,
+                  int64_t output_line, Ahead& next) {
+  with_packed<false>(values, [&](const Packed& packed) {
+    if (terms == 1) add_pairs_of<1>(packed, p, p_line, count, output, output_line, next);
+    else add_pairs_of<2>(packed, p, p_line, count, output, output_line, next);
+  });
+}
+#endif
 #else
-bool IntegerQueries::take(const Packing&, int64_t) { return false; }
+bool IntegerQueries::take(const Packing&, int64_t, int64_t) { return false; }
 bool IntegerQueries::read(const float*, int64_t, int64_t, int64_t, const Packing&, float, float*) { return false; }
 void IntegerQueries::scores(const QuantizedRows&, float*, int64_t, Ahead&) const {}
-bool IntegerSums::take(const Packing&, int64_t) { return false; }
+bool IntegerSums::take(const Packing&, int64_t, int64_t) { return false; }
 void IntegerSums::add(const QuantizedRows&, const float*, int64_t, int64_t, float*, int64_t, Ahead&) {}
 void IntegerSums::order(const Packing&, int64_t, float*) {}
+#endif
+#if !defined(FATUI_PAIRS_OF_E4M3)
+bool PairQueries::take(const Packing&, int, int64_t) { return false; }
+bool PairQueries::read(const float*, int64_t, int64_t, int64_t, float, float*) { return false; }
+void PairQueries::scores(const QuantizedRows&, float*, int64_t, Ahead&) const {}
+void add_in_pairs(const QuantizedRows&, int, const float*, int64_t, int64_t, float*, int64_t, Ahead&) {}
 #endif
 
 }  // namespace fatui

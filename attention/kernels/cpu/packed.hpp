@@ -7,6 +7,9 @@
 #if defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
 #define FATUI_SHUFFLES 1
 #endif
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+#define FATUI_PAIRS_OF_E4M3 1
+#endif
 
 namespace fatui {
 
@@ -30,8 +33,8 @@ void read_groups(const Tensor& t, Mode mode, int64_t at, int64_t rows, int64_t g
 bool can_be_finite(const Packed& from);
 
 // Reads the scales and biases of up to max_quantized_rows rows and calls f(packed rows). Rows whose words are not side by side
-// are copied.
-template <class F>
+// are copied. Whether numbers of e4m3 are finite is found out where that is of use.
+template <bool may_be_finite = true, class F>
 void with_packed(const QuantizedRows& q, const F& f) {
   const Packing& packing = q.packing;
   alignas(64) float scales[max_quantized_rows * max_groups + lanes], biases[max_quantized_rows * max_groups + lanes];
@@ -41,7 +44,7 @@ void with_packed(const QuantizedRows& q, const F& f) {
     read_groups(packing.biases, packing.mode, q.at(packing.biases), q.rows, packed.groups, biases);
   const int64_t row_bytes = q.bytes();
   if (q.numbers.stride[3] == 1) {
-    if (packing.mode == Mode::mxfp8 && can_be_finite(packed)) {
+    if (may_be_finite && packing.mode == Mode::mxfp8 && can_be_finite(packed)) {
       packed.finite = true;
       for (int64_t i = 0; i < q.rows * packed.groups; i += lanes) store(scales + i, load(scales + i) * 0x1p8f);
     }

@@ -45,9 +45,15 @@ FATUI_INLINE Vector widen_finite(const uint8_t* p) {
 #endif
 }
 FATUI_INLINE Vector widen(const e8m0_t* p) {
+#if defined(__AVX512F__)
+  const auto exponent = (Words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  const auto exponent = (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
   Bytes bytes;
   std::memcpy(&bytes, p, sizeof bytes);
   const Words exponent = __builtin_convertvector(bytes, Words);
+#endif
   return as<Vector>(exponent == 0u ? Words{} + 0x00400000u : exponent << 23);
 }
 using fatui::widen;

@@ -54,7 +54,8 @@ FATUI_INLINE Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
 
 // Forces a value into a register: the compiler does not reload it for each use, which would stall every use on a cache miss,
 // and does not contract a product into the following addition.
-FATUI_INLINE Vector in_register(Vector x) {
+template <class V>
+FATUI_INLINE V in_register(V x) {
 #if defined(__x86_64__)
   asm("" : "+v"(x));
 #elif defined(__aarch64__)
@@ -64,8 +65,8 @@ FATUI_INLINE Vector in_register(Vector x) {
 }
 
 // Has the compiler compute a value before it reads through an address.
-template <class T>
-FATUI_INLINE void in_order(Vector& x, const T*& then) {
+template <class V, class T>
+FATUI_INLINE void in_order(V& x, const T*& then) {
 #if defined(__x86_64__)
   asm("" : "+v"(x), "+r"(then));
 #elif defined(__aarch64__)

@@ -154,28 +154,34 @@ def test_every_number_and_scale_of_small_floats(form, name):
         assert mx.array_equal(out, expected)
 
 
-def test_nan_among_small_floats_stays_nan():
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_nan_among_small_floats_stays_nan(dtype):
     numbers = mx.array(np.full(32, 0x7F, np.uint8)).view(mx.uint32)[None, None, None]
     v = quantized((numbers, mx.full((1, 1, 1, 1), 127, mx.uint8)), "mxfp8")
     k = quantized(mx.ones((1, 1, 1, 32)), "int8:32")
-    assert mx.all(mx.isnan(cpu.flash_attention(mx.ones((1, 1, 1, 32)), k, v, scale=1.0)))
+    q = mx.ones((1, 1, 1, 32)).astype(dtype)
+    assert mx.all(mx.isnan(cpu.flash_attention(q, k, v, scale=1.0)))
+    assert mx.all(mx.isnan(cpu.flash_attention(q, v, k, scale=1.0)))
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("exponent", [118, 119, 122])
-def test_scales_near_the_largest_float_are_exact(exponent):
+def test_scales_near_the_largest_float_are_exact(exponent, dtype):
     """Scales of mxfp8 are multiplied by 2^8 where that does not overflow."""
     numbers = mx.array(np.full(32, 0x38, np.uint8)).view(mx.uint32)[None, None, None]  # 1.0
     v = quantized((numbers, mx.full((1, 1, 1, 1), 127 + exponent, mx.uint8)), "mxfp8")
     k = quantized(mx.ones((1, 1, 1, 32)), "int8:32")
-    assert mx.all(cpu.flash_attention(mx.ones((1, 1, 1, 32)), k, v, scale=1.0) == 2.0**exponent)
+    q = mx.ones((1, 1, 1, 32)).astype(dtype)
+    assert mx.all(cpu.flash_attention(q, k, v, scale=1.0).astype(mx.float32) == 2.0**exponent)
 
 
-def test_a_nan_leaves_the_other_values_of_its_tile():
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_a_nan_leaves_the_other_values_of_its_tile(dtype):
     codes = np.full((3, 32), 0x38, np.uint8)
     codes[1, 5] = 0x7F
     v = quantized((mx.array(codes).view(mx.uint32)[None, None], mx.full((1, 1, 3, 1), 127, mx.uint8)), "mxfp8")
     k = quantized(mx.ones((1, 1, 3, 32)), "int8:32")
-    out = cpu.flash_attention(mx.ones((1, 1, 1, 32)), k, v, scale=1.0)
+    out = cpu.flash_attention(mx.ones((1, 1, 1, 32)).astype(dtype), k, v, scale=1.0)
     assert mx.isnan(out[..., 5]).item()
     assert mx.allclose(out[..., 6:], mx.array(1.0))
 
@@ -193,7 +199,7 @@ def test_large_scores_are_computed_in_double():
     assert_right(q[:, :, :1] * 3000, k, v, {}, {})
 
 
-@pytest.mark.parametrize("form", ["int8", "int4", "mxfp4"])
+@pytest.mark.parametrize("form", ["int8", "int4", "mxfp4", "mxfp8"])
 def test_large_keys_and_small_queries_have_scores_in_between(form):
     """Sums of integers overflow with the scale of the keys before they are multiplied by the unit of the query."""
     q = (normal(0, 1, 4, 1, 64) * 1e-30).astype(mx.bfloat16)
