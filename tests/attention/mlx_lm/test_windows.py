@@ -247,6 +247,15 @@ def test_gemma_2_in_a_padded_batch_needs_no_array():
         np.testing.assert_allclose(np.array(one[1, 9:]), np.array(other[1, 9:]), atol=2e-4)
 
 
+@pytest.mark.parametrize("rows", [70, 20])
+def test_gemma_2_in_a_padded_batch_is_as_alone(rows):
+    model, tokens = gemma2_model(key_heads=2), mx.random.randint(0, 50, (2, rows), key=mx.random.key(1))
+    with attention.patch_mlx_lm("practical"):
+        batch = model(tokens, cache=[cache.BatchKVCache([0, 9]) for _ in model.layers])
+    for row, alone in ((batch[0], tokens[:1]), (batch[1, 9:], tokens[1:, 9:])):
+        np.testing.assert_allclose(np.array(row), np.array(model(alone)[0]), atol=2e-4)
+
+
 def test_gemma_2_attends_by_itself_for_who_takes_no_softcap():
     model, tokens = gemma2_model(), mx.random.randint(0, 50, (1, 12), key=mx.random.key(1))
 
