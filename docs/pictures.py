@@ -168,6 +168,7 @@ def main() -> None:
         Path(sys.argv[3]).write_text(first_chart(Path(sys.argv[2]).read_text()))
         return
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent)
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as private:
         for name in ("CONFIG", "DATA"):
             os.environ[f"XDG_{name}_HOME"] = str(Path(private) / name.lower())
