@@ -432,14 +432,16 @@ class _ThreadState(threading.local):
 _thread = _ThreadState()
 
 
-@contextmanager
-def in_implementation() -> Iterator[None]:
+class in_implementation:  # noqa: N801  a context manager; made of a generator it would take a microsecond of each call
     """Make this thread's calls of MLX's functions parts of an implementation, which are not intercepted."""
-    before, _thread.in_implementation = _thread.in_implementation, True
-    try:
-        yield
-    finally:
-        _thread.in_implementation = before
+
+    def __enter__(self) -> None:
+        """Note that this thread is inside."""
+        self._before, _thread.in_implementation = _thread.in_implementation, True
+
+    def __exit__(self, *_: object) -> None:
+        """Return to what it was in before."""
+        _thread.in_implementation = self._before
 
 
 def _attend_by(implementation: Implementation, adapter: ArgumentAdapter, call: ModelCall) -> tuple[mx.array, str]:
@@ -627,16 +629,14 @@ class ModelPatch(CallCounts):
     def _try_attend(self, call: ModelCall) -> mx.array | None:
         """Return the implementation's output, or practical's if mlx-lm has none; None if there is no support for it."""
         call = self._masks.by_position(call)
-        before, _thread.in_implementation = _thread.in_implementation, True  # `in_implementation` takes a microsecond
-        try:
-            out, path = _attend_by(self.implementation, self._adapter, call)
-        except UnsupportedError as error:
-            if call.is_readable_by_mlx_lm:
-                self.count_passed_on(str(error))
-                return None
-            return self._attend_by_practical(call, str(error))
-        finally:
-            _thread.in_implementation = before
+        with in_implementation():
+            try:
+                out, path = _attend_by(self.implementation, self._adapter, call)
+            except UnsupportedError as error:
+                if call.is_readable_by_mlx_lm:
+                    self.count_passed_on(str(error))
+                    return None
+                return self._attend_by_practical(call, str(error))
         self.count_taken(path)
         return out
 
