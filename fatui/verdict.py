@@ -176,7 +176,7 @@ def verdict_of(cases: Sequence[AnyCase], title: str = "", *, interrupted: bool =
             title=title,
             reference=reference,
             reference_off=_off(comparable),
-            losses=_losses(cases, names, None),
+            losses=_losses(cases, cases, names, None),
             notes=notes,
             too_noisy=within_noise or (len(names) > 1 and 2 * len(noisy) > len(comparable) > 0),
             reason=_noise_reason(comparable) if within_noise else _reason(comparable, _named(comparable, reference)),
@@ -198,7 +198,7 @@ def verdict_of(cases: Sequence[AnyCase], title: str = "", *, interrupted: bool =
         reference_bytes=reference_peak,
         accuracy=_accuracy(cases, winner),
         where=where_fastest(cases, winner),
-        losses=_losses(cases, names, winner),
+        losses=_losses(cases, ranked, names, winner),
         notes=notes,
         confidence="low" if doubts else "high",
         doubts=doubts,
@@ -395,19 +395,27 @@ def _range(axis: str, values: set[int | str], shapes: Sequence[Workload]) -> str
     return f"{AXIS_WORDS[axis]} {text}".strip()
 
 
-def _losses(cases: Sequence[AnyCase], names: Sequence[str], winner: str | None) -> tuple[Loss, ...]:
-    """Return why each other implementation is not the one to use, the fastest first."""
+def _losses(
+    cases: Sequence[AnyCase], ranked: Sequence[AnyCase], names: Sequence[str], winner: str | None
+) -> tuple[Loss, ...]:
+    """Return why each other implementation is not the one to use, the fastest first.
+
+    Times are those of the ranked cases, as the winner's speedup is; of all cases if both ran in no ranked one.
+    """
     if winner is None:
         return tuple(loss for name in names if (loss := _obstacle(cases, name)))
-    slower = {name: mean for name in names if name != winner and (mean := _times_slower(cases, name, winner))}
-    order = sorted((name for name in names if name != winner), key=lambda name: slower.get(name, float("inf")))
-    return tuple(_loss(cases, name, winner, slower.get(name)) for name in order)
+    others = [name for name in names if name != winner]
+    factors = {name: _factors(ranked, name, winner) or _factors(cases, name, winner) for name in others}
+    slower = {name: geometric_mean(factor for _, factor in found) for name, found in factors.items() if found}
+    order = sorted(others, key=lambda name: slower.get(name, float("inf")))
+    return tuple(
+        _loss(cases, [case for case, _ in factors[name]], name, winner, slower.get(name, 0.0)) for name in order
+    )
 
 
-def _times_slower(cases: Sequence[AnyCase], name: str, winner: str) -> float | None:
-    """Return the geometric mean of an implementation's times over the winner's, in the cases that both ran."""
-    factors = [factor for case in cases if (factor := _factor(case, name, winner))]
-    return geometric_mean(factors) if factors else None
+def _factors(cases: Sequence[AnyCase], name: str, winner: str) -> list[tuple[AnyCase, float]]:
+    """Return the cases that both ran, each with an implementation's time over the winner's."""
+    return [(case, factor) for case in cases if (factor := _factor(case, name, winner))]
 
 
 def _factor(case: AnyCase, name: str, winner: str) -> float | None:
@@ -428,26 +436,25 @@ def _over_reference(case: AnyCase, name: str) -> float | None:
     return row.speedup.value if row is not None and row.speedup is not None else None
 
 
-def _loss(cases: Sequence[AnyCase], name: str, winner: str, slower: float | None) -> Loss:
-    rows = [(case, row) for case in cases for row in case.rows if row.implementation == name]
-    ties = [row for case, row in rows if is_sound(row) and formatting.are_tied(case, name, winner)]
-    sound = [row for _, row in rows if is_sound(row)]
+def _loss(cases: Sequence[AnyCase], timed: Sequence[AnyCase], name: str, winner: str, slower: float) -> Loss:
+    """Return why an implementation loses, `timed` being the cases of which its mean time over the winner's is."""
     obstacle = _obstacle(cases, name)
-    if slower is None or not sound:
+    if not timed:
         return obstacle or Loss(implementation=name, text="not measured")
-    chosen = [formatting.chosen_row(row, case) for case, row in rows if is_sound(row)]
-    same = bool(chosen) and all(each is not None and each.implementation == winner for each in chosen)
-    tied = same or len(ties) == len(sound)
+    rows = [(case, row) for case in timed for row in case.rows if row.implementation == name]
+    chosen = [formatting.chosen_row(row, case) for case, row in rows]
+    same = all(each is not None and each.implementation == winner for each in chosen)
+    tied = same or all(formatting.are_tied(case, name, winner) for case in timed)
     if tied:
         words = [f"tied, it ran {winner}" if same else "tied"]
     else:
-        average = " on average" if len(sound) > 1 else ""
+        average = " on average" if len(timed) > 1 else ""
         words = [f"{_longer(slower)}{average}"]
         if where := where_fastest(cases, name):
             words.append(where)
     if obstacle:
         words.append(obstacle.text)
-    return Loss(implementation=name, text=", ".join(words), why="" if tied else _path(sound))
+    return Loss(implementation=name, text=", ".join(words), why="" if tied else _path([row for _, row in rows]))
 
 
 def _longer(factor: float) -> str:

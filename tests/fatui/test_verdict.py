@@ -5,7 +5,7 @@ from msgspec import structs
 
 from attention.core.results import Case, Conditions, Interval, ModelCase, NoiseFloor, Ratio, Report
 from attention.core.workload import Generation, Workload
-from fatui.formatting import best_of, word
+from fatui.formatting import best_of, three, word
 from fatui.trust import TrustFinding, trust, trust_line, worst
 from fatui.verdict import (
     Verdict,
@@ -230,6 +230,27 @@ def test_clear_cases_of_a_sweep_decide():
     cases[3] = times(cases[3], "poc", 200.0)  # where practical is slower too, baseline is the one to use
     cases[3] = times(cases[3], "practical", 0.01)
     assert verdict_of(cases).winner == "practical" and verdict_of(cases).cases == 1
+
+
+def test_others_lose_by_the_cases_that_decide():
+    """The reference loses by the factor that the headline names, not by one of noisy cases too."""
+    clear, noisy = report_of(plan_of(SWEEP[:2])).cases
+    unsure = Ratio(value=1.2, low=0.6, high=2.4, significant=False)
+    noisy = structs.replace(noisy, noise_floor=floor_of(1.15))
+    for name in ("poc", "practical", "demo"):
+        noisy = row_with(noisy, name, speedup=unsure)
+    verdict = verdict_of([clear, noisy])
+    assert verdict.speedup is not None and (verdict.winner, verdict.cases) == ("poc", 1)
+    (line,) = (line for line in loss_lines(verdict, brief=True) if line.startswith("baseline"))
+    assert line == f"baseline: {three(verdict.speedup.value)}x as long"
+
+
+def test_a_factor_of_one_case_is_no_average():
+    cases = [noisier(case) for case in report_of(plan_of(SWEEP)).cases]  # without practical
+    cases[3] = times(times(report_of(plan_of(SWEEP)).cases[3], "poc", 200.0), "practical", 0.01)
+    verdict = verdict_of(cases)
+    assert verdict.winner == "practical"
+    assert [line for line in loss_lines(verdict) if " on average" in line] == []
 
 
 def test_a_reference_of_few_cases_is_not_mixed_into_the_mean():
