@@ -14,7 +14,7 @@ from attention import implementations
 from attention.core import events as on
 from attention.core.errors import InputsOverwrittenError, error_line
 from attention.core.plan import AnyPlan, Assignment, ranks_of
-from attention.core.results import MIN_ROUNDS
+from attention.core.results import MIN_ROUNDS, RankFigures
 from attention.core.route import Route, unsupported, validated_route
 from attention.core.workload import COUNTERPARTS, Counterpart, Workload
 from attention.engine.progress import EMIT_INTERVAL_S, Emit, Progress
@@ -358,7 +358,8 @@ class SampleStream:
         """Emit the figures of each rank so far, of implementations that run on several."""
         for arm in self._arms:
             if isinstance(arm.runner, TakesSamples) and arm.name != on.REPEATED_REFERENCE:
-                figures, case = arm.runner.figures(), self._progress.case
+                figures = tuple(_with_scratch(each, arm.scratch_bytes) for each in arm.runner.figures())
+                case = self._progress.case
                 self._progress.emit(on.RanksMeasured(case=case, implementation=arm.name, per_rank=figures))
 
     def _left_s(self) -> float:
@@ -368,6 +369,13 @@ class SampleStream:
         missing = max(0, self._min_rounds - taken)
         rounds_s = missing * elapsed / taken if taken else self._estimated_s - elapsed
         return max(0.0, self._seconds - elapsed, rounds_s) + self._then_s
+
+
+def _with_scratch(figures: RankFigures, scratch_bytes: int) -> RankFigures:
+    """Return a rank's figures with the memory outside MLX's allocator in its peak, as in the row's."""
+    if figures.peak_bytes is None:
+        return figures
+    return structs.replace(figures, peak_bytes=figures.peak_bytes + scratch_bytes)
 
 
 def _json_samples(samples: Sequence[float]) -> list[float | None]:

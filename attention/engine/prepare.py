@@ -131,7 +131,8 @@ def prepare(name: str, implementation: Implementation, setting: CaseSetting) -> 
         call_s = _warm_up_and_time(name, runner, call_s, setting)
         setting.progress.record_call_s(name, call_s)
     setting.inputs.check(inputs)
-    return Arm(name=name, runner=runner, call_s=call_s, lead_in=setting.device.backend != "cpu")
+    lead_in = setting.device.backend != "cpu"
+    return Arm(name=name, runner=runner, call_s=call_s, lead_in=lead_in, scratch_bytes=route.scratch_bytes)
 
 
 def prepare_counterpart(

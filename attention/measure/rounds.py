@@ -190,6 +190,8 @@ class Arm(Struct, kw_only=True, eq=False):
     clock: Clock = time.perf_counter
     counterpart: Counterpart | None = None
     """What it runs instead of the case, beside the arm of the same name."""
+    scratch_bytes: int = 0
+    """Memory that a call takes outside MLX's allocator, as its route declares."""
 
     @property
     def valid_samples(self) -> list[float]:

@@ -23,7 +23,14 @@ from tests.support.sshd import instead_of_ssh
 
 @pytest.fixture(scope="module")
 def two_ranks() -> Ran:
-    return run(plan(cases=(SMALL, ON_TWO)))
+    return run(plan("KeepsScratch", cases=(SMALL, ON_TWO)))
+
+
+@pytest.mark.thorough
+def test_a_rows_memory_is_that_of_its_largest_rank(two_ranks: Ran) -> None:
+    for name in ("baseline", "KeepsScratch"):
+        row = two_ranks.row(name, 1)
+        assert row.peak_bytes == max(each.peak_bytes or 0 for each in row.per_rank)
 
 
 @pytest.mark.thorough
