@@ -11,6 +11,7 @@ from attention.core.errors import ForkedError, NoBackendError, UnsupportedError,
 if TYPE_CHECKING:
     import mlx.core as mx
 
+    from attention import distributed, masks
     from attention.core.workload import Workload
     from attention.distributed.layout import Kind, Layout
     from attention.engine.library import abench, bench, benchmark
@@ -35,6 +36,8 @@ __all__ = [
     "attention",
     "bench",
     "benchmark",
+    "distributed",
+    "masks",
     "monitor",
     "patch_mlx_lm",
     "quantized",
@@ -50,19 +53,28 @@ _HOMES: Final = {
     "bench": "attention.engine.library",
     "benchmark": "attention.engine.library",
 }
+_MODULES: Final = ("distributed", "masks")
+"""Modules that are attributes of the package before anything imports them."""
 
 
 def __getattr__(name: str) -> Any:
     """Import what takes long to import when it is first used."""
-    if name not in _HOMES:
+    if name not in _HOMES and name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
+        if name in _MODULES:
+            return importlib.import_module(f"{__name__}.{name}")
         globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
     except ImportError as error:
         if "mlx" not in f"{error.name} {error.path}":
             raise  # a file beside the script that hides one of Python's modules, for example
         raise NoBackendError(f"MLX cannot be imported: {error}") from error
     return globals()[name]
+
+
+def __dir__() -> list[str]:
+    """Return all names, also those that are imported when they are first used."""
+    return sorted({*globals(), *__all__})
 
 
 @overload

@@ -35,6 +35,9 @@ class QuantizedArray(Struct, frozen=True, eq=False):
     dtype: mx.Dtype
     """Dtype of the array that was quantized: that of the scales in mode affine."""
 
+    def __repr__(self) -> str:
+        return f"QuantizedArray({self.shape}, {self.format.text}, {str(self.dtype).rpartition('.')[2]})"
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the array."""
@@ -158,6 +161,9 @@ class PackedParts(tuple[mx.array, ...]):
         if known is not None:
             made.dtype = known
         return made
+
+    def __repr__(self) -> str:
+        return f"QuantizedArray({self.shape}, {self.format.text}, {str(self.dtype).rpartition('.')[2]})"
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from msgspec import Struct, structs
 from attention.core.errors import UnsupportedError, UsageError
 from attention.core.mask_text import BLOCK, MaskSpec, block_count, draw_blocks
 from attention.core.workload import DTYPES, Workload
-from attention.masks.block_list import BlockList
+from attention.masks.block_list import BlockList, MlxArray
 from attention.masks.parts import band
 from attention.masks.pattern import LONGEST, Pattern, Shape
 from attention.masks.patterns import (
@@ -61,11 +61,11 @@ class Mask(Struct, frozen=True, kw_only=True, eq=False):
     """A query attends to no key after its own position."""
     window: int | None = None
     """A query attends to the last `window` keys up to its own position; implies causal."""
-    array: "mx.array | None" = None
+    array: MlxArray | None = None
     """Broadcastable to (B, H, Lq, Lk): bool, True where a query attends to a key, or added to the scores."""
     pattern: Pattern | None = None
     """The complete positional mask, if it is more than causal or a window, which are then unset."""
-    alibi: "mx.array | None" = None
+    alibi: MlxArray | None = None
     """Slopes (H,), float32: slope * (key - position of the query) is added to the scaled and capped scores."""
 
     def __post_init__(self) -> None:
@@ -148,7 +148,7 @@ class Mask(Struct, frozen=True, kw_only=True, eq=False):
 class Alibi(Struct, frozen=True, eq=False):
     """The value of `alibi(slopes)`."""
 
-    slopes: "mx.array"
+    slopes: MlxArray
     """(H,), float32."""
 
     def __repr__(self) -> str:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Final, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeAlias, TypeVar, cast
 
 import numpy as np
 from msgspec import Struct
@@ -11,6 +11,10 @@ from attention.masks.tiles import EMPTY, PARTIAL, Array, Candidates, Grid, Span,
 
 if TYPE_CHECKING:
     import mlx.core as mx
+
+    MlxArray: TypeAlias = mx.array
+else:
+    MlxArray = Any  # `help` evaluates the types of fields, and MLX is imported when it is first used
 
 T = TypeVar("T")
 MAX_CHUNK_PAIRS: Final = 1 << 22
@@ -101,7 +105,7 @@ class BlockLists(Struct, frozen=True, eq=False):
     """int32 (planes * tiles + 1,)."""
     entries: Array
     """int32 (n, 2): tile of the other axis, ascending, and index into `bits`, or -1 if all pairs are visible."""
-    _device: "list[tuple[mx.array, mx.array]]" = []
+    _device: list[tuple[MlxArray, MlxArray]] = []
 
     def arrays(self) -> "tuple[mx.array, mx.array]":
         """Return offsets and entries as MLX arrays, made once."""

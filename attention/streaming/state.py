@@ -106,6 +106,9 @@ class StreamingKV:
 
     # What it holds
 
+    def __repr__(self) -> str:
+        return f"StreamingKV(first={self.first}, window={self.window}, {self.format}, position {self.position})"
+
     @property
     def first(self) -> int:
         """Tokens kept from the start."""

@@ -1,5 +1,6 @@
 """The public function: what `attention()` accepts, and how it reports what it does not."""
 
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+import attention as package
 from attention import UnsupportedError, UsageError, attention
 from attention.implementations import NAMES
 from attention.implementations.baseline import Baseline
@@ -20,6 +22,31 @@ def test_importing_attention_imports_no_mlx_numpy_or_textual() -> None:
     code = f"import attention, sys; print([m for m in {heavy} if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_modules_are_attributes_without_an_import() -> None:
+    code = (
+        "import attention, sys; assert {'bench', 'masks'} <= {*dir(attention)}; assert 'numpy' not in sys.modules; "
+        "print(attention.masks.causal(), attention.distributed.__name__)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["causal()", "attention.distributed"]
+
+
+@pytest.mark.parametrize(
+    "name", ["attention", *(f"attention.{name}" for name in ("masks", "streaming", "distributed"))]
+)
+def test_help_describes_a_module(name: str) -> None:
+    """`help` evaluates the types of fields, also those of MLX, which modules import late."""
+    assert name in pydoc.plain(pydoc.render_doc(name)).splitlines()[0]
+
+
+def test_values_have_a_repr_of_one_line() -> None:
+    numbers = package.quantized(mx.zeros((1, 2, 8, 64)), "int4:32")
+    assert repr(numbers) == "QuantizedArray((1, 2, 8, 64), int4:32, float32)"
+    state = package.StreamingKV(4, 16, "int8")
+    state.update(mx.zeros((1, 2, 3, 64)), mx.zeros((1, 2, 3, 64)))
+    assert repr(state) == "StreamingKV(first=4, window=16, int8, position 3)"
 
 
 def test_the_implementations_are_named() -> None:
