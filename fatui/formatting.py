@@ -107,11 +107,6 @@ def per(value: float | None, unit: float) -> str:
     return UNKNOWN if value is None else three(value / unit)
 
 
-def teraflops(value: float | None) -> str:
-    """Format TFLOP/s as a bare number; "<0.001" where three digits would mostly be zeros."""
-    return "<0.001" if value and value < 1e9 else per(value, 1e12)
-
-
 def seconds(value: float | None) -> str:
     """Format a time: "36.2 ms", "1.21 s"."""
     if value is None:

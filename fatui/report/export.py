@@ -40,6 +40,7 @@ from fatui.report.table import (
     model_columns,
     model_notes,
     rank_notes,
+    rate_unit,
 )
 from fatui.storage.presets import FIELDS
 from fatui.trust import trust, trust_line
@@ -91,9 +92,10 @@ MODEL_FIGURES: Final = (
     "KL",
 )
 HEADS: Final = (
-    *("implementation", "path", "tokens/s", "per call", "speedup", "TFLOP/s", "efficiency"),
+    *("implementation", "path", "tokens/s", "per call", "speedup", "FLOP/s", "efficiency"),
     *("peak memory", "max error", "verdict"),
 )
+"""Columns of a case in Markdown; "FLOP/s" is in the run's unit of rates."""
 SQL_TABLES: Final = ("attention", "models", "fine_tunings", "streams")
 """Names of the SQL tables, by kind of run."""
 MAX_INTEGER: Final = 2**63 - 1
@@ -157,7 +159,8 @@ def _cell(value: object) -> object:
 
 def to_markdown(report: Report) -> str:
     """Format a table per case, to paste into issues and documents."""
-    cases = [_case(case) for case in report.all_cases]
+    unit = rate_unit(report.all_cases)
+    cases = [_case(case, unit) for case in report.all_cases]
     return "\n\n".join(["# fatui", verdict_markdown(report), _heading(report), *cases, *_summary(report)]) + "\n"
 
 
@@ -177,29 +180,28 @@ def _heading(report: Report) -> str:
     where, peaks = report.environment, report.peaks
     known = [where.machine, where.backend, where.mlx and f"MLX {where.mlx}", where.blas, where.os]
     lines = [f"- {markdown(', '.join(part for part in known if part) or formatting.UNKNOWN)}"]
-    if peaks.matmul_flops_per_s:
+    if peaks.flops_per_s:
+        best = f"best rate {formatting.flops(peaks.flops_per_s)}/s, which is 100 % efficiency"
         copy = formatting.bytes_per_second(peaks.copy_bytes_per_s)
-        lines.append(
-            f"- best matmul {formatting.flops(peaks.matmul_flops_per_s)}/s, best copy {copy}, measured in this run"
-        )
+        lines.append(f"- {best}, best copy {copy}, measured in this run")
     state = ", interrupted" if report.run.interrupted else ""
     run = f"run {report.run.id}, {report.run.started}, {formatting.duration(report.run.seconds)}{state}"
     lines += [f"- {markdown(run)}", f"- {markdown_code(report.run.command)}"]
     return "\n".join(lines)
 
 
-def _case(case: AnyCase) -> str:
+def _case(case: AnyCase, unit: tuple[float, str]) -> str:
     floor = f", noise floor {formatting.percent(case.noise_floor.floor)}" if case.noise_floor else ""
     reference = f"\n\nSpeedups are relative to {markdown(case.reference)}{floor}." if case.reference else ""
-    return f"## {markdown(case.workload.label)}{reference}\n\n{_rows(case)}"
+    return f"## {markdown(case.workload.label)}{reference}\n\n{_rows(case, unit)}"
 
 
-def _rows(case: AnyCase) -> str:
+def _rows(case: AnyCase, unit: tuple[float, str]) -> str:
     if isinstance(case, Case):
-        further = further_columns([case])
+        further, (factor, rate) = further_columns([case]), unit
         after = HEADS.index("speedup") + 1
-        heads = (*HEADS[:after], *further, *HEADS[after:])
-        lines = [_cells(row, case, further) for row in case.rows]
+        heads = (*HEADS[:after], *further, *(rate if head == "FLOP/s" else head for head in HEADS[after:]))
+        lines = [_cells(row, case, further, factor) for row in case.rows]
         return _noted(_table(heads, lines), [*kv_notes(case), *rank_notes(case), *formatting.same_paths(case)])
     columns = model_columns(case)
     lines = [
@@ -214,7 +216,7 @@ def _noted(table: str, notes: Sequence[str]) -> str:
     return "\n\n".join([table, *(["\n".join(f"- {markdown(note)}" for note in notes)] if notes else [])])
 
 
-def _cells(row: Row, case: Case, further: FurtherColumns) -> tuple[str, ...]:
+def _cells(row: Row, case: Case, further: FurtherColumns, factor: float) -> tuple[str, ...]:
     return (
         row.implementation,
         row.path or formatting.UNKNOWN,
@@ -222,7 +224,7 @@ def _cells(row: Row, case: Case, further: FurtherColumns) -> tuple[str, ...]:
         formatting.interval_text(row.call_s),
         formatting.speedup_text(row.speedup),
         *(cell(row) for cell in further.values()),
-        formatting.teraflops(row.flops_per_s),
+        formatting.per(row.flops_per_s, factor),
         formatting.percent(row.efficiency),
         formatting.size(row.peak_bytes),
         formatting.row_error(row),
@@ -254,6 +256,7 @@ def _table(heads: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
         SENT,
         EXPOSED,
         "TFLOP/s",
+        "GFLOP/s",
         "efficiency",
         "peak memory",
         "max error",

@@ -383,7 +383,7 @@ def report_table(
     report = escape_all(report)
     cases, count = report.all_cases, len(report.all_cases)
     parts: list[RenderableType] = []
-    unit = _rate_unit(cases)
+    unit = rate_unit(cases)
     further = further_columns(cases)
     layouts = [
         _columns(case, unit, further) if isinstance(case, Case) else model_columns(case, further) for case in cases
@@ -445,8 +445,8 @@ def _columns(case: Case, rate_unit: tuple[float, str], further: FurtherColumns) 
     ]
 
 
-def _rate_unit(cases: Sequence[AnyCase]) -> tuple[float, str]:
-    """Return the unit of rates: TFLOP/s, or GFLOP/s if all are small."""
+def rate_unit(cases: Sequence[AnyCase]) -> tuple[float, str]:
+    """Return factor and name of the unit of rates: TFLOP/s, or GFLOP/s if all are small."""
     largest = max((row.flops_per_s or 0.0 for case in cases for row in case.rows), default=0.0)
     return (1e9, "GFLOP/s") if 0 < largest < SMALL_RATE else (1e12, "TFLOP/s")
 

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from msgspec import structs
 
 from attention.core import events as on
+from attention.core.results import Peaks
 from attention.core.workload import Workload
 from fatui import formatting, storage
 from fatui.report import export
@@ -70,6 +72,16 @@ def test_markdown_tables_have_as_many_cells_in_every_line():
     for table in tables:
         assert len({line.replace("\\|", "").count("|") for line in table}) == 1
     assert "fatui bench quick" in text and "Geometric mean" in text
+
+
+def test_markdown_names_the_rate_that_efficiency_is_of():
+    slow = structs.replace(report_of().cases[0].rows[0], flops_per_s=2.5e8, efficiency=0.0025)
+    case = structs.replace(report_of().cases[0], rows=(slow,))
+    peaks = Peaks(matmul_flops_per_s=2e10, fma_flops_per_s=1e11, copy_bytes_per_s=1e10)
+    text = export.to_markdown(structs.replace(report_of(), cases=(case,), peaks=peaks))
+    assert "- best rate 100 GFLOP/s, which is 100 % efficiency, best copy 10.0 GB/s" in text
+    heads, _, cells = (line.split(" | ") for line in text.splitlines() if line.startswith("| "))
+    assert dict(zip(heads, cells, strict=True))["GFLOP/s"] == "0.250"
 
 
 def test_over_dense_is_a_column_of_masked_cases_only():
