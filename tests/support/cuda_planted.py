@@ -14,7 +14,7 @@ from attention.kernels.cuda.quantized import launch as packed_launch
 from attention.kernels.cuda.runtime import launch, launcher, selfcheck
 from attention.kernels.cuda.runtime import program as runtime_program
 from attention.kernels.cuda.runtime.gpu import GpuProperties
-from attention.kernels.cuda.runtime.launch import MAP, NUMBER, POINTER, SERIAL, STRIDE
+from attention.kernels.cuda.runtime.launch import LENGTH, MAP, NOTHING, NUMBER, POINTER, SCRATCH, SERIAL, STRIDE
 from attention.kernels.cuda.sm90 import gradient
 from attention.kernels.cuda.sm90 import launch as sm90_launch
 
@@ -116,6 +116,12 @@ def planted(monkeypatch):
     forget()
     yield make
     forget()
+
+
+def parameter_kinds(arguments):
+    """Return the kinds of the parameters that get these arguments of a launch, as `signature` returns them."""
+    kinds = {NOTHING: POINTER, SCRATCH: POINTER, LENGTH: NUMBER}
+    return [kinds.get(argument[0], argument[0]) for argument in arguments]
 
 
 def signature(program):

@@ -23,6 +23,7 @@ from attention.kernels.cuda.runtime.launch import (
     INPUTS,
     OUTPUTS,
     Run,
+    Stage,
     extra_inputs,
     formats_of,
     make_plan,
@@ -32,7 +33,14 @@ from attention.kernels.cuda.runtime.launch import (
 )
 from attention.kernels.cuda.sm90 import fp8_launch, gradient
 from attention.kernels.cuda.sm90 import launch as sm90_launch
-from attention.kernels.cuda.sm90.launch import decode_stages, forward_stages, make_key_split, same_kernel
+from attention.kernels.cuda.sm90.launch import (
+    decode_stages,
+    for_like_lengths,
+    forward_stages,
+    in_whole_steps,
+    make_key_split,
+    same_kernel,
+)
 from attention.masks import as_4d
 from attention.quantized_kv import quantized
 
@@ -92,11 +100,25 @@ def broadcast_mask(mask: mx.array, shape: CallShape) -> mx.array:
 
 
 def make_call(shape: CallShape, call: CallParams, path: KernelPath, with_logsumexp: bool) -> Run:
-    """Return a call as one MLX primitive, differentiable in its output and, if requested, its logsumexp."""
+    """Return a call as one MLX primitive, differentiable in its output and, if requested, its logsumexp.
+
+    Calls of few queries share one if their keys are as many whole steps: decoding does not make one for each length.
+    """
     launcher.module().set_transforms(_gradients_of, _batched)
+    if path == "decode":
+        return _decoding_call(in_whole_steps(shape, call), call, with_logsumexp)
+    return _new_call(shape, call, path, with_logsumexp)
+
+
+@functools.lru_cache(maxsize=256)
+def _decoding_call(shape: CallShape, call: CallParams, with_logsumexp: bool) -> Run:
+    return _new_call(shape, call, "decode", with_logsumexp)
+
+
+def _new_call(shape: CallShape, call: CallParams, path: KernelPath, with_logsumexp: bool) -> Run:
     untraced = None
     if not with_logsumexp:
-        untraced = make_plan(_inputs(call), OUTPUTS[:1], stages(shape, call, path, False))
+        untraced = make_plan(_inputs(call), OUTPUTS[:1], _stages(shape, call, path, False))
     return _differentiable_plan(shape, call, path, with_logsumexp, untraced)
 
 
@@ -104,7 +126,12 @@ def _differentiable_plan(
     shape: CallShape, call: CallParams, path: KernelPath, with_logsumexp: bool, untraced: Run | None
 ) -> Run:
     label = plan_label("forward", shape, call, with_logsumexp)
-    return make_plan(_inputs(call), OUTPUTS, stages(shape, call, path), label, untraced)
+    return make_plan(_inputs(call), OUTPUTS, _stages(shape, call, path), label, untraced)
+
+
+def _stages(shape: CallShape, call: CallParams, path: KernelPath, with_logsumexp: bool = True) -> list[Stage]:
+    made = stages(shape, call, path, with_logsumexp)
+    return [for_like_lengths(stage) for stage in made] if path == "decode" else made
 
 
 def _gradients_of(
@@ -118,6 +145,7 @@ def _gradients_of(
         raise ValueError(f"[flash_attention] {NO_GRADIENT}.")
     if kind != "forward":
         raise ValueError("[flash_attention] There is no second derivative.")
+    shape = replace(shape, keys=primals[1].shape[2])  # the plan may be for other lengths too
     wanted = cotangents[: 2 if with_logsumexp else 1]
     return gradients(primals[: len(_inputs(call))], wanted, outputs[: len(OUTPUTS)], shape, call)
 
@@ -129,6 +157,7 @@ def _batched(label: str, inputs: list[mx.array], axes: list[int]) -> list[mx.arr
         The first outputs, with the vmapped axis first.
     """
     kind, shape, call, with_logsumexp = parse_label(label)
+    shape = replace(shape, keys=inputs[1].shape[3 if 0 <= axes[1] <= 2 else 2])  # the plan may be for other lengths too
 
     def plan_of(shape: CallShape) -> Run:
         match kind:
@@ -234,9 +263,24 @@ def _packed_plan(shape: CallShape, call: CallParams, packed: PackedKV, with_logs
         KernelUnavailable: no kernel passes its self-check.
     """
     path = _first_trusted_packed(shape, call, packed)
+    if path == "decode":
+        return _packed_decoding_plan(in_whole_steps(shape, call), call, packed, with_logsumexp)
+    return _new_packed_plan(shape, call, packed, path, with_logsumexp)
+
+
+@functools.lru_cache(maxsize=256)
+def _packed_decoding_plan(shape: CallShape, call: CallParams, packed: PackedKV, with_logsumexp: bool) -> Run:
+    return _new_packed_plan(shape, call, packed, "decode", with_logsumexp)
+
+
+def _new_packed_plan(
+    shape: CallShape, call: CallParams, packed: PackedKV, path: PackedPath, with_logsumexp: bool
+) -> Run:
     outputs = OUTPUTS[: 2 if with_logsumexp else 1]
     label = plan_label("packed", shape, call, with_logsumexp, packed.texts)
     made = packed_choice.stages(shape, call, packed, path, with_logsumexp)
+    if path == "decode":
+        made = [for_like_lengths(stage) for stage in made]
     return make_plan((*packed_inputs(packed), *extra_inputs(call)), outputs, made, label)
 
 

@@ -11,7 +11,14 @@ from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.gpu import gpu
 from attention.kernels.cuda.runtime.launch import OUTPUTS, Stage
 from attention.kernels.cuda.sm90.decode import LONG_KEYS
-from attention.kernels.cuda.sm90.launch import SPLIT_OUTPUTS, KeySplit, decode, scratch_of, unwritten
+from attention.kernels.cuda.sm90.launch import (
+    SPLIT_OUTPUTS,
+    KeySplit,
+    decode,
+    in_whole_steps,
+    scratch_of,
+    unwritten,
+)
 
 READS: Final = ("q", "k", "k_scales", "k_biases", "v", "v_scales", "v_biases")
 MIN_STAGES: Final = 3
@@ -40,9 +47,13 @@ def refusal(shape: CallShape, call: CallParams) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=1024)
 def make_key_split(shape: CallShape, call: CallParams, packed: PackedKV) -> KeySplit[QuantizedDecode]:
     """Return the split-K specialisation for a call, and its splits."""
+    return _key_split(in_whole_steps(shape, call), call, packed)
+
+
+@functools.lru_cache(maxsize=1024)
+def _key_split(shape: CallShape, call: CallParams, packed: PackedKV) -> KeySplit[QuantizedDecode]:
     width = next(width for width in (64, 128, 256) if shape.head_dim <= width)
     # a single query attends to all keys up to the last: of a window the kernel masks only what precedes it in its tile
     alone = shape.queries == 1

@@ -104,7 +104,7 @@ def _as_int32(table: object) -> Any:
     return table.view(np.int32) if table.size else np.zeros((1, *table.shape[1:]), np.int32)  # never a null pointer
 
 
-POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING, PASSED, SCRATCH = range(8)
+POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING, PASSED, SCRATCH, LENGTH = range(9)
 """Argument kinds, numbered as in launcher.cpp."""
 
 PlanKind = Literal["forward", "fp8", "own gradient", "general gradient", "packed"]
@@ -151,6 +151,8 @@ class Stage:
     """Arrays that do not exist or are not requested; passed as null pointers."""
     serial: bool = False
     """Whether the kernel takes a 64-bit serial number, unique per launch."""
+    lengths: Mapping[int, tuple[str, int]] = field(default_factory=dict)
+    """Scalars, by their index, that are the length of an array along an axis, whatever it is in a call of the plan."""
     passed: tuple[int, ...] = ()
     """Which of the numbers that a call of the plan passes the kernel takes."""
     first: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -246,7 +248,9 @@ def _step(stage: Stage, place: Mapping[str, int], constant: int) -> tuple[object
     taken = [_argument(stage, name, place) for name in stage.reads]
     taken += [[POINTER, constant + i] for i in range(len(stage.launch.constants))]
     taken += [_argument(stage, name, place) for name in stage.writes]
-    taken += [[NUMBER, number] for number in keywords["scalars"]]
+    for i, number in enumerate(keywords["scalars"]):
+        name, axis = stage.lengths.get(i, (None, 0))
+        taken.append([NUMBER, number] if name is None else [LENGTH, place[name], axis])
     for name in stage.strided:
         alignment = [stage.alignments[name]] if name in stage.alignments else []
         strides = ([STRIDE, place[name], axis, *alignment] for axis in range(3) if name not in stage.omitted)

@@ -39,8 +39,9 @@ inline CUfunc_st* load(const std::string& name, const char* code, int shared) {
 }
 
 // Kind of an argument: address of an array, its tensor map, the stride of one of its axes in elements, a number, the serial
-// number of the launch, a null pointer, a number that each call passes, or scratch of so many bytes.
-enum Kind { POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING, PASSED, SCRATCH };
+// number of the launch, a null pointer, a number that each call passes, scratch of so many bytes, or the length of one of an
+// array's axes.
+enum Kind { POINTER, MAP, STRIDE, NUMBER, SERIAL, NOTHING, PASSED, SCRATCH, LENGTH };
 
 struct Argument {
   Kind kind;
@@ -103,6 +104,7 @@ inline void launch(const Step& step, const Arrays& arrays, const std::vector<int
       case SERIAL: words[n] = serial(); break;
       case NOTHING: words[n] = 0; break;
       case PASSED: words[n] = passed.at(argument.value); break;
+      case LENGTH: words[n] = arrays[argument.value].shape(argument.axis); break;
       case SCRATCH: {
         const mx::array& room = scratch(size_t(argument.value), stream, encoder);
         encoder.set_output_array(room);
@@ -132,7 +134,7 @@ inline Argument argument(const ArgumentText& text) {
   if ((made.kind == POINTER || made.kind == MAP) && text.size() > first) {
     made.batch = int(text[first]), made.head = int(text.at(first + 1));
   }
-  if (made.kind == STRIDE) made.axis = int(text.at(2));
+  if (made.kind == STRIDE || made.kind == LENGTH) made.axis = int(text.at(2));
   if (made.kind == STRIDE && text.size() > 3) made.alignment = int(text[3]);
   if (made.kind == MAP) made.map = std::make_shared<Map>(Box{int(text.at(2)), int(text.at(3)), int(text.at(4))});
   return made;

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 import mlx.core as mx
@@ -28,7 +28,7 @@ from attention.kernels.cuda.runtime.launch import (
     scalars_of,
 )
 from attention.kernels.cuda.runtime.program import Element, Program
-from attention.kernels.cuda.sm90.decode import LONG_KEYS, ROWS, Decode
+from attention.kernels.cuda.sm90.decode import LONG_KEYS, ROWS, STEP, Decode
 from attention.kernels.cuda.sm90.forward import (
     WARPGROUP_ROWS,
     Forward,
@@ -178,9 +178,21 @@ def _decode(
     return Decode(width, causal, element, window, softcap, architecture, shared, alibi=alibi)
 
 
-@functools.lru_cache(maxsize=1024)
+def in_whole_steps(shape: CallShape, call: CallParams) -> CallShape:
+    """Return the shape with its keys rounded up to whole steps of the split-K kernels, which divides them alike.
+
+    With a window, on whose first key the division depends, the shape itself.
+    """
+    return shape if call.window is not None else replace(shape, keys=STEP * -(-shape.keys // STEP))
+
+
 def make_key_split(shape: CallShape, call: CallParams) -> KeySplit[Decode]:
     """Return the split-K specialisation for a call, and its splits."""
+    return _key_split(in_whole_steps(shape, call), call)
+
+
+@functools.lru_cache(maxsize=1024)
+def _key_split(shape: CallShape, call: CallParams) -> KeySplit[Decode]:
     width = 64 * -(-shape.head_dim // 64)
     # a single query attends to all keys up to the last: the window is applied by the first key, without masking
     alone = shape.queries == 1
@@ -228,6 +240,15 @@ def decode(shape: CallShape, call: CallParams, plan: KeySplit[Any]) -> Launch:
         outputs,
         [*problem, *scalars_of(call), call.window or 0, *keys],
     )
+
+
+KEYS: Final = 3
+"""Index of the number of keys among the scalars of `decode`."""
+
+
+def for_like_lengths(stage: Stage) -> Stage:
+    """Return the launch of a split-K kernel for all lengths of keys whose `in_whole_steps` is that of its shape."""
+    return replace(stage, lengths={KEYS: ("k", 2)})
 
 
 PARTS: Final = ("parts", "marks")

@@ -14,9 +14,8 @@ from attention.kernels import cuda
 from attention.kernels.cuda import gradients as cuda_gradients
 from attention.kernels.cuda import path
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
-from attention.kernels.cuda.runtime.launch import NOTHING, POINTER, SCRATCH
 from tests.support import kernel_oracle
-from tests.support.cuda_planted import planted, signature
+from tests.support.cuda_planted import parameter_kinds, planted, signature
 
 PATTERN = masks.prefix(40) | masks.window(70)
 KINDS = {
@@ -54,8 +53,7 @@ def test_a_call_with_slopes_gets_kernels_that_take_them(recorder, queries, dim, 
     assert [x.shape for x in made] == [x.shape for x in primals]
     for plan in recorder.plans:
         for _, program, *_, arguments in plan.steps:
-            kinds = [POINTER if argument[0] in (NOTHING, SCRATCH) else argument[0] for argument in arguments]
-            assert kinds == signature(program), program.name
+            assert parameter_kinds(arguments) == signature(program), program.name
             if "rows" not in program.name and "finish" not in program.name and "join" not in program.name:
                 assert dict(program.constants)["ALIBI"] == 1, program.name
 

@@ -17,13 +17,13 @@ from attention.kernels.cuda.gradients import plain_attention
 from attention.kernels.cuda.portable import launch as portable_launch
 from attention.kernels.cuda.runtime import launch, selfcheck
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
-from attention.kernels.cuda.runtime.launch import NOTHING, POINTER, list_planes
+from attention.kernels.cuda.runtime.launch import list_planes
 from attention.kernels.cuda.sm90 import gradient
 from attention.kernels.cuda.sm90.backward import SIGHT_BITS
 from attention.kernels.cuda.sm90.schedule import NO_WORK, list_schedule, list_work_items
 from benchmarks.cuda.measure_portable import portable_only
 from tests.support import kernel_oracle
-from tests.support.cuda_planted import planted, signature
+from tests.support.cuda_planted import parameter_kinds, planted, signature
 
 BLOCKS = 132
 
@@ -161,8 +161,7 @@ def test_a_pattern_gets_a_kernel_with_lists_and_parameters(recorder, queries, di
     assert len(recorder.plans) == 3  # with and without a gradient, and the gradient
     for plan in recorder.plans:
         for _, program, *_, arguments in plan.steps:
-            kinds = [POINTER if argument[0] == NOTHING else argument[0] for argument in arguments]
-            assert kinds == signature(program), program.name
+            assert parameter_kinds(arguments) == signature(program), program.name
             if "rows" not in program.name and "finish" not in program.name:
                 assert dict(program.constants)["LISTS"] == 1, program.name
 

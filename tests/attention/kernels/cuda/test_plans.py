@@ -12,10 +12,10 @@ from attention.kernels import cuda
 from attention.kernels.cuda import KernelUnavailable, path, peers
 from attention.kernels.cuda.runtime import launch, launcher
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
-from attention.kernels.cuda.runtime.launch import MAP, NOTHING, NUMBER, POINTER, SCRATCH
+from attention.kernels.cuda.runtime.launch import LENGTH, MAP, NUMBER, POINTER, SCRATCH
 from attention.kernels.cuda.runtime.program import Program
 from attention.masks import Mask
-from tests.support.cuda_planted import planted, signature
+from tests.support.cuda_planted import parameter_kinds, planted, signature
 
 
 @pytest.fixture
@@ -44,6 +44,40 @@ def test_one_query_to_many_keys_takes_one_launch_of_many_blocks(recorder):
     call(1, 5000)
     assert kernels(recorder.plans[-1]) == ["flash_decode"]
     assert recorder.plans[-1].steps[0][2] > 2
+
+
+@pytest.mark.parametrize(("queries", "lengths"), [(1, (4993, 5000, 5008)), (3, (4993, 5008)), (1, (1, 16))])
+def test_lengths_of_as_many_steps_share_a_plan(recorder, queries, lengths):
+    for keys in lengths:
+        call(queries, keys)
+    assert len(recorder.plans) == 2  # with and without what a gradient would need
+    for plan in recorder.plans:
+        (step,) = plan.steps
+        assert [LENGTH, 1, 2] in step[7]
+        assert [NUMBER, lengths[-1]] not in step[7]
+    call(queries, lengths[-1] + 1)
+    assert len(recorder.plans) == 4
+
+
+def test_a_window_on_few_queries_has_a_plan_of_its_own(recorder):
+    q, k = mx.zeros((1, 4, 1, 64), mx.bfloat16), mx.zeros((1, 2, 5000, 64), mx.bfloat16)
+    for keys in (4999, 5000):
+        cuda.flash_attention(q, k[:, :, :keys], k[:, :, :keys], scale=0.125, window=1000)
+    firsts = [[a[1] for a in plan.steps[0][7] if a[0] == NUMBER][-3] for plan in recorder.plans]
+    assert firsts == [3999, 3999, 4000, 4000]
+
+
+def test_a_shared_plan_has_gradients_of_a_call_s_length(recorder):
+    call(2, 5008)
+    (q, k, v), output = call(2, 5000)
+    label = recorder.plans[-1].label
+    results = [output, mx.zeros((1, 4, 2)), mx.zeros((1, 4, 2, 2))]
+    made = recorder.gradient(label, [q, k, v], [output, results[1]], results)
+    assert [x.shape for x in made] == [x.shape for x in (q, k, v)]
+    keys = mx.zeros((1, 2, 3, 5000, 64), mx.bfloat16)  # vmapped by the axis between heads and rows
+    output, *_ = recorder.batched(label, [mx.stack([q] * 3), keys, keys], [0, 2, 2])
+    assert output.shape == (3, 1, 4, 2, 64)
+    assert [LENGTH, 1, 2] in recorder.plans[-1].steps[0][7]
 
 
 def test_one_query_to_few_keys_is_not_split(recorder):
@@ -85,8 +119,7 @@ def test_every_kernel_gets_the_parameters_of_its_signature(recorder):
     gradients(recorder, True)
     call(1, 5000)
     for _, program, *_, arguments in (step for plan in recorder.plans for step in plan.steps):
-        found = [POINTER if argument[0] in (NOTHING, SCRATCH) else argument[0] for argument in arguments]
-        assert found == signature(program), program.name
+        assert parameter_kinds(arguments) == signature(program), program.name
 
 
 @pytest.mark.parametrize("largest", [sm90_launch.MAX_SCRATCH, 0])
@@ -180,8 +213,7 @@ def test_keys_in_two_arrays_take_two_launches(recorder):
     assert outputs[0] == outputs[1]  # both launches write the same arrays
     for first, heads, (_, program, *_, arguments) in zip((0, 1), groups, plan.steps, strict=True):
         assert dict(program.constants)["GATHERED"] == 1
-        kinds = [POINTER if argument[0] == NOTHING else argument[0] for argument in arguments]
-        assert kinds == signature(program)
+        assert parameter_kinds(arguments) == signature(program)
         maps = [argument for argument in arguments if argument[0] == MAP]
         assert [one[1] for one in maps] == [0, 1, 2, 3, 4]  # q, own k and v, other ranks' k and v
         assert [one[6] for one in maps] == [2 * first, first, first, first, first]  # the head at which each begins

@@ -26,11 +26,11 @@ from attention.kernels.cuda.quantized.forward_launch import Heads, divided_heads
 from attention.kernels.cuda.quantized.launch import alone_on_multiprocessor, fill, inputs, make_key_split
 from attention.kernels.cuda.runtime import launcher
 from attention.kernels.cuda.runtime.call import CallShape, normalize
-from attention.kernels.cuda.runtime.launch import NOTHING, POINTER, SCRATCH, Launch, Stage, TensorBox
+from attention.kernels.cuda.runtime.launch import Launch, Stage, TensorBox
 from attention.quantized_kv import quantized
 from tests.support import kernel_oracle
 from tests.support.cuda_compiled import needs_nvrtc, report
-from tests.support.cuda_planted import GPUS, planted, signature
+from tests.support.cuda_planted import GPUS, parameter_kinds, planted, signature
 from tests.support.quantized_values import FORMATS, exact, laid_out, normal
 
 needs_gpu = pytest.mark.skipif(not cuda.availability()[0], reason=cuda.availability()[1])
@@ -387,7 +387,7 @@ def test_long_keys_have_a_multiprocessor_to_themselves(on):
     shape = CallShape(1, 32, 8, 1, 131_072, 128, "bf16")
     call = normalize(0.1, False, None, None, shape.keys)
     found = {
-        form: make_key_split.__wrapped__(shape, call, PackedKV.of_text(form, "bfloat16")).kernel.resident_blocks
+        form: make_key_split(shape, call, PackedKV.of_text(form, "bfloat16")).kernel.resident_blocks
         for form in ("int4", "int8", "int4+int8", "int4:32")
     }
     assert found == {"int4": 2, "int8": 1, "int4+int8": 1, "int4:32": 1}
@@ -421,8 +421,7 @@ def test_every_kernel_gets_the_parameters_of_its_signature(on, what, queries):
     }[what]
     cuda.flash_attention_quantized(q, kv, kv, scale=0.1, **extra)
     for _, program, *_, arguments in recorder.plans[-1].steps:
-        found = [POINTER if argument[0] in (NOTHING, SCRATCH) else argument[0] for argument in arguments]
-        assert found == signature(program), program.name
+        assert parameter_kinds(arguments) == signature(program), program.name
 
 
 @pytest.mark.parametrize("first", [0, 1])
