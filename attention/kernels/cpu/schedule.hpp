@@ -29,7 +29,7 @@ struct Item {
 
 struct Schedule {
   int64_t heads_per_tile, head_groups, tiles_per_head, tiles, spans, keys_per_span, rows_per_tile;
-  bool by_head;  // whether the tiles of a head follow each other: where all have as many keys, except the first of a window
+  bool alternate;  // items of many and of few keys, where the last queries of a head have the most
 
   // Uses the most rows per item, up to `panels` of them, that leave at least `items_wanted` items.
   explicit Schedule(const Problem& p, int64_t items_wanted = 64, int64_t panels = max_panels) {
@@ -43,7 +43,7 @@ struct Schedule {
     head_groups = ceil_div(group, heads_per_tile);
     tiles_per_head = ceil_div(p.queries, rows_wanted);
     tiles = p.batch * p.kv_heads * head_groups * tiles_per_head;
-    by_head = p.window > 0 ? 4 * p.window <= p.queries : !p.causal;
+    alternate = p.window > 0 ? 4 * p.window > p.queries : p.causal;
     const bool enough = tiles >= 32 || rows_per_tile > query_tile;  // spans support one panel only
     // Rounded to the widest vector of any CPU, so that the division depends on the shape only.
     const int64_t rows = round_up(heads_per_tile * std::min(p.queries, query_tile), 16);
@@ -64,15 +64,16 @@ struct Schedule {
     return i;
   }
 
-  // The last queries come first: with a causal mask they have the most keys. Without one all items are alike, and those that read
-  // the same keys come together.
+  // Items of a head come together, as they read the same keys; the last queries come first. With a causal mask these have the most
+  // keys, and each is followed by the one with as few, so that equal numbers of items are equal work.
   Item item(const Problem& p, int64_t index) const {
     Item i;
     i.tile = index / spans;
     i.span = index % spans;
-    const int64_t outer = p.batch * p.kv_heads * head_groups;
-    i.query = (tiles_per_head - 1 - (by_head ? i.tile % tiles_per_head : i.tile / outer)) * rows_per_tile;
-    int64_t rest = by_head ? i.tile / tiles_per_head : i.tile % outer;
+    const int64_t rank = i.tile % tiles_per_head;
+    const int64_t after = !alternate ? rank : rank % 2 == 0 ? rank / 2 : tiles_per_head - 1 - rank / 2;
+    i.query = (tiles_per_head - 1 - after) * rows_per_tile;
+    int64_t rest = i.tile / tiles_per_head;
     i.head = (rest % head_groups) * heads_per_tile;
     rest /= head_groups;
     i.kv_head = rest % p.kv_heads;
