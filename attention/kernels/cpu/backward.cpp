@@ -68,6 +68,7 @@ class FloatSteps {
   }
 
   static float key_factor(const Problem&) { return 1.0f; }  // Q is scaled
+  static constexpr int64_t first_key = 1;  // some keys of a block may begin at a multiple of this
 
   void clear_prefetches() { prefetches_ = 0, ahead_[0] = nothing; }
   // Divides the planned lines among the register tiles of the products with the present queries and block.
@@ -384,10 +385,7 @@ class FloatTiles : public FloatSteps {
 };
 }  // namespace
 
-// As in the forward pass, lists are walked by the kernel for all dtypes.
-static bool in_pairs(const Problem& p) {
-  return bfloat16_pairs && p.query.element == Element::bfloat16 && !has_lists(p);
-}
+static bool in_pairs(const Problem& p) { return bfloat16_pairs && p.query.element == Element::bfloat16; }
 
 // Whether the scores of a row are recomputed in double, which the products of pairs do not do.
 static bool any_coarse(const BackwardCall& call) {

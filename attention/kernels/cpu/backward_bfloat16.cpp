@@ -107,16 +107,17 @@ class PairTiles {
     write_transposed(out, sums, rows, p.head_dim, p.scale);
   }
   static float key_factor(const Problem& p) { return p.scale; }
+  static constexpr int64_t first_key = pair_step;
 
   void step(const TileStep& t) {
-    const int64_t width = round_up(t.item.queries, 32), keys = round_up(t.keys, 32);
+    const int64_t width = round_up(t.item.queries, 32), keys = round_up(t.keys, pair_step);
     product({k_.data + t.row * k_.stride, k_.stride, query_transposed_, query_tile, d_, scores_, query_tile, nullptr},
             t.keys, width, false);
     product({v_.data + t.row * v_.stride, v_.stride, gradient_transposed_, query_tile, dv_, score_gradients_, query_tile,
              nullptr},
             t.keys, width, false);
     if (p_.softcap > 0) cap_slopes(scores_, slopes_, t.keys, width, p_.scale * inside_cap(p_));
-    const float factor = finish_raw_scores({scores_, t.key, t.keys, 0, width, t.bounds.whole}, p_, t.item, t.bounds);
+    const float factor = finish_raw_scores({scores_, t.key, t.keys, 0, width, t.bounds.whole, t.bits}, p_, t.item, t.bounds);
     const bool subtracted = subtract_first(scores_, t.keys, width, factor, *rows_);
     for (int64_t j = 0; j < keys; j += 2)
       score_gradients(j, t.keys, width, subtracted ? 1.0f : factor * log2_e, subtracted);

@@ -179,6 +179,7 @@ class Walk {
         KeyRange range{0, std::min(step_keys, end - row) - 1};
         const uint64_t* seen = sight.bits[i] == all_visible ? nullptr : bits + row - i * key_tile;
         if (seen != nullptr) range = keys_seen(seen, range.last + 1, row_bits(item.queries));
+        range.first -= range.first % Tiles::first_key;
         const int64_t first = row + range.first;
         if (range.first <= range.last)
           tiles_.step({item, bounds, block_ + first, first, range.last - range.first + 1, query_sums,

@@ -30,7 +30,7 @@ void attend_rows(const ForwardCall& call, const Item& item, Partials& partials) 
   few.attend(runs);
   if (p.spans == nullptr && wants_panels(call, item, state)) {
     if constexpr (bfloat16_pairs && std::is_same_v<T, bfloat16_t>)
-      if (!has_lists(p) && !is_quantized(p)) return attend_bfloat16(call, item, partials);
+      if (!is_quantized(p)) return attend_bfloat16(call, item, partials);
     if constexpr (std::is_same_v<T, float>) return attend_float32(call, item, partials);
     else if constexpr (std::is_same_v<T, float16_t>) return attend_float16(call, item, partials);
     else return attend_widened(call, item, partials);
@@ -49,7 +49,7 @@ void attend_few(const ForwardCall& call, const Item& item, Partials& partials) {
   if (is_quantized(p)) return attend_rows<T, Reading::copied>(call, item, partials);
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, bfloat16_t>)
-    if (whole_words(p.key, p.head_dim) && whole_words(p.value, p.value_dim) && !has_lists(p))
+    if (whole_words(p.key, p.head_dim) && whole_words(p.value, p.value_dim))
       return attend_rows<T, Reading::pairs>(call, item, partials);
 #endif
   if (whole_vectors<T>(p.key, p.head_dim) && whole_vectors<T>(p.value, p.value_dim))

@@ -3,11 +3,11 @@
 
 namespace fatui {
 
-// Whether the CPU multiplies bfloat16 pairs, and the call has enough rows to amortise transposing V. Lists are walked, and
-// quantized keys and values read, by the kernel for all dtypes.
+// Whether the CPU multiplies bfloat16 pairs, and the call has enough rows to amortise transposing V. Quantized keys and values
+// are read by the kernel for all dtypes.
 static bool in_pairs(const Problem& p) {
   const Schedule schedule(p);
-  return bfloat16_pairs && !has_lists(p) && !is_quantized(p) && schedule.heads_per_tile * p.queries > few_rows;
+  return bfloat16_pairs && !is_quantized(p) && schedule.heads_per_tile * p.queries > few_rows;
 }
 
 void forward(const ForwardCall& call) {

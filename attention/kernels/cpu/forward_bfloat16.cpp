@@ -1,6 +1,7 @@
 // Forward pass in bfloat16 with the CPU's dot-product instructions: the loops of forward_walk.hpp, on pairs.
 //
-//   for each tile of 128 keys:   VT = V transposed, once for up to four panels of 64 queries; then for each panel
+//   for each tile of 128 keys:   VT = V transposed, once for up to four panels of 64 queries; then for each panel, at a mask's
+//                                edge for each part of it, with the keys that it sees
 //     S = K QP          bfloat16 pairs, float32 sums
 //     finish_raw_scores scale, softcap, mask, bounds
 //     softmax_pairs     PP, maximum, sum
@@ -62,30 +63,51 @@ struct PairPanel {
       turn_pairs(rows_of<bfloat16_t>(p.query, item), p.head_dim, buffer.d, width, query, buffer.keys);
   }
 
-  void correct(int64_t dims) {
-    for (int64_t d = 0; d < dims; d++)
-      for (int64_t i = 0; i < width; i += lanes)
-        store(output + d * query_tile + i, load(output + d * query_tile + i) * load(state.correction + i));
+  // Parts of the panel that see the same keys of a tile together; each skips the others.
+  void step(const Problem& p, const Floats& k, int64_t key, const uint64_t* bits, const PairBuffers& buffer) {
+    if (key < begin || key >= end) return;
+    const int64_t keys = std::min(pair_keys, end - key);
+    for (int64_t i = 0, next; i * part_rows < width; i = next) {
+      const KeyRange seen = keys_of_part(bounds, i, key, keys, bits);
+      for (next = i + 1; next * part_rows < width; next++) {
+        const KeyRange other = keys_of_part(bounds, next, key, keys, bits);
+        if (other.first != seen.first || other.last != seen.last) break;
+      }
+      if (seen.first > seen.last) continue;
+      const int64_t first = seen.first / pair_step * pair_step;
+      attend(p, k, {buffer.scores + i * part_rows, key + first, seen.last + 1 - first, i * part_rows,
+                    std::min(width, next * part_rows), next == i + 1 ? bounds.part[i] : bounds.whole,
+                    bits == nullptr ? nullptr : bits + first},
+             first, buffer);
+    }
   }
 
-  bool softmax(int64_t keys, int64_t padded_keys, float factor, const PairBuffers& buffer) {
+ private:
+  void attend(const Problem& p, const Floats& k, const Scores& tile, int64_t first, const PairBuffers& buffer) {
+    const int64_t padded_keys = round_up(tile.keys, pair_step), i = tile.begin, columns = tile.width();
+    product({k.data + first * k.stride, k.stride, query + i, query_tile, buffer.d / 2, tile.s, query_tile, nullptr}, tile.keys,
+            columns, false);
+    const float factor = finish_raw_scores(tile, p, item, bounds);
+    if (softmax(tile, padded_keys, factor, buffer)) correct(p.value_dim, tile);
+    product({buffer.values + first / 2, pair_keys / 2, buffer.pairs + i, query_tile, padded_keys / 2, output + i, query_tile,
+             nullptr},
+            p.value_dim, columns, true);
+  }
+
+  bool softmax(const Scores& tile, int64_t padded_keys, float factor, const PairBuffers& buffer) {
     bool moved = false;
-    int64_t i = 0;
-    for (; i + 4 * lanes <= width; i += 4 * lanes)
-      moved |= softmax_pairs<4>(buffer.scores, keys, padded_keys, factor, state, i, buffer.pairs);
-    for (; i < width; i += lanes)
-      moved |= softmax_pairs<1>(buffer.scores, keys, padded_keys, factor, state, i, buffer.pairs);
+    int64_t i = tile.begin;
+    for (; i + 4 * lanes <= tile.end; i += 4 * lanes)
+      moved |= softmax_pairs<4>(buffer.scores, tile.keys, padded_keys, factor, state, i, buffer.pairs);
+    for (; i < tile.end; i += lanes)
+      moved |= softmax_pairs<1>(buffer.scores, tile.keys, padded_keys, factor, state, i, buffer.pairs);
     return moved;
   }
 
-  void step(const Problem& p, const Floats& k, int64_t key, const PairBuffers& buffer) {
-    if (key < begin || key >= end) return;
-    const int64_t keys = std::min(pair_keys, end - key), padded_keys = round_up(keys, 32);
-    product({k.data, k.stride, query, query_tile, buffer.d / 2, buffer.scores, query_tile, nullptr}, keys, width, false);
-    const float factor = finish_raw_scores({buffer.scores, key, keys, 0, width, bounds.whole}, p, item, bounds);
-    if (softmax(keys, padded_keys, factor, buffer)) correct(p.value_dim);
-    product({buffer.values, pair_keys / 2, buffer.pairs, query_tile, padded_keys / 2, output, query_tile, nullptr},
-            p.value_dim, width, true);
+  void correct(int64_t dims, const Scores& tile) {
+    for (int64_t d = 0; d < dims; d++)
+      for (int64_t i = tile.begin; i < tile.end; i += lanes)
+        store(output + d * query_tile + i, load(output + d * query_tile + i) * load(state.correction + i));
   }
 };
 
@@ -102,12 +124,22 @@ void attend_bfloat16(const ForwardCall& call, const Item& item, Partials& partia
     panel[i].open(p, item, i, buffer);
     begin = std::min(begin, panel[i].begin), end = std::max(end, panel[i].end);
   }
-  for (int64_t key = begin; key < end; key += pair_keys) {
+  const auto share_tile = [&](int64_t key, ListWalk* walk) {
     const int64_t keys = std::min(pair_keys, end - key);
     const Floats k = key_pairs(p.key, item.batch, item.kv_head, key, keys, p.head_dim, buffer.d, buffer.keys);
     turn_rows(p.value, item.batch, item.kv_head, key, keys, p.value_dim, round_up(keys, 32), buffer.values,
               pair_keys / 2);
-    for (int64_t i = 0; i < panels; i++) panel[i].step(p, k, key, buffer);
+    uint64_t bits[key_tile];
+    for (int64_t i = 0; i < panels; i++) {
+      const Sight sight = walk == nullptr ? Sight::all : walk->sight(i, bits);
+      if (sight != Sight::none) panel[i].step(p, k, key, sight == Sight::some ? bits : nullptr, buffer);
+    }
+  };
+  if (has_lists(p)) {
+    ListWalk walk(p, item);
+    for (int64_t tile; (tile = walk.next()) >= 0;) share_tile(tile * key_tile, &walk);
+  } else {
+    for (int64_t key = begin; key < end; key += pair_keys) share_tile(key, nullptr);
   }
   const Coarse coarse(p);
   for (int64_t i = 0; i < panels; i++) {
@@ -122,9 +154,10 @@ void attend_bfloat16(const ForwardCall& call, const Item& item, Partials& partia
 void forward_bfloat16(const ForwardCall& call) {
   const Problem& p = call.problem;
   const Schedule schedule(p, items_wanted);
+  const ListedItems items(p, schedule);
   Partials partials(p, schedule);
   parallel_for(schedule.items(), threads_for(p),
-               [&](int64_t index) { attend_bfloat16(call, schedule.item(p, index), partials); }, brief(p));
+               [&](int64_t index) { attend_bfloat16(call, items.item(index), partials); }, brief(p));
   if (partials.wanted()) partials.combine<bfloat16_t>(call, schedule);
 }
 

@@ -134,9 +134,9 @@ struct Panel {
     }
     // At the mask's edge each part skips the keys that none of its queries sees; parts that see the same keys stay together.
     for (int64_t i = 0, next; i * part_rows < width; i = next) {
-      const KeyRange seen = range(i, key, keys, bits);
+      const KeyRange seen = keys_of_part(bounds, i, key, keys, bits);
       for (next = i + 1; !by_parts && bits != nullptr && next * part_rows < width && started[next] == started[i]; next++) {
-        const KeyRange other = range(next, key, keys, bits);
+        const KeyRange other = keys_of_part(bounds, next, key, keys, bits);
         if (other.first != seen.first || other.last != seen.last) break;
       }
       if (seen.first > seen.last) continue;
@@ -157,12 +157,6 @@ struct Panel {
   }
 
  private:
-  // The keys of a tile that any query of a part sees, from its first one.
-  KeyRange range(int64_t i, int64_t key, int64_t keys, const uint64_t* bits) const {
-    if (bits != nullptr) return keys_seen(bits, keys, row_bits(part_rows) << i * part_rows);
-    return {std::max<int64_t>(0, bounds.part[i].any_first - key), std::min(keys - 1, bounds.part[i].any_last - key)};
-  }
-
   // Whether all queries of a part see all keys of a tile.
   bool sees_all(int64_t i, int64_t key, int64_t keys) const {
     return bounds.part[i].all_first <= key && bounds.part[i].all_last >= key + keys - 1;

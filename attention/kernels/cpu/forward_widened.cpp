@@ -1,5 +1,5 @@
-// Forward pass in bfloat16, widened to float32 tile by tile: on CPUs without its products, and for calls with few rows, block
-// lists or quantized keys and values.
+// Forward pass in bfloat16, widened to float32 tile by tile: on CPUs without its products, and for calls with few rows
+// or quantized keys and values.
 #include "forward_walk.hpp"
 
 namespace fatui {

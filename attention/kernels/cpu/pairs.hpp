@@ -3,12 +3,20 @@
 //   queries  QP[d / 2][query]  transposed as 32-bit words      values  VT[d][key / 2]      transposed once for all panels
 //   keys     K[key][d / 2]     in place                        P       PP[key / 2][query]  written by the softmax
 #pragma once
+#include "matrix_tiles.hpp"
 #include "softmax.hpp"
 
 #if defined(__AVX512BF16__)
 namespace fatui {
 
-constexpr int64_t pair_keys = 128;  // keys per tile: enough to amortise loading and storing the output
+constexpr int64_t pair_keys = key_tile;  // keys per tile: enough to amortise loading and storing the output
+
+// Some keys of a tile begin at a multiple of this, and those of a product along the keys are padded to one.
+#if defined(FATUI_MATRIX_TILES)
+constexpr int64_t pair_step = 32;
+#else
+constexpr int64_t pair_step = 2;
+#endif
 
 // Whether rows can be read in place as whole vectors of words.
 inline bool whole_words(const Tensor& t, int64_t columns) {

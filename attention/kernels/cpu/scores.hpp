@@ -42,6 +42,12 @@ inline Bounds bounds_of(const Problem& p, const Item& item) {
   return b;
 }
 
+// The keys of a tile, from its first one, that any query of a part of a panel sees.
+inline KeyRange keys_of_part(const Bounds& b, int64_t part, int64_t key, int64_t keys, const uint64_t* bits) {
+  if (bits != nullptr) return keys_seen(bits, keys, row_bits(part_rows) << part * part_rows);
+  return {std::max<int64_t>(0, b.part[part].any_first - key), std::min(keys - 1, b.part[part].any_last - key)};
+}
+
 // A tile of scores, or some of its columns: keys [key, key + keys), queries [begin, end), in whole vectors.
 struct Scores {
   float* s;  // of the first key and query

@@ -80,7 +80,8 @@ def assert_right(q, k, v, mask, *, slopes=None, array=None, softcap=None, seed=0
     empty = exact_logsumexp == -np.inf
     assert (np.array(logsumexp)[empty] == -np.inf).all()
     assert (kernel_oracle.numbers(o)[empty] == 0).all()
-    np.testing.assert_allclose(np.array(logsumexp)[~empty], exact_logsumexp[~empty], atol=2e-5 + rounding, rtol=1e-5)
+    tolerance = (3e-4 if q.dtype == mx.bfloat16 else 2e-5) + rounding
+    np.testing.assert_allclose(np.array(logsumexp)[~empty], exact_logsumexp[~empty], atol=tolerance, rtol=1e-5)
 
     numbers = [*arrays, kernel_oracle.numbers(do)]
     exacts = kernel_oracle.gradients(*numbers, options)
@@ -101,6 +102,21 @@ dtypes = pytest.mark.parametrize("dtype", kernel_oracle.DTYPES.values(), ids=ker
 def test_listed_tiles_give_what_the_mask_gives(dtype, kind):
     shape = (1, 4, 2, 200, 400, 64, 48)
     assert_right(*qkv(*shape, dtype), mask_of(kind, (1, 4, *shape[3:5])), seed=1)
+
+
+@dtypes
+@pytest.mark.parametrize("dim", [64, 17])
+def test_all_tiles_listed_give_the_dense_call(dtype, dim):
+    """Bit for bit, as they take the same products: those of pairs too."""
+    q, k, v = qkv(1, 4, 2, 200, 400, dim, dim, dtype)
+    lists = lists_of(np.ones((1, 1, 200, 400), bool))
+    do = normal(7, *q.shape, dtype=dtype)
+    results = [
+        mx.vjp(lambda *x, more=more: cpu.flash_attention(*x, scale=0.2, **more), [q, k, v], [do])
+        for more in ({"lists": lists}, {})
+    ]
+    for listed, dense in zip(*([*out, *gradients] for out, gradients in results), strict=True):
+        assert mx.array_equal(listed, dense)
 
 
 @pytest.mark.sampled(0.4)
