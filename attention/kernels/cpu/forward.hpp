@@ -49,7 +49,10 @@ void write_rows(const ForwardCall& call, const Item& item, const float* transpos
     const Vector inverse = sum > Vector{} ? 1.0f / sum : sum;
     const int64_t some = std::min<int64_t>(lanes, item.rows() - row);
     T* out[lanes];
-    for (int64_t r = 0; r < some; r++) out[r] = static_cast<T*>(call.output) + place(row + r) * dv;
+    for (int64_t r = 0; r < some; r++) {
+      out[r] = static_cast<T*>(call.output) + place(row + r) * dv;
+      for (int64_t d = 0; d < dv; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(out[r] + d, 1);
+    }
     for (int64_t d = 0; d < dv; d += lanes) {
       if (some < lanes || d + lanes > dv) {
         write_square(out, transposed + d * line + row, line, d, dv, some, inverse);
