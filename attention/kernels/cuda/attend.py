@@ -145,7 +145,7 @@ def _gradients_of(
         raise ValueError(f"[flash_attention] {NO_GRADIENT}.")
     if kind != "forward":
         raise ValueError("[flash_attention] There is no second derivative.")
-    shape = replace(shape, keys=primals[1].shape[2])  # the plan may be for other lengths too
+    shape = shape.with_keys(primals[1].shape[2])  # the plan may be for other lengths too
     wanted = cotangents[: 2 if with_logsumexp else 1]
     return gradients(primals[: len(_inputs(call))], wanted, outputs[: len(OUTPUTS)], shape, call)
 
@@ -157,7 +157,7 @@ def _batched(label: str, inputs: list[mx.array], axes: list[int]) -> list[mx.arr
         The first outputs, with the vmapped axis first.
     """
     kind, shape, call, with_logsumexp = parse_label(label)
-    shape = replace(shape, keys=inputs[1].shape[3 if 0 <= axes[1] <= 2 else 2])  # the plan may be for other lengths too
+    shape = shape.with_keys(inputs[1].shape[3 if 0 <= axes[1] <= 2 else 2])  # the plan may be for other lengths too
 
     def plan_of(shape: CallShape) -> Run:
         match kind:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     import mlx.core as mx
 
+    from attention.kernels.cuda.choice import KernelPath
+    from attention.kernels.cuda.packed_choice import PackedPath
     from attention.masks import Mask
 
 NAMES: Final = {
@@ -33,17 +35,16 @@ TAKES: Final = frozenset({"pattern", "alibi", "logsumexp", "quantized"})
 
 def route(workload: Workload, needs: Needs) -> Route:
     """Return the route of a workload through the kernels, or an unsupported route with the reason; runs nothing."""
-    refusal = cuda.supports(workload, needs)
-    if refusal is None and needs.sinks and workload.kv_format == DENSE:
-        refusal = "the CUDA kernels take attention sinks with quantized keys and values only"
-    if refusal:
-        return unsupported(refusal)
-    if workload.kv_format != DENSE:
-        return _packed_route(workload, needs)
-    from attention.kernels.cuda.choice import path_of
-    from attention.kernels.cuda.requirements import shape_and_call
+    from attention.kernels.cuda.requirements import path_here
 
-    path, distrusted = path_of(*shape_and_call(workload, needs))
+    try:
+        path, distrusted = path_here(workload, needs)
+    except KernelUnavailable as unavailable:
+        return unsupported(str(unavailable))
+    if workload.kv_format != DENSE:
+        return _packed_route(workload, needs, path, distrusted)
+    if needs.sinks:
+        return unsupported("the CUDA kernels take attention sinks with quantized keys and values only")
     reason = "flash attention in CUDA C++; a kind of call compiles at its first use, in about a second"
     if distrusted:
         reason = f"{reason}; this one for any call, since the faster one is not used: {'; '.join(distrusted)}"
@@ -53,7 +54,7 @@ def route(workload: Workload, needs: Needs) -> Route:
         reason = f"{reason}; launched kernel by kernel, since {obstacle}"
     if gradient_refusal:
         reason = f"{reason}; gradients go through MLX's own path: {gradient_refusal}"
-    predicted = _predicted(workload, needs, gradient_refusal)
+    predicted = _predicted(workload, needs, path, gradient_refusal)
     return Route(path=NAMES[path], fused=True, reason=reason, predicted_bytes=predicted)
 
 
@@ -65,21 +66,17 @@ PACKED_KERNELS: Final = {
 """What the kernels do with quantized keys and values, by their path."""
 
 
-def _packed_route(workload: Workload, needs: Needs) -> Route:
-    """Return the route of a supported workload with quantized keys and values."""
-    from attention.kernels.cuda.packed_choice import path_of
-    from attention.kernels.cuda.quantized.formats import PackedKV
-    from attention.kernels.cuda.requirements import shape_and_call, workspace_bytes
+def _packed_route(workload: Workload, needs: Needs, path: KernelPath | PackedPath, distrusted: list[str]) -> Route:
+    """Return the route of a supported workload with quantized keys and values on a path."""
+    from attention.kernels.cuda.requirements import workspace_bytes
 
-    shape, call = shape_and_call(workload, needs)
-    path, distrusted = path_of(shape, call, PackedKV.of_text(workload.kv_format, workload.dtype))
     reason = (
         f"flash attention in CUDA C++ that {PACKED_KERNELS[path].format(workload.kv_format)}; a kind of call compiles "
         "at its first use, in about a second"
     )
     if distrusted:
         reason = f"{reason}; a faster one is not used: {'; '.join(distrusted)}"
-    predicted = workload.output_bytes + workspace_bytes(workload, needs)
+    predicted = workload.output_bytes + workspace_bytes(workload, path, needs)
     return Route(path=NAMES["packed"], fused=True, reason=reason, predicted_bytes=predicted)
 
 
@@ -174,12 +171,14 @@ def _checked(scale: float, mask: Mask, softcap: float | None) -> dict[str, Any]:
     }
 
 
-def _predicted(workload: Workload, needs: Needs, backward_refusal: str | None) -> int | None:
+def _predicted(
+    workload: Workload, needs: Needs, path: KernelPath | PackedPath, backward_refusal: str | None
+) -> int | None:
     """Return the bytes of outputs and workspace; None for a training pass whose gradients fall back to MLX."""
     from attention.kernels.cuda import gradients
     from attention.kernels.cuda.requirements import shape_and_call, workspace_bytes
 
-    forward = workspace_bytes(workload, needs)
+    forward = workspace_bytes(workload, path, needs)
     if workload.pass_ != "training":
         return workload.output_bytes + forward
     if backward_refusal:

@@ -4,7 +4,7 @@ import functools
 import math
 import sys
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from msgspec import structs
 
@@ -17,6 +17,10 @@ from attention.kernels.cuda.runtime import program
 from attention.kernels.cuda.runtime.call import DIM_STEP, ELEMENTS, CallParams, CallShape, MaskKind, refusal_of_workload
 from attention.kernels.cuda.runtime.gpu import gpu
 from attention.masks import causal, of_workload
+
+if TYPE_CHECKING:
+    from attention.kernels.cuda.choice import KernelPath
+    from attention.kernels.cuda.packed_choice import PackedPath
 
 MIN_CAPABILITY = (8, 0)
 
@@ -90,63 +94,82 @@ def shape_and_call(workload: Workload, needs: Needs = NO_NEEDS) -> tuple[CallSha
 
 def refusal_here(workload: Workload, needs: Needs = NO_NEEDS) -> str | None:
     """Return None if the kernels support a workload on this machine, else a one-line reason."""
-    reason = refusal_of_workload(workload)
-    if reason:
-        return reason
-    if workload.kv_format != DENSE:
-        return _packed_refusal(workload, needs)
     try:
-        describe()
-        from attention.kernels.cuda.choice import path_of
-
-        path_of(*shape_and_call(workload, needs))
+        path_here(workload, needs)
     except KernelUnavailable as unavailable:
         return str(unavailable)
     return None
 
 
-def _packed_refusal(workload: Workload, needs: Needs) -> str | None:
-    """Return None if the kernels support a workload with quantized keys and values on this machine, else the reason."""
+def path_here(workload: Workload, needs: Needs = NO_NEEDS) -> tuple["KernelPath | PackedPath", list[str]]:
+    """Return the path of a workload according to the checks so far, and why faster paths are not trusted.
+
+    Raises:
+        KernelUnavailable: the kernels do not support the workload on this machine; the message is a one-line reason.
+    """
+    reason = refusal_of_workload(workload)
+    if reason:
+        raise KernelUnavailable(reason)
+    if workload.kv_format != DENSE:
+        return _packed_path(workload, needs)
+    describe()
+    from attention.kernels.cuda.choice import path_of
+
+    return path_of(*shape_and_call(workload, needs))
+
+
+def _packed_path(workload: Workload, needs: Needs) -> tuple["PackedPath", list[str]]:
+    """Return what `path_here` returns, of a workload with quantized keys and values."""
     from attention.kernels.cuda.quantized.formats import NO_GRADIENT, PackedKV
 
     if workload.pass_ == "training":
-        return NO_GRADIENT
+        raise KernelUnavailable(NO_GRADIENT)
     try:
         describe()
         from attention.kernels.cuda import packed_choice
         from attention.kernels.cuda.runtime import launcher
 
         obstacle = launcher.known_obstacle()
-        if obstacle:
-            return f"the CUDA kernels for quantized keys and values need the launcher: {obstacle}"
-        shape, call = shape_and_call(workload, needs)
-        packed_choice.path_of(shape, call, PackedKV.of_text(workload.kv_format, workload.dtype))
+        if obstacle is None:
+            packed = PackedKV.of_text(workload.kv_format, workload.dtype)
+            return packed_choice.path_of(*shape_and_call(workload, needs), packed)
     except KernelUnavailable as unavailable:
-        return f"the CUDA kernels for quantized keys and values are not used: {unavailable}"
-    return None
+        reason = f"the CUDA kernels for quantized keys and values are not used: {unavailable}"
+        raise KernelUnavailable(reason) from unavailable
+    raise KernelUnavailable(f"the CUDA kernels for quantized keys and values need the launcher: {obstacle}")
 
 
-def workspace_bytes(workload: Workload, needs: Needs = NO_NEEDS) -> int:
+def workspace_bytes(workload: Workload, path: "KernelPath | PackedPath", needs: Needs = NO_NEEDS) -> int:
     """Return the bytes of a forward call above inputs and output: intermediate arrays, and zero-padded copies.
 
     Args:
         workload: one that the kernels support on this machine.
+        path: the path that it takes.
         needs: features that it does not describe.
     """
-    from attention.kernels.cuda.choice import path_of, stages
-
     shape, call = shape_and_call(workload, needs)
-    if workload.kv_format != DENSE:
-        from attention.kernels.cuda import packed_choice
-        from attention.kernels.cuda.quantized.formats import PackedKV
+    if path == "decode":
+        from attention.kernels.cuda.sm90.launch import in_whole_steps
 
-        packed = PackedKV.of_text(workload.kv_format, workload.dtype)
-        made = packed_choice.stages(shape, call, packed, packed_choice.path_of(shape, call, packed)[0])
-    else:
-        made = stages(shape, call, path_of(shape, call)[0])
-    arrays = {name: math.prod(size) * dtype.size for stage in made for name, (size, dtype) in stage.outputs.items()}
-    written = sum(arrays.values())
+        shape = in_whole_steps(shape, call)
     copies = 0
     if (shape.head_dim, shape.value_dim) != (workload.head_dim, workload.value_dim):
         copies = structs.replace(workload, head_dim=shape.head_dim, value_dim=shape.value_dim).input_bytes
-    return written + copies - workload.result_bytes
+    return _written_bytes(shape, call, workload.kv_format, path) + copies - workload.result_bytes
+
+
+@functools.lru_cache(maxsize=256)
+def _written_bytes(shape: CallShape, call: CallParams, kv_format: str, path: "KernelPath | PackedPath") -> int:
+    """Return the bytes of all arrays that a forward call makes."""
+    from attention.kernels.cuda import choice, packed_choice
+
+    if kv_format == DENSE:
+        made = choice.stages(shape, call, cast("KernelPath", path))
+    else:
+        from attention.kernels.cuda.quantized.formats import PackedKV
+
+        dtype = next(dtype for dtype, element in ELEMENTS.items() if element == shape.element)
+        packed = PackedKV.of_text(kv_format, dtype)
+        made = packed_choice.stages(shape, call, packed, cast("PackedPath", path))
+    arrays = {name: math.prod(size) * dtype.size for stage in made for name, (size, dtype) in stage.outputs.items()}
+    return sum(arrays.values())

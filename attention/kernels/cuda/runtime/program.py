@@ -169,7 +169,7 @@ class Program:
         """Options of NVRTC."""
         return (f"--gpu-architecture={target_for(self.architecture)}", "--std=c++17")
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """Cache key of the machine code: a hash of source, options and compiler version."""
         return _key_of(self)

@@ -183,7 +183,8 @@ def in_whole_steps(shape: CallShape, call: CallParams) -> CallShape:
 
     With a window, on whose first key the division depends, the shape itself.
     """
-    return shape if call.window is not None else replace(shape, keys=STEP * -(-shape.keys // STEP))
+    rest = shape.keys % STEP
+    return shape.with_keys(shape.keys - rest + STEP) if rest and call.window is None else shape
 
 
 def make_key_split(shape: CallShape, call: CallParams) -> KeySplit[Decode]:

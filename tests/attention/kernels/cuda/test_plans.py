@@ -8,8 +8,10 @@ from attention.kernels.cuda.sm90 import launch as sm90_launch
 
 mx = pytest.importorskip("mlx.core")
 
+from attention.core.route import Needs
+from attention.core.workload import Workload
 from attention.kernels import cuda
-from attention.kernels.cuda import KernelUnavailable, path, peers
+from attention.kernels.cuda import KernelUnavailable, choice, packed_choice, path, peers
 from attention.kernels.cuda.runtime import launch, launcher
 from attention.kernels.cuda.runtime.call import CallParams, CallShape
 from attention.kernels.cuda.runtime.launch import LENGTH, MAP, NUMBER, POINTER, SCRATCH
@@ -57,6 +59,21 @@ def test_lengths_of_as_many_steps_share_a_plan(recorder, queries, lengths):
         assert [NUMBER, lengths[-1]] not in step[7]
     call(queries, lengths[-1] + 1)
     assert len(recorder.plans) == 4
+
+
+@pytest.mark.parametrize("kv_format", ["none", "int4"])
+def test_routes_of_like_lengths_make_launches_once(recorder, monkeypatch, kv_format):
+    made = []
+    for module in (choice, packed_choice):
+        stages = module.stages
+        monkeypatch.setattr(module, "stages", lambda *args, stages=stages: made.append(args) or stages(*args))
+    lengths, bytes_of = (4993, 5000, 5008), set()
+    for keys in lengths:
+        case = Workload(
+            batch=1, heads=4, kv_heads=2, seq=1, kv_seq=keys, head_dim=64, dtype="bfloat16", kv_format=kv_format
+        )
+        bytes_of.add(path.route(case, Needs()).predicted_bytes)
+    assert (len(made), len(bytes_of)) == (1, 1)
 
 
 def test_a_window_on_few_queries_has_a_plan_of_its_own(recorder):
