@@ -272,8 +272,9 @@ async def test_a_tick_without_news_computes_neither_rows_nor_trends(stage, monke
     assert {"rate_chart", "memory_chart", "case_lines", "timed_row"} == set(made)
 
 
-async def test_words_below_the_roofline_end_on_small_terminals():
-    async with on_stage(size=(80, 24)) as stage:
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+async def test_words_below_the_roofline_end_on_small_terminals(size):
+    async with on_stage(size=size) as stage:
         await stage.run_to_the_end()
         await stage.press("3", "i")
         await stage.settle(lambda: stage.find("#roofline-words").region.height)
