@@ -28,12 +28,13 @@ Exit codes: 0 done, 1 a case failed or is inaccurate, 2 wrong usage or preset, 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
+    from attention.core.plan import DEFAULTS
     from fatui.cli.options import add_host_options, add_limit_options, add_workload_options
     from fatui.cli.output import add_export_options
 
     parser.add_argument("preset", nargs="?", metavar="PRESET", help=f"a preset's name or file ({DEFAULT_PRESET})")
     add_workload_options(parser)
-    add_limit_options(parser, "time for the rounds of one case")
+    add_limit_options(parser, "time for the rounds of one case", DEFAULTS.blas)
     add_host_options(parser)
     parser.add_argument(
         "--beside", metavar="A,B", help="chips, by the keys of `fatui predict --chips`: the same cases predicted there"
@@ -59,8 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
         plan, preset, exports = request(arguments)
 
     command, remote = _command(arguments, preset), given_remote(arguments)
+    name = preset.name if plan.cases == preset.cases else None  # lists of runs show the shape of other cases
     while True:
-        code = run_plan(plan, command, preset.name, exports, remote, _beside(arguments))
+        code = run_plan(plan, command, name, exports, remote, _beside(arguments))
         file = next_file()  # of further runs for `fatui gate`, each of a worker of its own
         if file is None:
             return code

@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora-layers", metavar="N", default="16", help="the last layers are tuned (16, as mlx-lm)")
     parser.add_argument("--dtype", help=DTYPE_HELP)
     parser.add_argument("--data", metavar="FILE", help="a text file to learn")
-    add_limit_options(parser, f"time limit of each fine-tuning ({FineTuningPlan(cases=()).seconds:g})")
+    plan = FineTuningPlan(cases=())
+    add_limit_options(parser, f"time limit of each fine-tuning ({plan.seconds:g})", plan.blas)
     add_export_options(parser)
 
 

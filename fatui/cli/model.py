@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help=DTYPE_HELP)
     parser.add_argument("--ranks", metavar="N", help="devices among which the sequence is divided (1)")
     parser.add_argument("--kv-format", metavar="A,B", default=DENSE, help=KV_HELP)
-    seconds = GenerationPlan(cases=()).seconds
-    add_limit_options(parser, f"time for the rounds of one phase at one prompt length ({seconds:g})")
+    plan = GenerationPlan(cases=())
+    add_limit_options(parser, f"time for the rounds of one phase at one prompt length ({plan.seconds:g})", plan.blas)
     add_host_options(parser)
     add_export_options(parser)
 

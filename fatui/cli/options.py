@@ -23,6 +23,7 @@ from fatui.storage.presets import (
 )
 
 if TYPE_CHECKING:
+    from attention.core.plan import Blas
     from fatui.cli.output import Export
     from fatui.remote import Remote
 
@@ -45,8 +46,7 @@ HELP: Final = {
 }
 MAX_SHOWN: Final = 80
 BLAS_HELP: Final = (
-    "what multiplies float32 matrices on a CPU: MLX as shipped, or numpy's OpenBLAS in place of a reference BLAS "
-    "(mlx; for whole models numpy)"
+    "what multiplies float32 matrices on a CPU: MLX as shipped, or numpy's OpenBLAS in place of a reference BLAS"
 )
 DTYPE_HELP: Final = "float32, float16 or bfloat16 (bfloat16; on a CPU float32)"
 
@@ -160,16 +160,17 @@ class Problems:
             raise UsageError(*self._problems)
 
 
-def add_limit_options(parser: argparse.ArgumentParser, seconds: str) -> None:
+def add_limit_options(parser: argparse.ArgumentParser, seconds: str, blas: "Blas") -> None:
     """Add --seconds, --memory-limit, --blas and --force.
 
     Args:
         parser: the parser to extend.
         seconds: help text of --seconds.
+        blas: the default of --blas.
     """
     parser.add_argument("--seconds", metavar="S", help=seconds)
     parser.add_argument("--memory-limit", metavar="SIZE", help="refuse cases that need more memory, such as 8GiB")
-    parser.add_argument("--blas", metavar="mlx|numpy", help=BLAS_HELP)
+    parser.add_argument("--blas", metavar="mlx|numpy", help=f"{BLAS_HELP} ({blas})")
     parser.add_argument("--force", action="store_true", help="also run cases predicted not to fit in memory")
 
 

@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", metavar="FILE", help="the text of a model's stream, repeated if it is too short")
     both = f"{','.join(ATTENTION_ROWS)}; with a model {','.join(STREAM_ROWS)}"
     parser.add_argument("--rows", metavar="A,B", help=f"what is measured ({both})")
-    add_limit_options(parser, f"time limit of each row ({StreamPlan(cases=()).seconds:g})")
+    plan = StreamPlan(cases=())
+    add_limit_options(parser, f"time limit of each row ({plan.seconds:g})", plan.blas)
     add_export_options(parser)
 
 

@@ -64,6 +64,12 @@ def test_every_commands_help_has_an_example(command, capsys):
     assert "examples:" in out and f"fatui {command}" in out
 
 
+@pytest.mark.parametrize(("command", "blas"), [("bench", "mlx"), ("model", "numpy"), ("stream", "mlx")])
+def test_help_names_the_default_blas_of_the_command(command, blas, capsys):
+    assert main([command, "--help"]) == 0
+    assert f"reference BLAS ({blas})" in " ".join(capsys.readouterr().out.split())
+
+
 def test_help_and_version(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
@@ -223,6 +229,22 @@ def test_a_run_without_a_preset_is_listed_by_its_case(capsys, monkeypatch):
     RunHistory().add(report_of())
     assert main(["history"]) == 0
     assert "  B=1 L=128 D=64 H=8 float16  " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["quick", "--seconds", "2"], "quick"),
+        (["quick", "--seq", "64"], "B=1 L=64 D=32 H=8 float16"),
+        (["--seq", "64"], "B=1 L=64 D=32 H=8 float16"),
+    ],
+)
+def test_other_cases_than_the_presets_are_listed_by_shape(arguments, name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    assert main(["bench", *arguments, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["run"]["preset"] == (name if name == "quick" else None)
+    assert main(["history"]) == 0
+    assert f"  {name}  " in capsys.readouterr().out
 
 
 def test_every_run_is_kept_and_can_be_shown_and_removed(capsys):
