@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import stat
@@ -60,6 +61,12 @@ def xdg(variable: str, fallback: str) -> Path:
 
 def cache_folder() -> Path:
     """Return $FATUI_CACHE_DIR, or a folder in $XDG_CACHE_HOME or ~/.cache; "~name" without such a user is ignored."""
+    return _cache_folder(*map(os.environ.get, ("FATUI_CACHE_DIR", "XDG_CACHE_HOME", "HOME")))
+
+
+@functools.lru_cache(maxsize=16)
+def _cache_folder(*_environment: str | None) -> Path:
+    """Return the folder for these variables; cached, because decoding on CUDA asks for it at each length."""
     given = expand_home(os.environ.get("FATUI_CACHE_DIR", ""))
     named = given.parts and not given.parts[0].startswith("~")
     return given if named else xdg("XDG_CACHE_HOME", ".cache") / "fatui"

@@ -62,7 +62,12 @@ class KernelRecord(TypedDict, total=False):
 
 def folder() -> Path:
     """Return the kernels' folder in the cache folder."""
-    return cache_folder() / "kernels"
+    return _kernels_folder(cache_folder())
+
+
+@cache
+def _kernels_folder(folder: Path) -> Path:
+    return folder / "kernels"
 
 
 def ensure_folder() -> Path:
