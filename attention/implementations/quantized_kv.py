@@ -77,20 +77,21 @@ def attend_packed(
         wide = q.astype(mx.float32)
         options = {"by_axis": by_axis, "shifted": shifted}
         return attend_packed(wide, k, v, scale=scale, mask=mask, widened=False, **options).astype(q.dtype)
-    batch, heads, seq, _ = q.shape
+    batch, heads, seq, width = q.shape
     kv_heads, kv_seq = k.shape[1], k.shape[2]
     share = heads // kv_heads
     rows: tuple[int, ...] = (share * seq,)
     if by_axis:
         rows, k, v = (share, seq), k[:, :, None], v[:, :, None]
-    scores = packed_product((q * scale).reshape(batch, kv_heads, *rows, -1), k, True)
+    scores = packed_product((q * scale).reshape(batch, kv_heads, *rows, width), k, True)
     scores = scores.reshape(batch, heads, seq, kv_seq)
     whole = mask.dense((batch, heads, seq, kv_seq))
     opened, seeing = whole, None
     if whole is not None and not (seq == 1 and mask.array is None and mask.pattern is None):
         opened, seeing = masks.opened(whole, shifted)
     weights = mx.softmax(masks.apply(scores, opened), axis=-1, precise=True)
-    out = packed_product(weights.reshape(batch, kv_heads, *rows, kv_seq), v, False).reshape(batch, heads, seq, -1)
+    out = packed_product(weights.reshape(batch, kv_heads, *rows, kv_seq), v, False)
+    out = out.reshape(batch, heads, seq, v.shape[3])
     return out if seeing is None else mx.where(masks.as_4d(seeing), out, mx.zeros((), out.dtype))
 
 

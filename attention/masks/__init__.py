@@ -327,7 +327,7 @@ def opened(mask: "mx.array", shifted: bool = False) -> "tuple[mx.array, mx.array
         seeing = mask.any(axis=-1, keepdims=True)
         return mx.logical_or(mask, mx.logical_not(seeing)), seeing
     top = mask.max(axis=-1, keepdims=True)
-    seeing = top > -mx.inf
+    seeing = mx.logical_not(mx.isneginf(top))  # a row with a NaN stays one
     lessened = mask - shift(top) if shifted and has_shift(mask) else mask
     return mx.where(seeing, lessened, mx.zeros((), mask.dtype)), seeing
 

@@ -32,11 +32,13 @@ def attend(
         sinks: (H,), an extra logit per head in the softmax of every row, without a value.
         shifted: subtract the largest values of an additive mask's rows from scores, until their softmax is computed.
     """
-    batch, heads, seq, _ = q.shape
+    batch, heads, seq, width = q.shape
     kv_heads, kv_seq = k.shape[1], k.shape[2]
-    # Query heads that share a key head are stacked, so that K and V are never repeated.
-    grouped = (q * scale).reshape(batch, kv_heads, heads // kv_heads, seq, -1)
-    scores = grouped @ k[:, :, None].swapaxes(-1, -2)
+    # Query heads that share a key head are stacked, so that K and V are never repeated. All sizes are given, as a graph
+    # of `mx.compile(shapeless=True)` would multiply matrices of other lengths, beyond their ends.
+    grouped = (q * scale).reshape(batch, kv_heads, heads // kv_heads, seq, width)
+    key, value = (x.reshape(batch, kv_heads, 1, kv_seq, x.shape[3]) for x in (k, v))
+    scores = grouped @ key.swapaxes(-1, -2)
     if softcap is not None:
         scores = softcap * mx.tanh(scores / softcap)
     scores = scores.reshape(batch, heads, seq, kv_seq)
@@ -46,8 +48,8 @@ def attend(
     allowed, seeing = _unmasked(mask, whole, (seq, kv_seq), scores.dtype, shifted)
     scores = masks.apply(scores, allowed)
     weights = mx.softmax(scores, axis=-1, precise=True).astype(v.dtype)
-    out = weights.reshape(batch, kv_heads, heads // kv_heads, seq, kv_seq) @ v[:, :, None]
-    out = out.reshape(batch, heads, seq, -1)
+    out = weights.reshape(batch, kv_heads, heads // kv_heads, seq, kv_seq) @ value
+    out = out.reshape(batch, heads, seq, v.shape[3])
     logsumexp = mx.logsumexp(scores.astype(mx.float32), axis=-1)
     if shifted and mask.array is not None and whole is not None and masks.has_shift(whole):
         logsumexp = logsumexp + masks.as_4d(masks.shift(whole.max(axis=-1, keepdims=True)))[..., 0].astype(mx.float32)

@@ -197,6 +197,18 @@ def test_a_row_with_an_infinite_score_is_not_an_empty_one(implementation: object
     assert mx.isfinite(logsumexp).sum() == 39
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["baseline", "mlx", "practical", "poc"])
+def test_a_row_of_a_mask_with_a_nan_is_not_an_empty_one(name: str, dtype: mx.Dtype) -> None:
+    q, k, v = (normal(1, 1, 40, 8, key=key).astype(dtype) for key in range(3))
+    mask = mx.zeros((40, 40))
+    mask[5, 2], mask[6], mask[7] = np.nan, np.nan, -np.inf
+    out = attention(q, k, v, mask=mask, implementation=name)
+    assert mx.isnan(out[0, 0, 5:7]).all()
+    assert (out[0, 0, 7] == 0).all()
+    assert mx.isfinite(out).sum() == 38 * 8
+
+
 @pytest.mark.sampled(0.4)
 @pytest.mark.parametrize(
     "implementation", ["baseline", Practical(), Practical(1 << 16)], ids=["baseline", "whole", "blocks"]

@@ -246,7 +246,7 @@ def test_a_bias_of_one_thread_is_for_all():
 @pytest.mark.parametrize(
     "mask", ["causal", masks.prefix(9), mx.ones((33, 33), mx.bool_)], ids=["causal", "value", "array"]
 )
-@pytest.mark.parametrize("name", ["mlx", "practical"])
+@pytest.mark.parametrize("name", ["mlx", "practical", "baseline"])
 def test_a_shapeless_graph_takes_the_lengths_of_its_mask(name, mask):
     """MLX would compute with the mask of the traced lengths, and read beyond the arrays."""
     q, k = (mx.random.normal((1, heads, 33, 16), key=mx.random.key(heads)) for heads in (2, 1))
@@ -257,6 +257,19 @@ def test_a_shapeless_graph_takes_the_lengths_of_its_mask(name, mask):
         assert "cannot infer output shapes" in str(error)
     else:
         assert mx.allclose(found, attention(q, k, k, mask=mask, implementation="baseline"), atol=1e-5).item()
-    for query, key in ((q[:, :, :20], k), (q, mx.concatenate([k, k], axis=2)), (q[:, :, :1], k)):
+    longer = mx.concatenate([k, k], axis=2)
+    for query, key in ((q[:, :, :20], k), (q, longer), (q[:, :, :1], k), (mx.concatenate([q, q], axis=2), longer)):
         with pytest.raises(ValueError, match=r"reshape|output shapes"):
             mx.eval(attend(query, key))
+
+
+@pytest.mark.compiles
+def test_a_shapeless_baseline_refuses_other_lengths():
+    """A matrix product of MLX would read beyond its arrays, or end the process."""
+    q, k = (mx.random.normal((1, 2, 8, 16), key=mx.random.key(key)) for key in range(2))
+    attend = mx.compile(lambda q, k, v: attention(q, k, v, implementation="baseline"), shapeless=True)
+    assert mx.allclose(attend(q, k, k), attention(q, k, k, implementation="mlx"), atol=1e-5).item()
+    longer = mx.concatenate([q, q], axis=2)
+    for arrays in ((longer, k, k), (q, longer, longer), (q, k, longer), (q[:, :, :4], k, k)):
+        with pytest.raises(ValueError, match="reshape"):
+            mx.eval(attend(*arrays))
