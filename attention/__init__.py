@@ -217,7 +217,7 @@ def attention(
     )
 
     if k is v and is_streaming(k):
-        check_streaming(mask, window, score_mod, max_error, return_lse)
+        check_streaming(mask, window, score_mod, max_error, return_lse, q)
         return k.attend_pending(q, chosen, *check_numbers(scale, softcap, q.shape[-1]))
     packed = check_shapes(q, k, v)
     k, v = cast("mx.array | QuantizedArray", k), cast("mx.array | QuantizedArray", v)

@@ -199,8 +199,10 @@ def _streaming_type() -> "type[StreamingKV]":
     return StreamingKV
 
 
-def check_streaming(mask: object, window: object, score_mod: object, max_error: object, return_lse: bool) -> None:
-    """Raise UsageError unless a call over a StreamingKV has the state's own mask and nothing else.
+def check_streaming(
+    mask: object, window: object, score_mod: object, max_error: object, return_lse: bool, q: object
+) -> None:
+    """Raise UsageError unless a call over a StreamingKV has a query, the state's own mask and nothing else.
 
     Raises:
         UsageError: it has more.
@@ -209,12 +211,21 @@ def check_streaming(mask: object, window: object, score_mod: object, max_error: 
     problems = [
         f"{name}: got {shown_value(x)}; with a StreamingKV it takes None" for name, x in given.items() if x is not None
     ]
+    problems += _query_problems(q)
     if return_lse:
         problems.append("return_lse: got True; with a StreamingKV it takes False")
     if mask is not None and not (isinstance(mask, str) and mask == "causal"):
         problems.append("mask: got one; with a StreamingKV it takes None or 'causal': the state says what is kept")
     if problems:
         raise UsageError(*problems)
+
+
+def _query_problems(q: object) -> list[str]:
+    import mlx.core as mx
+
+    if not isinstance(q, mx.array):
+        return [f"q: got {_kind(q)}; it takes an mlx.core.array"]
+    return [] if q.ndim == 4 else [f"q: got shape {tuple(q.shape)}; it takes (batch, heads, length, width)"]
 
 
 @cache

@@ -14,7 +14,9 @@ from attention.core.forking import check_not_forked
 from attention.core.kv_format import DENSE, KVFormat, parse_kv_format
 from attention.core.numbers import check_flag, check_numbers, shown_value
 from attention.implementations import found_implementation
+from attention.implementations.calls import try_evaluate
 from attention.implementations.protocol import Implementation
+from attention.kernels import cpu
 from attention.masks import Mask, dtype_name
 from attention.quantized_kv import FLOATS
 from attention.streaming import attend, files
@@ -354,6 +356,8 @@ class StreamingKV:
         check_not_forked()
         self._fused.settle()
         self._check(k, v, lengths)
+        if cpu.is_traced(k, v) and not try_evaluate(k, v):
+            raise UsageError("k, v: got arrays that mx.compile or mx.vmap traces; it takes calls outside these")
         batch, tokens = k.shape[0], k.shape[2]
         if not self._rows:
             self._allocate(k, v)

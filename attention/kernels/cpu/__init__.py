@@ -112,6 +112,11 @@ def is_loaded(parts: Iterable[str] = ()) -> bool:
     return _module is not None and library.has(parts)
 
 
+def is_traced(*arrays: mx.array) -> bool:
+    """Return whether an array is part of a transformation of MLX; False if the kernel is not loaded."""
+    return _module is not None and any(map(_module.is_tracer, arrays))
+
+
 def load_compiled(parts: Iterable[str] = ()) -> bool:
     """Load the kernel with these parts if it is cached for this machine, in some milliseconds; compile nothing.
 
@@ -368,7 +373,7 @@ def stream_step(
         rotated: q and k are rotated to the token's slot already.
 
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        ValueError: shapes or dtypes do not fit, or q, k or v is part of a transformation of MLX.
         KernelUnavailable: the kernel cannot run on this machine.
     """
     rest = (*options, rows, scale, softcap or 0.0, radians, adjacent, rotated)

@@ -238,6 +238,12 @@ std::vector<mx::array> append(const std::vector<mx::array>& buffers, const mx::a
   return append_quantized(buffers, keys, values, format_of(key), format_of(value), row, used);
 }
 
+// A step is computed at once, and is no operation of which MLX could make a gradient.
+void refuse_traced(const mx::array& q, const mx::array& k, const mx::array& v) {
+  if (q.is_tracer() || k.is_tracer() || v.is_tracer())
+    throw std::invalid_argument("[stream_step] the arrays are part of a transformation of MLX.");
+}
+
 // Whether slots can be written in place: evaluated, contiguous, and nothing but the caller's object refers to them.
 bool all_own(const std::vector<mx::array*>& arrays) {
   return std::all_of(arrays.begin(), arrays.end(), [](const mx::array* a) {
@@ -264,6 +270,7 @@ MaybeArray stream(const mx::array& q, const mx::array& k, const mx::array& v, co
                   const std::array<int32_t, 3>& key, const std::array<int32_t, 3>& value, int64_t first, int64_t window,
                   int64_t ring, const std::vector<std::array<int64_t, 2>>& rows, double scale, float softcap,
                   const MaybeArray& radians, bool adjacent, bool rotated) {
+  refuse_traced(q, k, v);
   Arrays held;
   std::vector<mx::array*> objects;
   for (const nb::handle one : slots) objects.push_back(nb::cast<mx::array*>(one));
@@ -290,6 +297,7 @@ class RepeatedSteps {
 
   // The output of the next step; none if it is not like the one before, or slots cannot be written in place.
   MaybeArray next(const mx::array& q, const mx::array& k, const mx::array& v, const std::array<nb::handle, 4>& given) {
+    refuse_traced(q, k, v);
     const std::array<const mx::array*, 3> arrays{&q, &k, &v};
     for (size_t i = 0; i < arrays.size(); i++)
       if (!arrays[i]->is_available() || arrays[i]->shape() != shapes_[i] || arrays[i]->dtype() != types_[i]) return std::nullopt;

@@ -513,5 +513,6 @@ NB_MODULE(fatui_cpu_kernel, m) {
   m.def("fma_peak", &fatui::fma_peak, "FLOP/s of multiply-adds in registers, float32, on all threads.");
   m.def("limit_threads", &fatui::limit_threads, "Limit the threads of calls, as a quota of CPU time does; 0: no limit.");
   m.def("variant", &fatui::variant, "The instruction set that runs.");
+  m.def("is_tracer", [](const mx::array& a) { return a.is_tracer(); }, "Whether an array is part of a transformation of MLX.");
   m.def("read_bandwidth", &read_bandwidth, "Bytes/s of a plain loop that reads two evaluated arrays, all threads.");
 }

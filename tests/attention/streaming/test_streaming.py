@@ -571,3 +571,46 @@ def test_what_changes_after_an_update_is_stored_as_it_was() -> None:
     lengths[0] = 1
     found = attention(q, *held, implementation="practical")
     np.testing.assert_allclose(np.array(found), np.array(wanted), atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [3, 12])
+def test_a_step_has_the_gradient_of_its_arguments(steps: int) -> None:
+    """The operation of a step on a CPU computes at once: its output would be a constant."""
+    state = StreamingKV(2, 6)
+    for seed in range(steps):
+        state.attend(*map(mx.array, made(1, seed=seed)))
+    token = [*map(mx.array, made(1, seed=steps))]
+
+    def gradients(implementation: str) -> list[mx.array]:
+        twin = state.fork() if implementation == "baseline" else state
+
+        def loss(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+            return mx.square(twin.attend(q, k, v, implementation=implementation)).sum()
+
+        return mx.grad(loss, argnums=[0, 1, 2])(*token)
+
+    wanted = gradients("baseline")
+    for found, expected_one in zip(gradients("poc"), wanted, strict=True):
+        assert mx.abs(expected_one).max() > 1e-3
+        assert mx.allclose(found, expected_one, atol=1e-5)
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("transform", [mx.compile, mx.vmap], ids=["compile", "vmap"])
+def test_a_traced_call_is_refused(transform, tokens):
+    """The state changes once, when the function is traced, and not when it runs."""
+    state = StreamingKV(2, 6)
+    arrays = [mx.array(x)[None] for x in made(tokens)]
+    state.attend(*(x[0] for x in arrays))
+    attend = transform(lambda q, k, v: state.attend(*(x.reshape(1, *x.shape[-3:]) for x in (q, k, v))))
+    with pytest.raises(UsageError, match=r"k, v: got arrays that mx\.compile or mx\.vmap traces"):
+        attend(*arrays)
+    assert state.position == tokens
+
+
+@pytest.mark.parametrize("q", [None, [1.0], mx.array(1.0), mx.zeros((1, 1, 8))], ids=["none", "list", "number", "3-D"])
+def test_a_query_that_is_none_is_named(q):
+    state = StreamingKV(2, 6)
+    with pytest.raises(UsageError, match=r"^q: got "):
+        attention(q, *state.update(*(mx.array(x) for x in made(1)[1:])))
