@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from fatui.storage.history import RunHistory
 
 MAX_THRESHOLD_BYTES: Final = 2**16
-GAP: Final = 2
-DROPPED_FIRST: Final = ("tokens/s", "memory")
+DROPPED_FIRST: Final = ("tokens/s", "memory", "speedup")
 """Columns that a table of several machines leaves out if it would be too wide."""
 EXAMPLE: Final = """examples:
   fatui compare last~1 last     the run before the last, and the last
@@ -131,25 +130,16 @@ def _print_or_write(table: "RenderableType", text: str, exports: "Sequence[Expor
 
 def _machine_blocks(table: "MachineTable") -> "RenderableType":
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     from fatui.report.comparison import HEADS, NOTE, cells, labels
-    from fatui.report.table import WIDTH, TextColumn, short_name
+    from fatui.report.table import FittedTable, short_name
 
     blocks: list[RenderableType] = [Text(f"[{number}] {name}") for number, name in enumerate(table.machines, 1)]
     for label, rows in labels(table).items():
-        shown = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
-        heads = ("", *HEADS[1:])
-        texts = [(short_name(first), *rest) for first, *rest in (cells(name, entry) for name, entry in rows)]
-        columns = [TextColumn(head, list(found)) for head, found in zip(heads, zip(*texts, strict=True), strict=True)]
-        for head in DROPPED_FIRST:  # what does not fit would be cut, figures too
-            if sum(column.width + GAP for column in columns) > WIDTH + GAP:
-                columns = [column for column in columns if column.head != head]
-        for column in columns:
-            shown.add_column(column.head, no_wrap=True)
-        for row in zip(*(column.cells for column in columns), strict=True):
-            shown.add_row(*row)
+        shown = FittedTable("", *HEADS[1:], dropped_first=DROPPED_FIRST)
+        for first, *rest in (cells(name, entry) for name, entry in rows):
+            shown.add_row(short_name(first), *rest)
         blocks += [Text(f"\n{label}", style="bold"), shown]
     return Group(*blocks, *(Text(f"  {note}", style="dim") for note in (NOTE, *table.notes)))
 
@@ -235,15 +225,14 @@ def _by_workload(comparison: "Comparison") -> "dict[str, list[RowChange]]":
 
 def _block(changes: "list[RowChange]", outcomes: dict[int, str]) -> "RenderableType":
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     from fatui import formatting
-    from fatui.report.table import short_name
+    from fatui.report.table import FittedTable, short_name
 
     title = Text(f"\n{changes[0].workload.label}", style="bold")
     title.append(f" · {_basis(changes[0])}", style="not bold dim")
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
+    table = FittedTable(dropped_first=("times", "before", "after"))
     for head in ("", "before", "after", "times", "change", ""):
         table.add_column(head, justify="right" if head else "left", no_wrap=True)
     for change in changes:
@@ -265,7 +254,8 @@ def _basis(change: "RowChange") -> str:
     if change.drift is None:
         return f"too few rounds of {change.reference} to measure the machine's own change"
     factor = change.drift.value
-    itself = f"{formatting.three(max(factor, 1 / factor))}x as {'fast' if factor > 1 else 'slow'} as before"
+    times = formatting.three(max(factor, 1 / factor))
+    itself = "as fast as before" if times == "1.00" else f"{times}x as {'fast' if factor > 1 else 'slow'} as before"
     counts = f"a change counts beyond {formatting.percent(change.floor)}"
     return f"relative to {change.reference}, which is {itself}; {counts}"
 

@@ -55,20 +55,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _explained(case: "Workload", names: tuple[str, ...], device: "Device") -> "RenderableType":
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     from fatui import formatting
-    from fatui.report.table import short_name
+    from fatui.report.table import FittedTable, short_name
 
     title = Text(case.label, style="bold")
     facts = f" · {formatting.flops(case.flops)} · {formatting.size(case.bytes_moved)} in and out"
     if sizes := formatting.kv_sizes(case):
         facts += f" · K/V {sizes}"
     title.append(f"{facts} · {formatting.size(device.available_bytes)} free", style="not bold dim")
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
-    for head in ("", "path", "kernel"):
-        table.add_column(head, no_wrap=True)
+    table = FittedTable("", "path", "kernel", dropped_first=("kernel", "memory"))
     table.add_column("memory", justify="right", no_wrap=True)
     table.add_column("why", overflow="fold")
     for name in names:
@@ -83,13 +80,13 @@ def _explained(case: "Workload", names: tuple[str, ...], device: "Device") -> "R
 def _chosen(case: "Workload", device: "Device") -> "RenderableType":
     """Render what `practical` chose, and why."""
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     from attention.implementations.bounded.explain import explain
     from attention.implementations.bounded.implementation import Practical
+    from fatui.report.table import FittedTable
 
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, show_header=False)
+    table = FittedTable(show_header=False)
     for number in range(3):
         table.add_column(no_wrap=number < 2, overflow="fold", style="dim" if number == 0 else "")
     for fact in explain(Practical(), case, device):

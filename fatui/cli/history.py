@@ -81,17 +81,16 @@ def _do(arguments: argparse.Namespace, history: "RunHistory") -> int:
 
 
 def _list(history: "RunHistory") -> int:
-    from rich.table import Table
-
     from fatui import formatting
     from fatui.cli.output import console, show
+    from fatui.report.table import FittedTable
     from fatui.untrusted_text import one_line
 
     runs = history.runs()
     if not runs:
         cli.print_line("no runs yet; `fatui bench quick` makes one")
         return cli.DONE
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
+    table = FittedTable(dropped_first=("cases", "started", PRESET_OR_CASE))
     for head in ("id", "started", PRESET_OR_CASE, "cases", "finding"):
         widest = min(MAX_NAME_WIDTH, console(sys.stdout).width // 5) if head == PRESET_OR_CASE else None
         table.add_column(

@@ -43,12 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _list() -> int:
-    from rich.table import Table
-
     from fatui.cli.output import show
+    from fatui.report.table import FittedTable
     from fatui.storage.presets import list_presets
 
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
+    table = FittedTable(dropped_first=("from", "cases"))
     for head in ("", "cases", "from", "what it is for"):
         table.add_column(head, no_wrap=head != "what it is for", justify="right" if head == "cases" else "left")
     for listed in list_presets():

@@ -170,14 +170,13 @@ def _print(entries: "list[TrialResult]") -> None:
     """Print a table of the classes and the choices found for them."""
     if not entries:
         return
-    from rich.table import Table
-
     from attention.implementations.autotune.store import candidate_fingerprint
     from attention.implementations.autotune.trial import ratio_of
     from fatui import formatting
     from fatui.cli.output import show
+    from fatui.report.table import FittedTable
 
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
+    table = FittedTable(dropped_first=("error", "runner-up", "ahead by"))
     table.add_column("class", overflow="fold")
     table.add_column("winner", no_wrap=True)
     table.add_column("per call", justify="right", no_wrap=True)
@@ -228,14 +227,12 @@ def _check(cases: "list[Workload]", seconds: float) -> int:
 
 
 def _print_checked(checked: "list[ChoiceCheck]") -> None:
-    from rich.table import Table
-
     from fatui import formatting
     from fatui.cli.output import show
+    from fatui.report.table import FittedTable
 
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
-    for head in ("case", "choice", "best", "demo / best", "noise floor", "found"):
-        table.add_column(head, no_wrap=True)
+    heads = ("case", "choice", "best", "demo / best", "noise floor", "found")
+    table = FittedTable(*heads, dropped_first=("noise floor", "best"))
     for case in checked:
         share = f"{case.share.value:.3f} ({case.share.low:.3f} to {case.share.high:.3f})"
         found = "yes" if case.found else "no"

@@ -11,9 +11,12 @@ from attention.chips.prediction import Prediction, predict
 from attention.chips.table import Chip
 from attention.core.results import Report
 from fatui import formatting
+from fatui.report.table import FittedTable
 from fatui.untrusted_text import markdown_cell
 
 PREDICTED: Final = "predicted"
+MIN_LIMIT_WIDTH: Final = 8
+"""Width of what limits a call, which may wrap after each word."""
 
 
 def range_text(prediction: Prediction) -> str:
@@ -40,7 +43,7 @@ def chip_line(chip: Chip) -> str:
 def predictions_table(case: str, made: Sequence[Prediction]) -> RenderableType:
     """Build the table of one case: a row for each chip and implementation, with what limits it."""
     title = Text(f"{case} · ").append(PREDICTED, style="bold italic").append(", not measured", style="dim")
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, header_style="dim")
+    table = FittedTable(dropped_first=("tokens/s", "path", "limited by"), gap=1, prose_width=MIN_LIMIT_WIDTH)
     call, limit = f"{PREDICTED}\ncall", "limited by"
     for head in ("chip", "", "path", "tokens/s", call, "90 % interval", limit):
         right = head in ("tokens/s", call, "90 % interval")

@@ -2,13 +2,15 @@
 
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
 from msgspec import Struct
 from rich.cells import cell_len
-from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.table import Column, Table
 from rich.text import Text
 
 from attention.core.kv_format import DENSE
@@ -33,6 +35,70 @@ from fatui.report.study import SHOWN, Study, StudyRow, rate_text, times_text
 from fatui.trust import trust, trust_line, worst
 from fatui.untrusted_text import escape_all
 from fatui.verdict import confidence_text, finding, headline, loss_lines, verdicts
+
+MIN_PROSE_WIDTH: Final = 24
+
+
+class FittedTable(Table):
+    """A table that leaves out columns for which a terminal has no room, with a note, so that no figure is cut.
+
+    Columns with `no_wrap` keep their width; the others wrap. If the columns that stay are too wide, all wrap.
+    """
+
+    def __init__(
+        self,
+        *heads: str,
+        dropped_first: Sequence[str] = (),
+        gap: int = 2,
+        show_header: bool = True,
+        prose_width: int = MIN_PROSE_WIDTH,
+    ) -> None:
+        """Create it without borders.
+
+        Args:
+            heads: heads of columns that do not wrap.
+            dropped_first: heads of the columns that are left out, in this order.
+            gap: blanks between columns.
+            show_header: whether the heads are shown.
+            prose_width: width of a column that wraps, below which other columns are left out.
+        """
+        super().__init__(box=None, padding=(0, gap, 0, 0), pad_edge=False, show_edge=False, show_header=show_header)
+        self.header_style = "dim"
+        self._dropped_first, self._gap, self._prose_width = dropped_first, gap, prose_width
+        for head in heads:
+            self.add_column(head, no_wrap=True)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Render the columns that fit."""
+        columns, kept = self.columns, [*self.columns]
+        least = {id(column): self._least(console, options, column) for column in columns}
+
+        def spare() -> int:
+            return options.max_width - sum(least[id(column)] for column in kept) - self._gap * (len(kept) - 1)
+
+        dropped = []
+        for head in self._dropped_first:
+            if spare() < 0:
+                dropped += [head for column in kept if column.header == head]
+                kept = [column for column in kept if column.header != head]
+        self.columns = [replace(column, _index=index) for index, column in enumerate(kept)]
+        for column in self.columns if spare() < 0 else []:
+            column.no_wrap, column.overflow = False, "fold"
+        try:
+            lines = [*super().__rich_console__(console, options)]
+        finally:
+            self.columns = columns
+        yield from lines
+        if dropped:
+            heads = ", ".join(head.replace("\n", " ") for head in dropped)
+            yield Text(f"no room for {heads}: widen the terminal", style="dim")
+
+    def _least(self, console: Console, options: ConsoleOptions, column: Column) -> int:
+        """Return the width of a column's widest text, of one that wraps at most that of prose."""
+        texts = [*column.cells, *([column.header] if self.show_header else [])]
+        unbounded = options.update_width(10_000)
+        widest = max(Measurement.get(console, unbounded, text).maximum for text in texts)
+        return widest if column.no_wrap else min(widest, self._prose_width)
 
 
 def study_table(study: Study, report: Report) -> RenderableType:

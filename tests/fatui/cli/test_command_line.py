@@ -247,6 +247,26 @@ def test_other_cases_than_the_presets_are_listed_by_shape(arguments, name, capsy
     assert f"  {name}  " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("width", ["40", "60"])
+@pytest.mark.parametrize("command", ["history", "compare last last", "explain quick", "presets", "predict quick"])
+def test_a_narrow_terminal_cuts_no_figure(command, width, capsys, monkeypatch):
+    RunHistory().add(report_of())
+    monkeypatch.setenv("COLUMNS", width)
+    assert main(command.split()) == 0
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= int(width)
+
+
+def test_what_a_narrow_terminal_leaves_out_is_named(capsys, monkeypatch):
+    RunHistory().add(report_of())
+    monkeypatch.setenv("COLUMNS", "45")
+    assert main(["compare", "last", "last"]) == 0
+    out = capsys.readouterr().out
+    assert "no room for times, before: widen the terminal" in out
+    assert "relative to baseline, which is as fast as before" in " ".join(out.split())
+
+
 def test_every_run_is_kept_and_can_be_shown_and_removed(capsys):
     assert main(["bench", "quick"]) == 0
     table = capsys.readouterr().out

@@ -228,7 +228,7 @@ def test_ratios_between_machines_are_marked(tmp_path, capsys):
     ("width", "heads"), [(100, {"tokens/s", "memory"}), (78, {"memory"}), (60, set())], ids=("wide", "narrow", "least")
 )
 def test_side_by_side_columns_go_before_figures_are_cut(width, heads, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fatui.report.table.WIDTH", width)
+    monkeypatch.setenv("COLUMNS", str(width))
     for name in ("A", "B"):
         (tmp_path / f"{name}.json").write_bytes(msgspec.json.encode(on_device(name, name.lower())))
     assert main(["compare", str(tmp_path), "--by", "device"]) == 0
