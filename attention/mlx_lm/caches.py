@@ -288,7 +288,9 @@ class PackedKVCache:
         """
         self._check_same([self, other])
         for part, further in zip(self.parts, other.parts, strict=True):
-            part.extend(further)
+            types = _types((part, further))
+            part.extend(further)  # of an empty cache mlx-lm makes both arrays in the type of keys
+            _set_types(part, types)
 
     def extract(self, idx: int) -> "PackedKVCache":
         """Return the cache of one sequence of a batch."""
@@ -305,7 +307,7 @@ class PackedKVCache:
         first = caches[0]
         if not hasattr(first.parts[0], "merge"):
             raise UsageError(f"caches: got {first.layout}; mlx-lm has no batches of them")
-        merged = [type(part).merge([one.parts[i] for one in caches]) for i, part in enumerate(first.parts)]
+        merged = [_merged([one.parts[i] for one in caches]) for i in range(len(first.parts))]
         return _of_parts(merged, first.kv_format)
 
     @staticmethod
@@ -316,6 +318,30 @@ class PackedKVCache:
         ]
         if len({*texts}) != 1:
             raise UsageError(f"caches: got {', '.join(dict.fromkeys(texts))}; a batch takes caches of one kind")
+
+
+def _types(parts: Sequence[Any]) -> tuple[mx.Dtype, mx.Dtype] | None:
+    """Return the dtypes of keys and of values of mlx-lm caches; None if all are empty."""
+    return next(((part.keys.dtype, part.values.dtype) for part in parts if part.keys is not None), None)
+
+
+def _set_types(part: Any, types: tuple[mx.Dtype, mx.Dtype] | None) -> Any:
+    """Convert what an mlx-lm cache holds, if it holds something; return the cache."""
+    if types is not None and part.keys is not None:
+        part.keys, part.values = part.keys.astype(types[0]), part.values.astype(types[1])
+    return part
+
+
+def _merged(parts: Sequence[Any]) -> Any:
+    """Return mlx-lm's batch of some caches, which it makes in one dtype, that of keys.
+
+    Scales of float formats are bytes, and those of the others floats, which hold any byte.
+    """
+    types = _types(parts)
+    if types is not None and types[0] != types[1]:
+        wide = types[1] if types[0] == mx.uint8 else types[0]
+        parts = [_set_types(copy.copy(part), (wide, wide)) for part in parts]
+    return _set_types(type(parts[0]).merge(parts), types)
 
 
 def _row_in_place(part: Any, count: int) -> int | None:

@@ -402,6 +402,35 @@ def test_any_order_of_operations_leaves_the_same_rows(layout: str) -> None:
         assert mx.array_equal(*masks)
 
 
+@pytest.mark.parametrize("layout", ["plain", "rotating"])
+@pytest.mark.parametrize("kv_format", ["int8:32+mxfp8", "nvfp4+int4:32"])
+def test_a_batch_keeps_the_dtype_of_each_part(kv_format: str, layout: str) -> None:
+    """mlx-lm makes keys and values of a batch in the dtype of keys; here one has bytes for scales, one floats."""
+    formats = parse_kv_format(kv_format)
+    assert formats is not None
+    given: list[list[mx.array]] = []
+    single: list[Any] = []
+    for length in (5, 0, 3):
+        given.append([mx.random.normal((1, 2, length, 32), key=mx.random.key(9 * length + i)) for i in range(2)])
+        single.append(packed(layout, kv_format))
+        if length:
+            single[-1].update_and_fetch(*given[-1])
+    batch, further = (single[0].merge(some) for some in (single[:2], single[2:]))
+    empty = single[0].merge([packed(layout, kv_format)])
+    further.extend(empty)
+    empty = single[0].merge([packed(layout, kv_format)])
+    empty.extend(batch)
+    empty.extend(further)
+    k, v = (mx.random.normal((5, 2, 1, 32), key=mx.random.key(i)) for i in range(2))
+    found = empty.update_and_fetch(k, v)
+    forms = formats.key, formats.value
+    for one, new, whole, form in zip(found, (k, v), zip(*given, strict=True), forms, strict=True):
+        rows = caches.quantized(one, form).dequantized(mx.float32)
+        for row, old in {1: whole[0], 3: whole[2]}.items():
+            wanted = rounded(mx.concatenate([old, new[row : row + 1]], axis=2), form)
+            assert mx.array_equal(rows[row, :, -wanted.shape[2] :], wanted[0])
+
+
 def test_a_batch_takes_one_format() -> None:
     caches_of_two = [caches.to_quantized(KVCache(), kv_format) for kv_format in ("int8", "mxfp8")]
     with pytest.raises(UsageError, match="got int8 in a KVCache, mxfp8 in a KVCache; a batch takes caches of one kind"):
