@@ -188,10 +188,12 @@ def size_instead(taken: float, reference: float) -> str:
 
 
 def percent(value: float | None) -> str:
-    """Format a fraction as a percentage: "62 %", "0.8 %", "0.04 %"."""
+    """Format a fraction as a percentage: "62 %", "0.8 %", "0.04 %"; "<0.001 %" below that."""
     if value is None:
         return UNKNOWN
     shown = 100 * value
+    if 0 < shown < 0.001:
+        return "<0.001 %"
     if abs(shown) >= 9.95 or shown == 0:
         return f"{shown:.0f} %"
     return f"{shown:.1f} %" if abs(shown) >= 0.95 else f"{float(f'{shown:.1g}'):g} %"

@@ -98,7 +98,7 @@ class FittedTable(Table):
         texts = [*column.cells, *([column.header] if self.show_header else [])]
         unbounded = options.update_width(10_000)
         widest = max(Measurement.get(console, unbounded, text).maximum for text in texts)
-        return widest if column.no_wrap else min(widest, self._prose_width)
+        return min(widest, column.max_width or widest) if column.no_wrap else min(widest, self._prose_width)
 
 
 def study_table(study: Study, report: Report) -> RenderableType:

@@ -42,6 +42,7 @@ def ratio(value: float, half: float, significant: bool = True) -> Ratio:
         (formatting.flops(2.68e8), "268 MFLOP"),
         (formatting.percent(0.623), "62 %"),
         (formatting.percent(0.008), "0.8 %"),
+        (formatting.percent(6e-7), "<0.001 %"),
         (formatting.percent(None), "n/a"),
         (formatting.error(0.031), "3.1e-2"),
         (formatting.error(0.0), "0"),

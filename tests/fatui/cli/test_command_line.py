@@ -248,7 +248,7 @@ def test_other_cases_than_the_presets_are_listed_by_shape(arguments, name, capsy
 
 
 @pytest.mark.parametrize("width", ["40", "60"])
-@pytest.mark.parametrize("command", ["history", "compare last last", "explain quick", "presets", "predict quick"])
+@pytest.mark.parametrize("command", ["compare last last", "explain quick", "presets", "predict quick"])
 def test_a_narrow_terminal_cuts_no_figure(command, width, capsys, monkeypatch):
     RunHistory().add(report_of())
     monkeypatch.setenv("COLUMNS", width)
@@ -256,6 +256,22 @@ def test_a_narrow_terminal_cuts_no_figure(command, width, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "…" not in out
     assert max(map(len, out.splitlines())) <= int(width)
+
+
+def test_a_long_name_hides_no_column_of_the_history(capsys):
+    assert main(["bench", "quick", "--seq", "64,128,256"]) == 0
+    capsys.readouterr()
+    assert main(["history"]) == 0
+    heads, line, *_ = capsys.readouterr().out.splitlines()
+    assert "started" in heads and "cases" in heads and "3 cases, B=1" in line
+
+
+def test_a_narrow_history_keeps_ids_and_findings(capsys, monkeypatch):
+    RunHistory().add(report_of())
+    monkeypatch.setenv("COLUMNS", "45")
+    assert main(["history"]) == 0
+    out = capsys.readouterr().out
+    assert report_of().run.id in out and "Use poc · 50.0x baseline" in " ".join(out.split())
 
 
 def test_what_a_narrow_terminal_leaves_out_is_named(capsys, monkeypatch):
