@@ -686,9 +686,10 @@ def _steadiness(measured: RowState, typical_s: float, work: stream.Stream) -> di
     tenths = stream.tenths(blocks, work.tokens)
     filled = next((index for index, block in enumerate(blocks) if block.end >= work.kept), len(blocks) - 1)
     start = blocks[min(filled + 1, len(blocks) - 1)]  # the first block with a full window throughout
+    p99_s, slowest_s = stream.quantile_s(bins, 0.99), max(block.slowest_s for block in blocks)
     return {
-        "p99_s": stream.quantile_s(bins, 0.99),
-        "slowest_s": max(block.slowest_s for block in blocks),
+        "p99_s": None if p99_s is None else min(p99_s, slowest_s),  # a quantile is known to a bin
+        "slowest_s": slowest_s,
         "slow_tokens": stream.slow_steps(bins, typical_s),
         "bare_bins": measured.bare_bins,
         "tenth_s": tuple(tenths),

@@ -127,3 +127,9 @@ def test_losses_are_split_where_the_window_is_full() -> None:
     assert rows[STREAMING].loss_inside == pytest.approx(1.4)
     assert rows[STREAMING].loss_beyond == pytest.approx(1.4)
     assert rows[FULL].loss_beyond == pytest.approx(4.0)
+
+
+def test_no_quantile_exceeds_the_slowest_step() -> None:
+    """A histogram knows a quantile to the top of its bin, which may lie above every step."""
+    row = next(row for row in stream_report().streams[0].rows if row.implementation == STREAMING)
+    assert row.p99_s == row.slowest_s == pytest.approx(1.002 * TOKEN_S)
