@@ -18,7 +18,7 @@ template <class T>
 int64_t decode_keys(const Problem& p) {
   return std::clamp<int64_t>((sizeof(T) == 4 ? 2048 : registers == 16 ? 4096 : 8192) / p.head_dim / 16 * 16, 16, score_line);
 }
-static_assert(score_line <= max_quantized_rows);
+static_assert(score_line <= max_quantized_rows && few_rows * max_quantized_rows <= query_tile * score_line);
 
 // Bytes of K and V of a call whose one row is computed key by key: with 16 registers those that come from the L3 if they were read
 // before, since from memory that is slower there.
@@ -161,6 +161,12 @@ struct FewRows {
   }
 
  private:
+  // Floats per row of scores.
+  FATUI_INLINE int64_t line() const {
+    if constexpr (reading == Reading::copied) return is_quantized(p) ? max_quantized_rows : score_line;
+    return score_line;
+  }
+
   void read_queries(int64_t further) {
     Item own = item;
     own.query += further;
@@ -249,7 +255,6 @@ struct FewRows {
 
   // Keys and values in integers where that is exact enough, else dequantized in registers.
   void attend_quantized(KeyRuns& runs, KeyRun run) {
-    constexpr int64_t tile = score_line;
     IntegerQueries integers;
     const auto to_integers = [&] {
       return sizeof(T) == 2 && IntegerQueries::take(p.key_packing, p.head_dim, rows) &&
@@ -269,7 +274,7 @@ struct FewRows {
     const bool sums_in_integers = sizeof(T) == 2 && IntegerSums::take(p.value_packing, p.value_dim, rows);
     const int64_t whole = round_up(rows, rows_together), padded = rows == 1 && !sums_in_integers && !sums_in_pairs ? 1 : whole;
     std::fill_n(query + rows * key_length, (whole - rows) * key_length, 0.0f);
-    std::fill_n(scores, few_rows * score_line, 0.0f);
+    std::fill_n(scores, few_rows * max_quantized_rows, 0.0f);
     std::fill_n(output, padded * dv, 0.0f);
     for (KeyRun after; !run.empty(); run = after) {
       if (run.query != query_read) {
@@ -277,6 +282,7 @@ struct FewRows {
         in_integers = to_integers(), scores_in_pairs = to_pairs();
       }
       after = runs.next();
+      const int64_t tile = quantized_tile({nullptr, run.begin, run.end - run.begin, 0, lanes, bounds.whole, run.bits});
       for (int64_t key = run.begin; key < run.end; key += tile) {
         const int64_t count = std::min(tile, run.end - key);
         const bool last = key + count == run.end;
@@ -285,25 +291,31 @@ struct FewRows {
         const QuantizedRows v = quantized(p.value, p.value_packing, key, count, p.value_dim);
         const QuantizedRows next = quantized(p.key, p.key_packing, first, std::min(tile, end - first), p.head_dim);
         Ahead values(packed_lines(v)), keys(packed_lines(next));
-        if (in_integers) integers.scores(k, scores, score_line, values);
-        else if (scores_in_pairs) pairs.scores(k, scores, score_line, values);
+        if (in_integers) integers.scores(k, scores, values);
+        else if (scores_in_pairs) pairs.scores(k, scores, values);
         if ((!in_integers && !scores_in_pairs) || !finite_scores(count))  // sums of integers may overflow before they get their unit
-          score_quantized(k, query, key_length, rows == 1 ? 1 : whole, scores, score_line, values);
+          score_quantized(k, query, key_length, rows == 1 ? 1 : whole, scores, line(), values);
         softmax(key, count, run.bits == nullptr ? nullptr : run.bits + (key - run.begin));
-        if (sums_in_integers) IntegerSums::add(v, scores, score_line, rows, output, dv, keys);
-        else if (sums_in_pairs) add_in_pairs(v, terms, scores, score_line, rows, output, dv, keys);
-        else add_quantized(v, scores, score_line, padded, output, dv, keys);
+        if (sums_in_integers) IntegerSums::add(v, scores, rows, output, dv, keys);
+        else if (sums_in_pairs) add_in_pairs(v, terms, scores, line(), rows, output, dv, keys);
+        else add_quantized(v, scores, line(), padded, output, dv, keys);
       }
     }
     for (int64_t r = 0; r < rows && sums_in_integers; r++) IntegerSums::order(p.value_packing, p.value_dim, output + r * dv);
   }
 
+  // Keys of a tile: as many as there may be, so that each step starts less often, if no scores are transposed for masks, and if K, V
+  // and the prefetched next K leave room in an L1 of 32 KiB.
+  int64_t quantized_tile(const Scores& all) const {
+    const int64_t bytes = std::max(p.head_dim * p.key_packing.bits, p.value_dim * p.value_packing.bits) / 8;
+    return bytes <= 64 && only_scaled(all, p) ? max_quantized_rows : score_line;
+  }
+
   bool finite_scores(int64_t keys) const {
-    Integers beyond{};
+    Vector zero{};  // times infinity or NaN it is NaN
     for (int64_t r = 0; r < rows; r++)
-      for (int64_t j = 0; j < keys; j += lanes)
-        beyond |= as<Integers>(magnitude(load(scores + r * score_line + j))) >= 0x7f800000;
-    return max_of(as<Vector>(beyond & 0x3f800000)) == 0;
+      for (int64_t j = 0; j < keys; j += lanes) zero = fused(zero, load(scores + r * line() + j), Vector{});
+    return sum_of(zero) == 0;
   }
 
   QuantizedRows quantized(const Tensor& t, const Packing& packing, int64_t key, int64_t count, int64_t dims) const {
@@ -323,16 +335,16 @@ struct FewRows {
 
   // Four rows of a tile at once: in a row alone most steps wait for the one before.
   void softmax_four(int64_t row, int64_t keys, float factor) {
-    float* s = scores + row * score_line;
+    float* s = scores + row * max_quantized_rows;
     const int64_t end = round_up(keys, lanes), last = end - lanes;
     Vector top[4], sum[4] = {};
     FATUI_UNROLL for (int r = 0; r < 4; r++) {
-      float* edge = s + r * score_line + last;
+      float* edge = s + r * max_quantized_rows + last;
       top[r] = lane_numbers() < int32_t(keys - last) ? load(edge) : broadcast(-infinity);
       store(edge, top[r]);
     }
     for (int64_t j = 0; j < last; j += lanes)
-      FATUI_UNROLL for (int r = 0; r < 4; r++) top[r] = larger(load(s + r * score_line + j), top[r]);
+      FATUI_UNROLL for (int r = 0; r < 4; r++) top[r] = larger(load(s + r * max_quantized_rows + j), top[r]);
     const Vector highest = fold_four(top, Larger{}) * factor;
     float m[4];
     FATUI_UNROLL for (int r = 0; r < 4; r++) {
@@ -341,9 +353,9 @@ struct FewRows {
     }
     for (int64_t j = 0; j < end; j += lanes) {
       Vector p[4];
-      FATUI_UNROLL for (int r = 0; r < 4; r++) p[r] = (in_register(load(s + r * score_line + j) * factor) - m[r]) * log2_e;
+      FATUI_UNROLL for (int r = 0; r < 4; r++) p[r] = (in_register(load(s + r * max_quantized_rows + j) * factor) - m[r]) * log2_e;
       exp2_together(p);
-      FATUI_UNROLL for (int r = 0; r < 4; r++) store(s + r * score_line + j, p[r]), sum[r] += p[r];
+      FATUI_UNROLL for (int r = 0; r < 4; r++) store(s + r * max_quantized_rows + j, p[r]), sum[r] += p[r];
     }
     const Vector sums_of_rows = fold_four(sum);
     FATUI_UNROLL for (int r = 0; r < 4; r++) state.sum[row + r] += sums_of_rows[r];
@@ -356,14 +368,14 @@ struct FewRows {
     if (plain && p.scale > 0) return p.scale;
     Rows<float> lines;
     lines.stride = 1, lines.count = rows;
-    for (int64_t r = 0; r < rows; r++) lines.row[r] = scores + r * score_line;
+    for (int64_t r = 0; r < rows; r++) lines.row[r] = scores + r * line();
     transpose_rows(lines, tile.keys, tile.width(), transposed);
     float factor = 1.0f;
     if constexpr (in_pairs) factor = finish_raw_scores(tile, p, item, bounds);
     else finish_scores(tile, p, item, bounds);
     lines.count = tile.keys;
     for (int64_t j = 0; j < tile.keys; j++) lines.row[j] = transposed + j * tile_line;
-    transpose_rows(lines, rows, round_up(tile.keys, lanes), scores, 1.0f, score_line);
+    transpose_rows(lines, rows, round_up(tile.keys, lanes), scores, 1.0f, line());
     return factor;
   }
 
@@ -373,7 +385,7 @@ struct FewRows {
   // The reference of a row's exponents, which is subtracted from its scores. It is raised, and the output rescaled, only if the maximum
   // exceeds it by more than a threshold. Scores after the last key are masked.
   float reference(int64_t row, int64_t keys, float factor) {
-    float* s = scores + row * score_line;
+    float* s = scores + row * line();
     const int64_t last = round_up(keys, lanes) - lanes;
     store(s + last, lane_numbers() < int32_t(keys - last) ? load(s + last) : broadcast(-infinity));
     constexpr int chains = 4;
@@ -390,7 +402,7 @@ struct FewRows {
 
   // Converts scores [begin, end) of a row to probabilities relative to `m`, and adds them to its sum.
   void weigh(int64_t row, int64_t begin, int64_t end, float factor, float m) {
-    const float* s = scores + row * score_line;
+    const float* s = scores + row * line();
     Vector sum{};
     // Rounds the product like that of the maximum: contracted into an FMA with the subtraction, it would differ.
     for (int64_t j = begin; j < end; j += lanes)
@@ -407,7 +419,7 @@ struct FewRows {
     }
 #endif
     const Vector p = exp2(exponents);
-    store(scores + row * score_line + j, p);
+    store(scores + row * line() + j, p);
     return p;
   }
 

@@ -8,11 +8,11 @@
 //
 //            On AVX-512 without VNNI and on AVX2, scores are sums of 16-bit numbers: 8 words of a key, for 4 rows or for 2.
 //
-//   output   Parts of 16 bits of two adjacent keys' words in turns, of which a field is taken. The weights p * scale of a tile's
-//            keys are integers of 16 bits, too, in a unit of their own for each row and group:
+//   output   Parts of 16 bits of two keys' words in turns, of which a field is taken; the second key is half a tile after the first.
+//            The weights p * scale of a tile's keys are integers of 16 bits, too, in a unit of their own for each row and group:
 //
-//              n   a dim of keys j and j + 1 | of the next part | ...       O[row] += unit (w n) + sum of p * bias
-//              w   keys j and j + 1          | the same         | ...
+//              n   a dim of keys j and j + half | of the next part | ...    O[row] += unit (w n) + sum of p * bias
+//              w   keys j and j + half          | the same         | ...
 //
 //   pairs    A number in e4m3 is looked up as the two bytes of a bfloat16, which holds it exactly; its scale, a power of two, is
 //            that of the sums, or of the weights. Queries and weights are one bfloat16 or, where that is too coarse, two.
@@ -28,7 +28,7 @@ namespace fatui {
 namespace {
 
 typedef uint16_t Shorts __attribute__((vector_size(lanes * 4)));
-typedef int16_t HalfShorts __attribute__((vector_size(lanes * 2)));
+typedef float Four __attribute__((vector_size(16)));  // of the rows
 
 constexpr int row_vectors = 16 / lanes, rows_of_vector = lanes / 4;  // of four query rows
 constexpr float largest_integer = 127 * 256;                         // its high and low byte are between -128 and 127
@@ -164,14 +164,15 @@ struct Columns {
   struct Group {
     alignas(64) float scale[max_quantized_rows], bias[max_quantized_rows];
   };
+  static constexpr int64_t line = sizeof(Group) / sizeof(float);
   Group of[max_groups];
 
-  void read(const Packed& from) { read_scales(from), read(from.biases, from, of[0].bias); }
-  void read_scales(const Packed& from) { read(from.scales, from, of[0].scale); }
+  void read(const QuantizedRows& from) { read_scales(from), read(from, from.packing.biases, of[0].bias); }
+  void read_scales(const QuantizedRows& from) { read(from, from.packing.scales, of[0].scale); }
   // Of numbers that are twice the values of e2m1, plus an offset.
-  void read_doubled(const Packed& from, float offset) {
+  void read_doubled(const QuantizedRows& from, float offset) {
     read_scales(from);
-    for (int64_t g = 0; g < from.groups; g++)
+    for (int64_t g = 0; g < from.groups(); g++)
       for (int64_t j = 0; j < from.rows; j += lanes) {
         const Vector half = load(of[g].scale + j) * 0.5f;
         store(of[g].scale + j, half), store(of[g].bias + j, half * -offset);
@@ -179,31 +180,40 @@ struct Columns {
   }
 
  private:
-  static constexpr int64_t line = sizeof(Group) / sizeof(float);
-
-  [[gnu::noinline]] static void read(const float* x, const Packed& from, float* out) {
-    int64_t done = 0;
-    switch (from.groups) {
-      case 1: done = whole<1>(x, from.rows, out); break;
-      case 2: done = whole<2>(x, from.rows, out); break;
-      case 4: done = whole<4>(x, from.rows, out); break;
-      case 8: done = whole<8>(x, from.rows, out); break;
-      default: break;
+  [[gnu::noinline]] static void read(const QuantizedRows& from, const Tensor& t, float* out) {
+    const int64_t groups = from.groups(), at = from.at(t);
+    // Those of 16 bits are widened on their way here, if there are whole vectors of them.
+    if (from.packing.mode == Mode::affine && t.stride[2] == groups && t.stride[3] == 1 && from.rows % lanes == 0) {
+      if (t.element == Element::float16 && whole(static_cast<const float16_t*>(t.data) + at, from.rows, groups, out) > 0) return;
+      if (t.element == Element::bfloat16 && whole(static_cast<const bfloat16_t*>(t.data) + at, from.rows, groups, out) > 0) return;
     }
-    for (int64_t g = 0; g < from.groups && done < from.rows; g++) {
+    alignas(64) float x[max_quantized_rows * max_groups + lanes];
+    read_groups(t, from.packing.mode, at, from.rows, groups, x);
+    const int64_t done = whole(x, from.rows, groups, out);
+    for (int64_t g = 0; g < groups && done < from.rows; g++) {
       float* to = out + g * line;
       std::fill(to + done, to + round_up(from.rows, lanes), 0.0f);
-      for (int64_t j = done; j < from.rows; j++) to[j] = x[j * from.groups + g];
+      for (int64_t j = done; j < from.rows; j++) to[j] = x[j * groups + g];
     }
   }
 
-  // Those of whole vectors of keys.
-  template <int groups>
-  static int64_t whole(const float* x, int64_t rows, float* out) {
+  // Those of whole vectors of keys, of usual numbers of groups; returns of how many keys.
+  template <class T>
+  static int64_t whole(const T* x, int64_t rows, int64_t groups, float* out) {
+    switch (groups) {
+      case 1: return whole<1>(x, rows, out);
+      case 2: return whole<2>(x, rows, out);
+      case 4: return whole<4>(x, rows, out);
+      case 8: return whole<8>(x, rows, out);
+      default: return 0;
+    }
+  }
+  template <int groups, class T>
+  static int64_t whole(const T* x, int64_t rows, float* out) {
     int64_t j = 0;
     for (; j + lanes <= rows; j += lanes) {
       Vector all[groups];
-      FATUI_UNROLL for (int i = 0; i < groups; i++) all[i] = load(x + j * groups + i * lanes);
+      FATUI_UNROLL for (int i = 0; i < groups; i++) all[i] = widen(x + j * groups + i * lanes);
       FATUI_UNROLL for (int step = 1; step < groups; step *= 2) {
         Vector half[groups];
         FATUI_UNROLL for (int i = 0; i < groups / 2; i++) {
@@ -274,8 +284,7 @@ struct Scores4 {
   static constexpr int vectors = 2;  // of keys
 
   static void run(const Packed& keys, const Columns& columns, const uint8_t* query, const float* sums, const float* units, float* s,
-                  int64_t line, Ahead& ahead) {
-    Ahead next = ahead;
+                  Ahead& ahead) {
     const int64_t pieces = keys.groups * keys.group * bits / 128, words = keys.group * bits / 32;
     for (int64_t j = 0; j < keys.rows; j += keys_together) {
       const KeysTogether some(keys, j, 16 * pieces);
@@ -283,23 +292,21 @@ struct Scores4 {
       const uint8_t* p[2 * vectors];
       FATUI_UNROLL for (int i = 0; i < 2 * vectors; i++) p[i] = some.data + 8 * i * some.stride;
       const uint8_t* q = query;
-      const char* ask = next.take(pieces * keys_together / 4, query);
+      const char* ask = ahead.take(pieces * keys_together / 4, query);
       Integers high[vectors][rows_together] = {}, low[vectors][rows_together] = {};
-      int64_t group = 0, left = words;
+      int64_t left = words;
+      float* const to = s + j;
+      const float* scale = columns.of[0].scale + j;
+      begin(columns, j, keys.groups, sums, units, to);
       const auto finish_group = [&]() __attribute__((always_inline)) {
-        FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
-          const Vector sum = broadcast(sums[group * 16 + 4 * r]), unit = broadcast(units[4 * r]);
+        FATUI_UNROLL for (int r = 0; r < rows_together; r++)
           FATUI_UNROLL for (int v = 0; v < vectors; v++) {
-            float* to = s + r * line + j + v * lanes;
-            const Vector product = __builtin_convertvector((high[v][r] << 8) + low[v][r], Vector);
-            Vector total = group == 0 ? Vector{} : load(to);
-            total = fused(total, product, load(columns.of[group].scale + j + v * lanes));
-            total = fused(total, sum, load(columns.of[group].bias + j + v * lanes));
-            store(to, group == keys.groups - 1 ? total * unit : total);
+            float* at = to + r * max_quantized_rows + v * lanes;
+            const Vector product = __builtin_convertvector((high[v][r] << 8) + low[v][r], Vector) * broadcast(units[4 * r]);
+            store(at, fused(load(at), product, load(scale + v * lanes)));
             high[v][r] = low[v][r] = Integers{};
           }
-        }
-        group++, left = words;
+        scale += Columns::line, left = words;
       };
       for (int64_t piece = 0; piece < pieces; piece++) {
         __m512i x[vectors][4];
@@ -325,10 +332,21 @@ struct Scores4 {
         }
       }
     }
-    ahead = next;
   }
 
  private:
+  // What biases add to the scores.
+  FATUI_INLINE static void begin(const Columns& columns, int64_t j, int64_t groups, const float* sums, const float* units, float* to) {
+    Vector total[vectors][rows_together] = {};
+    for (int64_t g = 0; g < groups; g++)
+      FATUI_UNROLL for (int r = 0; r < rows_together; r++)
+        FATUI_UNROLL for (int v = 0; v < vectors; v++)
+          total[v][r] = fused(total[v][r], broadcast(sums[g * 16 + 4 * r]), load(columns.of[g].bias + j + v * lanes));
+    FATUI_UNROLL for (int r = 0; r < rows_together; r++)
+      FATUI_UNROLL for (int v = 0; v < vectors; v++)
+        store(to + r * max_quantized_rows + v * lanes, total[v][r] * broadcast(units[4 * r]));
+  }
+
   // Number i of each byte; twice e2m1, plus 12.
   FATUI_INLINE static __m512i numbers_of(__m512i x, int i) {
     if constexpr (bits == 8) return x;
@@ -343,13 +361,18 @@ struct Scores4 {
 // Integers of a row as high and low bytes: 4 of each, the rows side by side.
 void place(const int32_t* integers, int64_t row, int64_t columns, int bits, uint8_t* query) {
   uint8_t* to = query + row * 8;
-  const int64_t fields = 8 / bits;  // of a byte
-  for (int64_t d = 0; d < columns; d += 4 * fields)
-    for (int64_t field = 0; field < fields; field++, to += 32)
-      for (int64_t b = 0; b < 4; b++) {
-        const int32_t number = integers[d + b * fields + field], high = (number + 128) >> 8;
-        to[b] = uint8_t(high), to[4 + b] = uint8_t(number - 256 * high);
-      }
+  const __m128i in_fields = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);  // of two in a byte
+  for (int64_t d = 0; d < columns; d += 16, to += 128) {
+    const __m512i whole = _mm512_loadu_si512(integers + d);  // 256 high + low
+    __m128i low = _mm512_cvtepi32_epi8(whole);
+    __m128i high = _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8));
+    if (bits == 4) low = _mm_shuffle_epi8(low, in_fields), high = _mm_shuffle_epi8(high, in_fields);
+    const __m128i words[2] = {_mm_unpacklo_epi32(high, low), _mm_unpackhi_epi32(high, low)};
+    FATUI_UNROLL for (int i = 0; i < 2; i++) {
+      _mm_storel_epi64((__m128i*)(to + 64 * i), words[i]);
+      _mm_storel_epi64((__m128i*)(to + 64 * i + 32), _mm_unpackhi_epi64(words[i], words[i]));
+    }
+  }
 }
 constexpr bool takes_e2m1 = true;
 constexpr int sum_lanes = 1;  // of a row's four, the sum of a group's integers is in the first: they are added up
@@ -377,18 +400,17 @@ struct Scores4 {
   static constexpr int together = 4, fields = 16 / bits;
 
   static void run(const Packed& keys, const Columns&, const uint8_t* query, const float* sums, const float* units, float* s,
-                  int64_t line, Ahead& ahead) {
+                  Ahead& ahead) {
     switch (keys.group) {
-      case 32: return run<bits / 4>(keys, query, sums, units, s, line, ahead);
-      case 64: return run<bits / 2>(keys, query, sums, units, s, line, ahead);
-      default: return run<bits>(keys, query, sums, units, s, line, ahead);
+      case 32: return run<bits / 4>(keys, query, sums, units, s, ahead);
+      case 64: return run<bits / 2>(keys, query, sums, units, s, ahead);
+      default: return run<bits>(keys, query, sums, units, s, ahead);
     }
   }
 
  private:
   template <int pieces>  // of 16 bytes in a group
-  static void run(const Packed& keys, const uint8_t* query, const float* sums, const float* units, float* s, int64_t line,
-                  Ahead& ahead) {
+  static void run(const Packed& keys, const uint8_t* query, const float* sums, const float* units, float* s, Ahead& ahead) {
     Ahead next = ahead;
     for (int64_t j = 0; j < keys.rows; j += together) {
       const uint8_t* p[together];
@@ -429,7 +451,7 @@ struct Scores4 {
       FATUI_UNROLL for (int v = 0; v < row_vectors; v++) {
         all[v] *= load(units + v * lanes);
         FATUI_UNROLL for (int r = 0; r < rows_of_vector; r++)
-          std::memcpy(s + (v * rows_of_vector + r) * line + j, reinterpret_cast<const float*>(&all[v]) + r * together,
+          std::memcpy(s + (v * rows_of_vector + r) * max_quantized_rows + j, reinterpret_cast<const float*>(&all[v]) + r * together,
                       together * sizeof(float));
       }
     }
@@ -503,27 +525,29 @@ bool IntegerQueries::read(const float* query, int64_t line, int64_t rows, int64_
   return true;
 }
 
-void IntegerQueries::scores(const QuantizedRows& keys, float* s, int64_t line, Ahead& next) const {
-  with_packed(keys, [&](const Packed& given) {
+void IntegerQueries::scores(const QuantizedRows& keys, float* s, Ahead& next) const {
+  const auto score = [&](const Packed& given) {
     const Packing& packing = keys.packing;
     Spread buffer;
     const bool spread = score_bits(packing) != packing.bits;
     const Packed packed = spread ? buffer.of(given, packing, packing.mode == Mode::mxfp4 ? 12 : 0) : given;
     [[maybe_unused]] Columns columns;
     if constexpr (takes_e2m1) {
-      if (packing.mode == Mode::affine) columns.read(packed);
-      else columns.read_doubled(packed, 12);
+      if (packing.mode == Mode::affine) columns.read(keys);
+      else columns.read_doubled(keys, 12);
     }
     for (int64_t four = 0; four < row_groups_; four++) {
       const auto* bytes = bytes_ + four * rows_together * keys.columns * 2;
       const float *sums = sums_ + four * packed.groups * 16, *units = units_ + four * 16;
-      float* to = s + four * rows_together * line;
+      float* to = s + four * rows_together * max_quantized_rows;
       if (score_bits(packing) == 4 && packing.mode != Mode::affine)
-        Scores4<4, Number::e2m1>::run(packed, columns, bytes, sums, units, to, line, next);
-      else if (score_bits(packing) == 4) Scores4<4, Number::integer>::run(packed, columns, bytes, sums, units, to, line, next);
-      else Scores4<8, Number::integer>::run(packed, columns, bytes, sums, units, to, line, next);
+        Scores4<4, Number::e2m1>::run(packed, columns, bytes, sums, units, to, next);
+      else if (score_bits(packing) == 4) Scores4<4, Number::integer>::run(packed, columns, bytes, sums, units, to, next);
+      else Scores4<8, Number::integer>::run(packed, columns, bytes, sums, units, to, next);
     }
-  });
+  };
+  if constexpr (takes_e2m1) with_numbers(keys, score);  // scales and biases are in columns
+  else with_packed(keys, score);
 }
 namespace {
 
@@ -544,72 +568,91 @@ FATUI_INLINE Words by_groups(const void* x, int64_t stride) {
   return all;
 }
 
+// The lower halves of the words of a, and those of b above them.
+FATUI_INLINE Words lower_halves(Words a, Words b) {
+#if defined(__AVX512BW__)
+  return (Words)_mm512_ternarylogic_epi32(_mm512_set1_epi32(0xffff), (__m512i)a, (__m512i)(b << 16), 0xea);  // (a & b) | c
+#else
+  return (Words)_mm256_blend_epi16((__m256i)a, (__m256i)(b << 16), 0xaa);
+#endif
+}
+
 // The weights p * scale of a tile: 4 rows, groups, keys; their units; and the sums of p * bias. Numbers count from -centre on,
 // which leaves less to the rounding of the weights: the biases are those of the number at the centre, and the offset has the
 // centre's part of the sums of products, whose numbers are not negative.
 struct Weights {
+  // A word has the weights of a key and of the one half a tile after it.
   // Groups outermost, so that those that there are lie together: rows 4 KiB apart would share sets of the L1, and displace keys.
-  alignas(64) int16_t number[max_groups][rows_together][max_quantized_rows];
-  float unit[max_groups][rows_together], offset[max_groups][rows_together];
+  alignas(64) Words pairs[max_groups][rows_together][max_quantized_rows / (2 * lanes)];
+  Four unit[max_groups], offset[max_groups];
 
-  void read(const Packed& values, const Columns& columns, float centre, const float* p, int64_t p_line, int64_t rows) {
-    const float* row[rows_together];  // of rows that are not there, the first one is read
-    FATUI_UNROLL for (int r = 0; r < rows_together; r++) row[r] = p + (r < rows ? r : 0) * p_line;
+  // Half of a tile's keys, in whole vectors.
+  static int64_t half_of(int64_t rows) { return round_up(ceil_div(rows, 2), lanes); }
+
+  // p of four rows, max_quantized_rows floats apart; what is in those that are not there does not matter.
+  void read(const Packed& values, const Columns& columns, float centre, const float* p) {
     const int64_t keys = round_up(values.rows, lanes);
     // Each step for all groups: a step waits for the one before.
-    for (int64_t g = 0; g < values.groups; g++) measure(g, centre, columns.of[g].scale, columns.of[g].bias, row, keys);
-    for (int64_t g = 0; g < values.groups; g++) to_integers(g, centre, columns.of[g].scale, row, keys);
+    for (int64_t g = 0; g < values.groups; g++) measure(g, columns.of[g].scale, p, keys);
+    for (int64_t g = 0; g < values.groups; g++) to_integers(g, centre, columns.of[g], p, keys, half_of(values.rows));
   }
 
-  // Those of two adjacent keys, of some groups from one on.
+  // Words `pair` of a row and of some groups from one on.
   template <int groups>
   FATUI_INLINE Words of_pair(int r, int64_t group, int64_t pair) const {
-    return by_groups<groups>(number[group][r] + 2 * pair, sizeof number[group]);
+    return by_groups<groups>(reinterpret_cast<const uint32_t*>(pairs[group][r]) + pair, sizeof pairs[0]);
   }
 
  private:
-  float inverse[max_groups][rows_together];
+  Four inverse[max_groups];
 
-  void measure(int64_t g, float centre, const float* scale, const float* bias, const float* const* row, int64_t keys) {
-    Vector top[rows_together] = {}, sum[rows_together] = {};
+  static Four first_four(Vector x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3); }
+
+  void measure(int64_t g, const float* scale, const float* p, int64_t keys) {
+    Vector top[rows_together] = {};
     for (int64_t j = 0; j < keys; j += lanes) {
-      const Vector s = load(scale + j), at_centre = fused(load(bias + j), s, broadcast(centre));
-      FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
-        const Vector weight = load(row[r] + j);
-        top[r] = larger(in_register(magnitude(weight * s)), top[r]), sum[r] = fused(sum[r], weight, at_centre);
-      }
+      const Vector size = magnitude(load(scale + j));
+      FATUI_UNROLL for (int r = 0; r < rows_together; r++)
+        top[r] = larger(in_register(load(p + r * max_quantized_rows + j) * size), top[r]);
     }
-    const Vector most = fold_four(top, Larger{}), offsets = fold_four(sum);
-    const Vector units = most / largest_weight, all_inverse = most > 0x1p-100f ? largest_weight / most : Vector{};
-    std::memcpy(unit[g], &units, sizeof unit[g]);
-    std::memcpy(offset[g], &offsets, sizeof offset[g]);
-    std::memcpy(inverse[g], &all_inverse, sizeof inverse[g]);
+    const Four most = first_four(fold_four(top, Larger{}));
+    unit[g] = most * (1 / largest_weight), inverse[g] = most > 0x1p-100f ? largest_weight / most : Four{};
   }
 
-  void to_integers(int64_t g, float centre, const float* scale, const float* const* row, int64_t keys) {
+  void to_integers(int64_t g, float centre, const Columns::Group& of, const float* p, int64_t keys, int64_t half) {
     const Vector shifter = broadcast(12582912.0f);  // adding it rounds to an integer, in the low bits
-    Words total[rows_together] = {};
-    for (int64_t j = 0; j < keys; j += lanes) {
-      const Vector s = load(scale + j);
+    const Words ones = Words{} + 0x00010001u;
+    Integers total[rows_together] = {};
+    Vector sum[rows_together] = {};
+    const auto add = [&](int64_t j, auto vectors) __attribute__((always_inline)) {
+      Vector s[2], at_centre[2];
+      FATUI_UNROLL for (int i = 0; i < vectors; i++)
+        s[i] = load(of.scale + j + i * half), at_centre[i] = fused(load(of.bias + j + i * half), s[i], broadcast(centre));
       FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
-        const auto shifted = as<Integers>(fused(shifter, load(row[r] + j) * s, broadcast(inverse[g][r])));
-        total[r] += as<Words>(shifted);
-        const HalfShorts numbers = __builtin_convertvector(shifted, HalfShorts);
-        std::memcpy(number[g][r] + j, &numbers, sizeof numbers);
+        Words whole[2] = {};
+        FATUI_UNROLL for (int i = 0; i < vectors; i++) {
+          const Vector weight = load(p + r * max_quantized_rows + j + i * half);
+          whole[i] = as<Words>(fused(shifter, weight * s[i], broadcast(inverse[g][r])));
+          sum[r] = fused(sum[r], weight, at_centre[i]);
+        }
+        const Words pair = lower_halves(whole[0], whole[1]);
+        total[r] = dot_pairs(total[r], pair, ones);
+        pairs[g][r][j / lanes] = pair;
       }
-    }
-    Vector whole[rows_together];
-    const Words of_shifters = as<Words>(shifter) * uint32_t(keys / lanes);  // modulo 2^32, as the totals are
-    FATUI_UNROLL for (int r = 0; r < rows_together; r++) whole[r] = __builtin_convertvector(as<Integers>(total[r] - of_shifters), Vector);
-    const Vector totals = fold_four(whole) * centre;
-    FATUI_UNROLL for (int r = 0; r < rows_together; r++) offset[g][r] -= unit[g][r] * totals[r];
+    };
+    int64_t j = 0;
+    for (; j < keys - half; j += lanes) add(j, std::integral_constant<int, 2>{});
+    if (j < half) add(j, std::integral_constant<int, 1>{});
+    FATUI_UNROLL for (int r = 0; r < rows_together; r++)
+      sum[r] -= __builtin_convertvector(total[r], Vector) * broadcast(unit[g][r] * centre);
+    offset[g] = first_four(fold_four(sum));
   }
 };
 
 // Some vectors of a block of `lanes` words, 4 rows: fields of the 16-bit parts of the words, of the four lower parts of each 16
 // bytes or of the upper ones:
 //
-//   part i of key j | of key j + 1 | part i + 1 of key j | of key j + 1 | ...
+//   part i of key j | of key j + half | part i + 1 of key j | of key j + half | ...
 //
 // A pair's weights are broadcast when they are used: kept as vectors, they would take 4 KiB of the L1, and as many instructions.
 template <int bits, Number number, int first, int groups>
@@ -618,9 +661,9 @@ struct Fields {
 
   [[gnu::noinline]] static void run(const Packed& values, const Weights& weights, int64_t block, float* output, int64_t line,
                                     Ahead& ahead) {
-    Ahead next = ahead;
     const uint8_t* p = values.data + block * lanes * 4;
-    const int64_t group = block * lanes * (32 / bits) / values.group + (groups == 8 ? first / fields : 0), stride = values.stride;
+    const int64_t group = (block * lanes * (32 / bits) >> log2_of(values.group)) + (groups == 8 ? first / fields : 0);
+    const int64_t stride = values.stride, half = Weights::half_of(values.rows), apart = half * stride;
     Integers sum[rows_together][vectors] = {};
     const auto add = [&](int64_t pair, const uint8_t* a, const uint8_t* b) __attribute__((always_inline)) {
       Words x[vectors];
@@ -632,34 +675,33 @@ struct Fields {
         FATUI_UNROLL for (int v = 0; v < vectors; v++) sum[r][v] = in_register(sum[r][v]);
       }
     };
-    const int64_t pairs = values.rows / 2;
     int64_t pair = 0;
     if constexpr (registers == 32) {
-      const char* ask = next.take(2 * pairs / runs, &weights);
-      for (; 2 * pair < values.rows; pair++, p += 2 * stride, ask += 128 / runs) {
+      const char* ask = ahead.take(2 * half / runs, &weights);
+      for (; pair < std::min(half, values.rows); pair++, p += stride, ask += 128 / runs) {
         FATUI_UNROLL for (int i = 0; i < 2 / runs; i++) __builtin_prefetch(ask + 64 * i);
-        add(pair, p, 2 * pair + 1 < values.rows ? p + stride : p);  // the weight of a key that is not there is zero
+        add(pair, p, pair + half < values.rows ? p + apart : p);  // the weight of a key that is not there is zero
       }
     } else {
+      Ahead next = ahead;
       constexpr int some = 4;  // pairs, whose numbers in a block are four cache lines
-      for (; pair + some <= pairs; pair += some) {
+      for (; pair + some <= values.rows - half; pair += some) {
         if constexpr (first % fields == 0) next.ask_two();  // in two of the block's sums
-        FATUI_UNROLL for (int i = 0; i < some; i++, p += 2 * stride) add(pair + i, p, p + stride);
+        FATUI_UNROLL for (int i = 0; i < some; i++, p += stride) add(pair + i, p, p + apart);
       }
-      for (; pair < pairs; pair++, p += 2 * stride) add(pair, p, p + stride);
-      if (values.rows % 2 != 0) add(pair, p, p);
+      for (; pair < std::min(half, values.rows); pair++, p += stride) add(pair, p, pair + half < values.rows ? p + apart : p);
+      ahead = next;
     }
     float* out = output + block * lanes * (32 / bits) + first * lanes;
     finish(sum);
     FATUI_UNROLL for (int r = 0; r < rows_together; r++) {
-      const Vector unit = as<Vector>(by_groups<groups>(&weights.unit[group][r], sizeof weights.unit[0]));
-      const Vector offset = as<Vector>(by_groups<groups>(&weights.offset[group][r], sizeof weights.offset[0]));
+      const Vector unit = as<Vector>(by_groups<groups>(reinterpret_cast<const float*>(weights.unit + group) + r, sizeof weights.unit[0]));
+      const Vector offset = as<Vector>(by_groups<groups>(reinterpret_cast<const float*>(weights.offset + group) + r, sizeof weights.offset[0]));
       FATUI_UNROLL for (int v = 0; v < vectors; v++) {
         float* to = out + r * line + v * lanes;
         store(to, load(to) + fused(offset, __builtin_convertvector(sum[r][v], Vector), unit));
       }
     }
-    ahead = next;
   }
 
   static void all(const Packed& values, const Weights& weights, int64_t block, float* output, int64_t line, Ahead& next) {
@@ -717,8 +759,8 @@ struct Fields {
 template <int bits, Number number>
 void add_blocks(const Packed& values, const Weights& weights, float* output, int64_t line, Ahead& next) {
   constexpr int64_t dims = lanes * 32 / bits, least_group = number == Number::e2m1 ? 16 : 32;
-  for (int64_t block = 0; block < values.groups * values.group / dims; block++)
-    switch (dims / values.group) {
+  for (int64_t block = 0; block * dims < values.groups * values.group; block++)
+    switch (dims >> log2_of(values.group)) {
       case 8: if constexpr (dims >= 8 * least_group) Fields<bits, number, 0, 8>::all(values, weights, block, output, line, next); break;
       case 4: if constexpr (dims >= 4 * least_group) Fields<bits, number, 0, 4>::all(values, weights, block, output, line, next); break;
       case 2: if constexpr (dims >= 2 * least_group && number == Number::integer) Fields<bits, number, 0, 2>::all(values, weights, block, output, line, next); break;
@@ -741,9 +783,9 @@ bool IntegerSums::take(const Packing& packing, int64_t columns, int64_t rows) {
   return (packing.mode == Mode::affine || of_four) && columns % (lanes * 32 / sum_bits(packing)) == 0;
 }
 
-void IntegerSums::add(const QuantizedRows& values, const float* p, int64_t p_line, int64_t count, float* output,
-                      int64_t output_line, Ahead& next) {
-  with_packed(values, [&](const Packed& given) {
+void IntegerSums::add(const QuantizedRows& values, const float* p, int64_t count, float* output, int64_t output_line,
+                      Ahead& next) {
+  with_numbers(values, [&](const Packed& given) {
     const Packing& packing = values.packing;
     const bool doubled = packing.mode != Mode::affine;
     const float centre = doubled ? 0 : float(1 << (packing.bits - 1));
@@ -751,10 +793,10 @@ void IntegerSums::add(const QuantizedRows& values, const float* p, int64_t p_lin
     Columns columns;
     Spread buffer;
     const Packed packed = sum_bits(packing) == packing.bits ? given : buffer.of(given, packing, 0);
-    if (doubled) columns.read_doubled(packed, 0);
-    else columns.read(packed);
+    if (doubled) columns.read_doubled(values, 0);
+    else columns.read(values);
     for (int64_t row = 0; row < count; row += rows_together) {
-      weights.read(packed, columns, centre, p + row * p_line, p_line, count - row);
+      weights.read(packed, columns, centre, p + row * max_quantized_rows);
       float* to = output + row * output_line;
       if (sum_bits(packing) == 8) add_blocks<8, Number::integer>(packed, weights, to, output_line, next);
       else if (lanes < 16 || !doubled) add_blocks<4, Number::integer>(packed, weights, to, output_line, next);
@@ -816,17 +858,16 @@ FATUI_INLINE Words two_terms(Vector x) {
 
 // Four rows against all keys, 32 at a time, with `terms` bfloat16 for a number of the query.
 template <int terms>
-void score_pairs(const Packed& keys, const Columns& columns, const uint8_t* query, float unit, float* s, int64_t line, Ahead& ahead) {
+void score_pairs(const Packed& keys, const Columns& columns, const uint8_t* query, float unit, float* s, Ahead& ahead) {
   constexpr int vectors = 2;
   const Lookup lookup;
-  Ahead next = ahead;
   for (int64_t j = 0; j < keys.rows; j += keys_together) {
     const KeysTogether some(keys, j, 32 * keys.groups);
     const Strides by(some.stride);
     const uint8_t* p[2 * vectors];
     FATUI_UNROLL for (int i = 0; i < 2 * vectors; i++) p[i] = some.data + 8 * i * some.stride;
     const uint8_t* q = query;
-    const char* ask = next.take(keys.groups * keys_together / 2, query);
+    const char* ask = ahead.take(keys.groups * keys_together / 2, query);
     for (int64_t group = 0; group < keys.groups; group++) {
       Vector sum[vectors][rows_together] = {};
       for (int piece = 0; piece < 2; piece++) {
@@ -856,13 +897,12 @@ void score_pairs(const Packed& keys, const Columns& columns, const uint8_t* quer
       }
       FATUI_UNROLL for (int r = 0; r < rows_together; r++)
         FATUI_UNROLL for (int v = 0; v < vectors; v++) {
-          float* to = s + r * line + j + v * lanes;
+          float* to = s + r * max_quantized_rows + j + v * lanes;
           const Vector product = sum[v][r] * (load(columns.of[group].scale + j + v * lanes) * unit);
           store(to, group == 0 ? product : load(to) + product);
         }
     }
   }
-  ahead = next;
 }
 
 // Of two keys' 32 numbers in turns: four dims of the first 16, and four of the others, in each 16 bytes.
@@ -927,9 +967,8 @@ struct PairWeights {
 };
 
 template <int terms>
-void add_pairs_of(const Packed& packed, const float* p, int64_t p_line, int64_t count, float* output, int64_t output_line, Ahead& next) {
-  Columns columns;
-  columns.read_scales(packed);
+void add_pairs_of(const Packed& packed, const Columns& columns, const float* p, int64_t p_line, int64_t count, float* output,
+                  int64_t output_line, Ahead& next) {
   PairWeights<terms> weights;
   for (int64_t row = 0; row < count; row += rows_together) {
     weights.read(packed, columns, p + row * p_line, p_line, count - row);
@@ -966,39 +1005,41 @@ bool PairQueries::read(const float* query, int64_t line, int64_t rows, int64_t c
   return true;
 }
 
-void PairQueries::scores(const QuantizedRows& keys, float* s, int64_t line, Ahead& next) const {
-  with_packed<false>(keys, [&](const Packed& packed) {
+void PairQueries::scores(const QuantizedRows& keys, float* s, Ahead& next) const {
+  with_numbers(keys, [&](const Packed& packed) {
     Columns columns;
-    columns.read_scales(packed);
+    columns.read_scales(keys);
     for (int64_t four = 0; four < row_groups_; four++) {
       const uint8_t* query = bytes_ + four * rows_together * keys.columns * 2 * terms_;
-      float* to = s + four * rows_together * line;
-      if (terms_ == 1) score_pairs<1>(packed, columns, query, unit_, to, line, next);
-      else score_pairs<2>(packed, columns, query, unit_, to, line, next);
+      float* to = s + four * rows_together * max_quantized_rows;
+      if (terms_ == 1) score_pairs<1>(packed, columns, query, unit_, to, next);
+      else score_pairs<2>(packed, columns, query, unit_, to, next);
     }
   });
 }
 
 void add_in_pairs(const QuantizedRows& values, int terms, const float* p, int64_t p_line, int64_t count, float* output,
                   int64_t output_line, Ahead& next) {
-  with_packed<false>(values, [&](const Packed& packed) {
-    if (terms == 1) add_pairs_of<1>(packed, p, p_line, count, output, output_line, next);
-    else add_pairs_of<2>(packed, p, p_line, count, output, output_line, next);
+  with_numbers(values, [&](const Packed& packed) {
+    Columns columns;
+    columns.read_scales(values);
+    if (terms == 1) add_pairs_of<1>(packed, columns, p, p_line, count, output, output_line, next);
+    else add_pairs_of<2>(packed, columns, p, p_line, count, output, output_line, next);
   });
 }
 #endif
 #else
 bool IntegerQueries::take(const Packing&, int64_t, int64_t) { return false; }
 bool IntegerQueries::read(const float*, int64_t, int64_t, int64_t, const Packing&, float, float*) { return false; }
-void IntegerQueries::scores(const QuantizedRows&, float*, int64_t, Ahead&) const {}
+void IntegerQueries::scores(const QuantizedRows&, float*, Ahead&) const {}
 bool IntegerSums::take(const Packing&, int64_t, int64_t) { return false; }
-void IntegerSums::add(const QuantizedRows&, const float*, int64_t, int64_t, float*, int64_t, Ahead&) {}
+void IntegerSums::add(const QuantizedRows&, const float*, int64_t, float*, int64_t, Ahead&) {}
 void IntegerSums::order(const Packing&, int64_t, float*) {}
 #endif
 #if !defined(FATUI_PAIRS_OF_E4M3)
 bool PairQueries::take(const Packing&, int, int64_t) { return false; }
 bool PairQueries::read(const float*, int64_t, int64_t, int64_t, float, float*) { return false; }
-void PairQueries::scores(const QuantizedRows&, float*, int64_t, Ahead&) const {}
+void PairQueries::scores(const QuantizedRows&, float*, Ahead&) const {}
 void add_in_pairs(const QuantizedRows&, int, const float*, int64_t, int64_t, float*, int64_t, Ahead&) {}
 #endif
 

@@ -16,6 +16,9 @@ namespace fatui {
 constexpr int chunk = 16;  // values: every group has a multiple of them
 constexpr int64_t max_groups = 512 / chunk;
 
+// The logarithm of a power of two, as a group's size is.
+FATUI_INLINE int log2_of(int64_t x) { return __builtin_ctzll(uint64_t(x)); }
+
 enum class Number { integer, e2m1, e4m3, e4m3_finite };
 
 // Rows of packed numbers, with their scales and biases in float32.
@@ -32,30 +35,36 @@ void read_groups(const Tensor& t, Mode mode, int64_t at, int64_t rows, int64_t g
 // Whether no number of e4m3 is NaN and no scale overflows if it is multiplied by 2^8.
 bool can_be_finite(const Packed& from);
 
-// Reads the scales and biases of up to max_quantized_rows rows and calls f(packed rows). Rows whose words are not side by side
-// are copied. Whether numbers of e4m3 are finite is found out where that is of use.
-template <bool may_be_finite = true, class F>
-void with_packed(const QuantizedRows& q, const F& f) {
-  const Packing& packing = q.packing;
-  alignas(64) float scales[max_quantized_rows * max_groups + lanes], biases[max_quantized_rows * max_groups + lanes];
-  Packed packed{q.data(), q.stride(), q.rows, q.columns / packing.group, packing.group, scales, biases};
-  read_groups(packing.scales, packing.mode, q.at(packing.scales), q.rows, packed.groups, scales);
-  if (packing.mode == Mode::affine)
-    read_groups(packing.biases, packing.mode, q.at(packing.biases), q.rows, packed.groups, biases);
+// Calls f(packed rows) without scales and biases. Rows whose words are not side by side are copied.
+template <class F>
+void with_numbers(const QuantizedRows& q, const F& f) {
+  Packed packed{q.data(), q.stride(), q.rows, q.groups(), q.packing.group, nullptr, nullptr};
+  if (q.numbers.stride[3] == 1) return f(packed);
   const int64_t row_bytes = q.bytes();
-  if (q.numbers.stride[3] == 1) {
-    if (may_be_finite && packing.mode == Mode::mxfp8 && can_be_finite(packed)) {
-      packed.finite = true;
-      for (int64_t i = 0; i < q.rows * packed.groups; i += lanes) store(scales + i, load(scales + i) * 0x1p8f);
-    }
-    return f(packed);
-  }
   uint32_t words[max_quantized_rows * 512 / 4];
   for (int64_t r = 0; r < q.rows; r++)
     for (int64_t w = 0; w < row_bytes / 4; w++)
       std::memcpy(words + r * row_bytes / 4 + w, packed.data + r * packed.stride + 4 * w * q.numbers.stride[3], 4);
   packed.data = reinterpret_cast<const uint8_t*>(words), packed.stride = row_bytes;
   f(packed);
+}
+
+// The same with scales and biases, of up to max_quantized_rows rows. Whether numbers of e4m3 are finite is found out.
+template <class F>
+void with_packed(const QuantizedRows& q, const F& f) {
+  const Packing& packing = q.packing;
+  alignas(64) float scales[max_quantized_rows * max_groups + lanes], biases[max_quantized_rows * max_groups + lanes];
+  read_groups(packing.scales, packing.mode, q.at(packing.scales), q.rows, q.groups(), scales);
+  if (packing.mode == Mode::affine)
+    read_groups(packing.biases, packing.mode, q.at(packing.biases), q.rows, q.groups(), biases);
+  with_numbers(q, [&](Packed packed) {
+    packed.scales = scales, packed.biases = biases;
+    if (packing.mode == Mode::mxfp8 && can_be_finite(packed)) {
+      packed.finite = true;
+      for (int64_t i = 0; i < q.rows * packed.groups; i += lanes) store(scales + i, load(scales + i) * 0x1p8f);
+    }
+    f(packed);
+  });
 }
 
 // Some bytes, up to eight, as the lowest ones of a word; in pieces that are loads, as a copy through memory would stall.

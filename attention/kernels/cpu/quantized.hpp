@@ -23,6 +23,7 @@ struct QuantizedRows {
   const uint8_t* data() const { return static_cast<const uint8_t*>(numbers.data) + 4 * at(numbers); }
   int64_t stride() const { return 4 * numbers.stride[2]; }
   int64_t bytes() const { return columns * packing.bits / 8; }  // of a row
+  int64_t groups() const { return columns / packing.group; }
 };
 
 // Writes rows as float32 to out, `line` floats apart. A value is scale * number + bias, rounded once (twice in mxfp8).
@@ -40,7 +41,7 @@ Floats floats_of(const Tensor& t, const Packing& packing, int64_t batch, int64_t
 class Ahead;  // asks for what is read next
 
 constexpr int64_t rows_together = 4;         // query rows of the products with few rows, which are padded to a multiple
-constexpr int64_t max_quantized_rows = 64;  // keys or values of a tile
+constexpr int64_t max_quantized_rows = lanes == 16 ? 128 : 64;  // keys or values of a tile
 
 // S[row][key] of `count` rows, padded as below; entries after the last key, up to a multiple of 16, are undefined.
 FATUI_PART void score_quantized(const QuantizedRows& keys, const float* query, int64_t query_line, int64_t count, float* s, int64_t line,
@@ -62,8 +63,8 @@ class IntegerQueries {
   FATUI_PART bool read(const float* query, int64_t line, int64_t rows, int64_t columns, const Packing& packing, float largest_share,
             float* buffer);
 
-  // S[row][key], `line` floats apart. Rows are padded to a multiple of rows_together, keys to one of 32.
-  FATUI_PART void scores(const QuantizedRows& keys, float* s, int64_t line, Ahead& next) const;
+  // S[row][key], max_quantized_rows floats apart. Rows are padded to a multiple of rows_together, keys to one of 32.
+  FATUI_PART void scores(const QuantizedRows& keys, float* s, Ahead& next) const;
 
  private:
   int64_t row_groups_ = 0;
@@ -77,9 +78,9 @@ class IntegerQueries {
 struct IntegerSums {
   FATUI_PART static bool take(const Packing& packing, int64_t columns, int64_t rows);
 
-  // Rows are padded to a multiple of rows_together.
-  FATUI_PART static void add(const QuantizedRows& values, const float* p, int64_t p_line, int64_t count, float* output,
-                  int64_t output_line, Ahead& next);
+  // Rows of P are max_quantized_rows floats apart. Rows are padded to a multiple of rows_together.
+  FATUI_PART static void add(const QuantizedRows& values, const float* p, int64_t count, float* output, int64_t output_line,
+                  Ahead& next);
 
   // Puts the dims of a row in order.
   FATUI_PART static void order(const Packing& packing, int64_t columns, float* output);
@@ -95,8 +96,8 @@ class PairQueries {
   // False if a row's numbers are so small that products with them would count as zero.
   FATUI_PART bool read(const float* query, int64_t line, int64_t rows, int64_t columns, float exact_unit, float* buffer);
 
-  // S[row][key], `line` floats apart. Rows are padded to a multiple of rows_together, keys to one of 32.
-  FATUI_PART void scores(const QuantizedRows& keys, float* s, int64_t line, Ahead& next) const;
+  // S[row][key], max_quantized_rows floats apart. Rows are padded to a multiple of rows_together, keys to one of 32.
+  FATUI_PART void scores(const QuantizedRows& keys, float* s, Ahead& next) const;
 
  private:
   int64_t row_groups_ = 0;

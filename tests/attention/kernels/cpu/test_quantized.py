@@ -186,6 +186,16 @@ def test_a_nan_leaves_the_other_values_of_its_tile(dtype):
     assert mx.allclose(out[..., 6:], mx.array(1.0))
 
 
+@pytest.mark.parametrize("scales", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("form", ["int8", "int4", "int4:32", "mxfp4"])
+def test_last_tiles_of_any_length(form, scales):
+    """Keys after the last one have no weight, wherever they are in a vector or a pair."""
+    q = normal(0, 1, 4, 1, 128).astype(mx.bfloat16)
+    for length in (1, 2, 15, 16, 17, 31, 32, 33, 47, 63, 65, 80, 95, 97, 112, 127, 129, 145, 192):
+        k, v = (quantized_values.normal(i, (1, 1, length, 128), scales, form) for i in (1, 2))
+        assert_right(q, k, v, {}, {})
+
+
 def call_of(length=300, form="int4"):
     q = normal(0, 2, 4, 70, 64)
     k, v = (quantized_values.normal(i, (2, 2, length, 64), mx.float16, form) for i in (1, 2))
