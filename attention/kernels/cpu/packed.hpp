@@ -35,36 +35,41 @@ void read_groups(const Tensor& t, Mode mode, int64_t at, int64_t rows, int64_t g
 // Whether no number of e4m3 is NaN and no scale overflows if it is multiplied by 2^8.
 bool can_be_finite(const Packed& from);
 
-// Calls f(packed rows) without scales and biases. Rows whose words are not side by side are copied.
-template <class F>
-void with_numbers(const QuantizedRows& q, const F& f) {
+// Rows without scales and biases. Those whose words are not side by side are copied to `words`.
+inline Packed numbers_of(const QuantizedRows& q, uint32_t (&words)[max_quantized_rows * 512 / 4]) {
   Packed packed{q.data(), q.stride(), q.rows, q.groups(), q.packing.group, nullptr, nullptr};
-  if (q.numbers.stride[3] == 1) return f(packed);
+  if (q.numbers.stride[3] == 1) return packed;
   const int64_t row_bytes = q.bytes();
-  uint32_t words[max_quantized_rows * 512 / 4];
   for (int64_t r = 0; r < q.rows; r++)
     for (int64_t w = 0; w < row_bytes / 4; w++)
       std::memcpy(words + r * row_bytes / 4 + w, packed.data + r * packed.stride + 4 * w * q.numbers.stride[3], 4);
   packed.data = reinterpret_cast<const uint8_t*>(words), packed.stride = row_bytes;
-  f(packed);
+  return packed;
 }
 
-// The same with scales and biases, of up to max_quantized_rows rows. Whether numbers of e4m3 are finite is found out.
+// Calls f(packed rows), of up to max_quantized_rows rows, without scales and biases.
+template <class F>
+void with_numbers(const QuantizedRows& q, const F& f) {
+  uint32_t words[max_quantized_rows * 512 / 4];
+  f(numbers_of(q, words));
+}
+
+// The same with scales and biases. Whether numbers of e4m3 are finite is found out.
 template <class F>
 void with_packed(const QuantizedRows& q, const F& f) {
   const Packing& packing = q.packing;
+  uint32_t words[max_quantized_rows * 512 / 4];
   alignas(64) float scales[max_quantized_rows * max_groups + lanes], biases[max_quantized_rows * max_groups + lanes];
-  read_groups(packing.scales, packing.mode, q.at(packing.scales), q.rows, q.groups(), scales);
+  Packed packed = numbers_of(q, words);
+  packed.scales = scales, packed.biases = biases;
+  read_groups(packing.scales, packing.mode, q.at(packing.scales), q.rows, packed.groups, scales);
   if (packing.mode == Mode::affine)
-    read_groups(packing.biases, packing.mode, q.at(packing.biases), q.rows, q.groups(), biases);
-  with_numbers(q, [&](Packed packed) {
-    packed.scales = scales, packed.biases = biases;
-    if (packing.mode == Mode::mxfp8 && can_be_finite(packed)) {
-      packed.finite = true;
-      for (int64_t i = 0; i < q.rows * packed.groups; i += lanes) store(scales + i, load(scales + i) * 0x1p8f);
-    }
-    f(packed);
-  });
+    read_groups(packing.biases, packing.mode, q.at(packing.biases), q.rows, packed.groups, biases);
+  if (packing.mode == Mode::mxfp8 && can_be_finite(packed)) {
+    packed.finite = true;
+    for (int64_t i = 0; i < q.rows * packed.groups; i += lanes) store(scales + i, load(scales + i) * 0x1p8f);
+  }
+  f(packed);
 }
 
 // Some bytes, up to eight, as the lowest ones of a word; in pieces that are loads, as a copy through memory would stall.
