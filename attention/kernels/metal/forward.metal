@@ -181,8 +181,8 @@
     }
     if (fragment_c == 0) {
       const float log_total = metal::precise::log(total);
-      const float made = total > 0.0f ? largest + log_total : -INFINITY;
+      const float made = total == 0.0f ? -INFINITY : largest + log_total;  // NaN of a row with an infinite score
       lse[line] = made;
-      rest[line] = total > 0.0f ? rest_of(made, largest, log_total) : 0.0f;
+      rest[line] = total == 0.0f ? 0.0f : rest_of(made, largest, log_total);
     }
   }

@@ -28,7 +28,7 @@
   }
   if (lane == 0) {
     const float log_total = metal::precise::log(total);
-    const float made = total > 0.0f ? base + log_total : -INFINITY;
+    const float made = total == 0.0f ? -INFINITY : base + log_total;
     lse[line] = made;
-    rest[line] = total > 0.0f ? rest_of(made, base, log_total) : 0.0f;
+    rest[line] = total == 0.0f ? 0.0f : rest_of(made, base, log_total);
   }

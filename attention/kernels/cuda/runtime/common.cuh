@@ -56,7 +56,7 @@ struct RowResults {
   }
   DEVICE void write(int row, float max, float sum, float factor) const {
     constexpr float LN_2 = 0.693147180559945f;
-    const bool sees = sum > 0;
+    const bool sees = sum != 0;  // a NaN, too: a row with an infinite score is no empty one
     const float log2_sum = sees ? log2f(sum) : MINUS_INFINITY;
     if (logsumexp != nullptr) logsumexp[row] = sees ? (max * factor + log2_sum) * LN_2 : MINUS_INFINITY;
     if (stats != nullptr) stats[row] = make_float2(sees ? max : 0, log2_sum);

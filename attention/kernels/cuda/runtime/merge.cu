@@ -57,5 +57,5 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
   const float inverse = total > 0 ? 1 / total : 0;
   output[word] = pack(x * inverse, y * inverse);
-  if (first && logsumexp != nullptr) logsumexp[row] = total > 0 ? base + logf(total) : MINUS_INFINITY;
+  if (first && logsumexp != nullptr) logsumexp[row] = total != 0 ? base + logf(total) : MINUS_INFINITY;  // NaN of a NaN
 }

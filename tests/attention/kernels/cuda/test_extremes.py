@@ -264,3 +264,17 @@ def test_a_mask_gets_its_gradient_without_being_stopped():
     by_weight = cotangent @ v.swapaxes(-1, -2)
     right = (weights * (by_weight - (weights * by_weight).sum(axis=-1, keepdims=True))).sum(axis=2, keepdims=True)
     assert error_of(gradient, right) < 0.03
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_row_with_a_nan_is_no_empty_one(dim, size, kernels):
+    made = arrays(SIZES[size], dim, 1.0)
+    row = SIZES[size][3] - 1
+    made[0][0, 0, row, 0] = np.nan
+    with KERNELS[kernels]():
+        output, logsumexp = cuda.flash_attention_with_logsumexp(*made[:3], scale=0.1, causal=True)
+    assert mx.isnan(output[0, 0, row]).all()
+    assert mx.isnan(logsumexp[0, 0, row])
+    assert mx.isfinite(logsumexp).sum() == logsumexp.size - 1

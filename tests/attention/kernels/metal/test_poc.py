@@ -171,6 +171,17 @@ def test_patterns_alibi_and_the_logsumexp_are_the_kernels():
         assert {one.kernel for one in device.launches} == {"forward"}
 
 
+def test_a_row_with_a_nan_is_no_empty_one():
+    q, k, v = arrays()
+    q[0, 0, 5, 0] = np.nan
+    with on_a_mac(Device()) as device:
+        found, logsumexp = fused.TunedPoc().with_logsumexp(q, k, v, scale=0.2, mask=Mask(causal=True))
+        assert mx.isnan(found[0, 0, 5]).all()
+        assert mx.isnan(logsumexp[0, 0, 5])
+        assert mx.isfinite(logsumexp).sum() == 79
+        assert {one.kernel for one in device.launches} == {"forward"}
+
+
 @needs_verifier
 def test_where_the_kernel_is_wrong_sinks_are_left_to_practical():
     def wrong(kernel, text):
