@@ -61,15 +61,24 @@ def __getattr__(name: str) -> Any:
     """Import what takes long to import when it is first used."""
     if name not in _HOMES and name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _MODULES:
+        return _imported(f"{__name__}.{name}")
+    globals()[name] = getattr(_imported(_HOMES[name]), name)
+    return globals()[name]
+
+
+def _imported(module: str) -> Any:
+    """Import a module that imports MLX.
+
+    Raises:
+        NoBackendError: MLX cannot be imported.
+    """
     try:
-        if name in _MODULES:
-            return importlib.import_module(f"{__name__}.{name}")
-        globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+        return importlib.import_module(module)
     except ImportError as error:
         if "mlx" not in f"{error.name} {error.path}":
             raise  # a file beside the script that hides one of Python's modules, for example
         raise NoBackendError(f"MLX cannot be imported: {error}") from error
-    return globals()[name]
 
 
 def __dir__() -> list[str]:
@@ -263,12 +272,10 @@ def patch_mlx_lm(
         NoBackendError: MLX cannot be imported.
     """
     if group is not None:
-        from attention.mlx_lm.sharded import ShardedPatch
-
-        return ShardedPatch(implementation, group)
-    from attention.mlx_lm.patch import ModelPatch
-
-    return ModelPatch(implementation)
+        sharded: ShardedPatch = _imported("attention.mlx_lm.sharded").ShardedPatch(implementation, group)
+        return sharded
+    patch: ModelPatch = _imported("attention.mlx_lm.patch").ModelPatch(implementation)
+    return patch
 
 
 def monitor(share: float = 0.01) -> "Monitor":
@@ -279,7 +286,10 @@ def monitor(share: float = 0.01) -> "Monitor":
 
     Args:
         share: share of the program's run time that monitoring may take; it bounds how many calls are timed.
-    """
-    from attention.monitoring.monitor import Monitor
 
-    return Monitor(share)
+    Raises:
+        UsageError: the share is no number from 0 on.
+        NoBackendError: MLX cannot be imported.
+    """
+    made: Monitor = _imported("attention.monitoring.monitor").Monitor(share)
+    return made

@@ -166,7 +166,8 @@ def _workloads(cases: Cases | None) -> tuple[Workload, ...]:
     elif isinstance(cases, Workload | Mapping):
         parts = [cases]
     else:
-        parts = list(cases) if isinstance(cases, Iterable) else []
+        given: object = cases
+        parts = list(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes) else []
     if cases is not None and not parts:
         raise UsageError(f"cases: got {cases!r:.60}; it takes a Workload, a mapping of its fields, or several of these")
     made: dict[Workload, None] = {}

@@ -18,6 +18,7 @@ from msgspec import Struct, field, structs
 from attention.arguments import check_mask
 from attention.core.errors import UnsupportedError, UsageError
 from attention.core.files import checked_path, write_whole
+from attention.core.numbers import is_number, shown_value
 from attention.core.results import Case, Peaks, Report, Row, Run, Summary, sealed
 from attention.core.route import Needs, Route
 from attention.core.statistics import median_interval
@@ -204,7 +205,13 @@ class Monitor:
     """
 
     def __init__(self, share: float = SHARE) -> None:
-        """Set the share of the program's time that monitoring may take."""
+        """Set the share of the program's time that monitoring may take; with 0 calls are counted and not timed.
+
+        Raises:
+            UsageError: it is no number from 0 on.
+        """
+        if not is_number(share) or not share >= 0:
+            raise UsageError(f"share: got {shown_value(share)}; it takes a number from 0")
         self.peak_bytes = 0
         self._share = share
         self._kinds: dict[tuple[object, ...], CallKind | None] = {}

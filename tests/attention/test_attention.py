@@ -130,15 +130,17 @@ def test_what_an_implementation_does_not_take_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hidden", "error"),
+    ("hidden", "name", "error"),
     [
-        ("html", "ImportError: cannot import name 'escape'"),
-        ("mlx", "NoBackendError: MLX cannot be imported: No module named 'mlx.core'"),
+        ("html", "bench", "ImportError: cannot import name 'escape'"),
+        *(
+            ("mlx", name, "NoBackendError: MLX cannot be imported: No module named 'mlx.core'")
+            for name in ("StreamingKV", "monitor()", "patch_mlx_lm()")
+        ),
     ],
 )
-def test_what_cannot_be_imported_is_named(hidden: str, error: str, tmp_path: Path) -> None:
-    name = "attention.bench" if hidden == "html" else "attention.StreamingKV"
+def test_what_cannot_be_imported_is_named(hidden: str, name: str, error: str, tmp_path: Path) -> None:
     (tmp_path / f"{hidden}.py").touch()
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import attention; {name}"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import attention; attention.{name}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert error in done.stderr.splitlines()[-1]

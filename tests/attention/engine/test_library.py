@@ -192,6 +192,7 @@ def test_names_are_forgotten_after_the_run():
     [
         ({"sequence": 4}, None, {}, "not a field of a case"),
         ({"seq": 0}, None, {}, "seq: got 0"),
+        ("quick", None, {}, "^cases: got 'quick'; it takes a Workload, a mapping of its fields, or several of these$"),
         ({"seq": []}, None, {}, "a sweep of 0 cases"),
         ({"seq": range(1, 2000)}, None, {}, "a sweep of 1,999 cases"),
         ([], None, {}, "cases: got"),

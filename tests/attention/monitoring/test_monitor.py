@@ -5,11 +5,13 @@ import os
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
 import attention
+from attention.core.errors import UsageError
 from attention.core.results import Row
 from attention.core.route import NO_NEEDS, Needs, Route
 from attention.core.workload import Workload
@@ -217,6 +219,12 @@ class Program:
     def spend(self, seconds: float) -> None:
         self.clock.now += seconds
         self.watching_s += seconds
+
+
+@pytest.mark.parametrize("share", ["x", None, -1, float("nan"), True])
+def test_a_share_that_is_none_is_refused_at_once(share: Any) -> None:
+    with pytest.raises(UsageError, match="share: got"):
+        attention.monitor(share)
 
 
 @pytest.mark.parametrize("call_s", [1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 1e-2])
