@@ -25,7 +25,7 @@ MAX_OTHERS: Final = 12
 MAX_LOSSES: Final = 3
 TREND_COLUMNS: Final = 24
 NAME: Final = 20
-"""Columns of the names of runs in their list."""
+"""Columns of the names of runs in their list, on narrow screens."""
 FIRST: Final = """No run on {where} yet.
 
 A first run of what is set up on the left tells
@@ -128,13 +128,20 @@ def home_text(past: Past | None, keys: dict[str, str], where: str = "this machin
         lines += ["", f"{name} over {len(values)} runs of the same cases  {drawn}  {span}"]
     lines += ["", KEYS.format(again=keys["run_again"], run=keys["run"])]
     if past.others:
-        lines += ["", f"Before that; {keys['history']} lists all", *(_line(run, width) for run in past.others)]
+        lines += ["", f"Before that; {keys['history']} lists all", *_lines(past.others, width)]
     return "\n".join(lines)
 
 
-def _line(run: "RunSummary", width: int) -> str:
-    """Format a run in a line: when, its name, and its finding."""
-    text = (
-        f"{formatting.started_text(run.started)}  {(run.preset or run.shape or UNNAMED)[:NAME]:<{NAME}}  {run.finding}"
-    )
+def _lines(runs: Sequence["RunSummary"], width: int) -> list[str]:
+    """Format runs, a line for each: when, its name, as far as a third of the line has room for it, and its finding."""
+    names = [run.preset or run.shape or UNNAMED for run in runs]
+    column = max(NAME, min(max(map(len, names)), width // 3))
+    lines = []
+    for run, name in zip(runs, names, strict=True):
+        finding = f"interrupted; {run.finding}" if run.interrupted else run.finding
+        lines.append(_cut(f"{formatting.started_text(run.started)}  {_cut(name, column):<{column}}  {finding}", width))
+    return lines
+
+
+def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width - 1]}…"

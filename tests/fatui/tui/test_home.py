@@ -54,6 +54,16 @@ def test_runs_without_a_preset_are_told_apart_by_their_cases():
     assert [run.shape for run in past.others] == [Workload(seq=128).label, f"2 cases, {Workload(seq=256).label}"]
     listed = home_text(past, KEYS, width=90).partition("Before that; h lists all\n")[2].splitlines()
     assert "  B=1 L=128 D=64 H=8" in listed[0] and "  2 cases, B=1 L=256" in listed[1]
+    listed = home_text(past, KEYS, width=140).partition("Before that; h lists all\n")[2].splitlines()
+    assert f"  2 cases, {Workload(seq=256).label}  Use poc" in listed[1], "a wide screen has room for the whole name"
+
+
+def test_a_name_is_cut_with_a_sign_and_interruption_is_told():
+    plan = plan_of((Workload(seq=128),))
+    past = find_past(DEVICE, kept(plan, plan, preset="a-preset-with-a-long-name-of-its-own"))
+    first = structs.replace(past.others[0], interrupted=True)
+    text = home_text(structs.replace(past, others=(first,)), KEYS, width=80)
+    assert "  a-preset-with-a-long-name…  interrupted; Use poc" in text
 
 
 def test_runs_with_another_reference_are_no_part_of_a_trend():
