@@ -70,8 +70,17 @@ class StreamingCache:
         """Return whether nothing was stored yet."""
         return self.size() == 0
 
-    def make_mask(self, tokens: int, *args: Any, **named: Any) -> str | None:
-        """Return what models pass on as a mask; what is seen is up to the state."""
+    def make_mask(self, tokens: int, *args: Any, window_size: int | None = None, **named: Any) -> str | None:
+        """Return what models pass on as a mask; what is seen is up to the state.
+
+        Raises:
+            UsageError: the layer's own window is shorter than that of the state.
+        """
+        if window_size is not None and window_size < self.state_kv.window:
+            raise UsageError(
+                f"window: got {self.state_kv.window}, and a layer of the model attends to {window_size} tokens; "
+                f"it takes up to {window_size}"
+            )
         return None if tokens == 1 else "causal"
 
     def is_trimmable(self) -> bool:

@@ -7,6 +7,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models import cohere2, smollm3
+from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
 from attention import StreamingKV, UsageError, patch_mlx_lm
@@ -127,6 +128,16 @@ def test_models_without_bounded_positions_are_refused(name, fields, message):
     """Weights after the rotation, and positions that are added once for all."""
     with pytest.raises(UsageError, match=message):
         make_prompt_cache(built(name, **fields))
+
+
+@pytest.mark.parametrize("tokens", [1, 12])
+def test_a_window_beyond_that_of_a_layer_is_refused(tokens):
+    """Layers with a window and without a rotating cache, whose mask says what they attend to."""
+    cache = StreamingCache(StreamingKV(2, 9))
+    hidden = mx.zeros((1, tokens, 4))
+    with pytest.raises(UsageError, match="got 9, and a layer of the model attends to 8 tokens; it takes up to 8"):
+        create_attention_mask(hidden, cache, window_size=8)
+    create_attention_mask(hidden, cache, window_size=9)
 
 
 def test_the_end_can_be_trimmed_while_it_is_exact():
