@@ -5,7 +5,7 @@ of earlier keys the last row is the last key. With more rows than keys the first
 """
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import Final, Literal, cast
 
 import numpy as np
 
@@ -25,6 +25,13 @@ from attention.masks.parts import (
 )
 from attention.masks.pattern import DEFAULT_BLOCK, LONGEST, Pattern, Table
 from attention.masks.tiles import Array
+
+TAKEN: Final = {
+    (0, 1): "a whole number or a list of them",
+    (1,): "a list of whole numbers",
+    (1, 2): "a list of whole numbers, or one such list per sequence",
+}
+"""What a mask takes, by the numbers of axes."""
 
 
 def causal() -> Pattern:
@@ -182,6 +189,6 @@ def _integers(function: str, name: str, value: object, axes: tuple[int, ...]) ->
     except ValueError:
         found = np.asarray(None)
     fits = found.dtype != np.uint64 or not found.size or found.max() < 2**63
-    if found.dtype.kind not in "iu" or found.ndim not in axes or not fits:
-        raise UsageError(f"mask: {function} got {name} of {found.dtype}, shape {found.shape}; it takes whole numbers")
+    if (found.size and found.dtype.kind not in "iu") or found.ndim not in axes or not fits:
+        raise UsageError(f"mask: {function} got {name} of {found.dtype}, shape {found.shape}; it takes {TAKEN[axes]}")
     return found.astype(np.int64)

@@ -207,6 +207,12 @@ def test_a_function_is_evaluated_only_where_needed():
         (lambda: masks.documents([3, 0]), "mask: documents got lengths [3, 0]; it takes whole numbers from 1"),
         (lambda: masks.documents([[3, 1], [2]]), "mask: documents got lengths that add up to [4, 2]"),
         (lambda: masks.documents(ids=[0.5]), "mask: documents got ids of float64"),
+        (
+            lambda: masks.documents(7),
+            "mask: documents got shape (); it takes a list of whole numbers, or one such",
+        ),
+        (lambda: masks.documents([]), "mask: documents got lengths []; it takes whole numbers from 1"),
+        (lambda: masks.padding([[3]]), "shape (1, 1); it takes a whole number or a list of them"),
         (lambda: masks.padding([1.5]), "mask: padding got lengths of float64"),
         (lambda: masks.padding([-1]), "mask: padding got lengths [-1]; it takes whole numbers from 0"),
         (lambda: masks.padding(3, side="top"), "mask: padding got side 'top'; it takes 'left' or 'right'"),
