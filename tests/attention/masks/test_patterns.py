@@ -209,7 +209,7 @@ def test_a_function_is_evaluated_only_where_needed():
         (lambda: masks.documents(ids=[0.5]), "mask: documents got ids of float64"),
         (
             lambda: masks.documents(7),
-            "mask: documents got shape (); it takes a list of whole numbers, or one such",
+            "int64, shape (); it takes a list of whole numbers, or one such list",
         ),
         (lambda: masks.documents([]), "mask: documents got lengths []; it takes whole numbers from 1"),
         (lambda: masks.padding([[3]]), "shape (1, 1); it takes a whole number or a list of them"),
