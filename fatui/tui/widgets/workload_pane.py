@@ -98,7 +98,11 @@ class WorkloadPane(Vertical):
 
     def _parse(self, name: str, text: str) -> tuple[int, ...]:
         largest = MAX_SIZES[name]
-        return parse_values(text, largest) if self.draft.sweeping else (parse_number(text, largest),)
+        if self.draft.sweeping:
+            return parse_values(text, largest)
+        if "," in text or ".." in text:
+            raise ValueError(f"takes several values in a sweep only, not '{text.strip()}'; Sweep starts one")
+        return (parse_number(text, largest),)
 
     def show(self, draft: Draft) -> None:
         """Draw a draft."""

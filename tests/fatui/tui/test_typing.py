@@ -84,6 +84,13 @@ async def test_a_window_beyond_all_lengths_is_refused(stage):
     assert "mask takes a whole number from 1 to 16,777,216" in stage.app.journal.text()
 
 
+async def test_several_values_without_a_sweep_say_what_takes_them(stage):
+    stage.find("#axis-seq", Slider).focus()
+    await stage.press(*"64,128", "enter")
+    assert "seq takes several values in a sweep only, not '64,128'; Sweep starts one" in stage.app.journal.text()
+    assert stage.app.draft.axes["seq"] == (512,)
+
+
 @pytest.mark.sampled(0.4)
 @pytest.mark.parametrize("key", ["up", "k"])
 async def test_up_from_the_first_slider_stays(stage, key):
