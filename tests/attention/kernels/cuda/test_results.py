@@ -1,5 +1,8 @@
 """Results of the CUDA kernels against float64; needs a CUDA device."""
 
+import functools
+from dataclasses import replace
+
 import pytest
 
 mx = pytest.importorskip("mlx.core")
@@ -62,6 +65,26 @@ def test_repeated_calls_read_their_own_inputs(size):
     for seed in range(6):
         made = selfcheck.inputs(shape, seed)
         assert selfcheck.disagreement(call, *attend(shape, call, made), made) is None
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_lengths_that_share_a_plan_see_their_own_keys(queries, softcap):
+    """Keys and values after those of a call are NaN; lengths are of three numbers of steps, in an order of no use."""
+    whole = CallShape(2, 8, 2, queries, 1040, 64, "bf16")
+    call = replace(CALLS["causal"], softcap=softcap)
+    q, k, v, cotangent = selfcheck.inputs(whole)
+    for keys in (1023, 1009, 1024, 1010, 1008, 1040, 1025):
+        ended = (mx.concatenate([x[:, :, :keys], mx.full_like(x[:, :, keys:], mx.nan)], 2) for x in (k, v))
+        given = [q, *(x[:, :, :keys] for x in ended)]
+        mx.eval(given)
+        made, shape = [q, k[:, :, :keys], v[:, :, :keys], cotangent], replace(whole, keys=keys)
+        output, logsumexp = attend(shape, call, given)
+        assert selfcheck.disagreement(call, output, logsumexp, made) is None
+        own = functools.partial(cuda.flash_attention, scale=call.scale, causal=True, softcap=softcap)
+        assert mx.array_equal(own(*given), output).item()  # without the logsumexp, and what a gradient needs
+        found = mx.vjp(own, given, [cotangent])[1]
+        assert selfcheck.gradient_disagreement(call, found, made) is None
 
 
 def test_strided_inputs_are_taken():
