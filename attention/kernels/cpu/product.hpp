@@ -68,12 +68,24 @@ template <int Rows, int Vectors, Layout layout, Update update, Numbers numbers>
 FATUI_INLINE void register_tile(const Operands& o, int64_t row, int64_t column) {
   constexpr bool along_depth = layout == Layout::depth_contiguous;
   Vector c[Rows][Vectors] = {};
-  const float* a = o.a + row * (along_depth ? o.a_stride : 1);
+  // Six rows of A are read from a pointer: x86 has too few registers for the offsets of twelve.
+  constexpr int from_each = along_depth ? 6 : Rows, pointers = (Rows + from_each - 1) / from_each;
+  const int64_t a_stride = o.a_stride, step = along_depth ? 1 : a_stride;
+  const float* a[pointers];
+  FATUI_UNROLL for (int n = 0; n < pointers; n++) {
+    a[n] = o.a + (row + n * from_each) * (along_depth ? a_stride : 1);
+    if (pointers > 1) asm("" : "+r"(a[n]));  // or the compiler computes one from the other
+  }
+  const auto number = [&](int r) { return a[r / from_each] + (along_depth ? r % from_each * a_stride : r); };
   const float* b = o.b + column;
-  FATUI_UNROLL_BY_4 for (int64_t k = 0; k < o.depth; k++, a += along_depth ? 1 : o.a_stride, b += o.b_stride) {
+  const auto advance = [&] {
+    FATUI_UNROLL for (int n = 0; n < pointers; n++) a[n] += step;
+    b += o.b_stride;
+  };
+  FATUI_UNROLL_BY_4 for (int64_t k = 0; k < o.depth; k++, advance()) {
     if constexpr (wide_tiles && Vectors == 4) {
       Vector y[Rows];
-      FATUI_UNROLL for (int r = 0; r < Rows; r++) y[r] = spread<numbers>(a + (along_depth ? r * o.a_stride : r));
+      FATUI_UNROLL for (int r = 0; r < Rows; r++) y[r] = spread<numbers>(number(r));
       FATUI_UNROLL for (int v = 0; v < Vectors; v++) {
         const Vector x = in_register(load(b + v * lanes));
         FATUI_UNROLL for (int r = 0; r < Rows; r++) c[r][v] = multiply_add<numbers>(c[r][v], y[r], x);
@@ -83,7 +95,7 @@ FATUI_INLINE void register_tile(const Operands& o, int64_t row, int64_t column) 
     Vector x[Vectors];
     FATUI_UNROLL for (int v = 0; v < Vectors; v++) x[v] = load(b + v * lanes);
     FATUI_UNROLL for (int r = 0; r < Rows; r++) {
-      const Vector y = spread<numbers>(a + (along_depth ? r * o.a_stride : r));
+      const Vector y = spread<numbers>(number(r));
       FATUI_UNROLL for (int v = 0; v < Vectors; v++) c[r][v] = multiply_add<numbers>(c[r][v], y, x[v]);
     }
   }
