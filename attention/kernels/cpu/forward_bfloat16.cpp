@@ -10,7 +10,7 @@
 // If a maximum is in the range of Coarse, beside a mask or a slope that float32 sums lose scores to, the item is computed anew
 // by forward_widened.cpp.
 #if defined(__AVX512BF16__)
-#include "forward.hpp"
+#include "forward_walk.hpp"
 #include "pair_product.hpp"
 
 namespace fatui {
@@ -64,7 +64,8 @@ struct PairPanel {
   }
 
   // Parts of the panel that see the same keys of a tile together; each skips the others.
-  void step(const Problem& p, const Floats& k, int64_t key, const uint64_t* bits, const PairBuffers& buffer) {
+  void step(const Problem& p, const Floats& k, int64_t key, const uint64_t* bits, const PairBuffers& buffer,
+            NextTile& next_tile) {
     if (key < begin || key >= end) return;
     const int64_t keys = std::min(pair_keys, end - key);
     for (int64_t i = 0, next; i * part_rows < width; i = next) {
@@ -78,19 +79,20 @@ struct PairPanel {
       attend(p, k, {buffer.scores + i * part_rows, key + first, seen.last + 1 - first, i * part_rows,
                     std::min(width, next * part_rows), next == i + 1 ? bounds.part[i] : bounds.whole,
                     bits == nullptr ? nullptr : bits + first},
-             first, buffer);
+             first, buffer, next_tile);
     }
   }
 
  private:
-  void attend(const Problem& p, const Floats& k, const Scores& tile, int64_t first, const PairBuffers& buffer) {
+  void attend(const Problem& p, const Floats& k, const Scores& tile, int64_t first, const PairBuffers& buffer, NextTile& next) {
     const int64_t padded_keys = round_up(tile.keys, pair_step), i = tile.begin, columns = tile.width();
-    product({k.data + first * k.stride, k.stride, query + i, query_tile, buffer.d / 2, tile.s, query_tile, nullptr}, tile.keys,
-            columns, false);
+    product({k.data + first * k.stride, k.stride, query + i, query_tile, buffer.d / 2, tile.s, query_tile, nullptr, &next.key,
+             next.key_lines},
+            tile.keys, columns, false);
     const float factor = finish_raw_scores(tile, p, item, bounds);
     if (softmax(tile, padded_keys, factor, buffer)) correct(p.value_dim, tile);
     product({buffer.values + first / 2, pair_keys / 2, buffer.pairs + i, query_tile, padded_keys / 2, output + i, query_tile,
-             nullptr},
+             nullptr, &next.value, next.value_lines},
             p.value_dim, columns, true);
   }
 
@@ -111,9 +113,7 @@ struct PairPanel {
   }
 };
 
-}  // namespace
-
-void attend_bfloat16(const ForwardCall& call, const Item& item, Partials& partials) {
+void attend_pairs(const ForwardCall& call, const Item& item, Partials& partials, const Item* after) {
   const Problem& p = call.problem;
   const PairBuffers buffer(p);
   const MatrixUnit unit;
@@ -124,23 +124,16 @@ void attend_bfloat16(const ForwardCall& call, const Item& item, Partials& partia
     panel[i].open(p, item, i, buffer);
     begin = std::min(begin, panel[i].begin), end = std::max(end, panel[i].end);
   }
-  const auto share_tile = [&](int64_t key, ListWalk* walk) {
-    const int64_t keys = std::min(pair_keys, end - key);
+  for_each_tile<bfloat16_t>(call, item, after, begin, end, [&](int64_t key, int64_t keys, NextTile& next, ListWalk* walk) {
     const Floats k = key_pairs(p.key, item.batch, item.kv_head, key, keys, p.head_dim, buffer.d, buffer.keys);
     turn_rows(p.value, item.batch, item.kv_head, key, keys, p.value_dim, round_up(keys, 32), buffer.values,
               pair_keys / 2);
     uint64_t bits[key_tile];
     for (int64_t i = 0; i < panels; i++) {
       const Sight sight = walk == nullptr ? Sight::all : walk->sight(i, bits);
-      if (sight != Sight::none) panel[i].step(p, k, key, sight == Sight::some ? bits : nullptr, buffer);
+      if (sight != Sight::none) panel[i].step(p, k, key, sight == Sight::some ? bits : nullptr, buffer, next);
     }
-  };
-  if (has_lists(p)) {
-    ListWalk walk(p, item);
-    for (int64_t tile; (tile = walk.next()) >= 0;) share_tile(tile * key_tile, &walk);
-  } else {
-    for (int64_t key = begin; key < end; key += pair_keys) share_tile(key, nullptr);
-  }
+  });
   const Coarse coarse(p);
   for (int64_t i = 0; i < panels; i++) {
     const float* maximum = panel[i].state.maximum;
@@ -151,14 +144,14 @@ void attend_bfloat16(const ForwardCall& call, const Item& item, Partials& partia
     finish<bfloat16_t>(call, panel[i].item, panel[i].output, panel[i].state, partials);
 }
 
+}  // namespace
+
+void attend_bfloat16(const ForwardCall& call, const Item& item, Partials& partials) {
+  attend_pairs(call, item, partials, nullptr);
+}
+
 void forward_bfloat16(const ForwardCall& call) {
-  const Problem& p = call.problem;
-  const Schedule schedule(p, items_wanted);
-  const ListedItems items(p, schedule);
-  Partials partials(p, schedule);
-  parallel_for(schedule.items(), threads_for(p),
-               [&](int64_t index) { attend_bfloat16(call, items.item(index), partials); }, brief(p));
-  if (partials.wanted()) partials.combine<bfloat16_t>(call, schedule);
+  walk<bfloat16_t>(call, Schedule(call.problem, items_wanted), attend_pairs);
 }
 
 int64_t bfloat16_workspace(const Problem& p) {

@@ -184,11 +184,41 @@ struct Panel {
   }
 };
 
-// All panels of an item against one tile of keys; the tile is the walk's current one, if there are lists.
+// Calls f(key, keys, next tile, walk) for each tile of an item whose panels see keys [begin, end); the tile is the walk's current
+// one, or without lists the walk is null. `after` is the item that probably follows on this thread, or null.
+template <class T, class F>
+void for_each_tile(const ForwardCall& call, const Item& item, const Item* after, int64_t begin, int64_t end, const F& f) {
+  const Problem& p = call.problem;
+  NextRows<T> rows(call, item, after);
+  const bool prefetch_first = after != nullptr && !finds_keys<T>(p, item, *after);
+  const auto next_tile = [&](const NextTile& tile) {
+    if (p.window > 0) return rows.after(tile, 2);
+    return end - begin <= key_tile ? rows.after(tile, 1, 8) : end - begin <= few_keys ? rows.after(tile, 1) : tile;
+  };
+  const auto take = [&](int64_t key, int64_t keys, NextTile next, ListWalk* walk) {
+    next.key.go_on_with(next.rows[0]), next.value.go_on_with(next.rows[1]);
+    f(key, keys, next, walk);
+  };
+  if (has_lists(p)) {
+    ListWalk walk(p, item);
+    for (int64_t tile; (tile = walk.next()) >= 0;)
+      take(tile * key_tile, std::min(key_tile, p.keys - tile * key_tile),
+           rows.after(NextTile::listed<T>(p, item, after, walk), 1), &walk);
+    return;
+  }
+  for (int64_t key = begin, next; key < end; key = next) {
+    next = std::min(key + key_tile, end);
+    take(key, next - key,
+         next_tile(next == end && prefetch_first ? NextTile::first<T>(p, *after, item.rows())
+                                                 : NextTile::of<T>(p, item, next, end - next, item.rows())),
+         nullptr);
+  }
+}
+
+// All panels of an item against one tile of keys.
 template <class T>
-void share_tile(const Problem& p, const Item& item, Panel* panel, int64_t panels, int64_t key, int64_t keys,
-                NextTile next, ListWalk* walk = nullptr) {
-  next.key.go_on_with(next.rows[0]), next.value.go_on_with(next.rows[1]);
+void share_tile(const Problem& p, const Item& item, Panel* panel, int64_t panels, int64_t key, int64_t keys, NextTile& next,
+                ListWalk* walk) {
   const Buffers& buffer = panel[0].buffer;
   const Floats k =
       floats_of<T>(p.key, p.key_packing, item.batch, item.kv_head, key, keys, p.head_dim, buffer.key, buffer.d);
@@ -211,25 +241,9 @@ void attend_panels(const ForwardCall& call, const Item& item, Partials& partials
     panel[i].open<T>(p, item, i);
     if (panel[i].begin < panel[i].end) begin = std::min(begin, panel[i].begin), end = std::max(end, panel[i].end);
   }
-  NextRows<T> rows(call, item, after);
-  const bool prefetch_first = after != nullptr && !finds_keys<T>(p, item, *after);
-  const auto next_tile = [&](const NextTile& tile) {
-    if (p.window > 0) return rows.after(tile, 2);
-    return end - begin <= key_tile ? rows.after(tile, 1, 8) : end - begin <= few_keys ? rows.after(tile, 1) : tile;
-  };
-  if (has_lists(p)) {
-    ListWalk walk(p, item);
-    for (int64_t tile; (tile = walk.next()) >= 0;)
-      share_tile<T>(p, item, panel, panels, tile * key_tile, std::min(key_tile, p.keys - tile * key_tile),
-                    rows.after(NextTile::listed<T>(p, item, after, walk), 1), &walk);
-  } else {
-    for (int64_t key = begin, next; key < end; key = next) {
-      next = std::min(key + key_tile, end);
-      share_tile<T>(p, item, panel, panels, key, next - key,
-                    next_tile(next == end && prefetch_first ? NextTile::first<T>(p, *after, item.rows())
-                                                            : NextTile::of<T>(p, item, next, end - next, item.rows())));
-    }
-  }
+  for_each_tile<T>(call, item, after, begin, end, [&](int64_t key, int64_t keys, NextTile& next, ListWalk* walk) {
+    share_tile<T>(p, item, panel, panels, key, keys, next, walk);
+  });
   for (int64_t i = 0; i < panels; i++) {
     panel[i].close(p.value_dim);
     finish<T>(call, panel[i].item, panel[i].buffer.output, panel[i].state, partials);
@@ -244,20 +258,23 @@ void attend(const ForwardCall& call, const Item& item, Partials& partials, const
   else attend_few_bfloat16(call, item, partials);
 }
 
-template <class T>
-void walk(const ForwardCall& call) {
+// All items, each by attend(call, item, partials, the item after it or null).
+template <class T, class Attend>
+void walk(const ForwardCall& call, const Schedule& schedule, const Attend& attend) {
   const Problem& p = call.problem;
-  const Schedule schedule = schedule_of(p);
   const ListedItems items(p, schedule);
   Partials partials(p, schedule);
   const auto attend_item = [&](int64_t index) {
     const bool last = index + 1 == schedule.items();
     const Item item = items.item(index), after = last ? item : items.item(index + 1);  // probably of the same thread
-    attend<T>(call, item, partials, last ? nullptr : &after);
+    attend(call, item, partials, last ? nullptr : &after);
   };
   parallel_for(schedule.items(), threads_for(p), attend_item, brief(p));
   if (partials.wanted()) partials.combine<T>(call, schedule);
 }
+
+template <class T>
+void walk(const ForwardCall& call) { walk<T>(call, schedule_of(call.problem), attend<T>); }
 }  // namespace
 
 }  // namespace fatui
