@@ -170,9 +170,12 @@ def _with_sinks(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask,
     lengths = q.shape[2], k.shape[2]
     named = mask.causal and mask.window is None and mask.bounds_only and not mask.empty_rows(*lengths)
     whole = "causal" if named else mask.dense(masks.scores_shape(q, k))
-    if isinstance(whole, mx.array) and whole.dtype != mx.bool_:
-        whole = masks.cast_additive(whole, q.dtype)
-    return _of_mlx(q, k, v, scale, whole, sinks.astype(q.dtype))
+    sinks = sinks.astype(q.dtype)
+    if isinstance(whole, mx.array):
+        whole = whole if whole.dtype == mx.bool_ else masks.cast_additive(whole, q.dtype)
+        # With a sink of -inf MLX would weigh the hidden keys of rows that see none, or divide by 0.
+        sinks = mx.maximum(sinks, mx.array(mx.finfo(q.dtype).min / 2, q.dtype))
+    return _of_mlx(q, k, v, scale, whole, sinks)
 
 
 def _of_mlx(

@@ -197,6 +197,18 @@ def test_a_row_with_an_infinite_score_is_not_an_empty_one(implementation: object
     assert mx.isfinite(logsumexp).sum() == 39
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("kind", ["causal", "bool", "additive"])
+def test_without_keys_a_sink_of_minus_infinity_gives_0(kind: str, dtype: mx.Dtype) -> None:
+    q, k, v = (normal(1, 2, length, 8, key=length).astype(dtype) for length in (5, 3, 4))
+    v, sees = v[:, :, :3], mx.arange(5)[:, None] - 2 >= mx.arange(3)
+    array = {"causal": None, "bool": sees, "additive": mx.where(sees, 0.0, -mx.inf)}[kind]
+    mask, sinks = Mask(causal=kind == "causal", array=array), mx.array([-mx.inf, 0.5], dtype)
+    out = Practical()(q, k, v, scale=0.3, mask=mask, sinks=sinks)
+    assert (out[:, :, :2] == 0).all()
+    assert mx.allclose(out[:, :1], Practical()(q, k, v, scale=0.3, mask=mask)[:, :1], atol=2e-3)
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["baseline", "mlx", "practical", "poc"])
 def test_a_row_of_a_mask_with_a_nan_is_not_an_empty_one(name: str, dtype: mx.Dtype) -> None:
