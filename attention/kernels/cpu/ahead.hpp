@@ -43,7 +43,7 @@ class Ahead {
       const int64_t some = std::min(count, here_);
       for (const char *at = at_, *end = at_ + 64 * some; at < end; at += 64) {
         if (to_write_) __builtin_prefetch(at, 1, 3);
-        else __builtin_prefetch(at, 0, level == 1 ? 3 : 2);
+        else prefetch<level>(at);
       }
       at_ += 64 * some, here_ -= some, count -= some;
       if (here_ == 0 && --lines_ > 0) at_ += gap_, here_ = pieces_;
@@ -52,10 +52,10 @@ class Ahead {
   }
   int64_t pieces() const { return lines_ * pieces_; }
 
-  template <int count>
+  template <int count, int level = 1>
   FATUI_INLINE void ask() {
-    if (here_ < count) return ask_one_by_one(count);
-    FATUI_UNROLL for (int i = 0; i < count; i++) __builtin_prefetch(at_ + 64 * i);
+    if (here_ < count) return ask_one_by_one<level>(count);
+    FATUI_UNROLL for (int i = 0; i < count; i++) prefetch<level>(at_ + 64 * i);
     at_ += 64 * count, here_ -= count;
   }
 
@@ -68,23 +68,30 @@ class Ahead {
   }
 
   // A line of each of two streams, or two lines of one.
+  template <int level = 1>
   FATUI_INLINE void ask_two() {
-    if (here_ < taken_) return ask_two_of_rows();
-    __builtin_prefetch(at_);
-    __builtin_prefetch(at_ + second_);
+    if (here_ < taken_) return ask_two_of_rows<level>();
+    prefetch<level>(at_);
+    prefetch<level>(at_ + second_);
     at_ += 64 * taken_, here_ -= taken_;
   }
 
  private:
+  template <int level>
+  FATUI_INLINE static void prefetch(const char* at) {
+    if constexpr (level == 1) __builtin_prefetch(at);
+    else __builtin_prefetch(at, 0, 2);
+  }
   [[gnu::noinline]] const char* ask_instead(int64_t count, const void* instead) {
     ask_one_by_one(count);
     return static_cast<const char*>(instead);
   }
+  template <int level>
   void ask_two_of_rows() {
-    if (taken_ == 2) return ask_one_by_one(2);
+    if (taken_ == 2) return ask_one_by_one<level>(2);
     if (lines_ == 0 || --lines_ == 0) return;
     at_ += gap_, here_ = pieces_;
-    ask_two();
+    ask_two<level>();
   }
 
   bool to_write_;

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "decode_products.hpp"
+#include "pool.hpp"
 #include "quantized.hpp"
 #include "softmax.hpp"
 
@@ -12,17 +13,32 @@ namespace fatui {
 
 static_assert(score_line * (query_tile + tile_line) <= key_tile * tile_line);  // scores, transposed and not, fit in one tile
 
+// Bytes of K and V of a call that come from the L3 if they were read before.
+constexpr int64_t most_cached = 8 << 20;
+
+// Bytes of K and V of all heads.
+inline int64_t bytes_read(const Problem& p) {
+  const int64_t element = p.query.element == Element::float32 ? 4 : 2;
+  return p.batch * p.kv_heads * p.keys * (p.head_dim + p.value_dim) * element;
+}
+
+// Whether K and V come from memory, to a core with an L2 of 1 MiB: it then has more requests on their way to the L2 than to the L1.
+// Not with NEON, where nobody has measured it.
+inline bool to_l2(const Problem& p) { return lanes > 4 && bytes_read(p) > most_cached && l2_bytes() >= 1 << 20; }
+
+// Whether one row is computed key by key. With 16 registers that is slower from memory if the L2 is smaller, and in bfloat16.
+inline bool one_by_one(const Problem& p) {
+  return lanes == 16 || bytes_read(p) <= most_cached || (l2_bytes() >= 1 << 20 && p.query.element != Element::bfloat16);
+}
+
 // Keys per tile: K, V and the prefetched next K fit in an L1 of 48 KiB, or 32 with 16 registers; as few in float32, where memory
-// bandwidth leaves time for more tiles.
+// bandwidth leaves time for more tiles, but for K and V that are prefetched into the L2.
 template <class T>
 int64_t decode_keys(const Problem& p) {
-  return std::clamp<int64_t>((sizeof(T) == 4 ? 2048 : registers == 16 ? 4096 : 8192) / p.head_dim / 16 * 16, 16, score_line);
+  const int64_t numbers = sizeof(T) == 2 ? (registers == 16 ? 4096 : 8192) : to_l2(p) ? 4096 : 2048;
+  return std::clamp<int64_t>(numbers / p.head_dim / 16 * 16, 16, score_line);
 }
 static_assert(score_line <= max_quantized_rows && few_rows * max_quantized_rows <= query_tile * score_line);
-
-// Bytes of K and V of a call whose one row is computed key by key: with 16 registers those that come from the L3 if they were read
-// before, since from memory that is slower there.
-constexpr int64_t most_by_key = lanes == 16 ? std::numeric_limits<int64_t>::max() : 8 << 20;
 
 // Keys of a tile where one row is computed key by key: its scores take the place of the transposed ones. The weights of some keys at a
 // time are computed before their values are read, so that reading goes on meanwhile; a tile's first values are prefetched. With 32
@@ -109,10 +125,12 @@ class KeyRuns {
 // One item: its rows against the keys, tile by tile.
 template <class T, Reading reading>
 struct FewRows {
+  using Element = std::conditional_t<reading == Reading::in_place, T, float>;  // pairs are words
   static constexpr bool in_pairs = reading == Reading::pairs;
   static constexpr bool halved = reading == Reading::in_place && even_and_odd<T>;
+  // Whether K and V from memory are prefetched into the L2: with the products of other types, which take longer, nothing is gained.
+  static constexpr bool may_wait = reading != Reading::copied && sizeof(Element) == 4;
   static constexpr Numbers numbers = in_pairs ? Numbers::pairs : Numbers::floats;
-  using Element = std::conditional_t<reading == Reading::in_place, T, float>;  // pairs are words
 
   const Problem& p;
   const Item& item;
@@ -122,8 +140,7 @@ struct FewRows {
   float* pairs = scores + few_rows * score_line;           // P in rows of bfloat16
   float* transposed = scores + query_tile * score_line;    // transposed scores for the masks: [key][row]
   int64_t rows = item.rows(), dv = round_up(p.value_dim, lanes);
-  bool alone = by_key && reading == Reading::in_place && rows == 1 &&
-               p.batch * p.kv_heads * p.keys * (p.head_dim + p.value_dim) * int64_t(sizeof(T)) <= most_by_key;
+  bool alone = by_key && reading == Reading::in_place && rows == 1 && one_by_one(p);
   int64_t key_length = round_up(p.head_dim, lanes) / (in_pairs ? 2 : 1), value_length = dv / (in_pairs ? 2 : 1);
 
   void attend(KeyRuns& runs) {
@@ -140,6 +157,22 @@ struct FewRows {
     if constexpr (by_key && reading == Reading::in_place) {
       if (alone) return attend_by_key(runs, run);
     }
+    if (may_wait && to_l2(p)) attend_tiles<may_wait ? 2 : 1>(runs, run, tile);
+    else attend_tiles<1>(runs, run, tile);
+    if constexpr (in_pairs || halved) order_dims();
+  }
+
+ private:
+  // Floats per row of scores.
+  FATUI_INLINE int64_t line() const {
+    if constexpr (reading == Reading::copied) return is_quantized(p) ? max_quantized_rows : score_line;
+    return score_line;
+  }
+
+  // Tile by tile, the next one prefetched into the L1, or the L2: functions of their own, for the sake of their registers.
+  template <int level>
+  [[gnu::noinline]] void attend_tiles(KeyRuns& runs, KeyRun run, int64_t tile) {
+    int64_t query_read = run.query;
     for (KeyRun after; !run.empty(); run = after) {
       if (run.query != query_read) read_queries(query_read = run.query);
       after = runs.next();
@@ -154,17 +187,10 @@ struct FewRows {
         next.count = reading == Reading::copied ? 0 : std::min(tile, end - first);
         Lines<Element> next_values = v;
         next_values.data += (first - key) * v.stride, next_values.count = next.count;
-        step(k, v, next, next_values, key, run.bits == nullptr ? nullptr : run.bits + (key - run.begin));
+        const uint64_t* bits = run.bits == nullptr ? nullptr : run.bits + (key - run.begin);
+        step<level>(k, v, next, next_values, key, bits);
       }
     }
-    if constexpr (in_pairs || halved) order_dims();
-  }
-
- private:
-  // Floats per row of scores.
-  FATUI_INLINE int64_t line() const {
-    if constexpr (reading == Reading::copied) return is_quantized(p) ? max_quantized_rows : score_line;
-    return score_line;
   }
 
   void read_queries(int64_t further) {
@@ -198,21 +224,22 @@ struct FewRows {
     }
   }
 
+  template <int level>
   void step(const Lines<Element>& k, const Lines<Element>& v, const Lines<Element>& next, const Lines<Element>& next_values,
             int64_t key, const uint64_t* bits) {
-    const bool both = two_streams && rows % 4 == 0 && k.length == v.length && k.stride == v.stride;
+    const bool both = two_streams && level == 1 && rows % 4 == 0 && k.length == v.length && k.stride == v.stride;
     Ahead ahead = both ? Ahead(next, next_values) : Ahead(v), after_it(next);
     Ahead &values = ahead, &keys = both ? ahead : after_it;
     in_groups(rows, [&](int64_t row, auto group) {
-      score_lines<group, numbers>(query + row * key_length, key_length, k, scores + row * score_line, values);
+      score_lines<group, numbers, level>(query + row * key_length, key_length, k, scores + row * score_line, values);
     });
     softmax(key, k.count, bits);
     in_groups(rows, [&](int64_t row, auto group) {
       // with 16 registers, 8 accumulators of all rows: as many as hide the latency of a sum
       constexpr int most = registers == 32 ? (in_pairs ? 2 : 4) : 8 / group, least = halved ? 2 : 1;
       int64_t c = 0;
-      for (; c + most * lanes <= value_length; c += most * lanes) add<group, most>(row, v, c, keys);
-      for (; c < value_length; c += least * lanes) add<group, least>(row, v, c, keys);
+      for (; c + most * lanes <= value_length; c += most * lanes) add<group, most, level>(row, v, c, keys);
+      for (; c < value_length; c += least * lanes) add<group, least, level>(row, v, c, keys);
     });
   }
 
@@ -329,22 +356,25 @@ struct FewRows {
     const float factor = finished({transposed, key, keys, 0, round_up(rows, lanes), bounds.whole, bits});
     int64_t row = 0;
     if constexpr (reading == Reading::copied)
-      for (; is_quantized(p) && row + 4 <= rows; row += 4) softmax_four(row, keys, factor);
+      for (; is_quantized(p) && row + 4 <= rows; row += 4) softmax_four<max_quantized_rows>(row, keys, factor);
+    if constexpr (reading == Reading::in_place)
+      for (; row + 4 <= rows; row += 4) softmax_four<score_line>(row, keys, factor);
     for (; row < rows; row++) softmax_row(row, keys, factor);
   }
 
-  // Four rows of a tile at once: in a row alone most steps wait for the one before.
+  // Four rows of a tile at once, `width` floats apart: in a row alone most steps wait for the one before.
+  template <int64_t width>
   void softmax_four(int64_t row, int64_t keys, float factor) {
-    float* s = scores + row * max_quantized_rows;
+    float* s = scores + row * width;
     const int64_t end = round_up(keys, lanes), last = end - lanes;
     Vector top[4], sum[4] = {};
     FATUI_UNROLL for (int r = 0; r < 4; r++) {
-      float* edge = s + r * max_quantized_rows + last;
+      float* edge = s + r * width + last;
       top[r] = lane_numbers() < int32_t(keys - last) ? load(edge) : broadcast(-infinity);
       store(edge, top[r]);
     }
     for (int64_t j = 0; j < last; j += lanes)
-      FATUI_UNROLL for (int r = 0; r < 4; r++) top[r] = larger(load(s + r * max_quantized_rows + j), top[r]);
+      FATUI_UNROLL for (int r = 0; r < 4; r++) top[r] = larger(load(s + r * width + j), top[r]);
     const Vector highest = fold_four(top, Larger{}) * factor;
     float m[4];
     FATUI_UNROLL for (int r = 0; r < 4; r++) {
@@ -353,9 +383,9 @@ struct FewRows {
     }
     for (int64_t j = 0; j < end; j += lanes) {
       Vector p[4];
-      FATUI_UNROLL for (int r = 0; r < 4; r++) p[r] = (in_register(load(s + r * max_quantized_rows + j) * factor) - m[r]) * log2_e;
+      FATUI_UNROLL for (int r = 0; r < 4; r++) p[r] = (in_register(load(s + r * width + j) * factor) - m[r]) * log2_e;
       exp2_together(p);
-      FATUI_UNROLL for (int r = 0; r < 4; r++) store(s + r * max_quantized_rows + j, p[r]), sum[r] += p[r];
+      FATUI_UNROLL for (int r = 0; r < 4; r++) store(s + r * width + j, p[r]), sum[r] += p[r];
     }
     const Vector sums_of_rows = fold_four(sum);
     FATUI_UNROLL for (int r = 0; r < 4; r++) state.sum[row + r] += sums_of_rows[r];
@@ -423,11 +453,11 @@ struct FewRows {
     return p;
   }
 
-  template <int R, int Vectors>
+  template <int R, int Vectors, int level>
   void add(int64_t row, const Lines<Element>& v, int64_t column, Ahead& next) const {
     float* out = output + row * dv;
-    if constexpr (in_pairs) add_pairs<R, Vectors>(pairs + row * (score_line / 2), v, column, out, dv, next);
-    else add_lines<R, Vectors>(scores + row * score_line, v, column, out, dv, next);
+    if constexpr (in_pairs) add_pairs<R, Vectors, level>(pairs + row * (score_line / 2), v, column, out, dv, next);
+    else add_lines<R, Vectors, level>(scores + row * score_line, v, column, out, dv, next);
   }
 
   [[gnu::noinline]] void move_reference(int64_t row, float now) {

@@ -75,12 +75,13 @@ constexpr bool even_and_odd = registers == 16 && std::is_same_v<E, bfloat16_t>;
 // Whether the next rows of K and of V are prefetched together.
 constexpr bool two_streams = registers == 16;
 
-// Called in each step of a number of vectors: prefetches as many lines as are used, two at a time if there may be two streams.
-template <class E, int R, int vectors>
+// Called in each step of a number of vectors: prefetches as many lines as are used, two at a time if there may be two streams. `level`
+// is the cache they are prefetched into.
+template <class E, int R, int vectors, int level>
 FATUI_INLINE void ask_for_step(Ahead& next, int64_t step) {
   if constexpr (two_streams && R == 4) {
-    if (step % (2 * steps_of_line<E>(vectors)) == 0) next.ask_two();
-  } else if (step % steps_of_line<E>(vectors) == 0) next.ask<pieces<E>(vectors)>();
+    if (step % (2 * steps_of_line<E>(vectors)) == 0) next.ask_two<level>();
+  } else if (step % steps_of_line<E>(vectors) == 0) next.ask<pieces<E>(vectors), level>();
 }
 
 template <int odd>
@@ -97,7 +98,7 @@ FATUI_INLINE Vector dims_of(const E* line, int i) {
 }
 
 // S[row][key] of R query rows; entries after the last key, up to a multiple of the accumulators, are undefined.
-template <int R, Numbers numbers, class E>
+template <int R, Numbers numbers, int level, class E>
 void score_lines(const float* query, int64_t query_line, const Lines<E>& keys, float* s, Ahead& ahead) {
   Ahead next = ahead;
   constexpr int together = sums / R;
@@ -127,12 +128,12 @@ void score_lines(const float* query, int64_t query_line, const Lines<E>& keys, f
     if constexpr (even_and_odd<E> && R == 4) {  // a cache line of each of two keys together, for which two are prefetched
       constexpr int64_t line_dims = 64 / sizeof(E);
       for (; d + line_dims <= keys.length; d += line_dims) {
-        next.ask_two();
+        next.ask_two<level>();
         FATUI_UNROLL for (int64_t i = 0; i < line_dims; i += step * lanes) add_step(d + i);
       }
     }
     for (; d < keys.length; d += step * lanes) {
-      ask_for_step<E, R, step * together>(next, d / (step * lanes));
+      ask_for_step<E, R, step * together, level>(next, d / (step * lanes));
       add_step(d);
     }
     float sum[sums];
@@ -144,7 +145,7 @@ void score_lines(const float* query, int64_t query_line, const Lines<E>& keys, f
 }
 
 // O[row][d] of R rows and some vectors of dims.
-template <int R, int Vectors, class E>
+template <int R, int Vectors, int level, class E>
 void add_lines(const float* s, const Lines<E>& values, int64_t d, float* output, int64_t output_line, Ahead& ahead) {
   Ahead next = ahead;
   Vector c[R][Vectors];
@@ -162,7 +163,7 @@ void add_lines(const float* s, const Lines<E>& values, int64_t d, float* output,
       x[v] = in_register(dims_of(line, v));
       if constexpr (used_once) c[0][v] += p_used_once * x[v];
       if constexpr (!in_pairs)
-        if (v % (Vectors / std::min(Vectors, pieces<E>(Vectors))) == 0 && j % steps_of_line<E>(Vectors) == 0) next.ask<1>();
+        if (v % (Vectors / std::min(Vectors, pieces<E>(Vectors))) == 0 && j % steps_of_line<E>(Vectors) == 0) next.ask<1, level>();
     }
     if constexpr (!used_once)
       FATUI_UNROLL for (int r = 0; r < R; r++) {
@@ -175,12 +176,12 @@ void add_lines(const float* s, const Lines<E>& values, int64_t d, float* output,
   if constexpr (in_pairs && sizeof(E) == 2) {  // two cache lines together, for which two are prefetched
     constexpr int64_t keys = 2 * steps_of_line<E>(Vectors);
     for (; j + keys <= count; j += keys) {
-      next.ask_two();
+      next.ask_two<level>();
       FATUI_UNROLL for (int64_t i = 0; i < keys; i++) add(j + i);
     }
   }
   for (; j < count; j++) {
-    if constexpr (in_pairs) ask_for_step<E, R, Vectors>(next, j);
+    if constexpr (in_pairs) ask_for_step<E, R, Vectors, level>(next, j);
     add(j);
   }
   FATUI_UNROLL for (int r = 0; r < R; r++)
@@ -247,7 +248,7 @@ void add_by_key(const float* weights, const Lines<E>& values, int64_t d, float* 
 #if defined(__AVX512BF16__)
 // O[row][d] with bfloat16 pairs: P and V as pairs of adjacent keys. A vector of words of V holds even and odd dims, and so
 // does O here: in each block of 2 * lanes dims, the even ones come first.
-template <int R, int Vectors>
+template <int R, int Vectors, int level>
 void add_pairs(const float* pairs, const Lines<float>& values, int64_t d, float* output, int64_t output_line,
                Ahead& ahead) {
   Ahead next = ahead;
@@ -258,7 +259,7 @@ void add_pairs(const float* pairs, const Lines<float>& values, int64_t d, float*
     FATUI_UNROLL for (int v = 0; v < dims; v++) c[r][v] = load(out + r * output_line + v * lanes);
   for (int64_t j = 0; j < values.count; j += 2) {
     Vector x[dims];
-    next.ask<dims>();
+    next.ask<dims, level>();
     FATUI_UNROLL for (int v = 0; v < Vectors; v++) {
       const int64_t at = d + v * lanes;
       const Words a = as<Words>(load(values.line(j) + at));

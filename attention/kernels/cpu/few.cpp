@@ -49,7 +49,8 @@ void attend_few(const ForwardCall& call, const Item& item, Partials& partials) {
   if (is_quantized(p)) return attend_rows<T, Reading::copied>(call, item, partials);
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, bfloat16_t>)
-    if (whole_words(p.key, p.head_dim) && whole_words(p.value, p.value_dim))
+    if (whole_words(p.key, p.head_dim) && whole_words(p.value, p.value_dim) &&
+        (item.rows() > 1 || has_lists(p) || !to_l2(p)))  // one row from memory is computed key by key
       return attend_rows<T, Reading::pairs>(call, item, partials);
 #endif
   if (whole_vectors<T>(p.key, p.head_dim) && whole_vectors<T>(p.value, p.value_dim))

@@ -256,6 +256,15 @@ int thread_count() {
   return processor_count();
 }
 
+int64_t l2_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t bytes = std::max<int64_t>(0, sysconf(_SC_LEVEL2_CACHE_SIZE));
+  return bytes;
+#else
+  return 0;
+#endif
+}
+
 int threads_granted(int threads) { return threads > 1 ? 1 + the_pool().grow(threads - 1) : 1; }
 
 void parallel_for(int64_t items, int threads, const std::function<void(int64_t)>& work, bool brief) {

@@ -14,6 +14,9 @@ int thread_count();
 // 0: no limit.
 void limit_threads(int most);
 
+// Size of a core's L2, or 0 if the system does not say.
+int64_t l2_bytes();
+
 // Number of threads available out of `threads`, including the caller's: thread creation may fail.
 int threads_granted(int threads);
 

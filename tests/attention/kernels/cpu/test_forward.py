@@ -118,9 +118,10 @@ def test_few_rows_against_many_keys(dtype, rows, layout):
 
 
 @dtypes
-def test_a_row_against_more_keys_than_a_cache_keeps(dtype):
-    """With 16 registers keys and values of more than 8 MiB are prefetched, and fewer read key by key."""
-    assert_few_right(*qkv(1, 2, 2, 1, 8300, 128, 128, dtype), kernel_oracle.Options(scale=128**-0.5))
+@pytest.mark.parametrize("rows", [1, 2, 7, 8])
+def test_few_rows_against_keys_that_come_from_memory(dtype, rows):
+    """Keys and values of more than 8 MiB go to the L2 first, or are read key by key, where the L2 is large enough."""
+    assert_few_right(*qkv(1, rows, 1, 1, 16_600, 128, 128, dtype), kernel_oracle.Options(scale=128**-0.5))
 
 
 @pytest.mark.sampled(0.4)
