@@ -91,7 +91,7 @@ def attend_packed(
         opened, seeing = masks.opened(whole, shifted)
     weights = mx.softmax(masks.apply(scores, opened), axis=-1, precise=True)
     out = packed_product(weights.reshape(batch, kv_heads, *rows, kv_seq), v, False)
-    out = out.reshape(batch, heads, seq, v.shape[3])
+    out = out.reshape(batch, heads, seq, v.shape[-1])  # `by_axis` gives v a fifth axis
     return out if seeing is None else mx.where(masks.as_4d(seeing), out, mx.zeros((), out.dtype))
 
 
