@@ -4,6 +4,7 @@ Here are the exit codes, messages on stderr, and the history as commands open it
 """
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
@@ -17,6 +18,8 @@ WRONG_USAGE: Final = 2
 NO_BACKEND: Final = 3
 GATE_FAILED: Final = 4
 INTERRUPTED: Final = 130
+STOPPING: Final = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Signals that end a command with the exit code of an interrupt."""
 
 
 def print_line(problem: object) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Final, NoReturn, TextIO
 
 from fatui import __version__, engine_problem  # no imports of the engine here: --help must not wait for them
-from fatui.cli import DONE, FAILED, INTERRUPTED, NO_BACKEND, WRONG_USAGE, print_line
+from fatui.cli import DONE, FAILED, INTERRUPTED, NO_BACKEND, STOPPING, WRONG_USAGE, print_line
 
 COMMANDS: Final = {
     "bench": "measure a preset, or the shapes that options give, and print the table",
@@ -143,7 +143,7 @@ def _discard_stdout(code: int) -> int:
 def _dispatch(arguments: list[str]) -> int:
     if arguments and arguments[0] in COMMANDS:
         command, request = command_request(arguments[0], arguments[1:])
-        _catch_interrupts()
+        _catch_interrupts(*STOPPING)
         return int(command.run(request))
     return _open_app(arguments)
 
@@ -210,14 +210,15 @@ def _open_app(arguments: list[str]) -> int:
         from attention.core.errors import UsageError
 
         raise UsageError("the app is not installed; `fatui bench` measures without it") from None
-    _catch_interrupts()
+    _catch_interrupts(signal.SIGINT)
     return int(run_app(given.preset, given.run, given.ascii))
 
 
-def _catch_interrupts() -> None:
-    """Make Ctrl-C a KeyboardInterrupt again, if it ended the process while it loaded (`fatui.__main__`)."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def _catch_interrupts(*numbers: signal.Signals) -> None:
+    """Make signals that end the process, as Ctrl-C did while it loaded (`fatui.__main__`), a KeyboardInterrupt."""
+    for number in numbers:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _is_terminal(stream: TextIO | None) -> bool:

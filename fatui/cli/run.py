@@ -286,7 +286,6 @@ def _refused(refusal: on.RunRefused) -> int:
 
 
 WATCH_S: Final = 1.0
-STOPPING: Final = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 def run_headless(
@@ -318,7 +317,7 @@ async def _run(
     engine = Engine(plan, listen, remote=remote)
     progress.record = engine.record
     loop = asyncio.get_running_loop()
-    for number in STOPPING:
+    for number in cli.STOPPING:
         with contextlib.suppress(NotImplementedError, RuntimeError):
             loop.add_signal_handler(number, lambda: engine.kill() if engine.stopped else engine.stop())
     watching = asyncio.create_task(_poll_silence(engine, progress))
@@ -339,7 +338,7 @@ async def _poll_silence(engine: Engine, progress: ProgressPrinter) -> None:
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
     """Ignore stop signals while the results are written."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in cli.STOPPING}
     try:
         yield
     finally:

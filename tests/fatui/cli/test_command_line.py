@@ -425,6 +425,18 @@ def test_ctrl_c_while_the_program_loads(loading, code):
     assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", "")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_any_command_with_the_documented_code(number):
+    """Commands without an engine of their own end as those with one do: `gate` ends its children on the way."""
+    code = (
+        "import os, sys\nfrom fatui.cli import explain\nfrom fatui.cli.main import main\n"
+        "def wait(arguments):\n    try: os.kill(os.getpid(), int(sys.argv[1]))\n    finally: print('cleaned up')\n"
+        "explain.run = wait\nsys.exit(main(['explain']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(int(number))], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, "cleaned up\n", "")
+
+
 def test_the_script_begins_as_python_dash_m():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"fatui": "fatui.__main__:main"}
