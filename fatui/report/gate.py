@@ -285,12 +285,12 @@ def _shown(text: str) -> str:
 def to_markdown(gate: Gate) -> str:
     """Format a gate's judgement for the comment of a pull request."""
     comparison = gate.comparison
-    title = "passes" if gate.passed else "fails"
+    passed = f": the gate {'passes' if gate.passed else 'fails'}" if gate.thresholds.judging else ""
     first, second = comparison.before, comparison.after
     pairs = f", {comparison.pairs} pairs of runs" if comparison.pairs > 1 else ""
     runs = f"{markdown_cell(first.run.id)} then {markdown_cell(second.run.id)}{pairs}"
     device = markdown_cell(second.environment.machine or formatting.UNKNOWN)
-    lines = [f"### Attention performance: the gate {title}", "", f"{runs}, on {device}.", ""]
+    lines = [f"### Attention performance{passed}", "", f"{runs}, on {device}.", ""]
     lines += ["| case | implementation | slowdown | memory | outcome |", "| --- | --- | ---: | ---: | --- |"]
     for row in gate.rows:
         change = row.change

@@ -314,6 +314,12 @@ def test_a_folder_without_runs_is_refused(tmp_path, capsys):
     assert "no file *.json" in capsys.readouterr().err
 
 
+def test_without_a_criterion_no_gate_passes():
+    pairs = compare_pairs(pairs_with({"poc": 1.5}, 2, 1))
+    assert to_markdown(judge(pairs, Thresholds())).startswith("### Attention performance\n")
+    assert to_markdown(judge(pairs, THREE)).startswith("### Attention performance: the gate fails\n")
+
+
 def test_hostile_names_stay_in_their_cells():
     report = hostile.report("shapes", "a")
     text = to_markdown(judge(compare(report, report), THREE))
