@@ -105,11 +105,11 @@ def test_listed_tiles_give_what_the_mask_gives(dtype, kind):
 
 
 @dtypes
-@pytest.mark.parametrize("dim", [64, 17])
-def test_all_tiles_listed_give_the_dense_call(dtype, dim):
+@pytest.mark.parametrize(("queries", "dim"), [(200, 64), (200, 17), (3, 64)])
+def test_all_tiles_listed_give_the_dense_call(dtype, queries, dim):
     """Bit for bit, as they take the same products: those of pairs too."""
-    q, k, v = qkv(1, 4, 2, 200, 400, dim, dim, dtype)
-    lists = lists_of(np.ones((1, 1, 200, 400), bool))
+    q, k, v = qkv(1, 4, 2, queries, 400, dim, dim, dtype)
+    lists = lists_of(np.ones((1, 1, queries, 400), bool))
     do = normal(7, *q.shape, dtype=dtype)
     results = [
         mx.vjp(lambda *x, more=more: cpu.flash_attention(*x, scale=0.2, **more), [q, k, v], [do])
