@@ -430,7 +430,8 @@ def test_a_signal_ends_any_command_with_the_documented_code(number):
     """Commands without an engine of their own end as those with one do: `gate` ends its children on the way."""
     code = (
         "import os, sys\nfrom fatui.cli import explain\nfrom fatui.cli.main import main\n"
-        "def wait(arguments):\n    try: os.kill(os.getpid(), int(sys.argv[1]))\n    finally: print('cleaned up')\n"
+        "def wait(arguments):\n    try: os.kill(os.getpid(), int(sys.argv[1]))\n"
+        "    finally: print('cleaned up', flush=True)\n"
         "explain.run = wait\nsys.exit(main(['explain']))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(int(number))], capture_output=True, text=True, check=False)
