@@ -11,6 +11,7 @@ from attention.core.errors import UsageError
 from attention.core.forking import check_not_forked
 from attention.core.kv_format import DEFAULT_GROUP, DENSE, FIXED, Format, KVFormat, parse_format
 from attention.core.numbers import shown_value
+from attention.masks import dtype_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +37,7 @@ class QuantizedArray(Struct, frozen=True, eq=False):
     """Dtype of the array that was quantized: that of the scales in mode affine."""
 
     def __repr__(self) -> str:
-        return f"QuantizedArray({self.shape}, {self.format.text}, {str(self.dtype).rpartition('.')[2]})"
+        return _described(self)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -163,12 +164,16 @@ class PackedParts(tuple[mx.array, ...]):
         return made
 
     def __repr__(self) -> str:
-        return f"QuantizedArray({self.shape}, {self.format.text}, {str(self.dtype).rpartition('.')[2]})"
+        return _described(self)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the array."""
         return (*self[1].shape[:-1], self[1].shape[-1] * self.format.group_size)
+
+
+def _described(x: QuantizedArray | PackedParts) -> str:
+    return f"QuantizedArray({x.shape}, {x.format.text}, {dtype_name(x.dtype)})"
 
 
 def _restored(arrays: Sequence[mx.array], form: Format, dtype: str) -> QuantizedArray:

@@ -39,6 +39,12 @@ def one_line(text: str, limit: int | None = None) -> str:
     return " ".join(made.split("\n")) if "\n" in made else made
 
 
+def clip(text: str, width: int) -> str:
+    """Return the text as a single line without control characters, cut with an ellipsis if too long."""
+    text = one_line(text)
+    return text if len(text) <= width else text[: max(0, width - 1)] + "…" if width > 0 else ""
+
+
 def is_safe(character: str) -> bool:
     """Whether a character is neither a control character nor one that hides or reorders others."""
     return unicodedata.category(character) not in UNSAFE

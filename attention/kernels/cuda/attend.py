@@ -130,7 +130,11 @@ def _differentiable_plan(
 
 
 def _stages(shape: CallShape, call: CallParams, path: KernelPath, with_logsumexp: bool = True) -> list[Stage]:
-    made = stages(shape, call, path, with_logsumexp)
+    return _shared(stages(shape, call, path, with_logsumexp), path)
+
+
+def _shared(made: list[Stage], path: KernelPath | PackedPath) -> list[Stage]:
+    """Return the launches of a path, of the split-K kernels for all lengths that share a plan."""
     return [for_like_lengths(stage) for stage in made] if path == "decode" else made
 
 
@@ -278,9 +282,7 @@ def _new_packed_plan(
 ) -> Run:
     outputs = OUTPUTS[: 2 if with_logsumexp else 1]
     label = plan_label("packed", shape, call, with_logsumexp, packed.texts)
-    made = packed_choice.stages(shape, call, packed, path, with_logsumexp)
-    if path == "decode":
-        made = [for_like_lengths(stage) for stage in made]
+    made = _shared(packed_choice.stages(shape, call, packed, path, with_logsumexp), path)
     return make_plan((*packed_inputs(packed), *extra_inputs(call)), outputs, made, label)
 
 

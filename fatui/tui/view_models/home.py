@@ -12,6 +12,7 @@ from fatui.draft import UNNAMED
 from fatui.report.document import counted
 from fatui.report.evidence import cpu_cores
 from fatui.tui.view_models.plot import area
+from fatui.untrusted_text import clip
 
 if TYPE_CHECKING:
     from fatui.storage.history import RunHistory, RunSummary
@@ -139,9 +140,5 @@ def _lines(runs: Sequence["RunSummary"], width: int) -> list[str]:
     lines = []
     for run, name in zip(runs, names, strict=True):
         finding = f"interrupted; {run.finding}" if run.interrupted else run.finding
-        lines.append(_cut(f"{formatting.started_text(run.started)}  {_cut(name, column):<{column}}  {finding}", width))
+        lines.append(clip(f"{formatting.started_text(run.started)}  {clip(name, column):<{column}}  {finding}", width))
     return lines
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else f"{text[: width - 1]}…"

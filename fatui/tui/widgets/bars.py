@@ -13,7 +13,7 @@ from textual.widget import Widget
 
 from fatui.tui.actions import HELP
 from fatui.tui.painting import KeepsStyles
-from fatui.tui.widgets.row_table import clip
+from fatui.untrusted_text import clip
 
 SPINNER: Final = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 

@@ -24,8 +24,7 @@ from fatui.tui.view_models.plot import (
     stretched,
 )
 from fatui.tui.view_models.trends import Scale, Trend
-from fatui.tui.widgets.row_table import clip
-from fatui.untrusted_text import one_line
+from fatui.untrusted_text import clip, one_line
 
 LABEL_WIDTH: Final = 10
 FIGURE_WIDTH: Final = 11

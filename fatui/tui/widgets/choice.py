@@ -12,7 +12,7 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 from fatui.tui.painting import KeepsStyles
-from fatui.tui.widgets.row_table import clip
+from fatui.untrusted_text import clip
 
 MAX_DIGITS: Final = 8
 """Maximum number of typed digits."""

@@ -13,8 +13,7 @@ from textual.strip import Strip
 from fatui.formatting import short_name
 from fatui.tui.painting import KeepsStyles
 from fatui.tui.view_models.availability import PickerRow
-from fatui.tui.widgets.row_table import clip
-from fatui.untrusted_text import one_line
+from fatui.untrusted_text import clip, one_line
 
 NAME_WIDTH: Final = 9
 FIGURE_WIDTH: Final = 8

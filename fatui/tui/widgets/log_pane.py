@@ -17,7 +17,7 @@ from textual.widgets import Input
 
 from fatui.tui.painting import KeepsStyles, set_scroll_size, set_title
 from fatui.tui.view_models.journal import Log, LogLine
-from fatui.tui.widgets.row_table import clip
+from fatui.untrusted_text import clip
 
 LEVELS: Final = ("info", "warning", "error")
 EMPTY: Final = "What happens in a run is written here: steps, paths, problems."

@@ -15,15 +15,9 @@ from textual.strip import Strip
 
 from fatui.tui.painting import KeepsStyles, set_scroll_size
 from fatui.tui.view_models.table_lines import TableColumn, TableLine
-from fatui.untrusted_text import one_line
+from fatui.untrusted_text import clip
 
 GAP: Final = 2
-
-
-def clip(text: str, width: int) -> str:
-    """Return the text as a single line without control characters, cut with an ellipsis if too long."""
-    text = one_line(text)
-    return text if len(text) <= width else text[: max(0, width - 1)] + "…" if width > 0 else ""
 
 
 class RowTable(ScrollView, KeepsStyles, can_focus=True):
